@@ -1,0 +1,272 @@
+"""The weight layout of FlashInfer's CuteDSL NVFP4 fused-MoE kernels.
+
+A :class:`MoeLayout` is a small frozen value that knows which shapes one MoE layer takes in storage, how the
+bytes of one expert get there (:meth:`MoeLayout.apply`) and how they come back (:meth:`MoeLayout.invert`). Both directions
+work on one expert (or on a batch of experts through leading dimensions), so nothing ever needs a whole layer in memory.
+This torch code is normative: the Triton kernels must give the same bytes.
+
+Notation: E experts, H hidden size, I intermediate size of one expert, Hp and Ip the padded sizes,
+N1 = 2*Ip for gated experts (gate and up fused) and Ip otherwise. Codes are ``uint8`` with two e2m1 values a byte (low nibble
+is the even column); block scales are e4m3 bytes viewed as ``uint8``, one for 16 columns.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+import torch
+
+from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
+from nvfp4_prep_kernels.padding import pad_matrix, roundup, unpad_matrix
+from nvfp4_prep_kernels.scale_swizzle import swizzle_scales, unswizzle_scales
+
+__all__ = ["BLOCK_COLS", "LayoutError", "MoeDims", "MoeLayout", "PreparedTensor", "Projection"]
+
+BLOCK_COLS = 16
+"""Columns that share one block scale (NVFP4)."""
+
+
+class LayoutError(ValueError):
+    """A layer, a slice or a parameter that this layout cannot represent; the message says why and what would fit."""
+
+
+class Projection(enum.StrEnum):
+    """The linear layers of one expert."""
+
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+class PreparedTensor(enum.StrEnum):
+    """The four big tensors of one prepared MoE layer, in the order in which a file holds them."""
+
+    W13_WEIGHT = "w13_weight"
+    W13_WEIGHT_SCALE = "w13_weight_scale"
+    W2_WEIGHT = "w2_weight"
+    W2_WEIGHT_SCALE = "w2_weight_scale"
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether the tensor holds block scales (else codes)."""
+        return self in (PreparedTensor.W13_WEIGHT_SCALE, PreparedTensor.W2_WEIGHT_SCALE)
+
+    @property
+    def is_w13(self) -> bool:
+        """Whether the tensor holds the fused gate/up projection (else down)."""
+        return self in (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
+
+
+@dataclass(frozen=True)
+class MoeDims:
+    """Sizes of one MoE layer as the source has them: ``experts`` E, ``intermediate`` I and ``hidden`` H."""
+
+    experts: int
+    intermediate: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class MoeLayout:
+    """One way of storing the experts of an MoE layer.
+
+    Attributes:
+        gated: gate and up projections (SwiGLU family), else up alone (relu2).
+        interleaved: gate and up rows alternate in blocks, up first; ``False`` keeps ``[gate; up]`` (the batched kernel).
+        gate_up_block: rows in one block; meaningless unless gated and interleaved.
+        hidden_alignment: H is padded with zeros to a multiple of this.
+        intermediate_alignment: I (per tensor-parallel rank) is padded with zeros to a multiple of this.
+        moe_tp: tensor-parallel size for which I is padded. Each of the ``moe_tp`` slices of I is padded on its own;
+            where nothing needs padding the value has no influence.
+    """
+
+    gated: bool
+    interleaved: bool = True
+    gate_up_block: int = 64
+    hidden_alignment: int = 256
+    intermediate_alignment: int = 64
+    moe_tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.interleaved and self.gated and self.gate_up_block not in (16, 32, 64):
+            raise LayoutError(f"gate/up block height {self.gate_up_block}: must be 16, 32 or 64 rows")
+        if self.moe_tp < 1:
+            raise LayoutError(f"tensor-parallel size {self.moe_tp}: must be at least 1")
+        if self.intermediate_alignment % (64 if self.gated else 128) or self.hidden_alignment % 128:
+            raise LayoutError("alignments must keep swizzle tiles whole: hidden 128, intermediate 64 (128 non-gated)")
+
+    @classmethod
+    def cutedsl(cls, *, gated: bool, gate_up_block: int = 64, moe_tp: int = 1) -> MoeLayout:
+        """The layout of ``cute_dsl_fused_moe`` (vLLM's FLASHINFER_CUTEDSL backend)."""
+        return cls(
+            gated=gated,
+            interleaved=gated,
+            gate_up_block=gate_up_block,
+            intermediate_alignment=64 if gated else 128,
+            moe_tp=moe_tp,
+        )
+
+    @classmethod
+    def cutedsl_batched(cls, *, moe_tp: int = 1) -> MoeLayout:
+        """The layout of the batched kernel (vLLM's FLASHINFER_CUTEDSL_BATCHED backend): gated, nothing interleaved.
+
+        The kernel pads nothing: :meth:`check` refuses I that is no multiple of 64 and H that is no multiple of 128.
+        """
+        return cls(gated=True, interleaved=False, hidden_alignment=128, moe_tp=moe_tp)
+
+    def for_moe_tp(self, moe_tp: int) -> MoeLayout:
+        """The same layout, padded for another tensor-parallel size."""
+        return replace(self, moe_tp=moe_tp)
+
+    @property
+    def halves(self) -> int:
+        """Projections fused in w13: 2 gated, 1 otherwise."""
+        return 2 if self.gated else 1
+
+    def check(self, dims: MoeDims) -> None:
+        """Raises :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
+        if dims.experts < 1 or dims.intermediate < 1 or dims.hidden < 1:
+            raise LayoutError(f"experts, intermediate and hidden sizes must be positive, got {dims}")
+        if dims.hidden % BLOCK_COLS or dims.intermediate % BLOCK_COLS:
+            raise LayoutError(
+                f"hidden size {dims.hidden} and intermediate size {dims.intermediate} must be multiples of the scale"
+                f" block of {BLOCK_COLS}"
+            )
+        rank_intermediate = dims.intermediate // self.moe_tp
+        if dims.intermediate % self.moe_tp or rank_intermediate % BLOCK_COLS:
+            raise LayoutError(
+                f"intermediate size {dims.intermediate} cannot be split over {self.moe_tp} tensor-parallel ranks in"
+                f" whole scale blocks of {BLOCK_COLS}"
+            )
+        if self.gated and not self.interleaved and (rank_intermediate % 64 or dims.hidden % 128):
+            raise LayoutError(
+                f"the batched kernel pads nothing: intermediate size per rank {rank_intermediate} must be a multiple"
+                f" of 64 and hidden size {dims.hidden} of 128; use the standard layout (cutedsl)"
+            )
+
+    def padded_hidden(self, hidden: int) -> int:
+        """Hp."""
+        return roundup(hidden, self.hidden_alignment)
+
+    def padded_intermediate(self, intermediate: int) -> int:
+        """Ip of the whole layer: the sum over ``moe_tp`` ranks of their padded sizes."""
+        return self.moe_tp * roundup(intermediate // self.moe_tp, self.intermediate_alignment)
+
+    def expert_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
+        """``(rows, bytes per row)`` of one expert in a prepared tensor; stored with E in front."""
+        hidden, inter = self.padded_hidden(dims.hidden), self.padded_intermediate(dims.intermediate)
+        rows, cols = (self.halves * inter, hidden) if tensor.is_w13 else (hidden, inter)
+        return rows, cols // (BLOCK_COLS if tensor.is_scale else 2)
+
+    def source_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
+        """``(rows, bytes per row)`` of one projection of one expert, without padding."""
+        rows, cols = (dims.intermediate, dims.hidden) if tensor.is_w13 else (dims.hidden, dims.intermediate)
+        return rows, cols // (BLOCK_COLS if tensor.is_scale else 2)
+
+    def expert_nbytes(self, tensor: PreparedTensor, dims: MoeDims) -> int:
+        """Bytes of one expert in a prepared tensor."""
+        rows, row_nbytes = self.expert_shape(tensor, dims)
+        return rows * row_nbytes
+
+    def projections(self, tensor: PreparedTensor) -> tuple[Projection, ...]:
+        """The projections that a prepared tensor holds, in the order of :meth:`apply`'s arguments."""
+        if not tensor.is_w13:
+            return (Projection.DOWN,)
+        return (Projection.GATE, Projection.UP) if self.gated else (Projection.UP,)
+
+    def tp_sizes(self, dims: MoeDims, limit: int = 64) -> tuple[int, ...]:
+        """Tensor-parallel sizes up to ``limit`` that a file in this layout serves bit-exactly.
+
+        A rank's share of the prepared whole equals the preparation of the rank's share if the share needs no padding,
+        or if the file was padded for exactly that size.
+        """
+        whole = self.padded_intermediate(dims.intermediate) == dims.intermediate
+
+        def serves(size: int) -> bool:
+            if size == self.moe_tp:
+                return True
+            share, rest = divmod(dims.intermediate, size)
+            return whole and rest == 0 and share % self.intermediate_alignment == 0
+
+        return tuple(size for size in range(1, limit + 1) if serves(size))
+
+    def apply(self, tensor: PreparedTensor, *parts: torch.Tensor) -> torch.Tensor:
+        """Source bytes of one expert to prepared bytes.
+
+        Args:
+            tensor: which prepared tensor to make.
+            parts: one tensor for each of :meth:`projections`, ``uint8 [..., rows, bytes per row]`` as
+                :meth:`source_shape` gives them; row-major block scales for the scale tensors.
+
+        Returns:
+            ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input where
+            nothing moves.
+
+        Raises:
+            LayoutError: if the number of parts is wrong or a part cannot be split over ``moe_tp`` ranks.
+            ValueError: if the parts' shapes differ or are no multiple of what the layout needs.
+        """
+        names = self.projections(tensor)
+        if len(parts) != len(names):
+            raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
+        padded = tuple(self._pad(tensor, part) for part in parts)
+        if len(padded) == 1:
+            fused = padded[0]
+        elif self.interleaved:
+            fused = interleave_gate_up(*padded, self.gate_up_block)
+        else:
+            fused = torch.cat(padded, dim=-2)
+        return swizzle_scales(fused) if tensor.is_scale else fused
+
+    def invert(self, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims) -> tuple[torch.Tensor, ...]:
+        """Inverse of :meth:`apply`.
+
+        Args:
+            tensor: which prepared tensor ``prepared`` is.
+            prepared: ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them.
+            dims: the layer's sizes without padding.
+
+        Returns:
+            One tensor for each of :meth:`projections`, ``uint8`` in :meth:`source_shape`.
+
+        Raises:
+            ValueError: if the shape is wrong or a padding byte is not zero.
+        """
+        if tuple(prepared.shape[-2:]) != self.expert_shape(tensor, dims):
+            raise ValueError(f"{tensor.value}: shape {list(prepared.shape)} does not fit {dims}")
+        fused = unswizzle_scales(prepared) if tensor.is_scale else prepared
+        if not (tensor.is_w13 and self.gated):
+            parts: tuple[torch.Tensor, ...] = (fused,)
+        elif self.interleaved:
+            parts = deinterleave_gate_up(fused, self.gate_up_block)
+        else:
+            parts = tuple(fused.chunk(2, dim=-2))
+        return tuple(self._unpad(tensor, part, dims) for part in parts)
+
+    def _pad(self, tensor: PreparedTensor, part: torch.Tensor) -> torch.Tensor:
+        """Pads I on each rank's slice and H once; I is the rows of w13 and the columns of w2."""
+        per_byte = BLOCK_COLS if tensor.is_scale else 2
+        *lead, rows, cols = part.shape
+        if (rows if tensor.is_w13 else cols) % self.moe_tp:
+            raise LayoutError(f"{tensor.value}: {[rows, cols]} cannot be split over {self.moe_tp} ranks")
+        if tensor.is_w13:
+            split = part.reshape(*lead, self.moe_tp, rows // self.moe_tp, cols)
+            padded_rows = roundup(rows // self.moe_tp, self.intermediate_alignment)
+            padded_cols = self.padded_hidden(cols * per_byte) // per_byte
+            return pad_matrix(split, padded_rows, padded_cols).reshape(*lead, self.moe_tp * padded_rows, padded_cols)
+        split = part.reshape(*lead, rows * self.moe_tp, cols // self.moe_tp)
+        padded_cols = roundup(cols // self.moe_tp * per_byte, self.intermediate_alignment) // per_byte
+        padded_rows = self.padded_hidden(rows)
+        return pad_matrix(split, padded_rows * self.moe_tp, padded_cols).reshape(
+            *lead, padded_rows, self.moe_tp * padded_cols
+        )
+
+    def _unpad(self, tensor: PreparedTensor, part: torch.Tensor, dims: MoeDims) -> torch.Tensor:
+        rows, cols = self.source_shape(tensor, dims)
+        *lead, padded_rows, padded_cols = part.shape
+        if tensor.is_w13:
+            split = part.reshape(*lead, self.moe_tp, padded_rows // self.moe_tp, padded_cols)
+            return unpad_matrix(split, rows // self.moe_tp, cols).reshape(*lead, rows, cols)
+        split = part.reshape(*lead, padded_rows * self.moe_tp, padded_cols // self.moe_tp)
+        return unpad_matrix(split, rows * self.moe_tp, cols // self.moe_tp).reshape(*lead, rows, cols)

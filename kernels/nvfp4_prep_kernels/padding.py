@@ -1,0 +1,53 @@
+"""Zero padding of matrices, and proof on the way back that the padding was zero."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["pad_matrix", "roundup", "unpad_matrix"]
+
+
+def roundup(value: int, alignment: int) -> int:
+    """The smallest multiple of ``alignment`` that is at least ``value``."""
+    return -(-value // alignment) * alignment
+
+
+def pad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Appends zero rows and columns; returns the tensor itself when nothing is missing.
+
+    Args:
+        matrix: ``[..., R, C]`` of one-byte elements.
+        rows, cols: wanted size, ``rows >= R`` and ``cols >= C``.
+
+    Returns:
+        ``[..., rows, cols]``.
+
+    Raises:
+        ValueError: if the matrix is larger than the wanted size.
+    """
+    *lead, have_rows, have_cols = matrix.shape
+    if have_rows > rows or have_cols > cols:
+        raise ValueError(f"a [{have_rows}, {have_cols}] matrix cannot be padded to [{rows}, {cols}]")
+    if (have_rows, have_cols) == (rows, cols):
+        return matrix
+    padded = torch.zeros(*lead, rows, cols, dtype=matrix.dtype, device=matrix.device)
+    padded[..., :have_rows, :have_cols] = matrix
+    return padded
+
+
+def unpad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Inverse of :func:`pad_matrix`, which refuses padding that is not zero.
+
+    Args:
+        matrix: ``[..., R, C]`` of ``uint8``.
+        rows, cols: size without padding.
+
+    Returns:
+        ``[..., rows, cols]``, a view.
+
+    Raises:
+        ValueError: if a padding byte is not zero.
+    """
+    if bool(matrix[..., rows:, :].any()) or bool(matrix[..., :rows, cols:].any()):
+        raise ValueError(f"padding outside [{rows}, {cols}] is not zero")
+    return matrix[..., :rows, :cols]

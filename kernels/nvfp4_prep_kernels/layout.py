@@ -1,13 +1,13 @@
 """The weight layout of FlashInfer's CuteDSL NVFP4 fused-MoE kernels.
 
 A :class:`MoeLayout` is a small frozen value that knows which shapes one MoE layer takes in storage, how the
-bytes of one expert get there (:meth:`MoeLayout.apply`) and how they come back (:meth:`MoeLayout.invert`). Both directions
-work on one expert (or on a batch of experts through leading dimensions), so nothing ever needs a whole layer in memory.
-This torch code is normative: the Triton kernels must give the same bytes.
+bytes of one expert get there (:meth:`MoeLayout.apply`) and how they come back (:meth:`MoeLayout.invert`). Both
+directions work on one expert (or on a batch of experts through leading dimensions), so nothing ever needs a whole layer
+in memory. This torch code is normative: the Triton kernels must give the same bytes.
 
 Notation: E experts, H hidden size, I intermediate size of one expert, Hp and Ip the padded sizes,
-N1 = 2*Ip for gated experts (gate and up fused) and Ip otherwise. Codes are ``uint8`` with two e2m1 values a byte (low nibble
-is the even column); block scales are e4m3 bytes viewed as ``uint8``, one for 16 columns.
+N1 = 2*Ip for gated experts (gate and up fused) and Ip otherwise. Codes are ``uint8`` with two e2m1 values a byte (low
+nibble is the even column); block scales are e4m3 bytes viewed as ``uint8``, one for 16 columns.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class MoeLayout:
 
     Attributes:
         gated: gate and up projections (SwiGLU family), else up alone (relu2).
-        interleaved: gate and up rows alternate in blocks, up first; ``False`` keeps ``[gate; up]`` (the batched kernel).
+        interleaved: gate and up rows alternate in blocks, up first; ``False`` keeps ``[gate; up]`` (batched kernel).
         gate_up_block: rows in one block; meaningless unless gated and interleaved.
         hidden_alignment: H is padded with zeros to a multiple of this.
         intermediate_alignment: I (per tensor-parallel rank) is padded with zeros to a multiple of this.
@@ -200,8 +200,8 @@ class MoeLayout:
                 :meth:`source_shape` gives them; row-major block scales for the scale tensors.
 
         Returns:
-            ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input where
-            nothing moves.
+            ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input
+            where nothing moves.
 
         Raises:
             LayoutError: if the number of parts is wrong or a part cannot be split over ``moe_tp`` ranks.
@@ -214,7 +214,7 @@ class MoeLayout:
         if len(padded) == 1:
             fused = padded[0]
         elif self.interleaved:
-            fused = interleave_gate_up(*padded, self.gate_up_block)
+            fused = interleave_gate_up(padded[0], padded[1], self.gate_up_block)
         else:
             fused = torch.cat(padded, dim=-2)
         return swizzle_scales(fused) if tensor.is_scale else fused

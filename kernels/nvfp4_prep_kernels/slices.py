@@ -7,7 +7,8 @@ tensor-parallel rank is a regular run pattern:
     w2_weight                      one run a row: bytes [r*Ir/2, (r+1)*Ir/2)
     w2_weight_scale                one run a tile row: 512-byte tiles [r*Ir/64, (r+1)*Ir/64) of Ip/64
 
-with g = 2 for gated experts and Ir = Ip / tp. The batched layout keeps ``[gate; up]``, so there w13 has two runs, one in each half.
+with g = 2 for gated experts and Ir = Ip / tp. The batched layout keeps ``[gate; up]``, so there w13 has two
+runs, one in each half.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ __all__ = ["ExpertSlice", "rank_slice", "take_rank"]
 class ExpertSlice:
     """The bytes that one tensor-parallel rank takes from one expert of a prepared tensor.
 
-    Run ``i`` of ``runs`` covers bytes ``[offset_bytes + i * stride_bytes, ... + run_nbytes)`` of the expert; the runs one after
-    the other are the rank's tensor, of shape ``shape`` (rows, bytes per row).
+    Run ``i`` of ``runs`` covers bytes ``[offset_bytes + i * stride_bytes, ... + run_nbytes)`` of the expert; the runs
+    one after the other are the rank's tensor, of shape ``shape`` (rows, bytes per row).
     """
 
     shape: tuple[int, int]

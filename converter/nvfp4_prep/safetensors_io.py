@@ -1,0 +1,316 @@
+"""Reading and writing safetensors headers; data is addressed by byte ranges, never loaded as a whole.
+
+The official library reads whole tensors; a converter that streams hundreds of gigabytes needs (file, offset, size)
+instead. Input files are untrusted: everything in a header is checked against the file's size before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvfp4_prep.errors import SourceError
+
+__all__ = [
+    "DTYPE_BITS",
+    "HEADER_ALIGNMENT",
+    "MAX_HEADER_NBYTES",
+    "ShardHeader",
+    "TensorRecord",
+    "TensorSpec",
+    "encode_header",
+    "parse_header",
+    "read_header",
+    "tensor_nbytes",
+]
+
+MAX_HEADER_NBYTES = 100_000_000
+"""The official library's limit."""
+HEADER_ALIGNMENT = 4096
+"""Data of files that we write starts at a multiple of this (direct I/O, GPUDirect)."""
+DTYPE_BITS: Mapping[str, int] = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+_MAX_DIMENSIONS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor without a place: name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """Where one tensor lies: ``nbytes`` bytes of ``file`` from ``offset_bytes``, counted from the file's first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset_bytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """A parsed header.
+
+    Attributes:
+        file: file name relative to the checkpoint.
+        file_nbytes: size of the whole file.
+        data_start: first byte of the data section.
+        sha256: digest of the length prefix and the header, which identifies the shard's structure.
+        metadata: the ``__metadata__`` entry.
+        tensors: records in the order of their offsets.
+    """
+
+    file: str
+    file_nbytes: int
+    data_start: int
+    sha256: str
+    metadata: Mapping[str, str]
+    tensors: tuple[TensorRecord, ...]
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; raises ``KeyError`` for an unknown dtype and ``ValueError`` for a broken sub-byte size."""
+    bits = DTYPE_BITS[dtype] * math.prod(shape)
+    if bits % 8:
+        raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
+    return bits // 8
+
+
+def read_header(path: Path, file: str | None = None) -> ShardHeader:
+    """Reads and checks the header of a local file.
+
+    Args:
+        path: the file.
+        file: the name that errors and records carry; the path's last part if left out.
+
+    Raises:
+        SourceError: if the file cannot be read or its header is malformed.
+    """
+    name = file if file is not None else path.name
+    try:
+        with path.open("rb") as stream:
+            nbytes = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            length = header_nbytes(name, prefix, nbytes)
+            return parse_header(name, prefix + stream.read(length), nbytes)
+    except OSError as error:
+        raise SourceError(
+            f"cannot be read ({error.strerror})", where=str(path), next_step="Check that it exists and is readable."
+        ) from error
+
+
+def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
+    """The header's length from the first eight bytes of a file, checked against the file's size."""
+    hint = "The file is truncated or no safetensors file: download it again."
+    if len(prefix) < 8:
+        raise SourceError(
+            "too short for a safetensors file", where=file, expected="8 bytes", actual=len(prefix), next_step=hint
+        )
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_NBYTES:
+        raise SourceError(
+            "header claims more than the format allows",
+            where=file,
+            expected=f"at most {MAX_HEADER_NBYTES} bytes",
+            actual=f"{length} bytes",
+            next_step=hint,
+        )
+    if 8 + length > file_nbytes:
+        raise SourceError(
+            "header is longer than the file",
+            where=file,
+            expected=f"{8 + length} bytes",
+            actual=f"{file_nbytes} bytes",
+            next_step=hint,
+        )
+    return length
+
+
+def parse_header(file: str, raw: bytes, file_nbytes: int) -> ShardHeader:
+    """Parses length prefix and header.
+
+    Args:
+        file: name for errors and records.
+        raw: the first ``8 + header length`` bytes of the file.
+        file_nbytes: size of the whole file.
+
+    Raises:
+        SourceError: if anything in the header is malformed, overlaps, leaves holes or leaves the file.
+    """
+    length = header_nbytes(file, raw, file_nbytes)
+    if len(raw) < 8 + length:
+        raise SourceError("header is cut off", where=file, expected=8 + length, actual=len(raw))
+    entries = _decode(file, raw[8 : 8 + length])
+    metadata = _metadata(file, entries.pop("__metadata__", {}))
+    data_start = 8 + length
+    records = sorted(
+        (_record(file, name, entry, data_start) for name, entry in entries.items()),
+        key=lambda record: (record.offset_bytes, record.nbytes),
+    )
+    _check_coverage(file, records, data_start, file_nbytes)
+    digest = hashlib.sha256(raw[: 8 + length]).hexdigest()
+    return ShardHeader(file, file_nbytes, data_start, digest, metadata, tuple(records))
+
+
+def _decode(file: str, text: bytes) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in pairs:
+            if key in found:
+                raise SourceError(f"tensor {key!r} stands twice in the header", where=file)
+            found[key] = value
+        return found
+
+    try:
+        decoded = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"header is not valid JSON ({error})", where=file, next_step="Download the file again."
+        ) from error
+    if not isinstance(decoded, dict):
+        raise SourceError("header is no JSON object", where=file, next_step="Download the file again.")
+    return decoded
+
+
+def _metadata(file: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise SourceError("__metadata__ must map strings to strings", where=file)
+    return dict(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _record(file: str, name: str, entry: object, data_start: int) -> TensorRecord:
+    where = f"{file}, tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise SourceError("entry is no JSON object", where=where)
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise SourceError("tensor name is no valid Unicode text", where=where)
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise SourceError("unknown dtype", where=where, expected=", ".join(DTYPE_BITS), actual=repr(dtype)[:80])
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise SourceError("malformed shape", where=where, actual=repr(shape)[:80])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise SourceError("malformed data_offsets", where=where, actual=repr(offsets)[:80])
+    begin, end = offsets
+    try:
+        nbytes = tensor_nbytes(dtype, shape)
+    except ValueError as error:
+        raise SourceError(str(error), where=where) from error
+    if end - begin != nbytes:
+        raise SourceError(
+            f"{dtype} {shape} does not fit its byte range",
+            where=where,
+            expected=f"{nbytes} bytes",
+            actual=f"{end - begin} bytes",
+        )
+    return TensorRecord(name, dtype, tuple(shape), file, data_start + begin, nbytes)
+
+
+def _check_coverage(file: str, records: list[TensorRecord], data_start: int, file_nbytes: int) -> None:
+    position = data_start
+    for record in records:
+        if record.offset_bytes != position:
+            kind = "overlaps the tensor before it" if record.offset_bytes < position else "leaves a hole before it"
+            raise SourceError(
+                f"byte range {kind}",
+                where=f"{file}, tensor {record.name!r}",
+                expected=f"start at {position}",
+                actual=record.offset_bytes,
+                next_step="The header is damaged: download the file again.",
+            )
+        position += record.nbytes
+    if position != file_nbytes:
+        raise SourceError(
+            "file size does not match its header",
+            where=file,
+            expected=f"{position} bytes",
+            actual=f"{file_nbytes} bytes",
+            next_step="The file is truncated or damaged: download it again.",
+        )
+
+
+def encode_header(
+    file: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[TensorRecord, ...]]:
+    """Makes a header for tensors that follow each other without holes.
+
+    Args:
+        file: name that the records carry.
+        tensors: in the order of the data.
+        metadata: the ``__metadata__`` entry, sorted by key.
+
+    Returns:
+        ``(raw, records)``: length prefix and header, padded with spaces to :data:`HEADER_ALIGNMENT`, and where each
+        tensor goes.
+
+    Raises:
+        ValueError: if a name stands twice or the header would pass the format's limit.
+    """
+    entries: dict[str, object] = {}
+    if metadata:
+        entries["__metadata__"] = dict(sorted(metadata.items()))
+    relative: list[tuple[TensorSpec, int]] = []
+    position = 0
+    for spec in tensors:
+        if spec.name in entries:
+            raise ValueError(f"{file}: tensor {spec.name!r} stands twice")
+        nbytes = spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        relative.append((spec, position))
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    length = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8
+    if length > MAX_HEADER_NBYTES:
+        raise ValueError(f"{file}: a header of {length} bytes passes the format's limit of {MAX_HEADER_NBYTES}")
+    raw = length.to_bytes(8, "little") + text.ljust(length, b" ")
+    records = tuple(
+        TensorRecord(spec.name, spec.dtype, spec.shape, file, len(raw) + begin, spec.nbytes) for spec, begin in relative
+    )
+    return raw, records

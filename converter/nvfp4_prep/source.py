@@ -101,7 +101,7 @@ def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryv
 class LocalSource:
     """A directory as a quantizer or the Hub left it. Nothing in it is ever written.
 
-    Symbolic links may point to files inside the directory, and, in a snapshot of the Hub's cache, to the cache's ``blobs``.
+    Symbolic links may point to files inside the directory, and, in a snapshot of the Hub's cache, to its ``blobs``.
     """
 
     revision: str | None = None

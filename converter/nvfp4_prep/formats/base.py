@@ -1,0 +1,96 @@
+"""What a quantization format and a tensor naming are: two small protocols that keep family knowledge out of the core.
+
+A *naming* reads tensor names: which layer, which expert, which projections, which leaf. A *format* knows what the
+leaves are called and how global scales are meant. Detection looks at the tensors that are there, never at ignore lists: real
+exporters write wrong ones.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nvfp4_prep_kernels import Projection
+
+__all__ = ["ExpertNaming", "ExpertTensorName", "Leaf", "QuantFormat"]
+
+
+class Leaf(enum.StrEnum):
+    """The tensors of one NVFP4 linear layer."""
+
+    CODES = "codes"
+    BLOCK_SCALE = "block_scale"
+    GLOBAL_SCALE = "global_scale"
+    INPUT_SCALE = "input_scale"
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether one expert has one float32 (else a matrix)."""
+        return self in (Leaf.GLOBAL_SCALE, Leaf.INPUT_SCALE)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTensorName:
+    """A tensor name, understood.
+
+    Attributes:
+        experts: module path of the routed experts, e.g. ``model.layers.1.mlp.experts``: where the serving framework has
+            them, and what the prepared tensors' names start with.
+        expert: number of the expert; ``None`` for a tensor that stacks all experts.
+        projections: what the tensor holds, in the order of its rows.
+        leaf: spelling of the leaf, e.g. ``weight_scale_2``; ``""`` where the stack itself has no suffix.
+        transposed: a stack of ``[E, in, out]`` instead of ``[E, out, in]``.
+        alternating: gate and up rows alternate one by one (``[gate0, up0, gate1, …]``).
+    """
+
+    experts: str
+    expert: int | None
+    projections: tuple[Projection, ...]
+    leaf: str
+    transposed: bool = False
+    alternating: bool = False
+
+
+class ExpertNaming(Protocol):
+    """Recognises the tensors of routed experts by name.
+
+    Attributes:
+        name: unique; recorded in the manifest.
+    """
+
+    name: str
+
+    def parse(self, tensor: str) -> ExpertTensorName | None:
+        """The parts of a name, or ``None`` if it is no tensor of a routed expert in this naming."""
+        ...
+
+
+class QuantFormat(Protocol):
+    """A quantization format's leaves and scale conventions.
+
+    Attributes:
+        name: unique; recorded in the manifest.
+        leaves: spelling to meaning. A format is recognised by its spelling of the global scale.
+    """
+
+    name: str
+    leaves: Mapping[str, Leaf]
+
+    def global_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
+        """Stored weight global scales to multipliers (weight = code * block scale * multiplier).
+
+        Args:
+            stored: ``float32``, any shape.
+
+        Returns:
+            ``float32`` of the same shape.
+        """
+        ...
+
+    def input_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
+        """Stored activation global scales to multipliers; same shapes as above."""
+        ...

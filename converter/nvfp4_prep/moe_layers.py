@@ -1,0 +1,157 @@
+"""The MoE layers of a checkpoint in one canonical form, whatever the source calls and stacks its tensors.
+
+A layer is a set of :class:`TensorGroup`: all source tensors that play one role, one for each expert or one stack for
+all. A group knows the byte range of each expert and both directions between the source's arrangement and canonical
+matrices ``uint8 [rows, bytes per row]``, one for each projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep.formats import Leaf
+from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
+from nvfp4_prep_kernels.gate_up import join_alternating_rows, split_alternating_rows
+
+__all__ = ["ByteRange", "MoeLayer", "TensorGroup"]
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """``nbytes`` bytes of ``file`` from ``offset_bytes``; ``tensor`` is for messages."""
+
+    file: str
+    offset_bytes: int
+    nbytes: int
+    tensor: str
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """All source tensors of one layer that play one role.
+
+    Attributes:
+        head, tail: the name of expert e's tensor is ``head + str(e) + tail``; a stack's is ``head + tail``.
+        leaf: what they hold.
+        projections: whose, in the order of the rows.
+        dtype, shape: of each source tensor (of the stack, where stacked).
+        stacked: one tensor for all experts.
+        transposed: matrices are stored ``[in, out]``.
+        alternating: gate and up rows alternate one by one.
+        records: where they lie: one record for each expert, or one. Empty where only names are needed (restore).
+    """
+
+    head: str
+    tail: str
+    leaf: Leaf
+    projections: tuple[Projection, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    stacked: bool = False
+    transposed: bool = False
+    alternating: bool = False
+    records: tuple[TensorRecord, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique within a checkpoint: the name without the expert's number."""
+        return self.head + self.tail.removeprefix(".") if not self.stacked else self.head + self.tail
+
+    @property
+    def shared_scalar(self) -> bool:
+        """Whether one scalar serves all experts."""
+        return self.stacked and self.leaf.is_scalar and not any(size > 1 for size in self.shape)
+
+    def name(self, expert: int) -> str:
+        """The source name of the tensor that holds expert ``expert``."""
+        return self.head + self.tail if self.stacked else f"{self.head}{expert}{self.tail}"
+
+    def specs(self, experts: int) -> list[TensorSpec]:
+        """The source tensors: one, or one for each of ``experts``."""
+        count = 1 if self.stacked else experts
+        return [TensorSpec(self.name(expert), self.dtype, self.shape) for expert in range(count)]
+
+    def expert_range(self, expert: int, experts: int) -> ByteRange:
+        """The bytes of one expert in the source."""
+        record = self.records[0 if self.stacked else expert]
+        nbytes = record.nbytes // experts if self.stacked else record.nbytes
+        begin = record.offset_bytes + (expert * nbytes if self.stacked else 0)
+        return ByteRange(record.file, begin, nbytes, record.name)
+
+    def arrange(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Source bytes of one expert's codes or block scales to canonical matrices.
+
+        Args:
+            raw: ``uint8 [nbytes]``.
+
+        Returns:
+            One ``uint8 [rows, bytes per row]`` for each projection; views where nothing moves.
+        """
+        rows, cols = self.shape[-2:]
+        matrix = raw.view(rows, cols)
+        if self.transposed:
+            matrix = matrix.t()
+        if len(self.projections) == 1:
+            return (matrix,)
+        return split_alternating_rows(matrix) if self.alternating else tuple(matrix.chunk(2, dim=0))
+
+    def disarrange(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Inverse of :meth:`arrange`: ``uint8 [nbytes]``, contiguous."""
+        if len(parts) == 1:
+            matrix = parts[0]
+        else:
+            matrix = join_alternating_rows(parts[0], parts[1]) if self.alternating else torch.cat(list(parts), dim=0)
+        if self.transposed:
+            matrix = matrix.t()
+        return matrix.contiguous().view(-1)
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of the source.
+
+    Attributes:
+        experts_path: module path of the routed experts; prepared names are ``<experts_path>.routed_experts.<tensor>``.
+        index: the model's layer number, for the file's name.
+        dims: sizes.
+        gated: gate and up, or up alone.
+        format: name of the quantization format.
+        naming: name of the tensor naming.
+        groups: all source tensors of the layer.
+    """
+
+    experts_path: str
+    index: int
+    dims: MoeDims
+    gated: bool
+    format: str
+    naming: str
+    groups: tuple[TensorGroup, ...]
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(record.nbytes for group in self.groups for record in group.records)
+
+    @property
+    def shards(self) -> frozenset[str]:
+        """The files that hold the layer."""
+        return frozenset(record.file for group in self.groups for record in group.records)
+
+    def prepared_name(self, tensor: str) -> str:
+        """Name of a prepared tensor of this layer."""
+        return f"{self.experts_path}.routed_experts.{tensor}"
+
+    def groups_of(self, leaf: Leaf, projections: Sequence[Projection]) -> tuple[TensorGroup, ...]:
+        """The groups that together hold a leaf of these projections, in the projections' order."""
+        found = [group for group in self.groups if group.leaf is leaf and set(group.projections) & set(projections)]
+        return tuple(sorted(found, key=lambda group: projections.index(group.projections[0])))
+
+    def groups_for(self, layout: MoeLayout, tensor: PreparedTensor) -> tuple[TensorGroup, ...]:
+        """The groups whose bytes go into a prepared tensor."""
+        leaf = Leaf.BLOCK_SCALE if tensor.is_scale else Leaf.CODES
+        return self.groups_of(leaf, layout.projections(tensor))

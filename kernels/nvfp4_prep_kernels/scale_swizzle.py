@@ -47,11 +47,11 @@ def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
     lead, rows, cols = _check(scales)
     words = scales.contiguous().view(torch.int32).reshape(*lead, rows // 128, 4, 32, cols // 4)
     # [m // 128, (m % 128) // 32, m % 32, k // 4] -> [m // 128, k // 4, m % 32, (m % 128) // 32]
-    return words.movedim(-1, -3).transpose(-1, -2).contiguous().view(torch.uint8).reshape(*lead, rows, cols)
+    return words.movedim(-1, -3).transpose(-1, -2).reshape(*lead, rows, cols // 4).contiguous().view(torch.uint8)
 
 
 def unswizzle_scales(swizzled: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`swizzle_scales`; same shapes and errors."""
     lead, rows, cols = _check(swizzled)
     words = swizzled.contiguous().view(torch.int32).reshape(*lead, rows // 128, cols // 4, 32, 4)
-    return words.transpose(-1, -2).movedim(-3, -1).contiguous().view(torch.uint8).reshape(*lead, rows, cols)
+    return words.transpose(-1, -2).movedim(-3, -1).reshape(*lead, rows, cols // 4).contiguous().view(torch.uint8)

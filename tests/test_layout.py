@@ -1,0 +1,199 @@
+"""MoeLayout against the index formulas evaluated byte by byte, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layout_oracle import prepare_w2, prepare_w13, rows_of
+from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, Projection
+
+W13 = (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
+W2 = (PreparedTensor.W2_WEIGHT, PreparedTensor.W2_WEIGHT_SCALE)
+
+
+def random_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, seed: int = 0) -> list[torch.Tensor]:
+    """Non-zero random bytes, so that padding can never be taken for data."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = layout.source_shape(tensor, dims)
+    return [torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator) for _ in layout.projections(tensor)]
+
+
+def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor]) -> tuple[int, int, bytes]:
+    matrices = [rows_of(part) for part in parts]
+    if not tensor.is_w13:
+        return prepare_w2(
+            matrices[0],
+            scale=tensor.is_scale,
+            moe_tp=layout.moe_tp,
+            align_i=layout.intermediate_alignment,
+            align_h=layout.hidden_alignment,
+        )
+    gate, up = matrices if layout.gated else (None, matrices[0])
+    return prepare_w13(
+        gate,
+        up,
+        scale=tensor.is_scale,
+        block=layout.gate_up_block if layout.interleaved else None,
+        moe_tp=layout.moe_tp,
+        align_i=layout.intermediate_alignment,
+        align_h=layout.hidden_alignment,
+    )
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims]:
+    """Any layout of the family with any layer it accepts, small enough for a byte-by-byte oracle."""
+    kind = draw(st.sampled_from(["standard", "relu2", "batched"]))
+    moe_tp = draw(st.integers(1, 3))
+    if kind == "batched":
+        dims = MoeDims(draw(st.integers(1, 3)), moe_tp * 64 * draw(st.integers(1, 2)), 128 * draw(st.integers(1, 2)))
+        return MoeLayout.cutedsl_batched(moe_tp=moe_tp), dims
+    gated = kind == "standard"
+    layout = MoeLayout.cutedsl(
+        gated=gated, gate_up_block=draw(st.sampled_from([16, 32, 64])) if gated else 64, moe_tp=moe_tp
+    )
+    inter = moe_tp * 16 * draw(st.integers(1, 12 // moe_tp))
+    return layout, MoeDims(draw(st.integers(1, 3)), inter, 16 * draw(st.integers(1, 20)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers(), st.sampled_from(list(PreparedTensor)), st.integers(0, 2**31))
+def test_apply_gives_the_formula_byte_by_byte(
+    layer: tuple[MoeLayout, MoeDims], tensor: PreparedTensor, seed: int
+) -> None:
+    layout, dims = layer
+    layout.check(dims)
+    parts = random_parts(layout, tensor, dims, seed)
+    rows, cols, expected = oracle(layout, tensor, parts)
+    prepared = layout.apply(tensor, *parts)
+    assert tuple(prepared.shape) == layout.expert_shape(tensor, dims) == (rows, cols)
+    assert prepared.dtype == torch.uint8
+    assert bytes(prepared.flatten().tolist()) == expected
+    assert layout.expert_nbytes(tensor, dims) == len(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers(), st.sampled_from(list(PreparedTensor)), st.integers(0, 2**31))
+def test_invert_undoes_apply(layer: tuple[MoeLayout, MoeDims], tensor: PreparedTensor, seed: int) -> None:
+    layout, dims = layer
+    parts = random_parts(layout, tensor, dims, seed)
+    back = layout.invert(tensor, layout.apply(tensor, *parts), dims)
+    assert len(back) == len(parts)
+    for original, returned in zip(parts, back, strict=True):
+        assert torch.equal(original, returned)
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_a_batch_of_experts_equals_expert_by_expert(tensor: PreparedTensor) -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(3, 80, 272)
+    experts = [random_parts(layout, tensor, dims, seed) for seed in range(dims.experts)]
+    stacked = [torch.stack(parts) for parts in zip(*experts, strict=True)]
+    whole = layout.apply(tensor, *stacked)
+    assert torch.equal(whole, torch.stack([layout.apply(tensor, *parts) for parts in experts]))
+    for part, back in zip(stacked, layout.invert(tensor, whole, dims), strict=True):
+        assert torch.equal(part, back)
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_non_contiguous_input_gives_the_same_bytes(tensor: PreparedTensor) -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(1, 128, 256)
+    parts = random_parts(layout, tensor, dims)
+    strided = [part.t().contiguous().t() for part in parts]
+    assert not any(part.is_contiguous() for part in strided)
+    assert torch.equal(layout.apply(tensor, *parts), layout.apply(tensor, *strided))
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_kimi_shapes(tensor: PreparedTensor) -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(384, 2048, 7168)
+    expected = {
+        PreparedTensor.W13_WEIGHT: (4096, 3584),
+        PreparedTensor.W13_WEIGHT_SCALE: (4096, 448),
+        PreparedTensor.W2_WEIGHT: (7168, 1024),
+        PreparedTensor.W2_WEIGHT_SCALE: (7168, 128),
+    }
+    assert layout.expert_shape(tensor, dims) == expected[tensor]
+    assert sum(layout.expert_nbytes(each, dims) for each in PreparedTensor) == 24_772_608
+
+
+def test_projections_and_their_order() -> None:
+    gated, relu2 = MoeLayout.cutedsl(gated=True), MoeLayout.cutedsl(gated=False)
+    for tensor in W13:
+        assert gated.projections(tensor) == (Projection.GATE, Projection.UP)
+        assert relu2.projections(tensor) == (Projection.UP,)
+    for tensor in W2:
+        assert gated.projections(tensor) == relu2.projections(tensor) == (Projection.DOWN,)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dims"),
+    [
+        (MoeLayout.cutedsl(gated=True), MoeDims(1, 40, 256)),
+        (MoeLayout.cutedsl(gated=True), MoeDims(1, 64, 250)),
+        (MoeLayout.cutedsl(gated=True), MoeDims(0, 64, 256)),
+        (MoeLayout.cutedsl(gated=True, moe_tp=8), MoeDims(1, 64, 256)),
+        (MoeLayout.cutedsl(gated=True, moe_tp=3), MoeDims(1, 64, 256)),
+        (MoeLayout.cutedsl_batched(), MoeDims(1, 96, 256)),
+        (MoeLayout.cutedsl_batched(), MoeDims(1, 64, 192)),
+    ],
+)
+def test_check_refuses_layers_that_do_not_fit(layout: MoeLayout, dims: MoeDims) -> None:
+    with pytest.raises(LayoutError):
+        layout.check(dims)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MoeLayout.cutedsl(gated=True, gate_up_block=48),
+        lambda: MoeLayout.cutedsl(gated=True, moe_tp=0),
+        lambda: MoeLayout(gated=False, intermediate_alignment=64),
+        lambda: MoeLayout(gated=True, hidden_alignment=64),
+    ],
+)
+def test_impossible_layouts_cannot_be_made(make: object) -> None:
+    with pytest.raises(LayoutError):
+        make()  # type: ignore[operator]
+
+
+def test_wrong_number_of_projections_is_refused() -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(1, 64, 256)
+    gate, up = random_parts(layout, PreparedTensor.W13_WEIGHT, dims)
+    with pytest.raises(LayoutError, match="gate, up"):
+        layout.apply(PreparedTensor.W13_WEIGHT, up)
+    with pytest.raises(LayoutError, match="down"):
+        layout.apply(PreparedTensor.W2_WEIGHT, gate, up)
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_invert_refuses_padding_that_is_not_zero(tensor: PreparedTensor) -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(1, 80, 272)
+    parts = random_parts(layout, tensor, dims)
+    prepared = layout.apply(tensor, *parts)
+    holes = (prepared == 0).nonzero()
+    assert len(holes) > 0
+    for row, col in (holes[0].tolist(), holes[-1].tolist()):
+        dirty = prepared.clone()
+        dirty[row, col] = 1
+        with pytest.raises(ValueError, match="not zero"):
+            layout.invert(tensor, dirty, dims)
+
+
+def test_invert_refuses_another_shape() -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(1, 64, 256)
+    with pytest.raises(ValueError, match="does not fit"):
+        layout.invert(PreparedTensor.W2_WEIGHT, torch.zeros(256, 64, dtype=torch.uint8), dims)
+
+
+def test_layouts_that_must_differ_do() -> None:
+    """A parameter without influence would make every test above blind to it."""
+    dims = MoeDims(1, 128, 256)
+    standard = MoeLayout.cutedsl(gated=True)
+    parts = random_parts(standard, PreparedTensor.W13_WEIGHT, dims)
+    layouts = [MoeLayout.cutedsl(gated=True, gate_up_block=block) for block in (16, 32, 64)]
+    layouts.append(MoeLayout.cutedsl_batched())
+    results = [layout.apply(PreparedTensor.W13_WEIGHT, *parts) for layout in layouts]
+    assert len({bytes(result.flatten().tolist()) for result in results}) == len(layouts)

@@ -182,12 +182,14 @@ class MoeLayout:
         or if the file was padded for exactly that size.
         """
         whole = self.padded_intermediate(dims.intermediate) == dims.intermediate
+        # [gate; up] is cut in each half by itself, and a share of the swizzled scales must be whole tiles of 128 rows.
+        alignment = 128 if self.gated and not self.interleaved else self.intermediate_alignment
 
         def serves(size: int) -> bool:
             if size == self.moe_tp:
                 return True
             share, rest = divmod(dims.intermediate, size)
-            return whole and rest == 0 and share % self.intermediate_alignment == 0
+            return whole and rest == 0 and share % alignment == 0
 
         return tuple(size for size in range(1, limit + 1) if serves(size))
 

@@ -1,8 +1,8 @@
 """What a quantization format and a tensor naming are: two small protocols that keep family knowledge out of the core.
 
 A *naming* reads tensor names: which layer, which expert, which projections, which leaf. A *format* knows what the
-leaves are called and how global scales are meant. Detection looks at the tensors that are there, never at ignore lists: real
-exporters write wrong ones.
+leaves are called and how global scales are meant. Detection looks at the tensors that are there, never at ignore lists:
+real exporters write wrong ones.
 """
 
 from __future__ import annotations

@@ -1,0 +1,88 @@
+"""The options that decide which bytes a conversion writes. Everything else (threads, progress, device) does not."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep_kernels import LayoutError, MoeLayout
+
+__all__ = ["ConvertOptions", "GateUpPolicy", "LayoutName"]
+
+
+class LayoutName(enum.StrEnum):
+    """Prepared layouts by the name that the command line uses."""
+
+    CUTEDSL = "cutedsl"
+    CUTEDSL_BATCHED = "cutedsl-batched"
+
+
+class GateUpPolicy(enum.StrEnum):
+    """What to do where an expert's gate and up projections have different global scales.
+
+    The kernel has one scale for both. ``reconcile`` rescales one side's block scales, ``vllm`` takes gate's scale for
+    both as vLLM does, ``error`` refuses.
+    """
+
+    RECONCILE = "reconcile"
+    VLLM = "vllm"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options that the output's bytes depend on; a resumed conversion must have the same.
+
+    Attributes:
+        layout: which kernel's layout.
+        gate_up_block: rows in one gate/up block (16, 32 or 64); the batched layout has none.
+        gate_up_scales: see :class:`GateUpPolicy`.
+        moe_tp: tensor-parallel size to pad for.
+    """
+
+    layout: LayoutName = LayoutName.CUTEDSL
+    gate_up_block: int = 64
+    gate_up_scales: GateUpPolicy = GateUpPolicy.RECONCILE
+    moe_tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layout is LayoutName.CUTEDSL_BATCHED and self.gate_up_block != 64:
+            raise UsageError(
+                "the batched layout does not interleave gate and up",
+                expected="no --gate-up-block",
+                actual=self.gate_up_block,
+            )
+        self.layout_for(gated=True)
+
+    def layout_for(self, *, gated: bool) -> MoeLayout:
+        """The layout of a layer.
+
+        Raises:
+            UsageError: if the options do not make a layout, or the layout has no such layers.
+        """
+        try:
+            if self.layout is LayoutName.CUTEDSL:
+                return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
+            if gated:
+                return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)
+        except LayoutError as error:
+            raise UsageError(str(error)) from error
+        raise UsageError(
+            "the batched kernel computes SiLU-gated experts only", next_step="Use --layout cutedsl for this model."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {key: str(value) if isinstance(value, enum.Enum) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> ConvertOptions:
+        """Inverse of :meth:`to_dict`; raises ``KeyError``, ``ValueError`` or :class:`UsageError` for anything else."""
+        return cls(
+            layout=LayoutName(value["layout"]),
+            gate_up_block=int(value["gate_up_block"]),
+            gate_up_scales=GateUpPolicy(value["gate_up_scales"]),
+            moe_tp=int(value["moe_tp"]),
+        )

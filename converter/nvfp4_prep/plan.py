@@ -1,0 +1,391 @@
+"""The plan of a conversion: pure data that says which bytes go where.
+
+``--dry-run`` prints it, the pipeline executes it, resume compares it. Two plans of the same source and options are
+equal, on any machine.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from nvfp4_prep.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError
+from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
+from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.index import CheckpointIndex, read_index
+from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.scalars import LayerScalars, read_scalars
+from nvfp4_prep.source import Source, SourceFile
+from nvfp4_prep_kernels import LayoutError, MoeLayout, PreparedTensor
+
+__all__ = ["SCALE_VECTORS", "FileKind", "LayerPlan", "OutputFile", "Plan", "make_plan"]
+
+MAX_LAYER_FILE_NBYTES = 45_000_000_000
+MAX_PASSTHROUGH_FILE_NBYTES = 5_000_000_000
+MAX_PASSTHROUGH_SHARDS = 4
+"""A passed-through file draws on at most so many shards, so that a source that is downloaded can be deleted early."""
+SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
+"""The float32 ``[E]`` tensors of a prepared layer."""
+
+
+class FileKind(enum.StrEnum):
+    """What an output file holds."""
+
+    EXPERTS = "experts"
+    SOURCE_BLOCK_SCALES = "source-block-scales"
+    PASSTHROUGH = "passthrough"
+    EXPERT_SCALES = "expert-scales"
+    SOURCE_SCALES = "source-scales"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to prepare.
+
+    Attributes:
+        layer: the source's side.
+        layout: the prepared side.
+        activation: of the experts.
+        scalars: the source's scalars.
+        reconciled: experts whose block scales must be rescaled, because gate and up differ and the policy says so.
+    """
+
+    layer: MoeLayer
+    layout: MoeLayout
+    activation: Activation
+    scalars: LayerScalars
+    reconciled: tuple[int, ...]
+
+    @property
+    def prepared_nbytes(self) -> int:
+        """Bytes of the four big tensors."""
+        dims = self.layer.dims
+        return dims.experts * sum(self.layout.expert_nbytes(tensor, dims) for tensor in PreparedTensor)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file to write.
+
+    Attributes:
+        name: in the output directory.
+        kind: what it holds.
+        header: length prefix and header.
+        records: where each tensor goes.
+        nbytes: size.
+        shards: the source files it needs.
+        layer: position in :attr:`Plan.layers`, for a layer's files.
+        tensors: for :attr:`FileKind.EXPERTS`, which of the four tensors are in it.
+        copies: for :attr:`FileKind.PASSTHROUGH`, the source's record of each tensor, in the order of ``records``.
+        served: whether the index lists its tensors (restore-only files are not served).
+    """
+
+    name: str
+    kind: FileKind
+    header: bytes
+    records: tuple[TensorRecord, ...]
+    nbytes: int
+    shards: frozenset[str] = frozenset()
+    layer: int | None = None
+    tensors: tuple[PreparedTensor, ...] = ()
+    copies: tuple[TensorRecord, ...] = ()
+    served: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        source_label, source_revision: what the manifest calls the source.
+        source_files: name, size and identity of everything that is read.
+        options: what the bytes depend on.
+        index: the source's index.
+        layers: to prepare.
+        others: MoE layers that pass through, with reasons.
+        files: in the order of writing.
+        side_files: copied unchanged.
+    """
+
+    source_label: str
+    source_revision: str | None
+    source_files: tuple[SourceFile, ...]
+    options: ConvertOptions
+    index: CheckpointIndex
+    layers: tuple[LayerPlan, ...]
+    others: tuple[LayerFinding, ...]
+    files: tuple[OutputFile, ...]
+    side_files: tuple[SourceFile, ...]
+
+    @property
+    def output_nbytes(self) -> int:
+        """Bytes of all safetensors and copied files (configs and manifest come on top)."""
+        return sum(file.nbytes for file in self.files) + sum(file.nbytes for file in self.side_files)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the shards that are read."""
+        return sum(header.file_nbytes for header in self.index.headers.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that decides the output's bytes."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, object]:
+        """What a resumed conversion must find again: options, shard structures and files with their identities."""
+        return {
+            "options": self.options.to_dict(),
+            "source": self.source_label,
+            "revision": self.source_revision,
+            "source_files": {file.name: [file.nbytes, file.identity] for file in self.source_files},
+            "headers": {name: header.sha256 for name, header in self.index.headers.items()},
+            "output": {file.name: [file.nbytes, hashlib.sha256(file.header).hexdigest()] for file in self.files},
+        }
+
+    def shard_order(self, files: Iterable[OutputFile] | None = None) -> tuple[str, ...]:
+        """Shards in the order in which the files (all by default) first need them."""
+        order: dict[str, None] = {}
+        for file in self.files if files is None else files:
+            order.update(dict.fromkeys(sorted(file.shards)))
+        return tuple(order)
+
+    @property
+    def peak_shards_nbytes(self) -> int:
+        """Largest sum of shards that must be there at once, if each is released after its last use."""
+        last = {shard: position for position, file in enumerate(self.files) for shard in file.shards}
+        size = {name: header.file_nbytes for name, header in self.index.headers.items()}
+        held: set[str] = set()
+        peak = 0
+        for position, file in enumerate(self.files):
+            held |= file.shards
+            peak = max(peak, sum(size[shard] for shard in held))
+            held = {shard for shard in held if last[shard] > position}
+        return peak
+
+
+def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
+    """Plans a conversion. Reads headers and scalars only, writes nothing.
+
+    Raises:
+        SourceError: if the source cannot be read.
+        UnsupportedCheckpointError: if it holds nothing to prepare, or a layer that must be refused.
+        UsageError: if the options do not fit the checkpoint.
+    """
+    options = options or ConvertOptions()
+    index = read_index(source)
+    found = find_layers(index.tensors, namings(), formats())
+    refuse(source.label, index, found)
+    scalars = read_scalars(source, found.layers)
+    layers = tuple(
+        _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
+    )
+    files = _order([*_layer_files(layers), *_passthrough_files(index, layers)])
+    used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
+    return Plan(
+        source_label=source.label,
+        source_revision=source.revision,
+        source_files=tuple(file for file in source.files() if file.name in used),
+        options=options,
+        index=index,
+        layers=layers,
+        others=found.others,
+        files=(*files, *_scale_files(layers)),
+        side_files=index.side_files,
+    )
+
+
+def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
+    """Raises :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
+    stamped = [config.get("quantization_config") for config in (index.config, index.config.get("text_config") or {})]
+    if any(isinstance(value, Mapping) and value.get("quant_method") == "nvfp4_prep" for value in stamped):
+        raise UnsupportedCheckpointError(
+            "is prepared already",
+            where=label,
+            next_step="Serve it, `nvfp4-prep restore` it, or change its layout with `nvfp4-prep relayout`.",
+        )
+    if found.refused:
+        first = found.refused[0]
+        more = f" (and {len(found.refused) - 1} more layers)" if len(found.refused) > 1 else ""
+        raise UnsupportedCheckpointError(f"{first.reason}{more}", where=first.experts_path, next_step=first.instead)
+    if not found.layers:
+        kinds = sorted({finding.reason for finding in found.passed})
+        raise UnsupportedCheckpointError(
+            "holds no NVFP4 experts to prepare" + (f": {'; '.join(kinds)}" if kinds else ": no expert tensors found"),
+            where=label,
+            next_step="nvfp4-prep prepares W4A4 NVFP4 experts; serve this checkpoint as it is.",
+        )
+
+
+def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
+    activation = find_activation(index.config, gated=layer.gated)
+    _check_activation(layer, activation)
+    try:
+        layout = options.layout_for(gated=layer.gated)
+        layout.check(layer.dims)
+    except (LayoutError, UsageError) as error:
+        raise UnsupportedCheckpointError(str(error), where=layer.experts_path) from error
+    differing = scalars.differing
+    if differing and options.gate_up_scales is GateUpPolicy.ERROR:
+        raise UnsupportedCheckpointError(
+            f"gate and up projections of {len(differing)} of {layer.dims.experts} experts have different global scales",
+            where=layer.experts_path,
+            next_step="Use --gate-up-scales reconcile (rescale one side) or vllm (take gate's, as vLLM does).",
+        )
+    reconciled = differing if options.gate_up_scales is GateUpPolicy.RECONCILE else ()
+    return LayerPlan(layer, layout, activation, scalars, reconciled)
+
+
+def _check_activation(layer: MoeLayer, activation: Activation) -> None:
+    fits = {ActivationKind.SILU, ActivationKind.SWIGLUOAI} if layer.gated else {ActivationKind.RELU2}
+    if activation.kind in fits:
+        return
+    raise UnsupportedCheckpointError(
+        f"{'gated' if layer.gated else 'non-gated'} experts with activation {activation.spelled or 'not in the
+        config'!r}", where=layer.experts_path,
+        expected=" or ".join(sorted(fits)),
+        next_step="The kernel does not compute this: serve the source with another backend.",
+    )
+
+
+def _layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+    files = []
+    labels = _labels(layers)
+    for position, plan in enumerate(layers):
+        dims = plan.layer.dims
+        parts = _split_tensors(plan)
+        for number, tensors in enumerate(parts, 1):
+            part = f"-part-{number:02d}-of-{len(parts):02d}" if len(parts) > 1 else ""
+            name = f"experts-layer-{labels[position]}{part}.safetensors"
+            specs = [
+                TensorSpec(
+                    plan.layer.prepared_name(tensor),
+                    "F8_E4M3" if tensor.is_scale else "U8",
+                    (dims.experts, *plan.layout.expert_shape(tensor, dims)),
+                )
+                for tensor in tensors
+            ]
+            shards = frozenset(
+                record.file
+                for tensor in tensors
+                for group in plan.layer.groups_for(plan.layout, tensor)
+                for record in group.records
+            )
+            files.append(_file(name, FileKind.EXPERTS, specs, shards, layer=position, tensors=tuple(tensors)))
+        if plan.reconciled:
+            files.append(_block_scales_file(plan, position, labels[position]))
+    return files
+
+
+def _labels(layers: tuple[LayerPlan, ...]) -> list[str]:
+    """Layer numbers for file names; a second module with the same number (MTP beside the model) gets a suffix."""
+    seen: dict[int, int] = {}
+    labels = []
+    for plan in layers:
+        again = seen.get(plan.layer.index, 0)
+        seen[plan.layer.index] = again + 1
+        labels.append(f"{plan.layer.index:05d}" + (f"-{again + 1}" if again else ""))
+    return labels
+
+
+def _split_tensors(plan: LayerPlan) -> list[list[PreparedTensor]]:
+    """The four tensors, in as few files as the size limit allows."""
+    parts: list[list[PreparedTensor]] = [[]]
+    size = 0
+    for tensor in PreparedTensor:
+        nbytes = plan.layer.dims.experts * plan.layout.expert_nbytes(tensor, plan.layer.dims)
+        if parts[-1] and size + nbytes > MAX_LAYER_FILE_NBYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor)
+        size += nbytes
+    return parts
+
+
+def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile:
+    """The original block scales of rescaled projections, which restore needs because rounding loses them."""
+    rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.layer.dims)
+    count = len(plan.reconciled)
+    specs = [
+        TensorSpec(plan.layer.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols)),
+        TensorSpec(plan.layer.prepared_name("source_block_scale_is_up"), "U8", (count,)),
+    ]
+    shards = frozenset(
+        record.file
+        for group in plan.layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
+        for record in group.records
+    )
+    name = f"source-block-scales-layer-{label}.safetensors"
+    return _file(name, FileKind.SOURCE_BLOCK_SCALES, specs, shards, layer=position, served=False)
+
+
+def _passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+    prepared = {record.name for plan in layers for group in plan.layer.groups for record in group.records}
+    bundles: list[list[TensorRecord]] = []
+    size, shards = 0, set[str]()
+    for header in index.headers.values():
+        for record in header.tensors:
+            if record.name in prepared:
+                continue
+            too_large = size + record.nbytes > MAX_PASSTHROUGH_FILE_NBYTES
+            if not bundles or too_large or len(shards | {record.file}) > MAX_PASSTHROUGH_SHARDS:
+                bundles.append([])
+                size, shards = 0, set()
+            bundles[-1].append(record)
+            size += record.nbytes
+            shards.add(record.file)
+    files = []
+    for number, bundle in enumerate(bundles, 1):
+        # Wide elements first keeps every tensor aligned to its element size.
+        bundle.sort(key=lambda record: -DTYPE_BITS[record.dtype])
+        specs = [TensorSpec(record.name, record.dtype, record.shape) for record in bundle]
+        name = f"model-{number:05d}-of-{len(bundles):05d}.safetensors"
+        needs = frozenset(record.file for record in bundle)
+        files.append(_file(name, FileKind.PASSTHROUGH, specs, needs, copies=tuple(bundle)))
+    return files
+
+
+def _scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+    vectors = [
+        TensorSpec(plan.layer.prepared_name(vector), "F32", (plan.layer.dims.experts,))
+        for plan in layers
+        for vector in SCALE_VECTORS
+    ]
+    scalars = [
+        TensorSpec(group.key, "F32", (len(plan.scalars.raw[group.key]) // 4,))
+        for plan in layers
+        for group in plan.layer.groups
+        if group.leaf.is_scalar
+    ]
+    return [
+        _file("expert-scales.safetensors", FileKind.EXPERT_SCALES, vectors, frozenset()),
+        _file("source-scales.safetensors", FileKind.SOURCE_SCALES, scalars, frozenset(), served=False),
+    ]
+
+
+def _file(
+    name: str,
+    kind: FileKind,
+    specs: list[TensorSpec],
+    shards: frozenset[str],
+    *,
+    layer: int | None = None,
+    tensors: tuple[PreparedTensor, ...] = (),
+    copies: tuple[TensorRecord, ...] = (),
+    served: bool = True,
+) -> OutputFile:
+    header, records = encode_header(name, specs, {"format": "pt"})
+    nbytes = len(header) + sum(spec.nbytes for spec in specs)
+    return OutputFile(name, kind, header, records, nbytes, shards, layer, tensors, copies, served)
+
+
+def _order(files: list[OutputFile]) -> list[OutputFile]:
+    """Files in the order in which the shards (by name) complete them, so that each shard is needed for a short time."""
+    return sorted(files, key=lambda file: (max(file.shards, default=""), min(file.shards, default=""), file.name))

@@ -1,0 +1,148 @@
+"""The per-expert scalars of a layer: reading them, and the four float32 vectors that the kernel gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep.errors import UnsupportedCheckpointError
+from nvfp4_prep.formats import Leaf, formats
+from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.source import Source
+from nvfp4_prep_kernels import Projection
+
+__all__ = ["LayerScalars", "read_scalars", "scale_2_multipliers"]
+
+_MERGE_GAP_NBYTES = 1 << 16
+_MERGE_LIMIT_NBYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class LayerScalars:
+    """The scalars of one layer.
+
+    Attributes:
+        raw: source bytes of each scalar group by :attr:`TensorGroup.key`, one float32 an expert (one in all where
+        shared). gate_scale_2, up_scale_2, w2_scale_2: multipliers, little-endian float32 ``[E]``; ``gate_scale_2`` is
+        ``None`` for
+            experts without gate.
+        w13_input_scale, w2_input_scale: multipliers, the maximum over the layer.
+    """
+
+    raw: Mapping[str, bytes]
+    gate_scale_2: tuple[float, ...] | None
+    up_scale_2: tuple[float, ...]
+    w2_scale_2: tuple[float, ...]
+    w13_input_scale: float
+    w2_input_scale: float
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """Experts whose gate and up projections have different global scales."""
+        if self.gate_scale_2 is None:
+            return ()
+        pairs = zip(self.gate_scale_2, self.up_scale_2, strict=True)
+        return tuple(expert for expert, (gate, up) in enumerate(pairs) if gate != up)
+
+
+def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalars]:
+    """Reads the scalars of all layers with few, merged reads.
+
+    Raises:
+        UnsupportedCheckpointError: if a scale is negative, infinite or not a number, or all input scales of a layer
+        are 0.
+    """
+    wanted = [record for layer in layers for group in layer.groups if group.leaf.is_scalar for record in group.records]
+    data = _peek_merged(source, wanted)
+    found = []
+    for layer in layers:
+        raw = {
+            group.key: b"".join(data[record.name] for record in group.records)
+            for group in layer.groups
+            if group.leaf.is_scalar
+        }
+        found.append(_interpret(layer, raw))
+    return found
+
+
+def scale_2_multipliers(
+    layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projection: Projection
+) -> torch.Tensor | None:
+    """Multipliers ``float32 [E]`` of one scalar leaf, from the source's bytes; ``None`` where the layer has none.
+
+    Reciprocal formats are inverted in float32 before anything else is done with the values.
+    """
+    groups = layer.groups_of(leaf, (projection,))
+    if not groups:
+        return None
+    stored = torch.frombuffer(bytearray(raw[groups[0].key]), dtype=torch.float32)
+    format_ = formats()[layer.format]
+    convert = format_.global_scale_multiplier if leaf is Leaf.GLOBAL_SCALE else format_.input_scale_multiplier
+    return convert(stored).expand(layer.dims.experts) if stored.numel() == 1 else convert(stored)
+
+
+def _interpret(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars:
+    def values(leaf: Leaf, projection: Projection) -> torch.Tensor:
+        found = scale_2_multipliers(layer, raw, leaf, projection)
+        if found is None:
+            raise UnsupportedCheckpointError(f"no {leaf.value} of {projection.value}", where=layer.experts_path)
+        bad = ~(found.isfinite() & (found >= 0))
+        if bool(bad.any()):
+            expert = int(bad.nonzero()[0])
+            raise UnsupportedCheckpointError(
+                f"{leaf.value} of the {projection.value} projection of expert {expert} is no usable scale",
+                where=layer.experts_path,
+                expected="a finite number, not negative",
+                actual=float(found[expert]),
+                next_step="The quantizer wrote a broken checkpoint: quantize again.",
+            )
+        return found
+
+    def input_scale(*projections: Projection) -> float:
+        largest = float(torch.stack([values(Leaf.INPUT_SCALE, projection) for projection in projections]).max())
+        if largest == 0.0:
+            raise UnsupportedCheckpointError(
+                f"all input scales of the {'/'.join(projections)} projections are 0",
+                where=layer.experts_path,
+                next_step="The model was quantized without calibration data: calibrate and quantize again.",
+            )
+        return largest
+
+    w13 = (Projection.GATE, Projection.UP) if layer.gated else (Projection.UP,)
+    gate = tuple(values(Leaf.GLOBAL_SCALE, Projection.GATE).tolist()) if layer.gated else None
+    return LayerScalars(
+        raw=raw,
+        gate_scale_2=gate,
+        up_scale_2=tuple(values(Leaf.GLOBAL_SCALE, Projection.UP).tolist()),
+        w2_scale_2=tuple(values(Leaf.GLOBAL_SCALE, Projection.DOWN).tolist()),
+        w13_input_scale=input_scale(*w13),
+        w2_input_scale=input_scale(Projection.DOWN),
+    )
+
+
+def _peek_merged(source: Source, records: Sequence[TensorRecord]) -> dict[str, bytes]:
+    """Bytes by tensor name; records that lie close together are read at once."""
+    found: dict[str, bytes] = {}
+    run: list[TensorRecord] = []
+
+    def flush() -> None:
+        if not run:
+            return
+        begin, end = run[0].offset_bytes, run[-1].offset_bytes + run[-1].nbytes
+        data = source.peek(run[0].file, begin, end - begin)
+        for record in run:
+            found[record.name] = data[record.offset_bytes - begin :][: record.nbytes]
+        run.clear()
+
+    for record in sorted(records, key=lambda record: (record.file, record.offset_bytes)):
+        if run:
+            end = run[-1].offset_bytes + run[-1].nbytes
+            apart = record.file != run[0].file or record.offset_bytes - end > _MERGE_GAP_NBYTES
+            if apart or record.offset_bytes - run[0].offset_bytes > _MERGE_LIMIT_NBYTES:
+                flush()
+        run.append(record)
+    flush()
+    return found

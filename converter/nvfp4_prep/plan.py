@@ -247,9 +247,9 @@ def _check_activation(layer: MoeLayer, activation: Activation) -> None:
     fits = {ActivationKind.SILU, ActivationKind.SWIGLUOAI} if layer.gated else {ActivationKind.RELU2}
     if activation.kind in fits:
         return
+    kind = "gated" if layer.gated else "non-gated"
     raise UnsupportedCheckpointError(
-        f"{'gated' if layer.gated else 'non-gated'} experts with activation {activation.spelled or 'not in the
-        config'!r}", where=layer.experts_path,
+        f"{kind} experts with activation {activation.spelled or 'not in the config'!r}",
         expected=" or ".join(sorted(fits)),
         next_step="The kernel does not compute this: serve the source with another backend.",
     )

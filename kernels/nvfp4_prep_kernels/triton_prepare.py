@@ -1,0 +1,282 @@
+"""Triton kernels for preparing a layer and for the way back: row order, padding and scale swizzle in one pass.
+
+Each prepared byte is written once and each source byte read once. Both directions evaluate the same index map,
+from the place of a byte in the prepared tensor to its place in the source;
+:class:`~nvfp4_prep_kernels.layout.MoeLayout` is normative and the bytes must be the same for every shape. For
+prepared row ``n`` and column ``c`` (bytes for codes, scale columns for scales):
+
+    n -> (part, p)    interleaved: b = n // 2B, j = n % 2B: part = gate if j >= B else up, p = b*B + j % B
+                      [gate; up]:  part = n // Ip, p = n % Ip;  one projection: p = n
+    p -> row          rank = p // row_pad, i = p % row_pad: row = rank*row_src + i if i < row_src, else zero
+    c -> col          the same with col_pad and col_src
+
+and scales go through the 128x4 swizzle, a permutation of 32-bit words.
+
+Memory beside source and output: one int64 address for each expert and projection. Triton is imported when a kernel
+is first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nvfp4_prep_kernels.layout import BLOCK_COLS, LayoutError, MoeDims, MoeLayout, PreparedTensor
+
+__all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
+
+# Tile sizes. Measured on one H200 at Kimi dimensions, see benchmarks/bench_prepare_kernels.py.
+CODE_TILE_UNITS = 4096  # 8-byte units of one program: eight 16-byte accesses a thread in flight
+CODE_TILE_COLS = 64  # 512-byte runs
+SCALE_TILE_WORDS = 16  # 64 bytes of a scale row, one DRAM burst
+
+Parts = torch.Tensor | Sequence[torch.Tensor]
+"""One projection of all experts: stacked ``uint8 [E, rows, bytes per row]`` or E matrices of that."""
+
+
+@dataclass(frozen=True)
+class IndexMap:
+    """The index map of one prepared tensor, in rows and bytes; see the module's docstring for the formula."""
+
+    rows: int
+    cols: int
+    block: int
+    halves: int
+    row_pad: int
+    row_src: int
+    col_pad: int
+    col_src: int
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some prepared bytes have no source."""
+        return self.row_pad != self.row_src or self.col_pad != self.col_src
+
+
+def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> IndexMap:
+    """The index map of a layer of these sizes; raises :class:`LayoutError` if the layout cannot hold them."""
+    layout.check(dims)
+    rows, cols = layout.expert_shape(tensor, dims)
+    per_byte = BLOCK_COLS if tensor.is_scale else 2
+    inter_pad = layout.padded_intermediate(dims.intermediate) // layout.moe_tp
+    inter_src = dims.intermediate // layout.moe_tp
+    halves = layout.halves if tensor.is_w13 else 1
+    # block 0: halves one after the other
+    block = layout.gate_up_block if halves == 2 and layout.interleaved else 0
+    if tensor.is_w13:
+        return IndexMap(rows, cols, block, halves, inter_pad, inter_src, cols, dims.hidden // per_byte)
+    return IndexMap(rows, cols, block, halves, rows, dims.hidden, inter_pad // per_byte, inter_src // per_byte)
+
+
+def prepare(
+    layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, *parts: Parts, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Source bytes of a whole layer to prepared bytes, on the device on which they are.
+
+    Args:
+        layout, tensor, dims: what to make; ``dims.experts`` is E.
+        parts: for each of ``layout.projections(tensor)`` a stacked tensor or E matrices. Any alignment; rows may be
+            strided (a half of a fused tensor, every second row), anything else not contiguous is copied first.
+        out: ``uint8 [E, rows, bytes per row]``, contiguous; allocated if not given. Must not overlap the source.
+
+    Returns:
+        ``uint8 [E, rows, bytes per row]`` as ``layout.expert_shape`` gives them.
+
+    Raises:
+        LayoutError: if the sizes do not fit the layout or the parts do not fit the sizes.
+    """
+    mapping = index_map(layout, tensor, dims)
+    source = _gather(layout, tensor, dims, parts)
+    shape = (dims.experts, mapping.rows, mapping.cols)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.uint8, device=source.device)
+    _check_matrix("out", out, shape)
+    _launch(mapping, tensor.is_scale, source, out, None)
+    return out
+
+
+def unprepare(
+    layout: MoeLayout, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims
+) -> tuple[torch.Tensor, ...]:
+    """Inverse of :func:`prepare`.
+
+    Args:
+        prepared: ``uint8 [E, rows, bytes per row]``, contiguous.
+
+    Returns:
+        For each of ``layout.projections(tensor)`` ``uint8 [E, rows, bytes per row]`` in ``layout.source_shape``.
+
+    Raises:
+        LayoutError: if the shape does not fit.
+        ValueError: if a padding byte is not zero.
+    """
+    mapping = index_map(layout, tensor, dims)
+    _check_matrix("prepared", prepared, (dims.experts, mapping.rows, mapping.cols))
+    shape = (dims.experts, *layout.source_shape(tensor, dims))
+    parts = tuple(torch.empty(shape, dtype=torch.uint8, device=prepared.device) for _ in layout.projections(tensor))
+    dirty = torch.zeros(1, dtype=torch.int32, device=prepared.device)
+    _launch(mapping, tensor.is_scale, _gather(layout, tensor, dims, parts), prepared, dirty)
+    if mapping.has_padding and int(dirty.item()):
+        raise ValueError(f"{tensor.value}: padding outside {list(shape[1:])} is not zero")
+    return parts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Addresses of the source matrices: int64 ``[E, projections]`` in the order of ``layout.projections``."""
+
+    table: torch.Tensor
+    row_stride: int
+    alignment: int
+    device: torch.device
+    keep: tuple[Parts, ...]
+    """The tensors behind the addresses: they must live until the kernel is queued."""
+
+
+def _gather(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Sequence[Parts]) -> _Source:
+    names = layout.projections(tensor)
+    if len(parts) != len(names):
+        raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
+    shape = layout.source_shape(tensor, dims)
+    for name, part in zip(names, parts, strict=True):
+        if len(part) != dims.experts:
+            raise LayoutError(f"{tensor.value}: {len(part)} experts of the {name.value} projection, not {dims.experts}")
+        for matrix in part[:1] if isinstance(part, torch.Tensor) else part:
+            if tuple(matrix.shape) != shape or matrix.dtype != torch.uint8:
+                raise LayoutError(
+                    f"{tensor.value}: {name.value} projection is {matrix.dtype} {list(matrix.shape)}, not torch.uint8"
+                    f" {list(shape)}"
+                )
+    if len({_strides(part) for part in parts}) != 1 or _strides(parts[0]) is None:
+        parts = [_contiguous(part) for part in parts]
+    row_stride = (_strides(parts[0]) or shape)[0]
+    device = parts[0][0].device
+    columns, alignment = [], _gcd_pow2(16, row_stride)
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            alignment = _gcd_pow2(_gcd_pow2(alignment, part.data_ptr()), part.stride(0))
+            columns.append(torch.arange(dims.experts, device=device) * part.stride(0) + part.data_ptr())
+        else:
+            addresses = [matrix.data_ptr() for matrix in part]
+            alignment = functools.reduce(_gcd_pow2, addresses, alignment)
+            columns.append(torch.tensor(addresses, dtype=torch.int64, device=device))
+    return _Source(torch.stack(columns, dim=1), row_stride, alignment, device, tuple(parts))
+
+
+def _strides(part: Parts) -> tuple[int, int] | None:
+    """Row and column stride that all experts share; None if they do not share one or bytes of a row are apart."""
+    matrices = part[:1] if isinstance(part, torch.Tensor) else part
+    strides = {(matrix.stride(0), matrix.stride(1)) for matrix in matrices}
+    (first, *others) = strides
+    return None if others or first[1] != 1 else first
+
+
+def _contiguous(part: Parts) -> Parts:
+    return part.contiguous() if isinstance(part, torch.Tensor) else [matrix.contiguous() for matrix in part]
+
+
+def _gcd_pow2(alignment: int, value: int) -> int:
+    """The largest power of two up to ``alignment`` that divides ``value``."""
+    while value % alignment:
+        alignment //= 2
+    return alignment
+
+
+def _check_matrix(name: str, matrix: torch.Tensor, shape: tuple[int, int, int]) -> None:
+    if tuple(matrix.shape) != shape or matrix.dtype != torch.uint8 or not matrix.is_contiguous():
+        raise LayoutError(
+            f"{name} is {matrix.dtype} {list(matrix.shape)} with strides {list(matrix.stride())}: must be contiguous"
+            f" torch.uint8 {list(shape)}"
+        )
+
+
+def launch_constants(
+    mapping: IndexMap, is_scale: bool, row_stride: int, alignment: int, inverse: bool
+) -> tuple[dict[str, int | bool], int, int]:
+    """Compile-time constants of a launch, programs for each expert, and warps.
+
+    Args:
+        row_stride: bytes between source rows.
+        alignment: power of two up to 16 that divides all source addresses and the row stride.
+    """
+    constants: dict[str, int | bool] = {
+        "BLOCK": mapping.block,
+        "HALVES": mapping.halves,
+        "HALF_ROWS": mapping.rows // mapping.halves,
+        "ROW_PAD": mapping.row_pad,
+        "ROW_SRC": mapping.row_src,
+        "INVERSE": inverse,
+    }
+    if is_scale:
+        block_k = min(SCALE_TILE_WORDS, _pow2_up(mapping.cols // 4))
+        constants |= {
+            "ROW_WORDS": mapping.cols // 4,
+            "ROW_STRIDE": row_stride,
+            "COL_PAD": mapping.col_pad,
+            "COL_SRC": mapping.col_src,
+            # whole words can be moved if no word straddles the end of a row or of a rank's share
+            "WORDS": alignment >= 4 and mapping.col_src % 4 == 0,
+            "ALIGN": alignment,
+            "BLOCK_K": block_k,
+        }
+        return constants, mapping.rows // 128 * -(-mapping.cols // (4 * block_k)), 4
+    unit = _code_unit(mapping, alignment)
+    cols = mapping.cols // unit
+    block_c = _gcd_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS
+    block_r = CODE_TILE_UNITS // block_c
+    constants |= {
+        "ROWS": mapping.rows,
+        "COLS": cols,
+        "ROW_STRIDE": row_stride // unit,
+        "COL_PAD": mapping.col_pad // unit,
+        "COL_SRC": mapping.col_src // unit,
+        "UNIT": unit,
+        "ALIGN": max(1, alignment // unit),
+        "BLOCK_R": block_r,
+        "BLOCK_C": block_c,
+    }
+    return constants, -(-mapping.rows // block_r) * -(-cols // block_c), 8
+
+
+def _code_unit(mapping: IndexMap, alignment: int) -> int:
+    """Bytes that move together: 8 where everything is a multiple of 8, as the 16-column scale blocks make it."""
+    return 8 if alignment >= 8 and mapping.col_src % 8 == 0 and mapping.col_pad % 8 == 0 else 1
+
+
+def _launch(
+    mapping: IndexMap, is_scale: bool, source: _Source, prepared: torch.Tensor, dirty: torch.Tensor | None
+) -> None:
+    """Runs one direction; with ``dirty`` the source is written, and the flag set where padding is not zero."""
+    inverse = dirty is not None
+    constants, programs, warps = launch_constants(mapping, is_scale, source.row_stride, source.alignment, inverse)
+    kernels = _kernels()
+    if is_scale:
+        kernel, units = kernels.scales, prepared.view(torch.int32)
+    else:
+        wide = _code_unit(mapping, source.alignment) == 8
+        kernel, units = kernels.codes, prepared.view(torch.int64) if wide else prepared
+    # the flag is never touched when preparing: any tensor stands in for it
+    flag = dirty if dirty is not None else source.table
+    with _on(prepared.device):
+        kernel[(programs * prepared.shape[0],)](source.table, units, flag, num_warps=warps, **constants)
+
+
+def _pow2_up(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a card the current one; the interpreter has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _kernels() -> Any:
+    from nvfp4_prep_kernels import triton_prepare_kernels
+
+    return triton_prepare_kernels

@@ -250,6 +250,7 @@ def _check_activation(layer: MoeLayer, activation: Activation) -> None:
     kind = "gated" if layer.gated else "non-gated"
     raise UnsupportedCheckpointError(
         f"{kind} experts with activation {activation.spelled or 'not in the config'!r}",
+        where=layer.experts_path,
         expected=" or ".join(sorted(fits)),
         next_step="The kernel does not compute this: serve the source with another backend.",
     )
@@ -313,10 +314,7 @@ def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile
     """The original block scales of rescaled projections, which restore needs because rounding loses them."""
     rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.layer.dims)
     count = len(plan.reconciled)
-    specs = [
-        TensorSpec(plan.layer.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols)),
-        TensorSpec(plan.layer.prepared_name("source_block_scale_is_up"), "U8", (count,)),
-    ]
+    specs = [TensorSpec(plan.layer.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols))]
     shards = frozenset(
         record.file
         for group in plan.layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)

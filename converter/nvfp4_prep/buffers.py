@@ -1,0 +1,28 @@
+"""Byte views of tensors, without numpy and without copies."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+__all__ = ["byte_view", "empty_bytes"]
+
+
+def empty_bytes(nbytes: int) -> torch.Tensor:
+    """``uint8 [nbytes]`` of uninitialised memory."""
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive as long as the view.
+
+    Raises:
+        ValueError: if the tensor is not contiguous or not on the CPU.
+    """
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError("only a contiguous CPU tensor has a byte view")
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -1,0 +1,302 @@
+"""Runs file jobs: units of work in parallel, digests in order, files committed when whole.
+
+A job is a file to write (or only to digest). Its units are taken in order by worker threads; reading, transforming
+and writing of different units overlap, while digests are updated in the units' order. Everything expensive releases
+the GIL: preadv and pwrite, hashlib, torch.
+
+Peak memory: the sum of the footprints of the units in work, held below ``MEMORY_BUDGET_NBYTES`` (one unit always
+runs), whatever the number of experts, layers or threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.target import Target, TargetFile
+
+__all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult", "default_threads", "run_jobs"]
+
+MEMORY_BUDGET_NBYTES = 640 * 2**20
+UNIT_NBYTES = 16 * 2**20
+"""Source bytes that a unit aims at: large enough for sequential disk rates, small enough to stay in the budget."""
+_FOOTPRINT = 4
+"""A unit holds its input, its output, one copy on the way and one on the way back for the check."""
+
+
+@dataclass
+class UnitResult:
+    """What a unit made.
+
+    Attributes:
+        pieces: bytes to write, with their offset in the file. In the file's order, without gaps, where the job has a
+        file
+            digest.
+        digests: bytes that go into the digest of that key.
+        fact: JSON value for the job's result, in the order of the units.
+        owner: whatever must stay alive as long as the views.
+    """
+
+    pieces: list[tuple[int, memoryview]] = field(default_factory=list)
+    digests: list[tuple[str, memoryview]] = field(default_factory=list)
+    fact: Any = None
+    owner: Any = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a job: ``work`` may run in any thread; ``nbytes`` is its share of the progress and of the memory."""
+
+    nbytes: int
+    work: Callable[[], UnitResult]
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A file to make.
+
+    Attributes:
+        name: in the target.
+        nbytes: size, header included.
+        header: bytes at the file's start.
+        units: makes the units, when the job's turn comes.
+        digest: whether the file's sha256 is wanted.
+    """
+
+    name: str
+    nbytes: int
+    header: bytes
+    units: Callable[[], Iterable[Unit]]
+    digest: bool = True
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job: the file's sha256, the digests by key (hex) and the units' facts that are not ``None``."""
+
+    name: str
+    nbytes: int
+    sha256: str | None
+    digests: dict[str, str]
+    facts: list[Any]
+
+    def to_entry(self) -> dict[str, Any]:
+        """For the journal."""
+        return {"sha256": self.sha256, "digests": self.digests, "facts": self.facts}
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> JobResult:
+        """Inverse of :meth:`to_entry`, with the journal's file name and size."""
+        return cls(entry["file"], entry["nbytes"], entry["sha256"], entry["digests"], entry["facts"])
+
+
+def default_threads() -> int:
+    """Workers: one more than the processors, because units wait for the disk; at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) + 1)
+
+
+class _Stopped(Exception):
+    """Another worker failed."""
+
+
+class _Turnstile:
+    """Lets numbers 0, 1, 2, … through one after the other."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._next = 0
+        self._stop = stop
+        self._condition = threading.Condition()
+
+    def wait(self, number: int) -> None:
+        with self._condition:
+            while self._next != number:
+                if self._stop.is_set():
+                    raise _Stopped
+                self._condition.wait(0.2)
+
+    def leave(self) -> None:
+        with self._condition:
+            self._next += 1
+            self._condition.notify_all()
+
+
+class _Budget:
+    """Bytes that units in work may hold together; one unit may always start."""
+
+    def __init__(self, nbytes: int, stop: threading.Event) -> None:
+        self._limit = nbytes
+        self._held = 0
+        self._stop = stop
+        self._condition = threading.Condition()
+
+    def take(self, nbytes: int) -> None:
+        with self._condition:
+            while self._held and self._held + nbytes > self._limit:
+                if self._stop.is_set():
+                    raise _Stopped
+                self._condition.wait(0.2)
+            self._held += nbytes
+
+    def give(self, nbytes: int) -> None:
+        with self._condition:
+            self._held -= nbytes
+            self._condition.notify_all()
+
+
+class _Running:
+    """A job in work."""
+
+    def __init__(self, job: FileJob, file: TargetFile | None, count: int, stop: threading.Event) -> None:
+        self.job = job
+        self.file = file
+        self._left = count
+        self._lock = threading.Lock()
+        self._in_turn = _Turnstile(stop)
+        self._out_turn = _Turnstile(stop)
+        self._digests: dict[str, Any] = {}
+        self._facts: list[Any] = []
+        self._sha256 = hashlib.sha256(job.header) if job.digest else None
+        if file is not None:
+            file.write(0, job.header)
+
+    def take_in(self, number: int, result: UnitResult) -> None:
+        """Digests and facts, in order."""
+        self._in_turn.wait(number)
+        for key, data in result.digests:
+            if key not in self._digests:
+                self._digests[key] = hashlib.sha256()
+            self._digests[key].update(data)
+        if result.fact is not None:
+            self._facts.append(result.fact)
+        self._in_turn.leave()
+
+    def put_out(self, number: int, result: UnitResult) -> None:
+        """Writes at once, then digests in order."""
+        if self.file is not None:
+            for offset, data in result.pieces:
+                self.file.write(offset, data)
+        if self._sha256 is None:
+            return
+        self._out_turn.wait(number)
+        for _, data in result.pieces:
+            self._sha256.update(data)
+        self._out_turn.leave()
+
+    def finish_unit(self) -> JobResult | None:
+        """Counts down; the last unit commits the file and returns the result."""
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return None
+        result = JobResult(
+            name=self.job.name,
+            nbytes=self.job.nbytes,
+            sha256=None if self._sha256 is None else self._sha256.hexdigest(),
+            digests={key: digest.hexdigest() for key, digest in self._digests.items()},
+            facts=self._facts,
+        )
+        if self.file is not None:
+            self.file.commit(result.to_entry())
+            self.file = None
+        return result
+
+
+class _Run:
+    def __init__(self, target: Target | None, progress: Progress, on_done: Callable[[JobResult], None]) -> None:
+        self.target = target
+        self.progress = progress
+        self.on_done = on_done
+        self.stop = threading.Event()
+        self.budget = _Budget(MEMORY_BUDGET_NBYTES, self.stop)
+        self.failure: BaseException | None = None
+        self.open: list[_Running] = []
+        self._dispatch = threading.Lock()
+
+    def units(self, jobs: Sequence[FileJob]) -> Iterator[tuple[_Running, int, Unit]]:
+        for job in jobs:
+            units = list(job.units()) or [Unit(0, UnitResult)]
+            file = None if self.target is None else self.target.create(job.name, job.nbytes)
+            running = _Running(job, file, len(units), self.stop)
+            self.open.append(running)
+            for number, unit in enumerate(units):
+                yield running, number, unit
+
+    def work(self, units: Iterator[tuple[_Running, int, Unit]]) -> None:
+        try:
+            while not self.stop.is_set():
+                with self._dispatch:
+                    item = next(units, None)
+                    if item is None:
+                        return
+                    self.budget.take(_FOOTPRINT * item[2].nbytes)
+                try:
+                    self._do(*item)
+                finally:
+                    self.budget.give(_FOOTPRINT * item[2].nbytes)
+        except _Stopped:
+            return
+        except BaseException as error:
+            if self.failure is None:
+                self.failure = error
+            self.stop.set()
+
+    def _do(self, running: _Running, number: int, unit: Unit) -> None:
+        result = unit.work()
+        running.take_in(number, result)
+        running.put_out(number, result)
+        self.progress.advance(unit.nbytes, running.job.name)
+        finished = running.finish_unit()
+        if finished is not None:
+            self.open.remove(running)
+            self.on_done(finished)
+
+
+def run_jobs(
+    jobs: Sequence[FileJob],
+    target: Target | None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    on_done: Callable[[JobResult], None] = lambda result: None,
+) -> None:
+    """Runs jobs in their order, several units at a time.
+
+    Args:
+        jobs: files to make; with ``target=None`` nothing is written and only digests and facts are computed.
+        target: where files go.
+        threads: workers.
+        progress: told of every unit.
+        on_done: called with every finished job, from a worker thread, after the file stands under its final name.
+
+    Raises:
+        NvfpPrepError: what a unit or the target raised first; unfinished files are deleted, finished ones stay.
+        ConversionInterrupted: on Ctrl-C.
+    """
+    run = _Run(target, progress or NoProgress(), on_done)
+    units = run.units(jobs)
+    count = threads or default_threads()
+    workers = [threading.Thread(target=run.work, args=(units,), name=f"nvfp4-prep-{i}") for i in range(count)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.1)
+    except KeyboardInterrupt:
+        run.failure = ConversionInterrupted("interrupted", next_step="The same command continues.")
+    finally:
+        run.stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+        for running in run.open:
+            if running.file is not None:
+                running.file.abandon()
+    if run.failure is not None:
+        raise run.failure

@@ -1,0 +1,143 @@
+"""Source bytes of some experts to prepared bytes, proven on the spot.
+
+One unit of work covers a range of experts of one prepared tensor: read, arrange, reconcile scales, apply the layout,
+apply the inverse to the result and compare with what was read. So a wrong byte (a bug, bad memory) stops the
+conversion before it is written. Peak memory of a unit: about four times its source bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.errors import VerificationError
+from nvfp4_prep.gate_up_scales import Reconciled, reconcile
+from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.plan import LayerPlan, OutputFile
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.source import Source
+from nvfp4_prep_kernels import PreparedTensor, Projection
+
+__all__ = ["expert_chunks", "experts_job", "read_experts", "reconcile_expert", "source_block_scales_job"]
+
+
+def expert_chunks(experts: int, expert_nbytes: int) -> Iterator[range]:
+    """Ranges of experts that make units of about ``UNIT_NBYTES``."""
+    step = max(1, UNIT_NBYTES // max(expert_nbytes, 1))
+    for begin in range(0, experts, step):
+        yield range(begin, min(begin + step, experts))
+
+
+def read_experts(source: Source, group: TensorGroup, chunk: range, experts: int) -> torch.Tensor:
+    """The source bytes of some experts of one group: ``uint8 [len(chunk), nbytes of one expert]``."""
+    nbytes = group.expert_range(chunk.start, experts).nbytes
+    raw = empty_bytes(len(chunk) * nbytes)
+    view = byte_view(raw)
+    for row, expert in enumerate(chunk):
+        place = group.expert_range(expert, experts)
+        source.read_into(place.file, place.offset_bytes, view[row * nbytes : (row + 1) * nbytes])
+    return raw.view(len(chunk), nbytes)
+
+
+def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """:meth:`TensorGroup.arrange` for several experts: ``uint8 [n, rows, bytes per row]`` for each projection."""
+    if len(group.projections) == 1 and not group.transposed:
+        return (raw.view(raw.shape[0], *group.shape[-2:]),)
+    arranged = [group.arrange(row) for row in raw]
+    return tuple(torch.stack(parts) for parts in zip(*arranged, strict=True))
+
+
+def experts_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
+    """The job that writes a layer's file (or one of its parts)."""
+
+    def units() -> Iterator[Unit]:
+        for tensor, record in zip(file.tensors, file.records, strict=True):
+            groups = plan.layer.groups_for(plan.layout, tensor)
+            experts = plan.layer.dims.experts
+            nbytes = sum(group.expert_range(0, experts).nbytes for group in groups)
+            for chunk in expert_chunks(experts, nbytes):
+                yield Unit(
+                    len(chunk) * nbytes,
+                    lambda tensor=tensor, record=record, chunk=chunk: _prepare(plan, tensor, record, chunk, source),  # type: ignore[misc]
+                )
+
+    return FileJob(file.name, file.nbytes, file.header, units)
+
+
+def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range, source: Source) -> UnitResult:
+    layer, layout = plan.layer, plan.layout
+    groups = layer.groups_for(layout, tensor)
+    raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
+    parts = [part for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw)]
+    reconciled: list[dict[str, Any]] = []
+    if tensor is PreparedTensor.W13_WEIGHT_SCALE:
+        parts, reconciled = _reconcile_chunk(plan, parts, chunk)
+    prepared = layout.apply(tensor, *parts).contiguous()
+    for before, after in zip(parts, layout.invert(tensor, prepared, layer.dims), strict=True):
+        if not torch.equal(before, after):
+            raise VerificationError(
+                "the inverse transform does not give the source bytes back",
+                where=f"{layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}",
+                next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
+            )
+    data = byte_view(prepared)
+    nbytes = layout.expert_nbytes(tensor, layer.dims)
+    crc32 = [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(chunk))]
+    return UnitResult(
+        pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
+        digests=[(group.key, byte_view(raw)) for group, raw in zip(groups, raws, strict=True)],
+        fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled},
+        owner=(raws, prepared),
+    )
+
+
+def reconcile_expert(plan: LayerPlan, expert: int, gate: torch.Tensor, up: torch.Tensor) -> Reconciled:
+    """:func:`~nvfp4_prep.gate_up_scales.reconcile` with the layer's scalars; gate and up are ``uint8 [I, H/16]``."""
+    gates = plan.scalars.gate_scale_2 or plan.scalars.up_scale_2
+    return reconcile(gate, up, gates[expert], plan.scalars.up_scale_2[expert])
+
+
+def _reconcile_chunk(
+    plan: LayerPlan, parts: list[torch.Tensor], chunk: range
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    affected = [expert for expert in plan.reconciled if expert in chunk]
+    if not affected:
+        return parts, []
+    gate, up = (part.clone() for part in parts)
+    facts = []
+    for expert in affected:
+        row = expert - chunk.start
+        outcome = reconcile_expert(plan, expert, gate[row], up[row])
+        (gate if outcome.side is Projection.GATE else up)[row] = outcome.block_scales
+        fact = {key: value for key, value in asdict(outcome).items() if key != "block_scales"}
+        facts.append({"expert": expert, **fact, "side": outcome.side.value})
+    return [gate, up], facts
+
+
+def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
+    """The job that keeps the original block scales of rescaled projections, for restore."""
+    layer = plan.layer
+    groups = layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
+    (scales,) = file.records
+
+    def work(position: int, expert: int) -> UnitResult:
+        chunk = range(expert, expert + 1)
+        raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
+        gate, up = (part[0] for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw))
+        outcome = reconcile_expert(plan, expert, gate, up)
+        original = (gate if outcome.side is Projection.GATE else up).contiguous()
+        data = byte_view(original)
+        return UnitResult(pieces=[(scales.offset_bytes + position * len(data), data)], owner=original)
+
+    def units() -> Iterator[Unit]:
+        nbytes = sum(group.expert_range(0, layer.dims.experts).nbytes for group in groups)
+        for position, expert in enumerate(plan.reconciled):
+            yield Unit(nbytes, lambda position=position, expert=expert: work(position, expert))  # type: ignore[misc]
+
+    return FileJob(file.name, file.nbytes, file.header, units)

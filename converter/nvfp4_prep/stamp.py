@@ -1,0 +1,90 @@
+"""The stamp: what replaces ``quantization_config`` in a prepared checkpoint's ``config.json``.
+
+Plain vLLM refuses it by its ``quant_method`` before anything is loaded; the plugin recognises it. It is flat and has
+no ``producer`` key, because vLLM rewrites the method of configs whose producer is ModelOpt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, CheckpointIndex
+from nvfp4_prep.manifest import FORMAT_VERSION
+from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep_kernels import MoeLayout
+from nvfp4_prep_kernels.fingerprint import fingerprint
+
+__all__ = ["QUANT_METHOD", "make_stamp", "quantization_configs", "stamped_config"]
+
+QUANT_METHOD = "nvfp4_prep"
+_LAYOUT_NAMES = {
+    LayoutName.CUTEDSL: "flashinfer_cutedsl",
+    LayoutName.CUTEDSL_BATCHED: "flashinfer_cutedsl_batched",
+}
+_FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
+_NESTED = ("text_config", "llm_config", "language_config")
+
+
+def quantization_configs(index: CheckpointIndex) -> dict[str, Any]:
+    """The source's quantization configs by place; the first one is the one that counts."""
+    found: dict[str, Any] = {}
+    for place, config in (("", index.config), *((key, index.config.get(key)) for key in _NESTED)):
+        if isinstance(config, Mapping) and isinstance(config.get("quantization_config"), Mapping):
+            found[f"{CONFIG}:{place}.quantization_config" if place else f"{CONFIG}:quantization_config"] = config[
+                "quantization_config"
+            ]
+    if index.hf_quant_config is not None:
+        found[HF_QUANT_CONFIG] = index.hf_quant_config
+    return found
+
+
+def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: bool) -> dict[str, Any]:
+    """The stamp for a checkpoint.
+
+    Args:
+        source: the source's quantization config that counts; empty if it has none.
+        options: of the conversion.
+        gated: whether the layers are gated; all layers of a model are alike.
+    """
+    layout = options.layout_for(gated=gated)
+    nested = source.get("quantization")
+    flat = nested if isinstance(nested, Mapping) else source
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "layout": _layout_dict(options, layout),
+        "source": dict(source),
+        **{key: flat[key] for key in _FLAT_KEYS if key in flat},
+    }
+
+
+def _layout_dict(options: ConvertOptions, layout: MoeLayout) -> dict[str, Any]:
+    return {
+        "name": _LAYOUT_NAMES[options.layout],
+        "gate_up_block": options.gate_up_block,
+        "scale_swizzle": "128x4",
+        "hidden_alignment": layout.hidden_alignment,
+        "intermediate_alignment": layout.intermediate_alignment,
+        "moe_tp": options.moe_tp,
+        "fingerprint": fingerprint(layout),
+    }
+
+
+def stamped_config(index: CheckpointIndex, options: ConvertOptions, *, gated: bool) -> bytes:
+    """The prepared checkpoint's ``config.json``: the source's, with the stamp wherever a ``quantization_config``
+    stood (at the top if nowhere). Other keys keep their values and order.
+    """
+    configs = quantization_configs(index)
+    stamp = make_stamp(next(iter(configs.values()), {}), options, gated=gated)
+    config = dict(index.config)
+    places = 0
+    for key in _NESTED:
+        nested = config.get(key)
+        if isinstance(nested, Mapping) and "quantization_config" in nested:
+            config[key] = {**nested, "quantization_config": stamp}
+            places += 1
+    if "quantization_config" in config or not places:
+        config["quantization_config"] = stamp
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

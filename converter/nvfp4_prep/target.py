@@ -1,0 +1,300 @@
+"""The directory that a command writes: lock, journal, resume, and files that appear only when they are whole.
+
+Life of a file: written under a temporary name in ``.nvfp4_prep/``, flushed to disk, noted in the journal, renamed
+into place. So a file under its final name is complete, and one that the journal does not know is not ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
+from nvfp4_prep.units import format_nbytes
+
+__all__ = ["WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
+
+WORK_FOLDER = ".nvfp4_prep"
+_JOURNAL = "journal.jsonl"
+_LOCK = "lock"
+
+
+def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
+    """A write error as one of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = format_nbytes(_free_nbytes(path))
+        return NoSpaceError(
+            f"no space left while writing ({free} free)",
+            where=str(path),
+            next_step="Make room and run the same command again: finished files are kept.",
+        )
+    return TargetError(f"cannot be written ({error.strerror})", where=str(path))
+
+
+def _free_nbytes(path: Path) -> int:
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+class TargetFile:
+    """One file under its temporary name. Writes may come from several threads, at disjoint ranges."""
+
+    def __init__(self, target: Target, name: str, nbytes: int) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self._target = target
+        self._path = target.work / name
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            if nbytes:
+                os.posix_fallocate(self._descriptor, 0, nbytes)
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+
+    def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
+        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`."""
+        view = memoryview(data)
+        try:
+            while len(view):
+                count = os.pwrite(self._descriptor, view, offset_bytes)
+                view, offset_bytes = view[count:], offset_bytes + count
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+
+    def commit(self, entry: Mapping[str, Any] | None) -> None:
+        """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
+        try:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            if entry is not None:
+                self._target.note({"file": self.name, "nbytes": self.nbytes, **entry})
+            final = self._target.path / self.name
+            final.parent.mkdir(parents=True, exist_ok=True)
+            self._path.rename(final)
+            _sync_folder(final.parent)
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+
+    def abandon(self) -> None:
+        """Closes and deletes the temporary file."""
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        self._path.unlink(missing_ok=True)
+
+
+class Target:
+    """An output directory in work; use as a context manager.
+
+    Attributes:
+        path: the directory.
+        work: its ``.nvfp4_prep`` folder.
+        done: journal entries of finished files by name.
+        resumed: whether an earlier run's work was found.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Prepares the directory for one job.
+
+        Args:
+            path: the directory; made if it does not exist.
+            identity: JSON value that says what will be written from what; a resumed run must have the same.
+            restart: forget an earlier unfinished run.
+
+        Raises:
+            TargetError: not empty and not ours, or not writable.
+            BusyError: another run holds it.
+            ResumeConflictError: it holds an unfinished run with another identity.
+        """
+        self.path = path
+        self.work = path / WORK_FOLDER
+        self.done: dict[str, dict[str, Any]] = {}
+        self._identity = json.loads(json.dumps(identity))
+        self._note_lock = threading.Lock()
+        self._check_foreign()
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise translate_os_error(error, self.work) from error
+        try:
+            if restart:
+                self._forget()
+            self.resumed = self._read_journal()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def _check_foreign(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise TargetError("is no directory", where=str(self.path), next_step="Give another target.")
+        try:
+            foreign = next((entry.name for entry in os.scandir(self.path)), None)
+        except OSError as error:
+            raise translate_os_error(error, self.path) from error
+        if foreign is not None and not self.work.is_dir():
+            raise TargetError(
+                f"exists and is not empty (it has {foreign!r})",
+                where=str(self.path),
+                next_step="Give another target, or empty it yourself: nvfp4-prep never overwrites.",
+            )
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise BusyError(
+                "another run writes to this target", where=str(self.path), next_step="Wait for it, or stop it."
+            ) from error
+        return descriptor
+
+    def _forget(self) -> None:
+        for entry in self._entries():
+            (self.path / entry["file"]).unlink(missing_ok=True)
+        (self.work / _JOURNAL).unlink(missing_ok=True)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """Journal lines after the first; a line that a kill cut off does not count."""
+        return [entry for entry in self._journal_lines() if isinstance(entry.get("file"), str)]
+
+    def _journal_lines(self) -> list[dict[str, Any]]:
+        try:
+            text = (self.work / _JOURNAL).read_bytes()
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    lines.append(value)
+        return lines
+
+    def _read_journal(self) -> bool:
+        for leftover in self.work.iterdir():
+            if leftover.name not in (_LOCK, _JOURNAL):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        lines = self._journal_lines()
+        if not lines:
+            (self.work / _JOURNAL).unlink(missing_ok=True)
+            self.note({"identity": self._identity})
+            return False
+        self._check_identity(lines[0].get("identity"))
+        self._repair_tail()
+        for entry in self._entries():
+            path = self.path / entry["file"]
+            if path.is_file() and path.stat().st_size == entry.get("nbytes"):
+                self.done[entry["file"]] = entry
+        return True
+
+    def _repair_tail(self) -> None:
+        """Cuts off a last line that a kill left unfinished, so that the next one starts on its own."""
+        path = self.work / _JOURNAL
+        text = path.read_bytes()
+        if not text.endswith(b"\n"):
+            with path.open("r+b") as stream:
+                stream.truncate(text.rfind(b"\n") + 1)
+                os.fsync(stream.fileno())
+
+    def _check_identity(self, found: object) -> None:
+        if found == self._identity:
+            return
+        differences = list(_differences(found, self._identity))
+        raise ResumeConflictError(
+            "holds an unfinished run of something else: "
+            + "; ".join(differences[:4])
+            + (f"; and {len(differences) - 4} more" if len(differences) > 4 else ""),
+            where=str(self.path),
+            next_step="Repeat the first run's command to finish it, or use --restart to discard it.",
+        )
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        """Appends one line to the journal and flushes it to disk."""
+        with self._note_lock:
+            try:
+                with (self.work / _JOURNAL).open("ab") as stream:
+                    stream.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise translate_os_error(error, self.work) from error
+            if "file" in entry:
+                self.done[str(entry["file"])] = dict(entry)
+
+    def check_names(self, expected: Iterable[str]) -> None:
+        """Raises :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
+        known = set(expected) | set(self.done)
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path).as_posix()
+            if path.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
+                raise TargetError(
+                    "holds a file of something else", where=str(path), next_step="Move it away and run again."
+                )
+
+    def check_space(self, needed_nbytes: int) -> None:
+        """Raises :class:`NoSpaceError` if the file system has less room than that."""
+        free = _free_nbytes(self.path)
+        if needed_nbytes > free:
+            raise NoSpaceError(
+                f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free)} free",
+                where=str(self.path),
+                next_step="Make room, or give a target on another disk.",
+            )
+
+    def create(self, name: str, nbytes: int) -> TargetFile:
+        """A new file under its temporary name, with its space allocated."""
+        return TargetFile(self, name, nbytes)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Writes a small file whole; not noted in the journal, so a resumed run writes it again."""
+        file = self.create(name, len(data))
+        file.write(0, data)
+        file.commit(None)
+
+    def finish(self) -> None:
+        """Removes journal and work folder: the directory is a finished output now."""
+        shutil.rmtree(self.work)
+        _sync_folder(self.path)
+
+
+def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+        return found
+    return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

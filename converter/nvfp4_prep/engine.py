@@ -51,7 +51,7 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a job: ``work`` may run in any thread; ``nbytes`` is its share of the progress and of the memory."""
+    """A piece of a job: ``work`` may run in any thread; ``nbytes`` is its share of the job and of the memory."""
 
     nbytes: int
     work: Callable[[], UnitResult]
@@ -152,10 +152,12 @@ class _Budget:
 class _Running:
     """A job in work."""
 
-    def __init__(self, job: FileJob, file: TargetFile | None, count: int, stop: threading.Event) -> None:
+    def __init__(self, job: FileJob, file: TargetFile | None, units: Sequence[Unit], stop: threading.Event) -> None:
         self.job = job
         self.file = file
-        self._left = count
+        self._left = len(units)
+        self._work_nbytes = max(1, sum(unit.nbytes for unit in units))
+        self._work_done = 0
         self._lock = threading.Lock()
         self._in_turn = _Turnstile(stop)
         self._out_turn = _Turnstile(stop)
@@ -187,6 +189,13 @@ class _Running:
         for _, data in result.pieces:
             self._sha256.update(data)
         self._out_turn.leave()
+
+    def progress(self, unit: Unit) -> int:
+        """The unit's share of the file's size."""
+        with self._lock:
+            before = self._work_done * self.job.nbytes // self._work_nbytes
+            self._work_done += unit.nbytes
+            return self._work_done * self.job.nbytes // self._work_nbytes - before
 
     def finish_unit(self) -> JobResult | None:
         """Counts down; the last unit commits the file and returns the result."""
@@ -222,7 +231,7 @@ class _Run:
         for job in jobs:
             units = list(job.units()) or [Unit(0, UnitResult)]
             file = None if self.target is None else self.target.create(job.name, job.nbytes)
-            running = _Running(job, file, len(units), self.stop)
+            running = _Running(job, file, units, self.stop)
             self.open.append(running)
             for number, unit in enumerate(units):
                 yield running, number, unit
@@ -250,7 +259,7 @@ class _Run:
         result = unit.work()
         running.take_in(number, result)
         running.put_out(number, result)
-        self.progress.advance(unit.nbytes, running.job.name)
+        self.progress.advance(running.progress(unit), running.job.name)
         finished = running.finish_unit()
         if finished is not None:
             self.open.remove(running)

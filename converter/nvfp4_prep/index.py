@@ -148,7 +148,7 @@ def _merge(headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | N
 
 
 def _side_files(files: Mapping[str, SourceFile], shards: list[str]) -> tuple[tuple[SourceFile, ...], tuple[str, ...]]:
-    replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, "README.md", *shards}
+    replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, "README.md", "nvfp4_prep.json", *shards}
     side, left_out = [], []
     for name, file in files.items():
         if name in replaced:

@@ -27,7 +27,8 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.plan.FileKind` value, or ``side`` or ``made``."""
+    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.planning.FileKind` value, or ``side`` or
+    ``made``."""
 
     nbytes: int
     sha256: str

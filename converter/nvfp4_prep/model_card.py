@@ -31,9 +31,9 @@ def _body(manifest: Manifest) -> list[str]:
     return [
         f"# {manifest.source}, prepared for FlashInfer's CuteDSL fused MoE",
         "",
-        f"The NVFP4 expert weights of **{manifest.source}**{revision}, with scales swizzled and gate/up rows interleaved by"
-        f" nvfp4-prep {manifest.tool_version}, so that a server does not have to do it at every start. Everything else is"
-        " unchanged, and `nvfp4-prep restore` gives the source back bit for bit.",
+        f"The NVFP4 expert weights of **{manifest.source}**{revision}, with scales swizzled and gate/up rows"
+        f" interleaved by nvfp4-prep {manifest.tool_version}, so that a server does not have to do it at every start."
+        " Everything else is unchanged, and `nvfp4-prep restore` gives the source back bit for bit.",
         "",
         f"- {len(manifest.layers)} MoE layers, {experts} experts, layout `{options.layout.value}`,"
         f" gate/up block {options.gate_up_block}, gate/up scales `{options.gate_up_scales.value}`",

@@ -19,7 +19,7 @@ from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.gate_up_scales import Reconciled, reconcile
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.plan import LayerPlan, OutputFile
+from nvfp4_prep.planning import LayerPlan, OutputFile
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import PreparedTensor, Projection

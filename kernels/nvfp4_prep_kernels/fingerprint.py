@@ -23,8 +23,9 @@ def fingerprint_dims(gated: bool) -> MoeDims:
 def fingerprint_layer(layout: MoeLayout) -> dict[PreparedTensor, tuple[torch.Tensor, ...]]:
     """The fixed layer's source tensors.
 
-    Byte ``i`` of a projection's codes or scales is byte ``i % 32`` of ``sha256("nvfp4_prep:<tensor>:<projection>:<i // 32>")``;
-    scale bytes are taken modulo 126 and increased by 1, so that all are positive finite e4m3 values.
+    Byte ``i`` of a projection's codes or scales is byte ``i % 32`` of the sha256 of the text
+    ``nvfp4_prep:<tensor>:<projection>:<i // 32>``; scale bytes are taken modulo 126 and increased by 1, so that all
+    are positive finite e4m3 values.
 
     Returns:
         For each prepared tensor the arguments of :meth:`MoeLayout.apply`: ``uint8 [E, rows, bytes per row]`` each.

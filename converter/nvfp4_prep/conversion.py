@@ -1,0 +1,381 @@
+"""Convert: executes a plan and leaves a complete prepared checkpoint, or what the same command can continue."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvfp4_prep import __version__
+from nvfp4_prep.copying import passthrough_job, side_file_job, values_job
+from nvfp4_prep.engine import FileJob, JobResult, run_jobs
+from nvfp4_prep.errors import TargetError
+from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
+from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.planning import FileKind, LayerPlan, OutputFile, Plan, make_plan
+from nvfp4_prep.prepare import experts_job, source_block_scales_job
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.source import LocalSource, Source
+from nvfp4_prep.stamp import quantization_configs, stamped_config
+from nvfp4_prep.target import WORK_FOLDER, Target
+from nvfp4_prep_kernels import PreparedTensor
+
+__all__ = ["ConvertResult", "convert", "plan"]
+
+README = "README.md"
+_MADE = (INDEX, README, MANIFEST, CONFIG)
+_SMALL_FILES_NBYTES = 64_000_000
+"""Room for manifest, configs and index beyond the planned files."""
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion left.
+
+    Attributes:
+        path: the prepared checkpoint.
+        manifest: its manifest.
+        resumed: whether an earlier run's files were kept.
+        already_complete: nothing had to be done.
+        written_nbytes: bytes written by this run.
+    """
+
+    path: Path
+    manifest: Manifest
+    resumed: bool
+    already_complete: bool
+    written_nbytes: int
+
+
+def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> Plan:
+    """Plans a conversion without writing anything.
+
+    Args:
+        source: a directory, or an opened source.
+        options: what the output's bytes depend on.
+
+    Raises:
+        SourceError: if the source cannot be read.
+        UnsupportedCheckpointError: if it must be refused.
+    """
+    return make_plan(_open(source), options)
+
+
+def convert(
+    source: str | Path | Source,
+    target: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    restart: bool = False,
+    on_file: Callable[[Path, JobResult], None] | None = None,
+) -> ConvertResult:
+    """Converts a checkpoint.
+
+    Every prepared byte is turned back and compared with the source before it is written. Killed at any moment, the
+    same call continues and ends with the same bytes. Peak memory does not depend on the checkpoint's size (see
+    :mod:`nvfp4_prep.engine`).
+
+    Args:
+        source: a directory, or an opened source.
+        target: output directory; made if it does not exist.
+        options: what the output's bytes depend on.
+        threads: workers; does not change the output.
+        progress: told how it goes.
+        restart: discard an unfinished earlier run instead of continuing it.
+        on_file: called with the path of every finished file, from a worker thread.
+
+    Raises:
+        SourceError, UnsupportedCheckpointError: as :func:`plan`.
+        TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
+        VerificationError: if a prepared byte does not turn back into the source's.
+        ConversionInterrupted: on Ctrl-C; what is finished stays.
+    """
+    opened = _open(source)
+    path = Path(target)
+    try:
+        check_apart(opened, path)
+        made = make_plan(opened, options)
+        complete = _complete(path, made)
+        if complete is not None:
+            return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
+        with Target(path, made.identity(), restart=restart) as place:
+            return _Conversion(made, opened, place, on_file).run(threads, progress or NoProgress())
+    finally:
+        opened.close()
+
+
+def _open(source: str | Path | Source) -> Source:
+    return LocalSource(Path(source)) if isinstance(source, str | Path) else source
+
+
+def check_apart(source: Source, target: Path) -> None:
+    """Raises :class:`TargetError` if target and source directory are the same or one lies in the other."""
+    root = getattr(source, "root", None)
+    if not isinstance(root, Path):
+        return
+    resolved = target.resolve()
+    if resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved):
+        raise TargetError(
+            "target and source are the same directory or one lies in the other",
+            where=str(target),
+            next_step="Give a target outside the source: the source is never touched.",
+        )
+
+
+def _complete(path: Path, made: Plan) -> Manifest | None:
+    """The manifest, if the target is already what the plan would make."""
+    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or (path / WORK_FOLDER).exists():
+        return None
+    manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), str(path / MANIFEST))
+    same = (manifest.options, manifest.source, manifest.revision, dict(manifest.texts)) == (
+        made.options,
+        made.source_label,
+        made.source_revision,
+        dict(made.index.texts),
+    )
+    for file in made.files:
+        record, there = manifest.files.get(file.name), path / file.name
+        same = same and record is not None and record.nbytes == file.nbytes
+        same = same and there.is_file() and there.stat().st_size == file.nbytes
+    if same:
+        return manifest
+    raise TargetError(
+        "holds a finished conversion of something else or with other options",
+        where=str(path),
+        next_step="Give another target, or remove it.",
+    )
+
+
+class _Conversion:
+    """One run of a plan on a target."""
+
+    def __init__(
+        self, made: Plan, source: Source, target: Target, on_file: Callable[[Path, JobResult], None] | None
+    ) -> None:
+        self._plan = made
+        self._source = source
+        self._target = target
+        self._on_file = on_file
+        self._results = {name: JobResult.from_entry(entry) for name, entry in target.done.items()}
+        self._shards = _ShardUse(source)
+        self._files = {file.name: file for file in made.files}
+
+    def run(self, threads: int | None, progress: Progress) -> ConvertResult:
+        made, target = self._plan, self._target
+        target.check_names([*self._files, *(file.name for file in made.side_files), *_MADE])
+        pending = [file for file in made.files if file.name not in self._results]
+        sides = [file for file in made.side_files if file.name not in self._results]
+        needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
+        target.check_space(needed + _SMALL_FILES_NBYTES)
+        first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
+        self._shards.expect(made.shard_order(first), first)
+        total = made.output_nbytes
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # the engine's workers are the parallelism
+        progress.start("convert", total, total - needed)
+        try:
+            jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
+            run_jobs(jobs, target, threads=threads, progress=progress, on_done=self._done)
+            last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
+            run_jobs(last, target, threads=1, progress=progress, on_done=self._done)
+        finally:
+            torch.set_num_threads(before)
+            progress.close()
+        manifest = self._finish()
+        return ConvertResult(target.path, manifest, target.resumed, already_complete=False, written_nbytes=needed)
+
+    def _done(self, result: JobResult) -> None:
+        self._results[result.name] = result
+        file = self._files.get(result.name)
+        if file is not None:
+            self._shards.used(file)
+        if self._on_file is not None:
+            self._on_file(self._target.path / result.name, result)
+
+    def _job(self, file: OutputFile) -> FileJob:
+        if file.kind is FileKind.PASSTHROUGH:
+            return passthrough_job(file, self._source)
+        if file.kind is FileKind.EXPERT_SCALES:
+            values: dict[str, bytes] = {}
+            for position, layer in enumerate(self._plan.layers):
+                values |= expert_scale_vectors(layer, self._sides(position))
+            return values_job(file, values)
+        if file.kind is FileKind.SOURCE_SCALES:
+            return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
+        layer = self._plan.layers[file.layer or 0]
+        if file.kind is FileKind.EXPERTS:
+            return experts_job(layer, file, self._source)
+        return source_block_scales_job(layer, file, self._source)
+
+    def _facts(self, position: int) -> list[dict[str, Any]]:
+        files = [file for file in self._plan.files if file.kind is FileKind.EXPERTS and file.layer == position]
+        return [fact for file in files for fact in self._results[file.name].facts]
+
+    def _reconciled(self, position: int) -> list[dict[str, Any]]:
+        return [item for fact in self._facts(position) for item in fact["reconciled"]]
+
+    def _sides(self, position: int) -> dict[int, str]:
+        return {item["expert"]: item["side"] for item in self._reconciled(position)}
+
+    def _finish(self) -> Manifest:
+        """Writes index, card, manifest and config, the last two last."""
+        made = self._plan
+        gated = any(plan.layer.gated for plan in made.layers)
+        draft = Manifest(
+            tool_version=__version__,
+            options=made.options,
+            source=made.source_label,
+            revision=made.source_revision,
+            texts=made.index.texts,
+            quantization=quantization_configs(made.index),
+            layers=tuple(self._layer_record(position) for position in range(len(made.layers))),
+            passed={finding.experts_path: finding.reason for finding in made.others},
+            files={},
+            verified=(
+                {
+                    "check": "inverse transform while converting",
+                    "result": "every prepared byte turned back into the source's byte before it was written",
+                    "experts": sum(plan.layer.dims.experts for plan in made.layers),
+                    "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
+                },
+            ),
+        )
+        texts = {
+            INDEX: make_index(made.files),
+            README: make_model_card(draft),
+            CONFIG: stamped_config(made.index, made.options, gated=gated),
+        }
+        files = {
+            name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
+            for name, result in sorted(self._results.items())
+        }
+        for name, text in texts.items():
+            files[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made")
+        manifest = replace(draft, files=files)
+        for name in (INDEX, README):
+            self._target.write_file(name, texts[name])
+        self._target.write_file(MANIFEST, manifest.to_bytes())
+        self._target.write_file(CONFIG, texts[CONFIG])
+        self._target.finish()
+        return manifest
+
+    def _kind(self, name: str) -> str:
+        return self._files[name].kind.value if name in self._files else "side"
+
+    def _layer_record(self, position: int) -> LayerRecord:
+        plan = self._plan.layers[position]
+        files = [file for file in self._plan.files if file.kind is FileKind.EXPERTS and file.layer == position]
+        crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
+        for fact in self._facts(position):
+            crc32[fact["tensor"]] += fact["crc32"]
+        digests = {key: digest for file in files for key, digest in self._results[file.name].digests.items()}
+        digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
+        return LayerRecord(
+            layer=without_records(plan),
+            layout=plan.layout,
+            activation=plan.activation,
+            files=tuple(file.name for file in files),
+            gate_up=_gate_up_record(plan, self._reconciled(position)),
+            source_sha256=digests,
+            expert_crc32={name: tuple(values) for name, values in crc32.items()},
+        )
+
+
+class _ShardUse:
+    """Releases each source shard after the last file that needs it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._left: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, order: Iterable[str], files: Iterable[OutputFile]) -> None:
+        for file in files:
+            for shard in file.shards:
+                self._left[shard] = self._left.get(shard, 0) + 1
+        self._source.schedule(tuple(order))
+
+    def used(self, file: OutputFile) -> None:
+        with self._lock:
+            finished = []
+            for shard in file.shards:
+                self._left[shard] -= 1
+                if not self._left[shard]:
+                    finished.append(shard)
+        for shard in finished:
+            self._source.release(shard)
+
+
+def without_records(plan: LayerPlan) -> Any:
+    """The layer as the manifest has it: names and shapes, no places."""
+    return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
+
+
+def expert_scale_vectors(plan: LayerPlan, sides: Mapping[int, str]) -> dict[str, bytes]:
+    """The four float32 ``[E]`` vectors of a layer, by prepared name.
+
+    Args:
+        plan: the layer.
+        sides: for each reconciled expert the side whose block scales changed; the other side's global scale is the
+        common one.
+    """
+    scalars, experts = plan.scalars, plan.layer.dims.experts
+    gate = scalars.gate_scale_2 or scalars.up_scale_2
+    w13 = [scalars.up_scale_2[expert] if sides.get(expert) == "gate" else gate[expert] for expert in range(experts)]
+    vectors = {
+        "w13_weight_scale_2": w13,
+        "w2_weight_scale_2": list(scalars.w2_scale_2),
+        "w13_input_scale": [scalars.w13_input_scale] * experts,
+        "w2_input_scale": [scalars.w2_input_scale] * experts,
+    }
+    return {plan.layer.prepared_name(name): float32_bytes(values) for name, values in vectors.items()}
+
+
+def float32_bytes(values: Iterable[float]) -> bytes:
+    """Little-endian float32."""
+    tensor = torch.tensor(list(values), dtype=torch.float32)
+    return bytes(tensor.view(torch.uint8).tolist())
+
+
+def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRecord:
+    differing = plan.scalars.differing
+    gate = plan.scalars.gate_scale_2 or ()
+    ratios = [
+        max(gate[e], plan.scalars.up_scale_2[e]) / low
+        for e in differing
+        if (low := min(gate[e], plan.scalars.up_scale_2[e])) > 0
+    ]
+    figures: dict[str, Any] = {}
+    if outcomes:
+        figures = {
+            "rounded": sum(item["rounded"] for item in outcomes),
+            "underflowed": sum(item["underflowed"] for item in outcomes),
+            "worst_relative": max(item["worst_relative"] for item in outcomes),
+        }
+    return GateUpRecord(
+        differing=len(differing),
+        worst_ratio=max(ratios, default=1.0),
+        reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
+        figures=figures,
+    )
+
+
+def make_index(files: Iterable[OutputFile]) -> bytes:
+    """``model.safetensors.index.json`` over all served tensors."""
+    served: list[TensorRecord] = [record for file in files if file.served for record in file.records]
+    value = {
+        "metadata": {"total_size": sum(record.nbytes for record in served)},
+        "weight_map": {record.name: record.file for record in sorted(served, key=lambda record: record.name)},
+    }
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

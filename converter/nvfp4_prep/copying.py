@@ -1,0 +1,69 @@
+"""Jobs that copy bytes unchanged: passed-through tensors and side files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.moe_layers import ByteRange
+from nvfp4_prep.planning import OutputFile
+from nvfp4_prep.source import Source, SourceFile
+
+__all__ = ["copy_units", "passthrough_job", "side_file_job", "values_job"]
+
+
+def copy_units(source: Source, ranges: Iterable[ByteRange], offset_bytes: int) -> Iterator[Unit]:
+    """Units that write the ranges one after the other from an offset on; small ranges share a unit, large ones are
+    cut."""
+    batch: list[ByteRange] = []
+    begin = offset_bytes
+    held = 0
+    for whole in ranges:
+        done = 0
+        while done < whole.nbytes:
+            nbytes = min(whole.nbytes - done, UNIT_NBYTES - held)
+            batch.append(ByteRange(whole.file, whole.offset_bytes + done, nbytes, whole.tensor))
+            done += nbytes
+            held += nbytes
+            if held == UNIT_NBYTES:
+                yield _copy_unit(source, tuple(batch), begin, held)
+                begin, held, batch = begin + held, 0, []
+    if batch:
+        yield _copy_unit(source, tuple(batch), begin, held)
+
+
+def _copy_unit(source: Source, ranges: tuple[ByteRange, ...], offset_bytes: int, nbytes: int) -> Unit:
+    def work() -> UnitResult:
+        data = empty_bytes(nbytes)
+        view = byte_view(data)
+        position = 0
+        for part in ranges:
+            source.read_into(part.file, part.offset_bytes, view[position : position + part.nbytes])
+            position += part.nbytes
+        return UnitResult(pieces=[(offset_bytes, view)], owner=data)
+
+    return Unit(nbytes, work)
+
+
+def passthrough_job(file: OutputFile, source: Source) -> FileJob:
+    """The job that writes a file of passed-through tensors."""
+    ranges = [ByteRange(copy.file, copy.offset_bytes, copy.nbytes, copy.name) for copy in file.copies]
+    return FileJob(file.name, file.nbytes, file.header, lambda: copy_units(source, ranges, len(file.header)))
+
+
+def side_file_job(file: SourceFile, source: Source) -> FileJob:
+    """The job that copies a file as it is."""
+    whole = ByteRange(file.name, 0, file.nbytes, file.name)
+    return FileJob(file.name, file.nbytes, b"", lambda: copy_units(source, [whole], 0))
+
+
+def values_job(file: OutputFile, values: dict[str, bytes]) -> FileJob:
+    """The job that writes a file whose tensors' bytes are known, by name."""
+
+    def units() -> Iterator[Unit]:
+        for record in file.records:
+            data = memoryview(values[record.name])
+            yield Unit(len(data), lambda data=data, at=record.offset_bytes: UnitResult(pieces=[(at, data)]))  # type: ignore[misc]
+
+    return FileJob(file.name, file.nbytes, file.header, units)

@@ -148,8 +148,13 @@ class MoeLayer:
 
     def groups_of(self, leaf: Leaf, projections: Sequence[Projection]) -> tuple[TensorGroup, ...]:
         """The groups that together hold a leaf of these projections, in the projections' order."""
-        found = [group for group in self.groups if group.leaf is leaf and set(group.projections) & set(projections)]
-        return tuple(sorted(found, key=lambda group: projections.index(group.projections[0])))
+        found = dict.fromkeys(
+            group
+            for projection in projections
+            for group in self.groups
+            if group.leaf is leaf and projection in group.projections
+        )
+        return tuple(found)
 
     def groups_for(self, layout: MoeLayout, tensor: PreparedTensor) -> tuple[TensorGroup, ...]:
         """The groups whose bytes go into a prepared tensor."""

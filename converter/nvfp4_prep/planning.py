@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from nvfp4_prep.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks, find_activation
+from nvfp4_prep.config_fit import fit_config
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
@@ -181,7 +182,8 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     """
     options = options or ConvertOptions()
     index = read_index(source)
-    found = find_layers(index.tensors, namings(), formats())
+    alternating = alternating_stacks(index.config)
+    found = fit_config(find_layers(index.tensors, namings(), formats(), alternating=alternating), index.config)
     refuse(source.label, index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
@@ -225,7 +227,7 @@ def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
 
 
 def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
-    activation = find_activation(index.config, gated=layer.gated)
+    activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
     _check_activation(layer, activation)
     try:
         layout = options.layout_for(gated=layer.gated)
@@ -244,7 +246,9 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
 
 
 def _check_activation(layer: MoeLayer, activation: Activation) -> None:
-    fits = {ActivationKind.SILU, ActivationKind.SWIGLUOAI} if layer.gated else {ActivationKind.RELU2}
+    fits = (
+        {ActivationKind.SILU, ActivationKind.SWIGLUOAI, ActivationKind.SITU} if layer.gated else {ActivationKind.RELU2}
+    )
     if activation.kind in fits:
         return
     kind = "gated" if layer.gated else "non-gated"

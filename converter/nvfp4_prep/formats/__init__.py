@@ -8,8 +8,9 @@ from typing import Any
 
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.formats.base import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
+from nvfp4_prep.formats.compressed_tensors import CompressedTensors
 from nvfp4_prep.formats.modelopt import ModelOpt
-from nvfp4_prep.formats.naming import PerExpertNaming
+from nvfp4_prep.formats.naming import MoeStackNaming, PerExpertNaming, StackedNaming
 
 __all__ = [
     "ExpertNaming",
@@ -28,7 +29,7 @@ NAMING_GROUP = "nvfp4_prep.namings"
 def formats() -> dict[str, QuantFormat]:
     """All known formats by name: the built-in ones and those of entry point group ``nvfp4_prep.formats``."""
     found: dict[str, QuantFormat] = {}
-    for kind in (ModelOpt(), *_plugins(FORMAT_GROUP)):
+    for kind in (ModelOpt(), CompressedTensors(), *_plugins(FORMAT_GROUP)):
         found[kind.name] = kind
     return found
 
@@ -36,7 +37,7 @@ def formats() -> dict[str, QuantFormat]:
 @cache
 def namings() -> tuple[ExpertNaming, ...]:
     """All known namings, those of entry point group ``nvfp4_prep.namings`` first."""
-    return (*_plugins(NAMING_GROUP), PerExpertNaming())
+    return (*_plugins(NAMING_GROUP), PerExpertNaming(), StackedNaming(), MoeStackNaming())
 
 
 def _plugins(group: str) -> list[Any]:

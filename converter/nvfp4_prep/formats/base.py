@@ -42,17 +42,16 @@ class ExpertTensorName:
             them, and what the prepared tensors' names start with.
         expert: number of the expert; ``None`` for a tensor that stacks all experts.
         projections: what the tensor holds, in the order of its rows.
-        leaf: spelling of the leaf, e.g. ``weight_scale_2``; ``""`` where the stack itself has no suffix.
-        transposed: a stack of ``[E, in, out]`` instead of ``[E, out, in]``.
-        alternating: gate and up rows alternate one by one (``[gate0, up0, gate1, …]``).
+        leaf: spelling of the leaf as the format has it, e.g. ``weight_scale_2``.
+        alternating: whether the rows of a tensor that holds gate and up alternate one by one (``[gate0, up0, gate1,
+            …]``) or are ``[gate; up]``; ``None`` where the model's activation decides.
     """
 
     experts: str
     expert: int | None
     projections: tuple[Projection, ...]
     leaf: str
-    transposed: bool = False
-    alternating: bool = False
+    alternating: bool | None = None
 
 
 class ExpertNaming(Protocol):

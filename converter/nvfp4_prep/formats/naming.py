@@ -7,7 +7,7 @@ import re
 from nvfp4_prep.formats.base import ExpertTensorName
 from nvfp4_prep_kernels import Projection
 
-__all__ = ["PROJECTIONS", "PerExpertNaming"]
+__all__ = ["PROJECTIONS", "MoeStackNaming", "PerExpertNaming", "StackedNaming"]
 
 PROJECTIONS = {
     "gate_proj": Projection.GATE,
@@ -18,13 +18,20 @@ PROJECTIONS = {
     "w2": Projection.DOWN,
 }
 """Spelling to projection."""
+_STACKS = {
+    "gate_up_proj": (Projection.GATE, Projection.UP),
+    "gate_proj": (Projection.GATE,),
+    "up_proj": (Projection.UP,),
+    "down_proj": (Projection.DOWN,),
+}
 
 
 class PerExpertNaming:
     """``….experts.E.{gate,up,down}_proj.LEAF`` and ``….experts.E.{w1,w3,w2}.LEAF``.
 
-    Covers DeepSeek, Kimi, GLM, Qwen3, ERNIE, Hunyuan, Mixtral, MiniMax, Nemotron-3 and Mistral-Large-3. Shared experts
-    (``shared_experts``, ``shared_expert``, ``share_expert``) are other path components and do not match.
+    Covers DeepSeek, Kimi, GLM, Qwen3, ERNIE, Hunyuan, Mixtral, MiniMax, Nemotron-3, Mistral-Large-3 and Step-3.5 as
+    llm-compressor writes it. Shared experts (``shared_experts``, ``shared_expert``, ``share_expert``) are other path
+    components and do not match.
     """
 
     name = "per-expert"
@@ -40,3 +47,41 @@ class PerExpertNaming:
             return None
         projection = PROJECTIONS[match["projection"]]
         return ExpertTensorName(match["experts"], int(match["expert"]), (projection,), match["leaf"])
+
+
+class StackedNaming:
+    """``….experts.{gate_up,gate,up,down}_proj``: one tensor for all experts, as transformers has them (Llama-4).
+
+    The codes' name is the bare projection; the other leaves follow after an underscore (ModelOpt) or a dot. Whether a
+    stack is transposed and whether its gate and up rows alternate is not in the names: shapes and the activation say.
+    """
+
+    name = "stacked"
+    _pattern = re.compile(
+        r"(?P<experts>(?:[^\0]*\.)?experts)\."
+        rf"(?P<projection>{'|'.join(_STACKS)})(?:[._](?P<leaf>[A-Za-z0-9_.]+))?"
+    )
+
+    def parse(self, tensor: str) -> ExpertTensorName | None:
+        """See :class:`~nvfp4_prep.formats.base.ExpertNaming`."""
+        match = self._pattern.fullmatch(tensor)
+        if match is None:
+            return None
+        return ExpertTensorName(match["experts"], None, _STACKS[match["projection"]], match["leaf"] or "weight")
+
+
+class MoeStackNaming:
+    """``….moe.{gate,up,down}_proj.LEAF``: Step-3.5, whose experts are stacked ``[E, out, in]`` beside the router.
+
+    vLLM has them as ``….moe.experts``, which is where the prepared tensors go.
+    """
+
+    name = "moe-stack"
+    _pattern = re.compile(rf"(?P<moe>(?:[^\0]*\.)?moe)\.(?P<projection>{'|'.join(_STACKS)})\.(?P<leaf>[A-Za-z0-9_.]+)")
+
+    def parse(self, tensor: str) -> ExpertTensorName | None:
+        """See :class:`~nvfp4_prep.formats.base.ExpertNaming`."""
+        match = self._pattern.fullmatch(tensor)
+        if match is None:
+            return None
+        return ExpertTensorName(f"{match['moe']}.experts", None, _STACKS[match["projection"]], match["leaf"])

@@ -1,0 +1,75 @@
+"""What the config says about the MoE layers that their tensors cannot: activation and number of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvfp4_prep.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.find_layers import FoundLayers, LayerFinding
+from nvfp4_prep.moe_layers import MoeLayer
+
+__all__ = ["fit_config"]
+
+_COMPUTED = {
+    True: (ActivationKind.SILU, ActivationKind.SWIGLUOAI, ActivationKind.SITU),
+    False: (ActivationKind.RELU2,),
+}
+"""Gated or not to the activations that vLLM's FlashInferCuteDSLExperts supports."""
+_COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+
+def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
+    """Takes out the layers that the kernel cannot compute or that hold fewer experts than the config promises.
+
+    Where only some layers have an activation that the kernel lacks (Step-3.5's last two), they pass through and the
+    others are prepared; where all have it, all are refused.
+    """
+    short = {layer.experts_path: finding for layer in found.layers if (finding := _too_few(layer, config)) is not None}
+    complete = [layer for layer in found.layers if layer.experts_path not in short]
+    odd = [layer for layer in complete if not _is_computed(layer, config)]
+    fits = tuple(layer for layer in complete if layer not in odd)
+    others = [_not_computed(layer, config, refused=not fits) for layer in odd]
+    return FoundLayers(fits, (*found.others, *short.values(), *others))
+
+
+def _is_computed(layer: MoeLayer, config: Mapping[str, Any]) -> bool:
+    return _activation(layer, config).kind in _COMPUTED[layer.gated]
+
+
+def _activation(layer: MoeLayer, config: Mapping[str, Any]) -> Activation:
+    return find_activation(config, gated=layer.gated, layer=layer.index)
+
+
+def _not_computed(layer: MoeLayer, config: Mapping[str, Any], *, refused: bool) -> LayerFinding:
+    activation = _activation(layer, config)
+    word = activation.kind.value if activation.kind is not ActivationKind.UNKNOWN else "unknown"
+    spelled = f" (config: {activation.spelled!r})" if activation.spelled and activation.spelled != word else ""
+    return LayerFinding(
+        layer.experts_path,
+        "activation",
+        f"{'gated' if layer.gated else 'non-gated'} experts have activation {word}{spelled}; the kernel computes"
+        f" {', '.join(_COMPUTED[layer.gated])} for such experts",
+        "Serve the source with another MoE backend (flashinfer_cutlass or flashinfer_trtllm).",
+        refused,
+    )
+
+
+def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
+    """A layer whose last experts are missing looks whole by its names; only the config knows better."""
+    said = {key: part[key] for part in _parts(config) for key in _COUNT_KEYS if type(part.get(key)) is int}
+    if not said or layer.dims.experts >= min(said.values()):
+        return None
+    key = min(said, key=lambda key: said[key])
+    return LayerFinding(
+        layer.experts_path,
+        "incomplete",
+        f"holds experts 0 to {layer.dims.experts - 1}, but config.json's {key} is {said[key]}",
+        "Complete the download, or correct config.json.",
+        True,
+    )
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    nested = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
+    return [config, *(part for part in nested if isinstance(part, Mapping))]

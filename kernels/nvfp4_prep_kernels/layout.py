@@ -2,8 +2,8 @@
 
 A :class:`MoeLayout` is a small frozen value that knows which shapes one MoE layer takes in storage, how the
 bytes of one expert get there (:meth:`MoeLayout.apply`) and how they come back (:meth:`MoeLayout.invert`). Both
-directions work on one expert (or on a batch of experts through leading dimensions), so nothing ever needs a whole layer
-in memory. This torch code is normative: the Triton kernels must give the same bytes.
+directions work on one expert (or on a batch of experts through leading dimensions), so nothing ever needs a whole
+layer in memory. This torch code is normative: the Triton kernels must give the same bytes.
 
 Notation: E experts, H hidden size, I intermediate size of one expert, Hp and Ip the padded sizes,
 N1 = 2*Ip for gated experts (gate and up fused) and Ip otherwise. Codes are ``uint8`` with two e2m1 values a byte (low

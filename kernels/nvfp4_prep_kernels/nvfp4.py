@@ -1,0 +1,87 @@
+"""NVFP4 numbers in torch: decoding codes and block scales, and quantizing activations as the CuteDSL kernel does.
+
+A value is ``e2m1 code * e4m3 block scale * float32 global scale``, one block scale for 16 columns. Everything here
+leaves the global scale out: ``code * block scale`` has at most six significant bits and fits float16 exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvfp4_prep_kernels.layout import BLOCK_COLS
+
+__all__ = ["E2M1_MAX", "E4M3_MAX", "decode", "decode_codes", "encode_codes", "quantize", "round_e2m1", "round_e4m3"]
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Midpoints between neighbouring magnitudes; a value on a midpoint goes to the even code.
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+def decode_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
+    table = torch.tensor((*_MAGNITUDES, *(-value for value in _MAGNITUDES)), device=codes.device)
+    pairs = torch.stack((codes & 0xF, codes >> 4), dim=-1)
+    return table[pairs.long()].flatten(-2)
+
+
+def encode_codes(values: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`decode_codes` for values that :func:`round_e2m1` gave; zero has no sign."""
+    magnitudes = torch.tensor(_MAGNITUDES, device=values.device)
+    code = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
+    code |= (values < 0).to(torch.uint8) << 3
+    return code[..., 0::2] | code[..., 1::2] << 4
+
+
+def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
+    """``code * block scale``.
+
+    Args:
+        codes: ``uint8 [..., C/2]``.
+        block_scales: ``uint8 [..., C/16]``, e4m3 bytes in row-major order.
+
+    Returns:
+        ``float32 [..., C]``, exact.
+    """
+    scales = block_scales.view(torch.float8_e4m3fn).to(torch.float32)
+    return decode_codes(codes) * scales.repeat_interleave(BLOCK_COLS, dim=-1)
+
+
+def round_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """Nearest e4m3 value (ties to even), saturating at 448, as float32."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def round_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Nearest e2m1 value (ties to even), saturating at 6, as float32; NaN stays NaN."""
+    magnitude = values.abs()
+    rounded = torch.zeros_like(magnitude)
+    for i, (middle, above) in enumerate(zip(_MIDPOINTS, _MAGNITUDES[1:], strict=True)):
+        # codes 1, 3, 5, 7 are odd: a tie below them stays with the even code
+        reached = magnitude > middle if i % 2 == 0 else magnitude >= middle
+        rounded = torch.where(reached, above, rounded)
+    return torch.where(magnitude.isnan(), magnitude, rounded).copysign(values)
+
+
+def quantize(values: torch.Tensor, inverse_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes rows with a global scale: ``values ≈ code * block scale / inverse_scale``.
+
+    Args:
+        values: ``[..., C]``, C a multiple of 16.
+        inverse_scale: 1 / input_scale; the kernel's ``fc2_input_scale``.
+
+    Returns:
+        ``(codes, scales)``, float32 ``[..., C]`` and ``[..., C/16]``: e2m1 and e4m3 values, not yet packed.
+        block scale = e4m3(max|values| / 6 * inverse_scale), code = e2m1(values * inverse_scale / block scale).
+    """
+    blocks = values.to(torch.float32).unflatten(-1, (-1, BLOCK_COLS))
+    scales = round_e4m3(blocks.abs().amax(dim=-1) * (1.0 / E2M1_MAX) * inverse_scale)
+    codes = quantize_codes(blocks, scales, inverse_scale)
+    return codes.flatten(-2), scales
+
+
+def quantize_codes(blocks: torch.Tensor, scales: torch.Tensor, inverse_scale: float) -> torch.Tensor:
+    """e2m1 values ``[..., n, 16]`` of blocks whose block scales ``[..., n]`` are given; zero where the scale is."""
+    factor = torch.where(scales == 0, 0.0, inverse_scale / scales)
+    return round_e2m1(blocks * factor.unsqueeze(-1))

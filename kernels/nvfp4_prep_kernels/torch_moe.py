@@ -1,0 +1,70 @@
+"""Fused MoE in torch that reads the prepared layout in place, for machines without a card.
+
+Rows and scales are gathered by the published index formulas, written out here on their own: nothing of the code
+that prepared the bytes is used to read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.nvfp4 import decode, quantize
+
+__all__ = ["TorchMoe"]
+
+
+@dataclass(frozen=True)
+class TorchMoe:
+    """The ``torch`` backend: float32 output, one expert at a time; peak memory is one decoded expert in float32."""
+
+    name: str = "torch"
+    out_dtype: torch.dtype = torch.float32
+
+    def __call__(
+        self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
+    ) -> torch.Tensor | None:
+        """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`."""
+        hidden, inter = experts.padded_hidden, experts.padded_intermediate
+        pairs = tokens.expert_ids.numel()
+        x = decode(tokens.codes, tokens.block_scales)
+        contributions = torch.full((pairs, hidden), torch.nan, device=out.device)
+        intermediate = torch.full((pairs, inter), torch.nan, device=out.device)
+        flat = tokens.expert_ids.flatten()
+        inverse = float(experts.fc2_inverse_scale)
+        up_rows, gate_rows = _row_order(experts, out.device)
+        for expert in flat.unique().tolist():
+            mine = (flat == expert).nonzero().flatten()
+            weight = decode(experts.w13_weight[expert], _read_swizzled(experts.w13_weight_scale[expert], hidden // 16))
+            product = x[mine // tokens.top_k] @ weight.T * experts.w13_alpha[expert]
+            gate = None if gate_rows is None else product[:, gate_rows]
+            codes, scales = quantize(activation(gate, product[:, up_rows]), inverse)
+            intermediate[mine] = codes * scales.repeat_interleave(16, dim=-1)
+            down = decode(experts.w2_weight[expert], _read_swizzled(experts.w2_weight_scale[expert], inter // 16))
+            contributions[mine] = intermediate[mine] @ down.T * experts.w2_alpha[expert]
+        weighted = contributions.view(-1, tokens.top_k, hidden) * tokens.weights.unsqueeze(-1)
+        torch.sum(weighted, dim=1, out=out)
+        return intermediate
+
+
+def _row_order(experts: PreparedExperts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prepared rows of the up and gate channels: up first, in blocks of B rows, or ``[gate; up]``."""
+    inter, layout = experts.padded_intermediate, experts.layout
+    channel = torch.arange(inter, device=device)
+    if not layout.gated:
+        return channel, None
+    if not layout.interleaved:
+        return channel + inter, channel
+    block = layout.gate_up_block
+    up = channel // block * (2 * block) + channel % block
+    return up, up + block
+
+
+def _read_swizzled(scales: torch.Tensor, cols: int) -> torch.Tensor:
+    """``uint8 [M, Ks]`` in row-major order, each byte fetched from offset(m, k) of the 128x4 swizzle."""
+    m = torch.arange(scales.shape[0], device=scales.device).unsqueeze(1)
+    k = torch.arange(cols, device=scales.device).unsqueeze(0)
+    offset = (m // 128) * (cols // 4) * 512 + (k // 4) * 512 + (m % 32) * 16 + (m % 128 // 32) * 4 + k % 4
+    return scales.flatten()[offset]

@@ -1,0 +1,69 @@
+"""Random MoE layers, source and prepared, for the tests of the fused MoE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
+from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
+from nvfp4_prep_kernels.moe_types import MoeActivation, PreparedExperts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer twice."""
+
+    source: tuple[SourceExpert, ...]
+    prepared: PreparedExperts
+    activation: MoeActivation
+    input_scale: float
+    fc2_input_scale: float
+
+
+def random_bytes(shape: tuple[int, ...], generator: torch.Generator, *, scale: bool) -> torch.Tensor:
+    """Random codes, or random block scales between 8 and 48."""
+    if not scale:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    values = torch.rand(shape, generator=generator) * 40 + 8
+    return values.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def random_layer(
+    layout: MoeLayout, dims: MoeDims, activation: MoeActivation, device: torch.device, seed: int = 0
+) -> Layer:
+    """A layer whose tensors are random and whose scalars differ from expert to expert."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[tuple[Projection, bool], torch.Tensor] = {}
+    prepared = {}
+    for tensor in PreparedTensor:
+        shape = (dims.experts, *layout.source_shape(tensor, dims))
+        mine = [random_bytes(shape, generator, scale=tensor.is_scale).to(device) for _ in layout.projections(tensor)]
+        parts |= {(name, tensor.is_scale): part for name, part in zip(layout.projections(tensor), mine, strict=True)}
+        prepared[tensor.value] = layout.apply(tensor, *mine).contiguous()
+    w13, w2 = torch.rand(2, dims.experts, generator=generator) * 1e-4 + 1e-4
+    input_scale, fc2_input_scale = 0.003, 0.002
+
+    def matrix(name: Projection, expert: int, scale_2: torch.Tensor) -> SourceMatrix:
+        return SourceMatrix(parts[name, False][expert], parts[name, True][expert], float(scale_2[expert]))
+
+    source = tuple(
+        SourceExpert(
+            matrix(Projection.GATE, expert, w13) if layout.gated else None,
+            matrix(Projection.UP, expert, w13),
+            matrix(Projection.DOWN, expert, w2),
+        )
+        for expert in range(dims.experts)
+    )
+    same = torch.ones(dims.experts, device=device)
+    experts = PreparedExperts(
+        layout=layout,
+        dims=dims,
+        w13_weight_scale_2=w13.to(device),
+        w2_weight_scale_2=w2.to(device),
+        w13_input_scale=same * input_scale,
+        w2_input_scale=same * fc2_input_scale,
+        **prepared,
+    )
+    return Layer(source, experts, activation, input_scale, fc2_input_scale)

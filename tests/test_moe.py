@@ -1,0 +1,160 @@
+"""The fused-MoE implementations over the prepared layout against the reference from source tensors."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_cases import Layer, random_layer
+from nvfp4_prep_kernels import MoeDims, MoeLayout
+from nvfp4_prep_kernels.moe_reference import SourceExpert, evaluate
+from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeBackend, MoeTokens
+from nvfp4_prep_kernels.nvfp4 import decode, encode_codes, quantize
+from nvfp4_prep_kernels.torch_moe import TorchMoe
+from nvfp4_prep_kernels.triton_moe import TritonMoe, sort_pairs
+
+SITU = MoeActivation(ActivationFunction.SITU, situ_beta=4.0, situ_linear_beta=3.0)
+CASES = {
+    "kimi-like": (MoeLayout.cutedsl(gated=True), MoeDims(6, 128, 256), MoeActivation()),
+    "padded, 16-row blocks, oai": (
+        MoeLayout.cutedsl(gated=True, gate_up_block=16),
+        MoeDims(3, 80, 272),
+        MoeActivation.swigluoai(),
+    ),
+    "padded for two ranks, clamped": (
+        MoeLayout.cutedsl(gated=True, gate_up_block=32, moe_tp=2),
+        MoeDims(3, 160, 272),
+        MoeActivation(limit=0.5),
+    ),
+    "batched": (MoeLayout.cutedsl_batched(), MoeDims(3, 64, 256), MoeActivation()),
+    "relu2": (MoeLayout.cutedsl(gated=False), MoeDims(3, 80, 272), MoeActivation.relu2()),
+    "situ": (MoeLayout.cutedsl(gated=True), MoeDims(3, 64, 512), SITU),
+}
+
+
+def random_tokens(layer: Layer, count: int, top_k: int, device: torch.device, seed: int = 1) -> MoeTokens:
+    """Quantized tokens whose padded columns are NOT zero: only zero weights may meet them."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, padded = layer.prepared.dims.hidden, layer.prepared.padded_hidden
+    values, scales = quantize(torch.randn(count, hidden, generator=generator), 1 / layer.input_scale)
+    codes = torch.full((count, padded // 2), 0x22, dtype=torch.uint8)
+    codes[:, : hidden // 2] = encode_codes(values)
+    blocks = torch.full((count, padded // 16), 0x40, dtype=torch.uint8)
+    blocks[:, : hidden // 16] = scales.to(torch.float8_e4m3fn).view(torch.uint8)
+    ids = torch.rand(count, layer.prepared.dims.experts, generator=generator).topk(top_k).indices.to(torch.int32)
+    weights = torch.rand(count, top_k, generator=generator)
+    return MoeTokens(codes.to(device), blocks.to(device), ids.to(device), weights.to(device))
+
+
+def reference(layer: Layer, tokens: MoeTokens, *, order: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """``(out, tolerance)`` of routed tokens."""
+    hidden = layer.prepared.dims.hidden
+    x = decode(tokens.codes[:, : hidden // 2], tokens.block_scales[:, : hidden // 16].contiguous())
+    out, tolerance = torch.zeros_like(x), torch.zeros_like(x)
+    for number, expert in enumerate(layer.source):
+        result = evaluate(expert, x, layer.activation, layer.input_scale, layer.fc2_input_scale, order=order)
+        weight = (tokens.weights * (tokens.expert_ids == number)).sum(dim=1, keepdim=True)
+        out += weight * result.out
+        tolerance += weight * result.tolerance
+    return out, tolerance
+
+
+def backends() -> list[MoeBackend]:
+    return [TorchMoe(), TritonMoe()]
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+@pytest.mark.parametrize("case", CASES)
+def test_prepared_layer_computes_what_the_source_computes(case: str, backend: MoeBackend, device: torch.device) -> None:
+    layer = random_layer(*CASES[case], device)
+    tokens = random_tokens(layer, 20, 2, device)
+    expected, tolerance = reference(layer, tokens)
+    out = torch.full((20, layer.prepared.padded_hidden), math.nan, device=device)
+    intermediate = backend(layer.prepared, tokens, layer.activation, out)
+    hidden, inter = layer.prepared.dims.hidden, layer.prepared.dims.intermediate
+    assert expected.abs().mean() > 1e-4
+    assert bool(((out[:, :hidden] - expected).abs() <= tolerance).all())
+    assert bool((out[:, hidden:] == 0).all())
+    assert intermediate is not None and intermediate.shape == (40, layer.prepared.padded_intermediate)
+    assert bool(intermediate.isfinite().all())
+    if layer.prepared.layout.moe_tp == 1:
+        assert bool((intermediate[:, inter:] == 0).all())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tolerance_covers_another_order_of_addition_and_little_more(case: str, device: torch.device) -> None:
+    layer = random_layer(*CASES[case], device)
+    tokens = random_tokens(layer, 20, 2, device)
+    expected, tolerance = reference(layer, tokens)
+    order = torch.randperm(layer.prepared.dims.hidden, generator=torch.Generator().manual_seed(0)).to(device)
+    again, _ = reference(layer, tokens, order=order)
+    assert bool(((again - expected).abs() <= tolerance).all())
+    assert tolerance.norm() < 0.05 * expected.norm()
+    assert tolerance.median() < 1e-4 * expected.abs().mean()
+
+
+def test_scales_are_read_by_the_reference() -> None:
+    """Halving one global scale halves what it should: the reference is no constant."""
+    device = torch.device("cpu")
+    layer = random_layer(*CASES["relu2"], device)
+    x = torch.randint(-6, 7, (4, layer.prepared.dims.hidden)).float()
+    expert = layer.source[0]
+    out = evaluate(expert, x, layer.activation, 0.003, 0.002).out
+    weaker = SourceExpert(None, expert.up, type(expert.down)(expert.down.codes, expert.down.block_scales, 0.0))
+    assert evaluate(weaker, x, layer.activation, 0.003, 0.002).out.abs().max() == 0
+    assert out.abs().max() > 0
+
+
+def test_activation_formulas() -> None:
+    gate, up = torch.tensor([0.5, -1.0, 9.0]), torch.tensor([2.0, -8.0, 0.25])
+    for i, (g, u) in enumerate(zip(gate.tolist(), up.tolist(), strict=True)):
+        assert MoeActivation()(gate, up)[i].item() == pytest.approx(u * g / (1 + math.exp(-g)), rel=1e-5)
+        limited_g, limited_u = min(g, 7.0), max(-7.0, min(u, 7.0))
+        oai = (limited_u + 1) * limited_g / (1 + math.exp(-1.702 * limited_g))
+        assert MoeActivation.swigluoai()(gate, up)[i].item() == pytest.approx(oai, rel=1e-5)
+        situ = 4 * math.tanh(g / 4) / (1 + math.exp(-g)) * 3 * math.tanh(u / 3)
+        assert SITU(gate, up)[i].item() == pytest.approx(situ, rel=1e-5)
+        assert MoeActivation.relu2()(None, up)[i].item() == pytest.approx(max(u, 0) ** 2)
+    with pytest.raises(ValueError, match="situ_beta"):
+        MoeActivation(ActivationFunction.SITU)
+
+
+def test_nan_in_weights_is_not_swallowed(device: torch.device) -> None:
+    """0x7F is NaN in e4m3; a kernel that rounds it to a number would hide broken scales."""
+    layer = random_layer(*CASES["kimi-like"], device)
+    tokens = random_tokens(layer, 8, 1, device)
+    layer.prepared.w13_weight_scale.fill_(0x7F)
+    for backend in backends():
+        out = torch.zeros(8, 256, device=device)
+        backend(layer.prepared, tokens, layer.activation, out)
+        assert bool(out.isnan().all()), backend.name
+
+
+def test_sort_pairs_puts_each_pair_in_a_tile_of_its_expert() -> None:
+    ids = torch.tensor([[2, 0], [2, 5], [2, 0], [2, 1]], dtype=torch.int32)
+    pairs, owners = sort_pairs(ids, 7, 2)
+    assert len(pairs) == 2 * len(owners)
+    seen = []
+    for tile, owner in enumerate(owners.tolist()):
+        for pair in pairs[2 * tile : 2 * tile + 2].tolist():
+            if pair >= 0:
+                assert ids.flatten()[pair] == owner
+                seen.append(pair)
+    assert sorted(seen) == list(range(8))
+    assert owners.tolist() == [0, 1, 2, 2, 5]
+
+
+def test_kernels_compile_for_real_cards() -> None:
+    program = Path(__file__).parent / "compile_moe.py"
+    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 9
+    units = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma"}
+    for line in lines:
+        assert units[line.split()[0]] in line, line

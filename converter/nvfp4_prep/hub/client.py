@@ -1,0 +1,201 @@
+"""What the official client raises, told apart: what passes by itself, and what the user must act on."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
+
+__all__ = ["Patience", "hub_errors", "is_transient", "limit_waiting", "persist", "translate"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
+_AGAIN = "Run the same command again: it continues where it stopped."
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a failing network is endured.
+
+    Waits double from ``first_wait_s`` to ``longest_wait_s``; without any progress for ``give_up_after_s`` the last
+    failure is reported. The official client's own retries (seconds) come on top, inside each attempt.
+    """
+
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 60.0
+    give_up_after_s: float = 1800.0
+
+
+@cache
+def _transport_error() -> type[Exception]:
+    """``TransportError`` of the HTTP library that the installed client uses (httpx in 1.x, httpx2 in 2.x)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for base in HfHubHTTPError.__mro__:
+        package = base.__module__.split(".")[0]
+        if package.startswith("httpx"):
+            kind = importlib.import_module(package).TransportError
+            return kind if isinstance(kind, type) and issubclass(kind, Exception) else ConnectionError
+    return ConnectionError
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes: the client wraps upload failures in RuntimeError and metadata failures in
+    LocalEntryNotFoundError.
+    """
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed later."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    for item in _chain(error):
+        if isinstance(item, OfflineModeIsEnabled):
+            return False
+        if isinstance(item, HfHubHTTPError):
+            return item.response.status_code in _TRANSIENT_STATUS
+        if isinstance(item, (_transport_error(), ConnectionError, TimeoutError)):
+            return True
+        if isinstance(item, OSError) and "Consistency check failed" in str(item):
+            return True  # the client: fewer or more bytes than announced
+        if isinstance(item, RuntimeError) and "client has been closed" in str(item):
+            return True  # the client closes its shared session when one of its threads cannot connect
+    return False
+
+
+def persist(
+    action: Callable[[], _T],
+    *,
+    what: str,
+    patience: Patience,
+    progress: Callable[[], int] = lambda: 0,
+    stop: threading.Event | None = None,
+) -> _T:
+    """Runs ``action`` until it succeeds, fails for good, or has failed without progress for too long.
+
+    Args:
+        action: may be repeated.
+        what: names it in log lines and in the final error.
+        patience: see :class:`Patience`.
+        progress: any counter; a change resets waits and the limit.
+        stop: set to end the waiting.
+
+    Raises:
+        HubError: after the last attempt, or if ``stop`` was set.
+    """
+    wait_s, mark, since = patience.first_wait_s, progress(), time.monotonic()
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if (now := progress()) != mark:
+                wait_s, mark, since = patience.first_wait_s, now, time.monotonic()
+            waited_s = time.monotonic() - since
+            if waited_s + wait_s > patience.give_up_after_s:
+                raise HubError(
+                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})", next_step=_AGAIN
+                ) from error
+            _log.warning("%s: %s; next attempt in %.0f s", what, _brief(error), wait_s)
+            if (stop or threading.Event()).wait(wait_s):
+                raise HubError(f"{what} was stopped", next_step=_AGAIN) from error
+            wait_s = min(2 * wait_s, patience.longest_wait_s)
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def translate(error: BaseException, where: str) -> NvfpPrepError | None:
+    """The typed error for what the client raised about ``where``; None where it is not the client's."""
+    from huggingface_hub import errors as hub
+
+    for item in _chain(error):
+        if isinstance(item, NvfpPrepError):
+            return item
+        if isinstance(item, hub.HFValidationError):
+            return UsageError("is no valid repository id", where=where, expected="ORG/NAME", actual=_brief(item))
+        if isinstance(item, hub.OfflineModeIsEnabled):
+            return HubError(
+                "HF_HUB_OFFLINE is set, and this needs the Hub",
+                where=where,
+                next_step="Unset it, or give the directory of a downloaded snapshot.",
+            )
+        if isinstance(item, hub.HfHubHTTPError):
+            return _translate_http(item, where)
+        if isinstance(item, OSError) and item.errno == errno.ENOSPC:
+            return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {_AGAIN}")
+    if is_transient(error):
+        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=_AGAIN)
+    return None
+
+
+def _translate_http(error: Exception, where: str) -> HubError:
+    from huggingface_hub import errors as hub
+
+    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
+    if isinstance(error, hub.GatedRepoError):
+        what, step = "is gated and your token has no access", "Ask for access on the model's page, then: hf auth login"
+    elif isinstance(error, hub.DisabledRepoError):
+        what, step = "is disabled on the Hub", "Choose another repository."
+    elif status == 401 and "Invalid" in str(error) + (error.response.text if hasattr(error, "response") else ""):
+        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {_AGAIN}"
+    elif isinstance(error, hub.RepositoryNotFoundError):
+        what = "does not exist on the Hub, or is private and your token cannot see it"
+        step = "Check the spelling; for a private repository: hf auth login, or set HF_TOKEN."
+    elif isinstance(error, hub.RevisionNotFoundError):
+        what, step = "has no such revision", "Give a branch, a tag or a full commit hash that the repository has."
+    elif isinstance(error, hub.EntryNotFoundError):
+        what, step = "lacks a file that it listed before", "Run the same command again with a fixed commit."
+    elif status in (401, 403):
+        what, step = (
+            f"the Hub refused access ({status}: {_brief(error)})",
+            "Use a token that may do this: hf auth login.",
+        )
+    else:
+        what, step = f"the Hub answered {status} ({_brief(error)})", _AGAIN
+    return HubError(what, where=where, next_step=step)
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turns the client's exceptions into ours; everything else passes."""
+    try:
+        yield
+    except NvfpPrepError:
+        raise
+    except Exception as error:
+        translated = translate(error, where)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def limit_waiting(read_s: float = 300.0) -> None:
+    """Gives the client's shared session timeouts: its default is to wait for ever, which no unattended run may.
+
+    For programs (the command line), not for libraries: the session belongs to the whole process.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    current = get_session()
+    kind, hooks = type(current), current.event_hooks
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=read_s))

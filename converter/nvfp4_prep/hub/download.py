@@ -1,0 +1,291 @@
+"""Bringing one file of a snapshot to the disk: resumed, retried, and checked before anyone sees it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import importlib.util
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nvfp4_prep.errors import HubError, SourceError
+from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["Downloader"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_CORRUPT_ATTEMPTS = 3
+_DAMAGED = "The Hub's storage or a proxy on the way damages it: try another network, or run the same command later."
+
+
+class Downloader:
+    """Fetches files of one snapshot. Safe to use from several threads, one file each.
+
+    Plain HTTP goes through the client's ``http_get`` into a partial file that survives failures and restarts, so that
+    a transfer always goes on at the byte where it stopped. Where the client would use Xet (``hf_xet`` is installed and
+    the file is stored there), its ``hf_hub_download`` is tried first, because Xet transfers in parallel; should that
+    fail, plain HTTP takes over. Either way the file's size and hash are checked before it gets its name.
+
+    Memory: one 10 MB piece a file being fetched, and 8 MiB while its hash is computed.
+    """
+
+    def __init__(self, api: HfApi, snapshot: Snapshot, patience: Patience, stop: threading.Event) -> None:
+        """Reads nothing yet; ``stop`` ends all waiting."""
+        self.api = api
+        self.snapshot = snapshot
+        self.patience = patience
+        self.stop = stop
+        self.received_nbytes = 0
+        self._xet_failed = False
+        self._bar = _silent_bar(self._count)
+
+    def _count(self, nbytes: int) -> None:
+        """Called by the client for every piece that arrives; the one place where a transfer can be stopped."""
+        self.received_nbytes += nbytes
+        if self.stop.is_set():
+            raise HubError("download was stopped", next_step="Run the same command again: it continues.")
+
+    def cached(self, file: RemoteFile) -> Path | None:
+        """The file in the user's cache, where its size is right; its hash is not checked here."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.snapshot.repo_id, file.name, revision=self.snapshot.commit)
+        path = Path(found) if isinstance(found, str) else None
+        return path if path is not None and path.is_file() and path.stat().st_size == file.nbytes else None
+
+    def fetch(self, file: RemoteFile, target: Path) -> None:
+        """Brings ``file`` to ``target``, going on with ``target``'s partial file where there is one.
+
+        Raises:
+            HubError: if access is refused, the network stays away, or the bytes are wrong again and again.
+            NoSpaceError: if the disk is full.
+        """
+        partial = partial_path(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
+            for _ in range(_CORRUPT_ATTEMPTS):
+                if not (self._xet_wanted(file) and self._fetch_by_xet(file, partial)):
+                    self._fetch_by_http(file, partial)
+                if hash_matches(file, partial):
+                    partial.replace(target)
+                    return
+                _log.warning("%s: bytes do not have the hash that the Hub lists; fetching it again", file.name)
+                partial.unlink()
+        raise HubError(
+            f"downloaded {_CORRUPT_ATTEMPTS} times, and never with the listed hash",
+            where=f"{self.snapshot.repo_id}/{file.name}",
+            expected=file.identity,
+            next_step=_DAMAGED,
+        )
+
+    def fetch_to_cache(self, file: RemoteFile) -> Path:
+        """Brings ``file`` to the user's cache by the client's own means and returns its path there.
+
+        Raises:
+            HubError: as :meth:`fetch`.
+        """
+        from huggingface_hub import hf_hub_download
+
+        def get(force: bool) -> Path:
+            return Path(
+                hf_hub_download(
+                    self.snapshot.repo_id,
+                    file.name,
+                    revision=self.snapshot.commit,
+                    endpoint=self.api.endpoint,
+                    token=self.api.token,
+                    force_download=force,
+                    tqdm_class=self._bar,
+                )
+            )
+
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
+            for attempt in range(_CORRUPT_ATTEMPTS):
+                path = self._persist(file, functools.partial(get, attempt > 0))
+                if hash_matches(file, path):
+                    return path
+        raise HubError(
+            "the cache holds it with another hash than the Hub lists, even after downloading it again",
+            where=f"{self.snapshot.repo_id}/{file.name}",
+            expected=file.identity,
+            next_step=_DAMAGED,
+        )
+
+    def read_whole(self, file: RemoteFile) -> bytes:
+        """A small file's checked bytes, from the user's cache or the Hub; nothing is written."""
+        local = self.cached(file)
+        if local is not None and hash_matches(file, local):
+            return local.read_bytes()
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
+            for _ in range(_CORRUPT_ATTEMPTS):
+                content = self._persist(file, lambda: self._get(file, None)) if file.nbytes else b""
+                if _content_matches(file, content):
+                    return content
+        raise HubError(
+            f"downloaded {_CORRUPT_ATTEMPTS} times, and never with the listed hash",
+            where=f"{self.snapshot.repo_id}/{file.name}",
+            expected=f"{file.nbytes} bytes, {file.identity}",
+            actual=f"{len(content)} bytes",
+            next_step=_DAMAGED,
+        )
+
+    def read_range(self, file: RemoteFile, offset_bytes: int, nbytes: int) -> bytes:
+        """A range of a file, by one request; the caller must check it against the whole file later.
+
+        Raises:
+            HubError: as :meth:`fetch`.
+            SourceError: if the range leaves the file.
+        """
+        if offset_bytes + nbytes > file.nbytes:
+            raise SourceError(
+                "read past the end",
+                where=file.name,
+                expected=f"at most {file.nbytes} bytes",
+                actual=offset_bytes + nbytes,
+            )
+        if nbytes == 0:
+            return b""
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
+            return self._persist(file, lambda: self._get(file, (offset_bytes, nbytes)))
+
+    def _get(self, file: RemoteFile, part: tuple[int, int] | None) -> bytes:
+        from huggingface_hub import constants, get_session, hf_raise_for_status
+
+        headers = self._headers()
+        if part is not None:
+            headers["Range"] = f"bytes={part[0]}-{part[0] + part[1] - 1}"
+        wanted = file.nbytes if part is None else part[1]
+        content = bytearray()
+        with get_session().stream(
+            "GET", self._url(file), headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        ) as response:
+            hf_raise_for_status(response)
+            if part is not None and response.status_code != 206:
+                raise HubError(
+                    "does not answer range requests",
+                    where=self.api.endpoint,
+                    expected="status 206",
+                    actual=response.status_code,
+                    next_step="Use the Hub itself or a mirror that serves ranges (HF_ENDPOINT).",
+                )
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) > wanted:
+                    break  # a wrong answer; how long it would become is not our memory's business
+        if len(content) != wanted:
+            raise ConnectionError(f"{file.name}: {len(content)} bytes instead of {wanted}")
+        return bytes(content)
+
+    def _fetch_by_http(self, file: RemoteFile, partial: Path) -> None:
+        from huggingface_hub.file_download import http_get
+
+        def transfer() -> None:
+            with partial.open("ab+") as stream:
+                if stream.seek(0, 2) > file.nbytes:
+                    stream.truncate(0)
+                http_get(
+                    self._url(file),
+                    stream,
+                    resume_size=stream.seek(0, 2),
+                    headers=self._headers(),
+                    expected_size=file.nbytes,
+                    displayed_filename=file.name,
+                    tqdm_class=self._bar,
+                )
+
+        self._persist(file, transfer, lambda: partial.stat().st_size if partial.exists() else 0)
+
+    def _xet_wanted(self, file: RemoteFile) -> bool:
+        from huggingface_hub import constants
+
+        usable = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+        return file.in_xet and usable and not self._xet_failed
+
+    def _fetch_by_xet(self, file: RemoteFile, partial: Path) -> bool:
+        """Tries the client's Xet transfer; False where plain HTTP should do it."""
+        from huggingface_hub import hf_hub_download
+
+        folder = partial.with_suffix(".xet")
+        if partial.exists() and partial.stat().st_size > 0:
+            return False  # a plain transfer stopped here: going on is cheaper than starting over
+        try:
+            found = hf_hub_download(
+                self.snapshot.repo_id,
+                file.name,
+                revision=self.snapshot.commit,
+                local_dir=folder,
+                endpoint=self.api.endpoint,
+                token=self.api.token,
+                tqdm_class=self._bar,
+            )
+            Path(found).replace(partial)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            # hf_xet raises whatever its native code reports: there is nothing to tell apart, and HTTP will tell.
+            _log.warning("%s: Xet transfer failed (%s); using plain HTTP from here on", file.name, error)
+            self._xet_failed = True
+            return False
+        finally:
+            remove_tree(folder)
+        return True
+
+    def _persist(self, file: RemoteFile, action: Callable[[], _T], progress: Callable[[], int] | None = None) -> _T:
+        return persist(
+            action,
+            what=f"downloading {file.name}",
+            patience=self.patience,
+            progress=progress or (lambda: 0),
+            stop=self.stop,
+        )
+
+    def _url(self, file: RemoteFile) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.snapshot.repo_id, file.name, revision=self.snapshot.commit, endpoint=self.api.endpoint)
+
+    def _headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers
+
+        return dict(build_hf_headers(token=self.api.token))
+
+
+def partial_path(target: Path) -> Path:
+    """Where a file lies while it is fetched."""
+    return target.with_name(target.name + ".part")
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder of our own making; nothing happens where there is none."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _content_matches(file: RemoteFile, content: bytes) -> bool:
+    if file.sha256 is not None:
+        return hashlib.sha256(content).hexdigest() == file.sha256
+    return git_blob_sha1(content) == file.git_sha1
+
+
+def _silent_bar(count: Callable[[int], None]) -> type[Any]:
+    """A progress bar for the client that draws nothing (several at once garble the terminal) and reports bytes."""
+    from tqdm import tqdm
+
+    class SilentBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            count(int(n or 0))
+
+    return SilentBar

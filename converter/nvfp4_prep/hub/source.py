@@ -1,0 +1,313 @@
+"""A checkpoint on the Hub as a source: headers by range, shards ahead of their use, deleted after it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvfp4_prep.errors import SourceError
+from nvfp4_prep.hub.address import HubAddress
+from nvfp4_prep.hub.client import Patience, hub_errors
+from nvfp4_prep.hub.download import Downloader, partial_path, remove_tree
+from nvfp4_prep.hub.files import RemoteFile, hash_matches, read_snapshot
+from nvfp4_prep.safetensors_io import ShardHeader, header_nbytes, parse_header
+from nvfp4_prep.source import SourceFile, read_exactly
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["SHARDS_AHEAD", "HubSource"]
+
+_log = logging.getLogger(__name__)
+SHARDS_AHEAD = 2
+"""Shards that may lie on the disk, whole or in part, before anything has asked for them."""
+_HEAD_NBYTES = 1 << 20
+"""First request of a shard: a header of Kimi-K2.5 (about 330 kB) and the scalars behind it fit."""
+_SMALL_NBYTES = 64 << 20
+_SMALL_KEPT = 4
+_HEADER_THREADS = 8
+
+
+@dataclass
+class _Shard:
+    """A file on its way. States: waiting → fetching → ready or failed → released."""
+
+    file: RemoteFile
+    state: str = "waiting"
+    touched: bool = False
+    path: Path | None = None
+    is_ours: bool = False
+    descriptor: int = -1
+    error: BaseException | None = None
+
+
+class HubSource:
+    """A repository at one commit.
+
+    Shards come in the scheduled order. At most :data:`SHARDS_AHEAD` of them lie in the work directory before they are
+    first read; a shard that was read stays until :meth:`release`. So the peak on the disk is what the plan needs at
+    once plus the shards ahead. Files that the user's cache has are read there and never deleted; with ``keep_source``
+    everything is downloaded into that cache.
+
+    Peak memory: 1 MiB a shard while planning, 10 MB a running download, 256 MiB of small files at the very most.
+    """
+
+    def __init__(
+        self,
+        address: HubAddress,
+        *,
+        work_dir: Path | None = None,
+        keep_source: bool = False,
+        ahead: int = SHARDS_AHEAD,
+        patience: Patience | None = None,
+        api: HfApi | None = None,
+    ) -> None:
+        """Resolves the revision and lists the files.
+
+        Args:
+            address: what to read.
+            work_dir: where shards lie while they are needed; created by :meth:`schedule`. Without one (``--dry-run``)
+                only planning is possible, unless ``keep_source`` is set.
+            keep_source: download into the user's cache and leave everything there.
+            ahead: see :data:`SHARDS_AHEAD`.
+            patience: how long network failures are endured.
+            api: the official client; by default with the user's endpoint and token.
+
+        Raises:
+            HubError: if the repository or the revision is missing or closed, or the Hub cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        patience = patience or Patience()
+        api = api or HfApi()
+        self.snapshot = read_snapshot(api, address.repo_id, address.revision, patience)
+        self.label = address.repo_id
+        self.revision: str | None = self.snapshot.commit
+        self.work_dir = work_dir
+        self.keep_source = keep_source
+        self.ahead = max(ahead, 1)
+        self._stop = threading.Event()
+        self.downloader = Downloader(api, self.snapshot, patience, self._stop)
+        self._changed = threading.Condition()
+        self._slots = threading.Semaphore(self.ahead + 1)
+        self._order: list[str] = []
+        self._shards: dict[str, _Shard] = {}
+        self._threads: list[threading.Thread] = []
+        self._small: OrderedDict[str, bytes] = OrderedDict()
+        self._heads: dict[str, Future[bytes]] = {}
+        self._seen: dict[str, dict[tuple[int, int], bytes]] = {}
+
+    # ------------------------------------------------------------------ planning
+
+    def files(self) -> tuple[SourceFile, ...]:
+        """All files, sorted by name; hidden ones left out."""
+        return tuple(
+            SourceFile(file.name, file.nbytes, file.identity)
+            for name, file in sorted(self.snapshot.files.items())
+            if not any(part.startswith(".") for part in name.split("/"))
+        )
+
+    def header(self, file: str) -> ShardHeader:
+        """See :class:`nvfp4_prep.source.Source`. The first call asks for the heads of all shards at once."""
+        remote = self._remote(file)
+        prefix = self.peek(file, 0, min(8, remote.nbytes))
+        length = header_nbytes(file, prefix, remote.nbytes)
+        return parse_header(file, self.peek(file, 0, 8 + length), remote.nbytes)
+
+    def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
+        """See :class:`nvfp4_prep.source.Source`. What it gave is compared with the shard once that has arrived."""
+        remote = self._remote(file)
+        if _is_small(remote):
+            return self._whole(remote)[offset_bytes : offset_bytes + nbytes]
+        head = self._head(remote)
+        if offset_bytes + nbytes <= len(head):
+            data = head[offset_bytes : offset_bytes + nbytes]
+        else:
+            data = self._read_remote(remote, offset_bytes, nbytes)
+        self._seen.setdefault(file, {})[(offset_bytes, nbytes)] = hashlib.sha256(data).digest()
+        return data
+
+    def _read_remote(self, remote: RemoteFile, offset_bytes: int, nbytes: int) -> bytes:
+        local = self.downloader.cached(remote)
+        if local is None:
+            return self.downloader.read_range(remote, offset_bytes, nbytes)
+        with local.open("rb") as stream:
+            buffer = bytearray(nbytes)
+            read_exactly(stream.fileno(), remote.name, offset_bytes, memoryview(buffer))
+        return bytes(buffer)
+
+    def _head(self, remote: RemoteFile) -> bytes:
+        def fetch(file: RemoteFile) -> bytes:
+            return self._read_remote(file, 0, min(_HEAD_NBYTES, file.nbytes))
+
+        if remote.name not in self._heads:
+            shards = [file for name, file in self.snapshot.files.items() if name.endswith(".safetensors")]
+            wanted = [file for file in shards if "/" not in file.name and not self._heads] or [remote]
+            with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+                self._heads.update({file.name: pool.submit(fetch, file) for file in {*wanted, remote}})
+        return self._heads[remote.name].result()
+
+    def _whole(self, remote: RemoteFile) -> bytes:
+        with self._changed:
+            if remote.name not in self._small:
+                self._small[remote.name] = self.downloader.read_whole(remote)
+                while len(self._small) > _SMALL_KEPT:
+                    self._small.popitem(last=False)
+            return self._small[remote.name]
+
+    def _remote(self, file: str) -> RemoteFile:
+        try:
+            return self.snapshot.files[file]
+        except KeyError:
+            raise SourceError("no such file at this commit", where=f"{self.label}/{file}") from None
+
+    # ------------------------------------------------------------------ shards
+
+    def schedule(self, shards: Sequence[str]) -> None:
+        """Starts downloading, in this order; leftovers of an earlier run that are not in it are deleted."""
+        with self._changed:
+            self._heads.clear()
+            self._order = list(shards)
+            for name in shards:
+                self._shards.setdefault(name, _Shard(self._remote(name)))
+            self._tidy()
+            self._pump()
+
+    def _tidy(self) -> None:
+        if self.work_dir is None or not self.work_dir.is_dir():
+            return
+        targets = [self._target(self._shards[name].file) for name in self._order]
+        wanted = {*targets, *map(partial_path, targets)}
+        for path in self.work_dir.iterdir():
+            if path.is_dir():
+                remove_tree(path)
+            elif path not in wanted:
+                path.unlink()
+
+    def _target(self, file: RemoteFile) -> Path:
+        if self.work_dir is None:
+            raise SourceError("must be downloaded, and no place was given for it", where=f"{self.label}/{file.name}")
+        return self.work_dir / (file.sha256 or file.git_sha1)
+
+    def _pump(self) -> None:
+        """Starts what may be started; call it with the lock held."""
+        pending = [self._shards[name] for name in self._order]
+        early = sum(shard.state in ("fetching", "ready") and not shard.touched for shard in pending)
+        for shard in pending:
+            if early >= self.ahead:
+                break
+            if shard.state == "waiting":
+                self._start(shard)
+                early += 1
+
+    def _start(self, shard: _Shard) -> None:
+        shard.state = "fetching"
+        thread = threading.Thread(target=self._run, args=(shard,), name=f"fetch {shard.file.name}", daemon=True)
+        self._threads = [*(thread for thread in self._threads if thread.is_alive()), thread]
+        thread.start()
+
+    def _run(self, shard: _Shard) -> None:
+        try:
+            with self._slots:
+                if not self._stop.is_set():
+                    self._obtain(shard)
+        except BaseException as error:
+            shard.error = error
+        with self._changed:
+            shard.state = "failed" if shard.error is not None else "ready"
+            self._changed.notify_all()
+
+    def _obtain(self, shard: _Shard) -> None:
+        file = shard.file
+        cached = self.downloader.cached(file)
+        if cached is not None and hash_matches(file, cached):
+            shard.path = cached
+        elif self.keep_source:
+            shard.path = self.downloader.fetch_to_cache(file)
+        else:
+            shard.path, shard.is_ours = self._target(file), True
+            if not (shard.path.is_file() and hash_matches(file, shard.path)):
+                self.downloader.fetch(file, shard.path)
+        with hub_errors(f"{self.label}/{file.name}"):
+            shard.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._check_seen(shard)
+
+    def _check_seen(self, shard: _Shard) -> None:
+        for (offset_bytes, nbytes), digest in self._seen.get(shard.file.name, {}).items():
+            buffer = bytearray(nbytes)
+            read_exactly(shard.descriptor, shard.file.name, offset_bytes, memoryview(buffer))
+            if hashlib.sha256(buffer).digest() != digest:
+                raise SourceError(
+                    f"{nbytes} bytes at {offset_bytes}, from which the conversion was planned, arrived damaged",
+                    where=f"{self.label}/{shard.file.name}",
+                    next_step="Run the same command again.",
+                )
+
+    def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
+        """See :class:`nvfp4_prep.source.Source`. Waits until the file has arrived and its hash is right."""
+        remote = self._remote(file)
+        if file not in self._shards and _is_small(remote):
+            buffer[:] = self._whole(remote)[offset_bytes : offset_bytes + len(buffer)]
+            return
+        with self._changed:
+            shard = self._shards.setdefault(file, _Shard(remote))
+            shard.touched = True
+            if shard.state == "waiting":
+                self._start(shard)
+            self._pump()
+            while shard.state == "fetching":
+                self._changed.wait()
+            if shard.error is not None:
+                raise shard.error
+            descriptor = shard.descriptor
+        read_exactly(descriptor, file, offset_bytes, buffer)
+
+    def release(self, shard: str) -> None:
+        """Deletes the shard, unless it lies in the user's cache. Reading it again downloads it again."""
+        with self._changed:
+            known = self._shards.pop(shard, None)
+            if known is None:
+                return
+            self._order = [name for name in self._order if name != shard]
+            while known.state == "fetching":
+                self._changed.wait()
+            self._discard(known)
+            self._pump()
+
+    def _discard(self, shard: _Shard) -> None:
+        if shard.descriptor >= 0:
+            os.close(shard.descriptor)
+            shard.descriptor = -1
+        if shard.is_ours and shard.path is not None:
+            shard.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stops downloads and closes descriptors. Shards that are still needed stay, for the next run to go on with;
+        when all were released, the work directory goes too.
+        """
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=10)
+        with self._changed:
+            for shard in self._shards.values():
+                if shard.descriptor >= 0:
+                    os.close(shard.descriptor)
+                    shard.descriptor = -1
+            self._shards.clear()
+            self._order.clear()
+        if self.work_dir is not None:
+            with suppress(OSError):
+                self.work_dir.rmdir()
+
+
+def _is_small(file: RemoteFile) -> bool:
+    return file.nbytes <= _SMALL_NBYTES and not file.name.endswith(".safetensors")

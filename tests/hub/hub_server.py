@@ -73,7 +73,9 @@ class LoopbackHub:
         self.servers = [_Server(("127.0.0.1", 0), _handler(self, kind)) for kind in (_Api, _Storage)]
         for server in self.servers:
             server.errors = self.errors
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        hub_port, storage_port = (server.server_address[1] for server in self.servers)
+        self.url = f"http://127.0.0.1:{hub_port}"
+        self.storage_url = f"http://localhost:{storage_port}"  # another host name: 1.x compares names, not ports
 
     def fault(self, path: str, kind: str, **options: Any) -> Fault:
         """Orders a fault."""

@@ -143,6 +143,12 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
             return _translate_http(item, where)
         if isinstance(item, OSError) and item.errno == errno.ENOSPC:
             return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {_AGAIN}")
+        if isinstance(item, hub.FileMetadataError):
+            return HubError(
+                f"the answer did not come from a Hub ({_brief(item)})",
+                where=where,
+                next_step="Check HF_ENDPOINT, proxies and firewalls.",
+            )
     if is_transient(error):
         return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=_AGAIN)
     return None

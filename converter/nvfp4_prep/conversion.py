@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,16 +177,18 @@ class _Conversion:
         pending = [file for file in made.files if file.name not in self._results]
         sides = [file for file in made.side_files if file.name not in self._results]
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        target.check_space(needed + _SMALL_FILES_NBYTES)
         first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
-        self._shards.expect(made.shard_order(first), first)
+        order, at_once = made.shard_order(first), made.peak_shards_nbytes
+        target.check_space(needed + _SMALL_FILES_NBYTES + self._source.room_nbytes(order, at_once))
+        self._shards.expect(order, at_once, first)
         total = made.output_nbytes
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # the engine's workers are the parallelism
         progress.start("convert", total, total - needed)
         try:
             jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
-            run_jobs(jobs, target, threads=threads, progress=progress, on_done=self._done)
+            stop = self._source.interrupt
+            run_jobs(jobs, target, threads=threads, progress=progress, on_done=self._done, on_stop=stop)
             last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
             run_jobs(last, target, threads=1, progress=progress, on_done=self._done)
         finally:
@@ -300,11 +302,11 @@ class _ShardUse:
         self._left: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def expect(self, order: Iterable[str], files: Iterable[OutputFile]) -> None:
+    def expect(self, order: Sequence[str], at_once_nbytes: int, files: Iterable[OutputFile]) -> None:
         for file in files:
             for shard in file.shards:
                 self._left[shard] = self._left.get(shard, 0) + 1
-        self._source.schedule(tuple(order))
+        self._source.schedule(order, at_once_nbytes)
 
     def used(self, file: OutputFile) -> None:
         with self._lock:

@@ -216,11 +216,20 @@ class _Running:
         return result
 
 
+@dataclass(frozen=True)
+class _Hooks:
+    """See :func:`run_jobs`."""
+
+    on_done: Callable[[JobResult], None]
+    before_file: Callable[[FileJob, threading.Event], None]
+    on_stop: Callable[[], None]
+
+
 class _Run:
-    def __init__(self, target: Target | None, progress: Progress, on_done: Callable[[JobResult], None]) -> None:
+    def __init__(self, target: Target | None, progress: Progress, hooks: _Hooks) -> None:
         self.target = target
         self.progress = progress
-        self.on_done = on_done
+        self.hooks = hooks
         self.stop = threading.Event()
         self.budget = _Budget(MEMORY_BUDGET_NBYTES, self.stop)
         self.failure: BaseException | None = None
@@ -230,6 +239,9 @@ class _Run:
     def units(self, jobs: Sequence[FileJob]) -> Iterator[tuple[_Running, int, Unit]]:
         for job in jobs:
             units = list(job.units()) or [Unit(0, UnitResult)]
+            self.hooks.before_file(job, self.stop)
+            if self.stop.is_set():
+                return
             file = None if self.target is None else self.target.create(job.name, job.nbytes)
             running = _Running(job, file, units, self.stop)
             self.open.append(running)
@@ -251,9 +263,14 @@ class _Run:
         except _Stopped:
             return
         except BaseException as error:
-            if self.failure is None:
-                self.failure = error
-            self.stop.set()
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the run; the first failure is the one that counts."""
+        if self.failure is None:
+            self.failure = error
+        self.stop.set()
+        self.hooks.on_stop()
 
     def _do(self, running: _Running, number: int, unit: Unit) -> None:
         result = unit.work()
@@ -263,7 +280,7 @@ class _Run:
         finished = running.finish_unit()
         if finished is not None:
             self.open.remove(running)
-            self.on_done(finished)
+            self.hooks.on_done(finished)
 
 
 def run_jobs(
@@ -273,6 +290,8 @@ def run_jobs(
     threads: int | None = None,
     progress: Progress | None = None,
     on_done: Callable[[JobResult], None] = lambda result: None,
+    before_file: Callable[[FileJob, threading.Event], None] = lambda job, stop: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs jobs in their order, several units at a time.
 
@@ -282,12 +301,15 @@ def run_jobs(
         threads: workers.
         progress: told of every unit.
         on_done: called with every finished job, from a worker thread, after the file stands under its final name.
+        before_file: called before a job's file is created; may wait for room, but no longer than until the event is
+            set.
+        on_stop: called when the run has failed or was interrupted: whatever makes workers wait must let them go.
 
     Raises:
         NvfpPrepError: what a unit or the target raised first; unfinished files are deleted, finished ones stay.
         ConversionInterrupted: on Ctrl-C.
     """
-    run = _Run(target, progress or NoProgress(), on_done)
+    run = _Run(target, progress or NoProgress(), _Hooks(on_done, before_file, on_stop))
     units = run.units(jobs)
     count = threads or default_threads()
     workers = [threading.Thread(target=run.work, args=(units,), name=f"nvfp4-prep-{i}") for i in range(count)]
@@ -298,7 +320,7 @@ def run_jobs(
             while worker.is_alive():
                 worker.join(0.1)
     except KeyboardInterrupt:
-        run.failure = ConversionInterrupted("interrupted", next_step="The same command continues.")
+        run.fail(ConversionInterrupted("interrupted", next_step="The same command continues."))
     finally:
         run.stop.set()
         for worker in workers:

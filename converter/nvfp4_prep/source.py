@@ -58,8 +58,13 @@ class Source(Protocol):
         """A small range, read while planning, without downloading the shard."""
         ...
 
-    def schedule(self, shards: Sequence[str]) -> None:
-        """Announces the shards that will be read, in order of first use."""
+    def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
+        """Announces the shards that will be read, in order of first use, and how many bytes of them are needed at
+        once."""
+        ...
+
+    def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
+        """Disk room beside the target's files that a schedule with the same arguments takes."""
         ...
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
@@ -68,6 +73,10 @@ class Source(Protocol):
 
     def release(self, shard: str) -> None:
         """Says that a scheduled shard is needed no more."""
+        ...
+
+    def interrupt(self) -> None:
+        """Makes waiting and further reads of what is not there yet fail: the run has failed elsewhere."""
         ...
 
     def close(self) -> None:
@@ -180,8 +189,12 @@ class LocalSource:
         self.read_into(file, offset_bytes, memoryview(buffer))
         return bytes(buffer)
 
-    def schedule(self, shards: Sequence[str]) -> None:
+    def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
         """Nothing to fetch: the files are here."""
+
+    def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
+        """None: the files are here."""
+        return 0
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
         """See :class:`Source`."""
@@ -202,6 +215,9 @@ class LocalSource:
             descriptor = self._descriptors.pop(shard, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def interrupt(self) -> None:
+        """Nothing waits here."""
 
     def close(self) -> None:
         """Closes all descriptors."""

@@ -21,11 +21,13 @@ from typing import Any, Self
 from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.units import format_nbytes
 
-__all__ = ["WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
+__all__ = ["SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
 
 WORK_FOLDER = ".nvfp4_prep"
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+SOURCE_FOLDER = "source"
+"""In the work folder: shards that a source downloads; the source itself looks after it."""
 
 
 def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
@@ -193,7 +195,7 @@ class Target:
 
     def _read_journal(self) -> bool:
         for leftover in self.work.iterdir():
-            if leftover.name not in (_LOCK, _JOURNAL):
+            if leftover.name not in (_LOCK, _JOURNAL, SOURCE_FOLDER):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         lines = self._journal_lines()
         if not lines:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep.errors import SourceError
+from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience, hub_errors
 from nvfp4_prep.hub.download import Downloader, partial_path, remove_tree
@@ -29,7 +29,7 @@ __all__ = ["SHARDS_AHEAD", "HubSource"]
 
 _log = logging.getLogger(__name__)
 SHARDS_AHEAD = 2
-"""Shards that may lie on the disk, whole or in part, before anything has asked for them."""
+"""Room for downloads ahead of their use, in shards of the largest size."""
 _HEAD_NBYTES = 1 << 20
 """First request of a shard: a header of Kimi-K2.5 (about 330 kB) and the scalars behind it fit."""
 _SMALL_NBYTES = 64 << 20
@@ -43,7 +43,6 @@ class _Shard:
 
     file: RemoteFile
     state: str = "waiting"
-    touched: bool = False
     path: Path | None = None
     is_ours: bool = False
     descriptor: int = -1
@@ -53,10 +52,11 @@ class _Shard:
 class HubSource:
     """A repository at one commit.
 
-    Shards come in the scheduled order. At most :data:`SHARDS_AHEAD` of them lie in the work directory before they are
-    first read; a shard that was read stays until :meth:`release`. So the peak on the disk is what the plan needs at
-    once plus the shards ahead. Files that the user's cache has are read there and never deleted; with ``keep_source``
-    everything is downloaded into that cache.
+    Shards come strictly in the scheduled order and stay until :meth:`release`; a download starts when it fits beside
+    those that are there. The room, :meth:`room_nbytes`, is what the plan needs at once plus :data:`SHARDS_AHEAD`. That
+    never blocks: everything before a shard that the earliest unfinished file waits for is itself in use by that file or
+    later ones, so all of it fits. Files that the user's cache has are read there and never deleted; with
+    ``keep_source`` everything is downloaded into that cache.
 
     Peak memory: 1 MiB a shard while planning, 10 MB a running download, 256 MiB of small files at the very most.
     """
@@ -100,6 +100,7 @@ class HubSource:
         self._changed = threading.Condition()
         self._slots = threading.Semaphore(self.ahead + 1)
         self._order: list[str] = []
+        self._room = 0
         self._shards: dict[str, _Shard] = {}
         self._threads: list[threading.Thread] = []
         self._small: OrderedDict[str, bytes] = OrderedDict()
@@ -172,15 +173,24 @@ class HubSource:
 
     # ------------------------------------------------------------------ shards
 
-    def schedule(self, shards: Sequence[str]) -> None:
+    def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
         """Starts downloading, in this order; leftovers of an earlier run that are not in it are deleted."""
         with self._changed:
             self._heads.clear()
             self._order = list(shards)
             for name in shards:
                 self._shards.setdefault(name, _Shard(self._remote(name)))
+            self._room = self._room_for(shards, at_once_nbytes)
             self._tidy()
             self._pump()
+
+    def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
+        """Disk room that the downloads take at most; 0 where they go to the user's cache."""
+        return 0 if self.keep_source else self._room_for(shards, at_once_nbytes)
+
+    def _room_for(self, shards: Sequence[str], at_once_nbytes: int) -> int:
+        largest = max((self._remote(name).nbytes for name in shards), default=0)
+        return max(at_once_nbytes, largest) + self.ahead * largest
 
     def _tidy(self) -> None:
         if self.work_dir is None or not self.work_dir.is_dir():
@@ -199,15 +209,14 @@ class HubSource:
         return self.work_dir / (file.sha256 or file.git_sha1)
 
     def _pump(self) -> None:
-        """Starts what may be started; call it with the lock held."""
-        pending = [self._shards[name] for name in self._order]
-        early = sum(shard.state in ("fetching", "ready") and not shard.touched for shard in pending)
-        for shard in pending:
-            if early >= self.ahead:
-                break
+        """Starts what fits, in order; call it with the lock held."""
+        held = sum(shard.file.nbytes for shard in self._shards.values() if shard.state in ("fetching", "ready"))
+        for shard in (self._shards[name] for name in self._order):
             if shard.state == "waiting":
+                if held + shard.file.nbytes > self._room:
+                    break
                 self._start(shard)
-                early += 1
+                held += shard.file.nbytes
 
     def _start(self, shard: _Shard) -> None:
         shard.state = "fetching"
@@ -260,12 +269,12 @@ class HubSource:
             return
         with self._changed:
             shard = self._shards.setdefault(file, _Shard(remote))
-            shard.touched = True
-            if shard.state == "waiting":
+            if shard.state == "waiting" and file not in self._order:
                 self._start(shard)
-            self._pump()
-            while shard.state == "fetching":
-                self._changed.wait()
+            while shard.state in ("waiting", "fetching") and not self._stop.is_set():
+                self._changed.wait(0.5)
+            if shard.state != "ready" and shard.error is None:
+                raise HubError("download was stopped", where=file, next_step="Run the same command again.")
             if shard.error is not None:
                 raise shard.error
             descriptor = shard.descriptor
@@ -290,11 +299,17 @@ class HubSource:
         if shard.is_ours and shard.path is not None:
             shard.path.unlink(missing_ok=True)
 
+    def interrupt(self) -> None:
+        """See :class:`nvfp4_prep.source.Source`."""
+        self._stop.set()
+        with self._changed:
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Stops downloads and closes descriptors. Shards that are still needed stay, for the next run to go on with;
         when all were released, the work directory goes too.
         """
-        self._stop.set()
+        self.interrupt()
         for thread in self._threads:
             thread.join(timeout=10)
         with self._changed:

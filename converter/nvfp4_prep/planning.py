@@ -20,7 +20,7 @@ from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import CheckpointIndex, read_index
 from nvfp4_prep.moe_layers import MoeLayer
-from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
 from nvfp4_prep.source import Source, SourceFile
@@ -206,10 +206,12 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
 
 def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
     """Raises :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
-    stamped = [config.get("quantization_config") for config in (index.config, index.config.get("text_config") or {})]
-    if any(isinstance(value, Mapping) and value.get("quant_method") == "nvfp4_prep" for value in stamped):
+    nested = [index.config, *(value for value in index.config.values() if isinstance(value, Mapping))]
+    stamped = [config.get("quantization_config") for config in nested]
+    prepared = next((name for name in index.tensors if name.endswith(".routed_experts.w13_weight")), None)
+    if prepared or any(isinstance(value, Mapping) and value.get("quant_method") == "nvfp4_prep" for value in stamped):
         raise UnsupportedCheckpointError(
-            "is prepared already",
+            "is prepared already" + (f" (it holds {prepared})" if prepared else " (config.json is stamped)"),
             where=label,
             next_step="Serve it, `nvfp4-prep restore` it, or change its layout with `nvfp4-prep relayout`.",
         )
@@ -217,18 +219,29 @@ def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
         first = found.refused[0]
         more = f" (and {len(found.refused) - 1} more layers)" if len(found.refused) > 1 else ""
         raise UnsupportedCheckpointError(f"{first.reason}{more}", where=first.experts_path, next_step=first.instead)
-    if not found.layers:
-        kinds = sorted({finding.reason for finding in found.passed})
+    if found.layers:
+        return
+    if not found.passed:
         raise UnsupportedCheckpointError(
-            "holds no NVFP4 experts to prepare" + (f": {'; '.join(kinds)}" if kinds else ": no expert tensors found"),
+            "holds no tensors of routed experts",
             where=label,
-            next_step="nvfp4-prep prepares W4A4 NVFP4 experts; serve this checkpoint as it is.",
+            next_step="Only mixture-of-experts checkpoints can be prepared. If this is one, its tensor names are not"
+            " known yet: docs/adding-a-format.md shows how to add them.",
         )
+    reasons: dict[str, LayerFinding] = {}
+    for finding in found.passed:
+        reasons.setdefault(finding.reason, finding)
+    raise UnsupportedCheckpointError(
+        "holds no NVFP4 experts to prepare: "
+        + "; ".join(f"{finding.reason} ({finding.experts_path})" for finding in reasons.values()),
+        where=label,
+        next_step=next(iter(reasons.values())).instead,
+    )
 
 
 def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
     activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
-    _check_activation(layer, activation)
+    _check_batched(layer, activation, options)
     try:
         layout = options.layout_for(gated=layer.gated)
         layout.check(layer.dims)
@@ -245,19 +258,16 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
     return LayerPlan(layer, layout, activation, scalars, reconciled)
 
 
-def _check_activation(layer: MoeLayer, activation: Activation) -> None:
-    fits = (
-        {ActivationKind.SILU, ActivationKind.SWIGLUOAI, ActivationKind.SITU} if layer.gated else {ActivationKind.RELU2}
-    )
-    if activation.kind in fits:
-        return
-    kind = "gated" if layer.gated else "non-gated"
-    raise UnsupportedCheckpointError(
-        f"{kind} experts with activation {activation.spelled or 'not in the config'!r}",
-        where=layer.experts_path,
-        expected=" or ".join(sorted(fits)),
-        next_step="The kernel does not compute this: serve the source with another backend.",
-    )
+def _check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
+    """vLLM's FlashInferCuteDSLBatchedExperts computes plain SiLU only; what the other kernel lacks is not here."""
+    plain = activation.kind is ActivationKind.SILU and activation.clamp is None
+    if options.layout is LayoutName.CUTEDSL_BATCHED and not plain:
+        clamp = f" clamped at {activation.clamp:g}" if activation.clamp is not None else ""
+        raise UnsupportedCheckpointError(
+            f"the batched kernel computes plain SiLU only, these experts have {activation.kind.value}{clamp}",
+            where=layer.experts_path,
+            next_step="Use --layout cutedsl.",
+        )
 
 
 def _layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
@@ -277,9 +287,12 @@ def _layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
                 )
                 for tensor in tensors
             ]
+            read = list(tensors)
+            if PreparedTensor.W13_WEIGHT in tensors and plan.scalars.differing:
+                read.append(PreparedTensor.W13_WEIGHT_SCALE)  # to measure what the policies do to the weights
             shards = frozenset(
                 record.file
-                for tensor in tensors
+                for tensor in read
                 for group in plan.layer.groups_for(plan.layout, tensor)
                 for record in group.records
             )

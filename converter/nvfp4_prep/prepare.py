@@ -17,7 +17,7 @@ import torch
 from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
-from nvfp4_prep.gate_up_scales import Reconciled, reconcile
+from nvfp4_prep.gate_up_scales import Reconciled, measure, reconcile
 from nvfp4_prep.moe_layers import TensorGroup
 from nvfp4_prep.planning import LayerPlan, OutputFile
 from nvfp4_prep.safetensors_io import TensorRecord
@@ -76,6 +76,9 @@ def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chun
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
     parts = [part for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw)]
     reconciled: list[dict[str, Any]] = []
+    errors: list[list[float]] = []
+    if tensor is PreparedTensor.W13_WEIGHT:
+        errors = _measure_chunk(plan, parts, chunk, source)
     if tensor is PreparedTensor.W13_WEIGHT_SCALE:
         parts, reconciled = _reconcile_chunk(plan, parts, chunk)
     prepared = layout.apply(tensor, *parts).contiguous()
@@ -92,7 +95,7 @@ def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chun
     return UnitResult(
         pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
         digests=[(group.key, byte_view(raw)) for group, raw in zip(groups, raws, strict=True)],
-        fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled},
+        fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled, "errors": errors},
         owner=(raws, prepared),
     )
 
@@ -101,6 +104,27 @@ def reconcile_expert(plan: LayerPlan, expert: int, gate: torch.Tensor, up: torch
     """:func:`~nvfp4_prep.gate_up_scales.reconcile` with the layer's scalars; gate and up are ``uint8 [I, H/16]``."""
     gates = plan.scalars.gate_scale_2 or plan.scalars.up_scale_2
     return reconcile(gate, up, gates[expert], plan.scalars.up_scale_2[expert])
+
+
+def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, source: Source) -> list[list[float]]:
+    """:class:`PolicyErrors` as lists, one for each expert of the chunk whose gate and up scales differ.
+
+    Done while the codes are at hand: the block scales that it needs besides are an eighth of their size.
+    """
+    gates = plan.scalars.gate_scale_2 or ()
+    groups = plan.layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
+    errors = []
+    for expert in plan.scalars.differing:
+        if expert not in chunk:
+            continue
+        raws = [read_experts(source, group, range(expert, expert + 1), plan.layer.dims.experts) for group in groups]
+        gate, up = (part[0] for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw))
+        outcome = reconcile_expert(plan, expert, gate, up)
+        scales = (gates[expert], plan.scalars.up_scale_2[expert])
+        codes = (parts[0][expert - chunk.start], parts[1][expert - chunk.start])
+        found = measure(codes, (gate, up), scales, outcome)
+        errors.append([found.source, found.reconcile, found.vllm])
+    return errors
 
 
 def _reconcile_chunk(

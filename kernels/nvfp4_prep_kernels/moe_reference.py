@@ -124,7 +124,8 @@ def _project(
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
-    return rows.norm(dim=1, keepdim=True)
+    norm: torch.Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norm
 
 
 def _activation_error(
@@ -151,7 +152,7 @@ def _quantize_with_spread(
     hidden: torch.Tensor, error: torch.Tensor, inverse: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``code * block scale`` of the intermediate, and its largest change under errors of ``hidden``."""
-    blocks, errors = (tensor.unflatten(-1, (-1, BLOCK_COLS)) for tensor in (hidden, error))
+    blocks, errors = (tensor.reshape(len(tensor), -1, BLOCK_COLS) for tensor in (hidden, error))
     magnitude = blocks.abs()
     factor = inverse / E2M1_MAX
     middle = round_e4m3(magnitude.amax(-1) * factor)

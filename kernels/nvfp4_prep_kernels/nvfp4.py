@@ -75,7 +75,7 @@ def quantize(values: torch.Tensor, inverse_scale: float) -> tuple[torch.Tensor, 
         ``(codes, scales)``, float32 ``[..., C]`` and ``[..., C/16]``: e2m1 and e4m3 values, not yet packed.
         block scale = e4m3(max|values| / 6 * inverse_scale), code = e2m1(values * inverse_scale / block scale).
     """
-    blocks = values.to(torch.float32).unflatten(-1, (-1, BLOCK_COLS))
+    blocks = values.to(torch.float32).reshape(*values.shape[:-1], -1, BLOCK_COLS)
     scales = round_e4m3(blocks.abs().amax(dim=-1) * (1.0 / E2M1_MAX) * inverse_scale)
     codes = quantize_codes(blocks, scales, inverse_scale)
     return codes.flatten(-2), scales

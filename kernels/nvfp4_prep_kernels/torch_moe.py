@@ -35,7 +35,7 @@ class TorchMoe:
         flat = tokens.expert_ids.flatten()
         inverse = float(experts.fc2_inverse_scale)
         up_rows, gate_rows = _row_order(experts, out.device)
-        for expert in flat.unique().tolist():
+        for expert in sorted(set(flat.tolist())):
             mine = (flat == expert).nonzero().flatten()
             weight = decode(experts.w13_weight[expert], _read_swizzled(experts.w13_weight_scale[expert], hidden // 16))
             product = x[mine // tokens.top_k] @ weight.T * experts.w13_alpha[expert]

@@ -161,7 +161,7 @@ def gemm_gate_up(
     blocks = tl.reshape(hidden, (BM, BN // 16, 16))
     inverse = tl.load(inverse_scale)
     scale = _round_e4m3(tl.max(tl.abs(blocks), axis=2) * (1.0 / 6.0) * inverse)[:, :, None]
-    factor = tl.where(scale == 0, 0.0, inverse / scale)
+    factor = tl.where(scale == 0, 0.0, inverse / tl.where(scale == 0, 1.0, scale))
     value = tl.reshape(_round_e2m1(blocks * factor) * scale, (BM, BN))
     place = channel % 2 * (INTER // 2) + channel // 2
     target = out + tl.where(real, pair, 0).to(tl.int64)[:, None] * INTER + place[None, :]

@@ -51,7 +51,9 @@ def random_tokens(layer: Layer, count: int, top_k: int, device: torch.device, se
     return MoeTokens(codes.to(device), blocks.to(device), ids.to(device), weights.to(device))
 
 
-def reference(layer: Layer, tokens: MoeTokens, *, order: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+def reference(
+    layer: Layer, tokens: MoeTokens, *, order: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, ...]:
     """``(out, tolerance)`` of routed tokens."""
     hidden = layer.prepared.dims.hidden
     x = decode(tokens.codes[:, : hidden // 2], tokens.block_scales[:, : hidden // 16].contiguous())
@@ -91,8 +93,10 @@ def test_tolerance_covers_another_order_of_addition_and_little_more(case: str, d
     layer = random_layer(*CASES[case], device)
     tokens = random_tokens(layer, 20, 2, device)
     expected, tolerance = reference(layer, tokens)
-    order = torch.randperm(layer.prepared.dims.hidden, generator=torch.Generator().manual_seed(0)).to(device)
-    again, _ = reference(layer, tokens, order=order)
+    generator = torch.Generator().manual_seed(0)
+    dims = layer.prepared.dims
+    order = tuple(torch.randperm(size, generator=generator).to(device) for size in (dims.hidden, dims.intermediate))
+    again, _ = reference(layer, tokens, order=(order[0], order[1]))
     assert bool(((again - expected).abs() <= tolerance).all())
     assert tolerance.norm() < 0.05 * expected.norm()
     assert tolerance.median() < 1e-4 * expected.abs().mean()

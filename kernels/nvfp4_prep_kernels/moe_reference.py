@@ -89,7 +89,7 @@ def evaluate(
     input_scale: float,
     fc2_input_scale: float,
     *,
-    order: torch.Tensor | None = None,
+    order: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Evaluation:
     """Runs one expert.
 
@@ -98,29 +98,33 @@ def evaluate(
         x: ``float32 [T, H]``: code * block scale of the quantized tokens.
         activation: function and parameters.
         input_scale, fc2_input_scale: the layer's largest input scales.
-        order: permutation of the H columns: the same sums in another order, to measure what that does.
+        order: permutations of the H and the I columns: the same sums in another order, to measure what that does.
     """
-    up, up_error = _project(expert.up, x, input_scale, order)
-    gate, gate_error = (None, None) if expert.gate is None else _project(expert.gate, x, input_scale, order)
+    columns = None if order is None else order[0]
+    up, up_error = _project(expert.up, x, input_scale, columns)
+    gate, gate_error = (None, None) if expert.gate is None else _project(expert.gate, x, input_scale, columns)
     hidden = activation(gate, up)
     error = _activation_error(activation, gate, up, gate_error, up_error) + FUNCTION * hidden.abs()
     inverse = 1.0 / fc2_input_scale
     quantized, spread = _quantize_with_spread(hidden, error, inverse)
     down = expert.down.decode()
     alpha = expert.down.global_scale * fc2_input_scale
-    out = (quantized @ down.T) * alpha
+    out = _product(quantized, down, None if order is None else order[1]) * alpha
     bound = spread @ down.abs().T + ACCUMULATION * _norm(quantized) * _norm(down).T
     return Evaluation(out, bound * abs(alpha) + 2.0**-22 * out.abs(), int((spread > 0).sum()))
 
 
 def _project(
-    matrix: SourceMatrix, x: torch.Tensor, input_scale: float, order: torch.Tensor | None
+    matrix: SourceMatrix, x: torch.Tensor, input_scale: float, columns: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of one projection and the bound of its error."""
     weight = matrix.decode()
     alpha = matrix.global_scale * input_scale
-    product = x @ weight.T if order is None else x[:, order] @ weight[:, order].T
-    return product * alpha, ACCUMULATION * abs(alpha) * _norm(x) * _norm(weight).T
+    return _product(x, weight, columns) * alpha, ACCUMULATION * abs(alpha) * _norm(x) * _norm(weight).T
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+    return left @ right.T if columns is None else left[:, columns] @ right[:, columns].T
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:

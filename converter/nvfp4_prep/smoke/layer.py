@@ -1,0 +1,277 @@
+"""The smoke run of one layer: prepared bytes through a backend, source tensors through the reference, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep.smoke.report import CaseFigures, ErrorFigures, ExpertFigures, LayerReport, NoiseFloor
+from nvfp4_prep.smoke.tokens import Routing, pack_tokens, random_tokens, routed_tokens, routings
+from nvfp4_prep_kernels import PreparedTensor
+from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, PreparedExperts
+
+__all__ = ["LayerUnderTest", "SmokeSettings", "run_layer"]
+
+_BF16_HALF_STEP = 2.0**-9
+
+
+@dataclass(frozen=True)
+class SmokeSettings:
+    """How much is run.
+
+    Attributes:
+        per_expert: tokens that go to each expert alone.
+        routed: tokens of each of the other routings.
+        noise_experts: experts on which the noise floor is measured.
+        seed: of the random tokens; the same seed on the same device gives the same figures.
+    """
+
+    per_expert: int = 16
+    routed: int = 64
+    noise_experts: int = 4
+    seed: int = 20260101
+
+
+@dataclass(frozen=True)
+class LayerUnderTest:
+    """One layer, twice.
+
+    Attributes:
+        name, index: module path of the experts and the model's layer number.
+        experts: numbers of the experts that ``prepared`` holds.
+        experts_total: of the whole layer.
+        prepared: the bytes under test.
+        source: position in ``experts`` to the expert's source tensors, on the device of ``prepared``.
+        activation, top_k: of the model.
+        input_scale, fc2_input_scale: the source's, largest over the whole layer.
+        w13_scale_2, w2_scale_2: the source's global scales of ``experts``.
+    """
+
+    name: str
+    index: int
+    experts: tuple[int, ...]
+    experts_total: int
+    prepared: PreparedExperts
+    source: Callable[[int], SourceExpert]
+    activation: MoeActivation
+    top_k: int
+    input_scale: float
+    fc2_input_scale: float
+    w13_scale_2: tuple[float, ...]
+    w2_scale_2: tuple[float, ...]
+
+
+def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSettings | None = None) -> LayerReport:
+    """Runs and judges one layer.
+
+    Peak memory beside the layer: the backend's, and one expert decoded to float32 (about nine times its bytes).
+    """
+    settings = settings or SmokeSettings()
+    device = layer.prepared.w13_weight.device
+    generator = torch.Generator(device=device).manual_seed(settings.seed + layer.index)
+    cases = routings(len(layer.experts), layer.top_k, settings.per_expert, settings.routed, generator)
+    count = sum(case.tokens for case in cases)
+    values = random_tokens(count, layer.prepared.dims.hidden, settings.per_expert, generator)
+    amplitude, reach = _choose_amplitude(layer, values[: 2 * settings.per_expert])
+    values = values * amplitude
+    outputs, stray = _run_backend(layer, backend, values, cases)
+    _, _, x = pack_tokens(values, layer.input_scale, layer.prepared.padded_hidden)
+    wanted = _Expected(layer, cases, x)
+    figures, noise = [], []
+    for position in range(len(layer.experts)):
+        expert = layer.source(position)
+        result = wanted.add(position, expert)
+        if position < settings.noise_experts:
+            noise.append(wanted.noise(position, expert, generator))
+        rows = slice(position * settings.per_expert, (position + 1) * settings.per_expert)
+        errors = wanted.judge(cases[0], outputs[0], backend.out_dtype, rows)
+        figures.append(ExpertFigures(layer.experts[position], settings.per_expert, errors, result.doubtful))
+    return LayerReport(
+        name=layer.name,
+        index=layer.index,
+        experts=len(layer.experts),
+        experts_total=layer.experts_total,
+        amplitude=amplitude,
+        intermediate_range=reach,
+        cases=tuple(
+            _case_figures(case, len(layer.experts), wanted.judge(case, out, backend.out_dtype))
+            for case, out in zip(cases, outputs, strict=True)
+        ),
+        figures=tuple(figures),
+        noise=NoiseFloor(len(noise), max(item[0] for item in noise), max(item[1] for item in noise)),
+        padded_outputs_not_zero=stray,
+        dirty_padding=_dirty_padding(layer.prepared),
+        wrong_scalars=tuple(_wrong_scalars(layer)),
+    )
+
+
+def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[float, float]:
+    """A size of the tokens at which the intermediate uses its range well: neither near zero nor saturated.
+
+    Returns:
+        ``(amplitude, largest intermediate over the largest that its scale can hold)``, both for values up to 1.
+    """
+    amplitude, reach = 1.0, 0.0
+    experts = [layer.source(position) for position in range(min(2, len(layer.experts)))]
+    for _ in range(8):
+        _, _, x = pack_tokens(values * amplitude, layer.input_scale, layer.prepared.padded_hidden)
+        largest = 0.0
+        for expert in experts:
+            gate = None
+            if expert.gate is not None:
+                gate = x @ expert.gate.decode().T * (expert.gate.global_scale * layer.input_scale)
+            up = x @ expert.up.decode().T * (expert.up.global_scale * layer.input_scale)
+            largest = max(largest, float(layer.activation(gate, up).abs().max()))
+        reach = largest / (layer.fc2_input_scale * 6.0 * 448.0)
+        if 0.2 <= reach <= 0.95 or (reach < 0.2 and amplitude == 1.0):
+            break
+        step = math.sqrt(0.6 / reach) if reach > 0 else 2.0
+        amplitude = min(1.0, max(2.0**-8, amplitude * step))
+    return amplitude, reach
+
+
+def _run_backend(
+    layer: LayerUnderTest, backend: MoeBackend, values: torch.Tensor, cases: tuple[Routing, ...]
+) -> tuple[list[torch.Tensor], int]:
+    """Outputs ``[T, H]`` of each case, and how many padded outputs are not zero."""
+    prepared, hidden = layer.prepared, layer.prepared.dims.hidden
+    # a server quantizes with the prepared file's scale, whatever it is
+    packed, blocks, _ = pack_tokens(values, float(prepared.w13_input_scale[0]), prepared.padded_hidden)
+    outputs, stray = [], 0
+    for case in cases:
+        shape = (case.tokens, prepared.padded_hidden)
+        out = torch.full(shape, math.nan, dtype=backend.out_dtype, device=values.device)
+        backend(prepared, routed_tokens(packed, blocks, case), layer.activation, out)
+        stray += int((out[:, hidden:] != 0).sum())
+        outputs.append(out[:, :hidden].to(torch.float32))
+    return outputs, stray
+
+
+class _Expected:
+    """Reference outputs of all cases, added up expert by expert; memory: three times the tokens in float32."""
+
+    def __init__(self, layer: LayerUnderTest, cases: tuple[Routing, ...], x: torch.Tensor) -> None:
+        self._layer = layer
+        self._cases = cases
+        self._x = x
+        self._out = torch.zeros_like(x)
+        self._tolerance = torch.zeros_like(x)
+        self._magnitude = torch.zeros_like(x)
+
+    def add(self, position: int, expert: SourceExpert) -> Evaluation:
+        """Evaluates one expert on all its tokens."""
+        rows, weights = self._tokens_of(position)
+        result = self._evaluate(expert, self._x[rows])
+        self._out.index_add_(0, rows, result.out * weights)
+        self._tolerance.index_add_(0, rows, result.tolerance * weights)
+        self._magnitude.index_add_(0, rows, result.out.abs() * weights)
+        return result
+
+    def noise(self, position: int, expert: SourceExpert, generator: torch.Generator) -> tuple[float, float]:
+        """Relative and worst difference of one expert when its sums are made in another order."""
+        rows, _ = self._tokens_of(position)
+        x = self._x[rows]
+        dims = self._layer.prepared.dims
+        order = (
+            torch.randperm(dims.hidden, device=x.device, generator=generator),
+            torch.randperm(dims.intermediate, device=x.device, generator=generator),
+        )
+        first, second = self._evaluate(expert, x), self._evaluate(expert, x, order)
+        difference = (second.out - first.out).abs()
+        worst = _ratio(difference, first.tolerance).max()
+        return float(difference.norm() / first.out.norm().clamp(min=1e-30)), float(worst)
+
+    def judge(self, case: Routing, out: torch.Tensor, dtype: torch.dtype, rows: slice | None = None) -> ErrorFigures:
+        """Compares the outputs of one case, or some of its rows."""
+        mine = rows or slice(0, case.tokens)
+        span = slice(case.first_token + mine.start, case.first_token + mine.stop)
+        want, tolerance = self._out[span], self._tolerance[span]
+        if dtype != torch.float32:
+            # each contribution is rounded, and the running sum after each of the k additions
+            tolerance = tolerance + (case.expert_ids.shape[1] + 1) * _BF16_HALF_STEP * self._magnitude[span]
+        return compare(out[mine], want, tolerance)
+
+    def _evaluate(
+        self, expert: SourceExpert, x: torch.Tensor, order: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Evaluation:
+        layer = self._layer
+        return evaluate(expert, x, layer.activation, layer.input_scale, layer.fc2_input_scale, order=order)
+
+    def _tokens_of(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and router weights ``[n, 1]`` of an expert's tokens over all cases."""
+        rows, weights = [], []
+        for case in self._cases:
+            token, slot = (case.expert_ids == position).nonzero(as_tuple=True)
+            rows.append(token + case.first_token)
+            weights.append(case.weights[token, slot])
+        return torch.cat(rows), torch.cat(weights).unsqueeze(1)
+
+
+def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> ErrorFigures:
+    """Figures of outputs against a reference, all float32 of one shape."""
+    finite = out.isfinite()
+    known = torch.where(finite, out, 0.0)
+    error = (known - want).abs()
+    ratio = torch.where(finite, _ratio(error, tolerance), math.inf)
+    at = int(ratio.argmax())
+    size = want.norm().clamp(min=1e-30)
+    rms = want.square().mean().sqrt()
+    return ErrorFigures(
+        cosine=float(torch.nn.functional.cosine_similarity(known.flatten(), want.flatten(), dim=0)),
+        relative=float(error.norm() / size),
+        relative_limit=float(tolerance.norm() / size),
+        worst=float(ratio.flatten()[at]),
+        worst_of_rms=float(error.flatten()[at] / rms.clamp(min=1e-30)),
+        unwritten=int((~finite).sum()),
+        reference_rms=float(rms),
+    )
+
+
+def _ratio(error: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
+    """Error in units of the tolerance; no error is no violation even where nothing is tolerated."""
+    return torch.where(error == 0, 0.0, error / tolerance)
+
+
+def _case_figures(case: Routing, experts: int, errors: ErrorFigures) -> CaseFigures:
+    load = torch.bincount(case.expert_ids.flatten(), minlength=experts)
+    return CaseFigures(
+        case.name, case.expert_ids.shape[1], case.tokens, int(load.max()), int((load == 0).sum()), errors
+    )
+
+
+def _dirty_padding(prepared: PreparedExperts) -> int:
+    """Padding bytes that are not zero, over the four tensors."""
+    layout, dims = prepared.layout, prepared.dims
+    dirty = 0
+    for tensor in PreparedTensor:
+        source = torch.ones(layout.source_shape(tensor, dims), dtype=torch.uint8, device=prepared.w13_weight.device)
+        real = layout.apply(tensor, *[source for _ in layout.projections(tensor)])
+        padding = (real == 0).nonzero(as_tuple=True)
+        if len(padding[0]):
+            stored: torch.Tensor = getattr(prepared, tensor.value)
+            dirty += sum(int((expert[padding] != 0).sum()) for expert in stored)
+    return dirty
+
+
+def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
+    """Scalars of the prepared file that are not, bit for bit, what the source says."""
+    prepared = layer.prepared
+    for name, wanted in (
+        ("w13_weight_scale_2", layer.w13_scale_2),
+        ("w2_weight_scale_2", layer.w2_scale_2),
+        ("w13_input_scale", [layer.input_scale] * len(layer.experts)),
+        ("w2_input_scale", [layer.fc2_input_scale] * len(layer.experts)),
+    ):
+        found = getattr(prepared, name).cpu()
+        expected = torch.tensor(wanted, dtype=torch.float32)
+        wrong = (found != expected).nonzero().flatten()
+        if len(wrong):
+            first = int(wrong[0])
+            yield (
+                f"{name} of {len(wrong)} experts, expert {layer.experts[first]}: {float(found[first])!r} instead of"
+                f" {float(expected[first])!r}"
+            )

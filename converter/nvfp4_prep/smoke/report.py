@@ -1,0 +1,236 @@
+"""What a smoke run found, as plain values: printed, written as JSON and shown as a page."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["BackendFacts", "CaseFigures", "ErrorFigures", "ExpertFigures", "LayerReport", "NoiseFloor", "SmokeReport"]
+
+
+@dataclass(frozen=True)
+class ErrorFigures:
+    """Errors of one set of outputs against the reference.
+
+    Attributes:
+        cosine: cosine between outputs and reference.
+        relative: |error| / |reference|, Euclidean norms.
+        relative_limit: |tolerance| / |reference|: the largest relative error that rounding can explain.
+        worst: largest error of one element in units of its own tolerance; above 1 is wrong.
+        worst_of_rms: that element's error over the reference's root mean square.
+        unwritten: elements that are not finite; the output is NaN before the run.
+        reference_rms: root mean square of the reference.
+    """
+
+    cosine: float
+    relative: float
+    relative_limit: float
+    worst: float
+    worst_of_rms: float
+    unwritten: int
+    reference_rms: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was written, lies within its tolerance, and the tolerance means something."""
+        return self.unwritten == 0 and self.worst <= 1.0 and self.meaningful
+
+    @property
+    def meaningful(self) -> bool:
+        """Whether the reference is away from zero and the tolerance is small against it."""
+        return self.reference_rms > 0.0 and self.relative_limit <= RELATIVE_LIMIT
+
+
+RELATIVE_LIMIT = 0.1
+"""Above this the intermediate is so often between two codes that a comparison would prove little."""
+
+
+@dataclass(frozen=True)
+class ExpertFigures:
+    """One expert, from tokens that go to it alone."""
+
+    expert: int
+    tokens: int
+    errors: ErrorFigures
+    doubtful: int
+
+
+@dataclass(frozen=True)
+class CaseFigures:
+    """One routing.
+
+    Attributes:
+        name: what is special about it.
+        top_k: experts a token.
+        tokens: how many.
+        busiest: most tokens of one expert.
+        idle: experts without a token.
+    """
+
+    name: str
+    top_k: int
+    tokens: int
+    busiest: int
+    idle: int
+    errors: ErrorFigures
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """The reference against itself with its sums in another order, on some experts.
+
+    Attributes:
+        experts: how many.
+        relative: largest |difference| / |reference| of an expert.
+        worst: largest difference of one element in units of its tolerance.
+    """
+
+    experts: int
+    relative: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: module path of the experts.
+        index: the model's layer number.
+        experts, experts_total: how many were run, and how many there are.
+        amplitude: largest token value over the calibrated maximum (input scale * 448 * 6).
+        intermediate_range: largest intermediate value over what its scale can hold; above 1 saturates.
+        dirty_padding: padding bytes that are not zero.
+        wrong_scalars: scalars that differ from the source's, in words.
+        seconds: wall time, reading included.
+        peak_nbytes: device memory at the peak; 0 on the CPU.
+    """
+
+    name: str
+    index: int
+    experts: int
+    experts_total: int
+    amplitude: float
+    intermediate_range: float
+    cases: tuple[CaseFigures, ...]
+    figures: tuple[ExpertFigures, ...]
+    noise: NoiseFloor
+    padded_outputs_not_zero: int
+    dirty_padding: int
+    wrong_scalars: tuple[str, ...]
+    seconds: float = 0.0
+    peak_nbytes: int = 0
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that is wrong, in words; empty if the layer passed."""
+        found = [f"scalars: {text}" for text in self.wrong_scalars]
+        if self.dirty_padding:
+            found.append(f"padding: {self.dirty_padding} padding bytes are not zero")
+        if self.padded_outputs_not_zero:
+            found.append(f"padding: {self.padded_outputs_not_zero} padded outputs are not zero")
+        if not self.noise.worst <= 1.0:
+            found.append(f"noise: the reference alone leaves its tolerance, {self.noise.worst:.3g} times")
+        bad = [figure for figure in self.figures if not figure.errors.passed]
+        if bad:
+            worst = max(bad, key=lambda figure: _order(figure.errors.worst))
+            found.append(
+                f"experts: {len(bad)} of {len(self.figures)} wrong, expert {worst.expert}: {_say(worst.errors)}"
+            )
+        found += [f"routing: {case.name}: {_say(case.errors)}" for case in self.cases if not case.errors.passed]
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    @property
+    def worst_expert(self) -> ExpertFigures:
+        """The expert with the largest error in units of its tolerance."""
+        return max(self.figures, key=lambda figure: _order(figure.errors.worst))
+
+
+@dataclass(frozen=True)
+class BackendFacts:
+    """What ran.
+
+    Attributes:
+        name: ``flashinfer``, ``triton`` or ``torch``.
+        real_kernel: whether it was the CuteDSL kernel that a server runs.
+        reason: why no better backend ran; empty if this is the best.
+        device: card or processor.
+        versions: library to version.
+    """
+
+    name: str
+    real_kernel: bool
+    reason: str
+    device: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """A whole smoke run.
+
+    Attributes:
+        checkpoint: the prepared checkpoint's source, as its manifest names it.
+        reference: ``source`` or ``restored``: what the reference was computed from.
+        layers_total: MoE layers of the checkpoint; ``layers`` may be a sample.
+    """
+
+    checkpoint: str
+    reference: str
+    backend: BackendFacts
+    layers_total: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layer that was run passed; a run over no layer proves nothing."""
+        return bool(self.layers) and all(layer.passed for layer in self.layers)
+
+    def summary(self) -> dict[str, Any]:
+        """The short form for a manifest: what ran and the worst figures."""
+        experts = [figure.errors for layer in self.layers for figure in layer.figures]
+        return {
+            "check": "fused-MoE smoke run",
+            "result": "passed" if self.passed else "failed",
+            "backend": self.backend.name,
+            "real_kernel": self.backend.real_kernel,
+            "why_not_better": self.backend.reason,
+            "device": self.backend.device,
+            "versions": self.backend.versions,
+            "reference": self.reference,
+            "layers": len(self.layers),
+            "layers_total": self.layers_total,
+            "experts": len(experts),
+            "lowest_cosine": min((figure.cosine for figure in experts), default=math.nan),
+            "largest_relative_error": max((figure.relative for figure in experts), default=math.nan),
+            "worst_element_of_tolerance": max((_order(figure.worst) for figure in experts), default=math.nan),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON value with everything."""
+        return {
+            **asdict(self),
+            "passed": self.passed,
+            "problems": {layer.name: list(layer.problems) for layer in self.layers if layer.problems},
+        }
+
+
+def _order(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _say(errors: ErrorFigures) -> str:
+    if errors.unwritten:
+        return f"{errors.unwritten} output elements not written or not finite"
+    if not errors.meaningful:
+        return f"inconclusive: reference rms {errors.reference_rms:.3g}, tolerance {errors.relative_limit:.3g} of it"
+    return (
+        f"worst element {errors.worst:.3g} times its tolerance, relative error {errors.relative:.3g},"
+        f" cosine {errors.cosine:.6f}"
+    )

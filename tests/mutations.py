@@ -1,0 +1,153 @@
+"""Every way in which a prepared layer can be wrong, as a change to one that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from nvfp4_prep_kernels import PreparedTensor
+from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
+from nvfp4_prep_kernels.moe_types import PreparedExperts
+from nvfp4_prep_kernels.scale_swizzle import swizzle_scales, unswizzle_scales
+
+__all__ = ["MUTATIONS", "PADDING_MUTATIONS"]
+
+Mutation = Callable[[PreparedExperts], PreparedExperts]
+
+
+def _w13(
+    experts: PreparedExperts, change: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+) -> PreparedExperts:
+    """Rebuilds w13 from (gate, up, block), codes and scales alike."""
+    block = experts.layout.gate_up_block
+    weight = change(*deinterleave_gate_up(experts.w13_weight, block), block)
+    scales = change(*deinterleave_gate_up(unswizzle_scales(experts.w13_weight_scale), block), block)
+    return replace(experts, w13_weight=weight, w13_weight_scale=swizzle_scales(scales))
+
+
+def gate_and_up_swapped(experts: PreparedExperts) -> PreparedExperts:
+    return _w13(experts, lambda gate, up, block: interleave_gate_up(up, gate, block))
+
+
+def rows_not_interleaved(experts: PreparedExperts) -> PreparedExperts:
+    return _w13(experts, lambda gate, up, block: torch.cat((gate, up), dim=-2))
+
+
+def wrong_block_height(experts: PreparedExperts) -> PreparedExperts:
+    return _w13(experts, lambda gate, up, block: interleave_gate_up(gate, up, 32 if block == 64 else 64))
+
+
+def w13_scales_not_swizzled(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_weight_scale=unswizzle_scales(experts.w13_weight_scale))
+
+
+def w2_scales_not_swizzled(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_weight_scale=unswizzle_scales(experts.w2_weight_scale))
+
+
+def w13_scales_swizzled_twice(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_weight_scale=swizzle_scales(experts.w13_weight_scale))
+
+
+def w2_scales_swizzled_twice(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_weight_scale=swizzle_scales(experts.w2_weight_scale))
+
+
+def two_experts_exchanged(experts: PreparedExperts) -> PreparedExperts:
+    order = list(range(len(experts.w13_weight)))
+    order[1], order[2] = order[2], order[1]
+    return replace(experts, **{tensor.value: getattr(experts, tensor.value)[order] for tensor in PreparedTensor})
+
+
+def scales_from_the_neighbour(experts: PreparedExperts) -> PreparedExperts:
+    scales = experts.w2_weight_scale.clone()
+    scales[1] = scales[2]
+    return replace(experts, w2_weight_scale=scales)
+
+
+def scale_2_holds_the_input_scale(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_weight_scale_2=experts.w13_weight_scale_2 * experts.w13_input_scale)
+
+
+def w2_scale_2_holds_the_input_scale(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_weight_scale_2=experts.w2_weight_scale_2 * experts.w2_input_scale)
+
+
+def input_scale_of_one_expert(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_input_scale=experts.w13_input_scale * 0.83)
+
+
+def w2_input_scale_of_one_expert(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_input_scale=experts.w2_input_scale * 0.83)
+
+
+def _zero_block(codes: torch.Tensor) -> torch.Tensor:
+    """Sixteen columns of one row of expert 1 become zero."""
+    changed = codes.clone()
+    rows, nbytes = codes.shape[1:]
+    # a block that is not zero already, well inside
+    place = (rows // 3, nbytes // 16 * 8)
+    changed[1, place[0], place[1] : place[1] + 8] = 0
+    return changed
+
+
+def a_zeroed_block_in_w13(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_weight=_zero_block(experts.w13_weight))
+
+
+def a_zeroed_block_in_w2(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_weight=_zero_block(experts.w2_weight))
+
+
+def _swap_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    return codes >> 4 | codes << 4
+
+
+def nibbles_shifted_in_w13(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w13_weight=_swap_nibbles(experts.w13_weight))
+
+
+def nibbles_shifted_in_w2(experts: PreparedExperts) -> PreparedExperts:
+    return replace(experts, w2_weight=_swap_nibbles(experts.w2_weight))
+
+
+def _dirty(experts: PreparedExperts, tensor: PreparedTensor) -> PreparedExperts:
+    """One padding byte of expert 1 becomes 0x22: two codes of 1, or a scale."""
+    layout, dims = experts.layout, experts.dims
+    stored = getattr(experts, tensor.value)
+    ones = torch.ones(layout.source_shape(tensor, dims), dtype=torch.uint8, device=stored.device)
+    padding = (layout.apply(tensor, *[ones for _ in layout.projections(tensor)]) == 0).nonzero()
+    row, col = padding[len(padding) // 2].tolist()
+    changed = stored.clone()
+    changed[1, row, col] = 0x22
+    return replace(experts, **{tensor.value: changed})
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "gate and up swapped": gate_and_up_swapped,
+    "rows not interleaved": rows_not_interleaved,
+    "wrong block height": wrong_block_height,
+    "w13 scales not swizzled": w13_scales_not_swizzled,
+    "w2 scales not swizzled": w2_scales_not_swizzled,
+    "w13 scales swizzled twice": w13_scales_swizzled_twice,
+    "w2 scales swizzled twice": w2_scales_swizzled_twice,
+    "two experts exchanged": two_experts_exchanged,
+    "one expert's scales from its neighbour": scales_from_the_neighbour,
+    "w13 scale_2 multiplied with the input scale": scale_2_holds_the_input_scale,
+    "w2 scale_2 multiplied with the input scale": w2_scale_2_holds_the_input_scale,
+    "w13 input scale of one expert, not the maximum": input_scale_of_one_expert,
+    "w2 input scale of one expert, not the maximum": w2_input_scale_of_one_expert,
+    "one zeroed block of 16 in w13": a_zeroed_block_in_w13,
+    "one zeroed block of 16 in w2": a_zeroed_block_in_w2,
+    "nibble order shifted in w13": nibbles_shifted_in_w13,
+    "nibble order shifted in w2": nibbles_shifted_in_w2,
+}
+"""For a gated layer without padding."""
+
+PADDING_MUTATIONS: dict[str, Mutation] = {
+    f"padding of {tensor.value} not zero": lambda experts, tensor=tensor: _dirty(experts, tensor)  # type: ignore[misc]
+    for tensor in PreparedTensor
+}
+"""For a layer with padding in every tensor."""

@@ -1,3 +1,69 @@
-"""Prepares NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel."""
+"""Prepares NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
+
+The functions below are the public API; the command line is a thin shell around them. They are imported on first use,
+because importing torch takes longer than printing a help text.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nvfp4_prep.conversion import ConvertResult, convert, plan
+    from nvfp4_prep.inspection import Inspection, inspect
+    from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+    from nvfp4_prep.planning import Plan
+    from nvfp4_prep.restoration import RestoreResult, restore
+    from nvfp4_prep.sample import SampleModel, write_sample
+    from nvfp4_prep.verification import VerifyReport, verify
+
+__all__ = [
+    "ConvertOptions",
+    "ConvertResult",
+    "GateUpPolicy",
+    "Inspection",
+    "LayoutName",
+    "Plan",
+    "RestoreResult",
+    "SampleModel",
+    "VerifyReport",
+    "__version__",
+    "convert",
+    "inspect",
+    "plan",
+    "restore",
+    "verify",
+    "write_sample",
+]
+
+_HOMES = {
+    "ConvertOptions": "options",
+    "ConvertResult": "conversion",
+    "GateUpPolicy": "options",
+    "Inspection": "inspection",
+    "LayoutName": "options",
+    "Plan": "planning",
+    "RestoreResult": "restoration",
+    "SampleModel": "sample",
+    "VerifyReport": "verification",
+    "convert": "conversion",
+    "inspect": "inspection",
+    "plan": "conversion",
+    "restore": "restoration",
+    "verify": "verification",
+    "write_sample": "sample",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -15,7 +15,7 @@ def empty_bytes(nbytes: int) -> torch.Tensor:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable. The caller keeps the tensor alive as long as the view.
+    """The bytes of a contiguous CPU tensor, writable. The view keeps the tensor alive.
 
     Raises:
         ValueError: if the tensor is not contiguous or not on the CPU.
@@ -25,4 +25,6 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes == 0:
         return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())).cast("B")
+    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array._tensor = tensor  # type: ignore[attr-defined]
+    return memoryview(array).cast("B")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from nvfp4_prep.errors import TargetError
 from nvfp4_prep.index import CONFIG, INDEX
 from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.planning import FileKind, LayerPlan, OutputFile, Plan, make_plan
 from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.stamp import quantization_configs, stamped_config
 from nvfp4_prep.target import WORK_FOLDER, Target
@@ -211,7 +213,7 @@ class _Conversion:
         if file.kind is FileKind.EXPERT_SCALES:
             values: dict[str, bytes] = {}
             for position, layer in enumerate(self._plan.layers):
-                values |= expert_scale_vectors(layer, self._sides(position))
+                values |= expert_scale_vectors(layer.layer, layer.scalars, self._sides(position))
             return values_job(file, values)
         if file.kind is FileKind.SOURCE_SCALES:
             return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
@@ -240,7 +242,7 @@ class _Conversion:
             source=made.source_label,
             revision=made.source_revision,
             texts=made.index.texts,
-            quantization=quantization_configs(made.index),
+            quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
             layers=tuple(self._layer_record(position) for position in range(len(made.layers))),
             passed={finding.experts_path: finding.reason for finding in made.others},
             files={},
@@ -254,9 +256,9 @@ class _Conversion:
             ),
         )
         texts = {
-            INDEX: make_index(made.files),
+            INDEX: make_index(record for file in made.files if file.served for record in file.records),
             README: make_model_card(draft),
-            CONFIG: stamped_config(made.index, made.options, gated=gated),
+            CONFIG: stamped_config(made.index.config, made.index.hf_quant_config, made.options, gated=gated),
         }
         files = {
             name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
@@ -319,35 +321,9 @@ class _ShardUse:
             self._source.release(shard)
 
 
-def without_records(plan: LayerPlan) -> Any:
+def without_records(plan: LayerPlan) -> MoeLayer:
     """The layer as the manifest has it: names and shapes, no places."""
     return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
-
-
-def expert_scale_vectors(plan: LayerPlan, sides: Mapping[int, str]) -> dict[str, bytes]:
-    """The four float32 ``[E]`` vectors of a layer, by prepared name.
-
-    Args:
-        plan: the layer.
-        sides: for each reconciled expert the side whose block scales changed; the other side's global scale is the
-        common one.
-    """
-    scalars, experts = plan.scalars, plan.layer.dims.experts
-    gate = scalars.gate_scale_2 or scalars.up_scale_2
-    w13 = [scalars.up_scale_2[expert] if sides.get(expert) == "gate" else gate[expert] for expert in range(experts)]
-    vectors = {
-        "w13_weight_scale_2": w13,
-        "w2_weight_scale_2": list(scalars.w2_scale_2),
-        "w13_input_scale": [scalars.w13_input_scale] * experts,
-        "w2_input_scale": [scalars.w2_input_scale] * experts,
-    }
-    return {plan.layer.prepared_name(name): float32_bytes(values) for name, values in vectors.items()}
-
-
-def float32_bytes(values: Iterable[float]) -> bytes:
-    """Little-endian float32."""
-    tensor = torch.tensor(list(values), dtype=torch.float32)
-    return bytes(tensor.view(torch.uint8).tolist())
 
 
 def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRecord:
@@ -373,9 +349,9 @@ def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRe
     )
 
 
-def make_index(files: Iterable[OutputFile]) -> bytes:
-    """``model.safetensors.index.json`` over all served tensors."""
-    served: list[TensorRecord] = [record for file in files if file.served for record in file.records]
+def make_index(records: Iterable[TensorRecord]) -> bytes:
+    """``model.safetensors.index.json`` over these tensors."""
+    served = list(records)
     value = {
         "metadata": {"total_size": sum(record.nbytes for record in served)},
         "weight_map": {record.name: record.file for record in sorted(served, key=lambda record: record.name)},

@@ -41,7 +41,7 @@ def _copy_unit(source: Source, ranges: tuple[ByteRange, ...], offset_bytes: int,
         for part in ranges:
             source.read_into(part.file, part.offset_bytes, view[position : position + part.nbytes])
             position += part.nbytes
-        return UnitResult(pieces=[(offset_bytes, view)], owner=data)
+        return UnitResult(pieces=[(offset_bytes, view)])
 
     return Unit(nbytes, work)
 

@@ -40,13 +40,11 @@ class UnitResult:
             digest.
         digests: bytes that go into the digest of that key.
         fact: JSON value for the job's result, in the order of the units.
-        owner: whatever must stay alive as long as the views.
     """
 
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
     digests: list[tuple[str, memoryview]] = field(default_factory=list)
     fact: Any = None
-    owner: Any = None
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,6 @@ def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chun
         pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
         digests=[(group.key, byte_view(raw)) for group, raw in zip(groups, raws, strict=True)],
         fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled, "errors": errors},
-        owner=(raws, prepared),
     )
 
 
@@ -157,7 +156,7 @@ def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -
         outcome = reconcile_expert(plan, expert, gate, up)
         original = (gate if outcome.side is Projection.GATE else up).contiguous()
         data = byte_view(original)
-        return UnitResult(pieces=[(scales.offset_bytes + position * len(data), data)], owner=original)
+        return UnitResult(pieces=[(scales.offset_bytes + position * len(data), data)])
 
     def units() -> Iterator[Unit]:
         nbytes = sum(group.expert_range(0, layer.dims.experts).nbytes for group in groups)

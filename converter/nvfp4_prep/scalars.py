@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import Projection
 
-__all__ = ["LayerScalars", "read_scalars", "scale_2_multipliers"]
+__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "read_scalars", "scale_2_multipliers"]
 
 _MERGE_GAP_NBYTES = 1 << 16
 _MERGE_LIMIT_NBYTES = 1 << 24
@@ -64,7 +65,7 @@ def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalar
             for group in layer.groups
             if group.leaf.is_scalar
         }
-        found.append(_interpret(layer, raw))
+        found.append(interpret_scalars(layer, raw))
     return found
 
 
@@ -84,7 +85,36 @@ def scale_2_multipliers(
     return convert(stored).expand(layer.dims.experts) if stored.numel() == 1 else convert(stored)
 
 
-def _interpret(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars:
+def expert_scale_vectors(layer: MoeLayer, scalars: LayerScalars, sides: Mapping[int, str]) -> dict[str, bytes]:
+    """The four float32 ``[E]`` vectors of a prepared layer, by prepared name.
+
+    Args:
+        layer: the layer.
+        scalars: its scalars.
+        sides: for each reconciled expert the side (``gate`` or ``up``) whose block scales changed; the other side's
+        global
+            scale is the common one. Where nothing was reconciled, gate's scale is taken, as vLLM does.
+    """
+    experts = layer.dims.experts
+    gate = scalars.gate_scale_2 or scalars.up_scale_2
+    vectors = {
+        "w13_weight_scale_2": [
+            scalars.up_scale_2[expert] if sides.get(expert) == "gate" else gate[expert] for expert in range(experts)
+        ],
+        "w2_weight_scale_2": list(scalars.w2_scale_2),
+        "w13_input_scale": [scalars.w13_input_scale] * experts,
+        "w2_input_scale": [scalars.w2_input_scale] * experts,
+    }
+    return {layer.prepared_name(name): _float32_bytes(values) for name, values in vectors.items()}
+
+
+def _float32_bytes(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars:
+    """The multipliers of a layer from the source's scalars; raises as :func:`read_scalars`."""
+
     def values(leaf: Leaf, projection: Projection) -> torch.Tensor:
         found = scale_2_multipliers(layer, raw, leaf, projection)
         if found is None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, CheckpointIndex
+from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.manifest import FORMAT_VERSION
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeLayout
@@ -27,16 +27,20 @@ _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_schem
 _NESTED = ("text_config", "llm_config", "language_config")
 
 
-def quantization_configs(index: CheckpointIndex) -> dict[str, Any]:
-    """The source's quantization configs by place; the first one is the one that counts."""
+def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A checkpoint's quantization configs by place; the first one is the one that counts.
+
+    Args:
+        config: ``config.json``.
+        hf_quant_config: ``hf_quant_config.json``, where there is one.
+    """
     found: dict[str, Any] = {}
-    for place, config in (("", index.config), *((key, index.config.get(key)) for key in _NESTED)):
-        if isinstance(config, Mapping) and isinstance(config.get("quantization_config"), Mapping):
-            found[f"{CONFIG}:{place}.quantization_config" if place else f"{CONFIG}:quantization_config"] = config[
-                "quantization_config"
-            ]
-    if index.hf_quant_config is not None:
-        found[HF_QUANT_CONFIG] = index.hf_quant_config
+    for place, part in (("", config), *((key, config.get(key)) for key in _NESTED)):
+        if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
+            where = f"{place}.quantization_config" if place else "quantization_config"
+            found[f"{CONFIG}:{where}"] = part["quantization_config"]
+    if hf_quant_config is not None:
+        found[HF_QUANT_CONFIG] = dict(hf_quant_config)
     return found
 
 
@@ -72,13 +76,15 @@ def _layout_dict(options: ConvertOptions, layout: MoeLayout) -> dict[str, Any]:
     }
 
 
-def stamped_config(index: CheckpointIndex, options: ConvertOptions, *, gated: bool) -> bytes:
+def stamped_config(
+    source: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None, options: ConvertOptions, *, gated: bool
+) -> bytes:
     """The prepared checkpoint's ``config.json``: the source's, with the stamp wherever a ``quantization_config``
     stood (at the top if nowhere). Other keys keep their values and order.
     """
-    configs = quantization_configs(index)
+    configs = quantization_configs(source, hf_quant_config)
     stamp = make_stamp(next(iter(configs.values()), {}), options, gated=gated)
-    config = dict(index.config)
+    config = dict(source)
     places = 0
     for key in _NESTED:
         nested = config.get(key)

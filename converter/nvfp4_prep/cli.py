@@ -1,0 +1,298 @@
+"""The command line: a thin shell around the library's functions of the same names.
+
+Data goes to stdout, progress and hints to stderr. torch is imported by the commands, not by ``--help``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nvfp4_prep import __version__
+from nvfp4_prep.errors import EXIT_CODES, ConversionInterrupted, NvfpPrepError, VerificationError
+
+if TYPE_CHECKING:
+    from nvfp4_prep.options import ConvertOptions
+    from nvfp4_prep.progress import Progress
+
+__all__ = ["cli", "main"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_EXIT_CODES = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
+
+
+@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="nvfp4-prep")
+def cli() -> None:
+    """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
+
+    \b
+    nvfp4-prep inspect  ./DeepSeek-NVFP4               what is it, and can it be prepared?
+    nvfp4-prep convert  ./DeepSeek-NVFP4 ./out         prepare it
+    nvfp4-prep verify   ./out --source ./DeepSeek-NVFP4   check every byte
+    nvfp4-prep restore  ./out ./back                   and back again
+    """
+
+
+def _common(command: _Command) -> _Command:
+    """``--json`` and ``--quiet``, typed errors as one line, exit codes."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+    @functools.wraps(command)
+    def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, as_json=as_json, **kwargs)
+        except NvfpPrepError as error:
+            _fail(error, as_json=as_json)
+        except KeyboardInterrupt:
+            _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(error: NvfpPrepError, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(error.to_dict()))
+    click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _threads(command: _Command) -> _Command:
+    option = click.option(
+        "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+    )
+    return option(command)
+
+
+def _restart(command: _Command) -> _Command:
+    option = click.option("--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it.")
+    return option(command)
+
+
+def _conversion_options(command: _Command) -> _Command:
+    """The options that decide the output's bytes."""
+    decorators = [
+        click.option(
+            "--layout",
+            type=click.Choice(["cutedsl", "cutedsl-batched"]),
+            default="cutedsl",
+            show_default=True,
+            help="Kernel to prepare for; the batched one is for DeepEP low latency.",
+        ),
+        click.option(
+            "--gate-up-block",
+            type=click.Choice(["64", "32", "16"]),
+            default="64",
+            show_default=True,
+            help="Rows in one gate/up block.",
+        ),
+        click.option(
+            "--gate-up-scales",
+            type=click.Choice(["reconcile", "vllm", "error"]),
+            default="reconcile",
+            show_default=True,
+            help="Where gate and up have different global scales: rescale one side, take gate's, or refuse.",
+        ),
+        click.option(
+            "--moe-tp",
+            type=click.IntRange(1, 1024),
+            default=1,
+            show_default=True,
+            help="Tensor-parallel size to pad for, where padding depends on it.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def _options(layout: str, gate_up_block: str, gate_up_scales: str, moe_tp: int) -> ConvertOptions:
+    from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+
+    return ConvertOptions(LayoutName(layout), int(gate_up_block), GateUpPolicy(gate_up_scales), moe_tp)
+
+
+def _progress(quiet: bool) -> Progress:
+    from nvfp4_prep.progress import choose_progress
+
+    return choose_progress(quiet=quiet)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@_conversion_options
+@_threads
+@_restart
+@_common
+def convert(
+    source: str,
+    target: Path,
+    dry_run: bool,
+    layout: str,
+    gate_up_block: str,
+    gate_up_scales: str,
+    moe_tp: int,
+    threads: int | None,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prepare the experts of SOURCE and write a checkpoint to TARGET.
+
+    Killed at any moment, the same command continues and ends with the same bytes.
+
+    \b
+    nvfp4-prep convert ./DeepSeek-NVFP4 ./out --dry-run
+    nvfp4-prep convert ./DeepSeek-NVFP4 ./out
+    """
+    from nvfp4_prep import conversion
+    from nvfp4_prep.reporting import plan_text, plan_value
+    from nvfp4_prep.units import format_nbytes
+
+    options = _options(layout, gate_up_block, gate_up_scales, moe_tp)
+    if dry_run:
+        made = conversion.plan(source, options)
+        click.echo(json.dumps(plan_value(made)) if as_json else plan_text(made))
+        return
+    result = conversion.convert(source, target, options, threads=threads, progress=_progress(quiet), restart=restart)
+    manifest = result.manifest
+    if as_json:
+        value = {
+            "path": str(result.path),
+            "already_complete": result.already_complete,
+            "resumed": result.resumed,
+            "written_nbytes": result.written_nbytes,
+            "layers": len(manifest.layers),
+            "tp_sizes": list(manifest.tp_sizes),
+            "verified": [dict(check) for check in manifest.verified],
+        }
+        click.echo(json.dumps(value))
+        return
+    if result.already_complete:
+        click.echo(f"{result.path} is complete already: nothing to do. Check it with nvfp4-prep verify {target}")
+        return
+    differing = sum(layer.gate_up.differing for layer in manifest.layers)
+    click.echo(
+        f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
+        f"{' (continued)' if result.resumed else ''}"
+    )
+    click.echo(f"serves tensor-parallel sizes {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}")
+    if differing:
+        click.echo(f"gate/up global scales differed in {differing} experts: {gate_up_scales}")
+    for check in manifest.verified:
+        click.echo(f"verified: {check['check']}: {check['result']}")
+    click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@_common
+def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
+    """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it."""
+    from nvfp4_prep import inspection
+    from nvfp4_prep.reporting import inspection_text, inspection_value
+
+    found = inspection.inspect(checkpoint)
+    click.echo(json.dumps(inspection_value(found)) if as_json else inspection_text(found))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--source", help="Compare with this source too, byte by byte.")
+@click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
+@_threads
+@_common
+def verify(checkpoint: Path, source: str | None, quick: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source."""
+    from nvfp4_prep import verification
+    from nvfp4_prep.reporting import verify_text
+
+    report = verification.verify(checkpoint, source=source, quick=quick, threads=threads, progress=_progress(quiet))
+    click.echo(json.dumps(report.to_dict()) if as_json else verify_text(report))
+    if not report.ok:
+        sys.exit(VerificationError.exit_code)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@_threads
+@_restart
+@_common
+def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, as_json: bool, quiet: bool) -> None:
+    """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was."""
+    from nvfp4_prep import restoration
+    from nvfp4_prep.units import format_nbytes
+
+    result = restoration.restore(checkpoint, target, threads=threads, progress=_progress(quiet), restart=restart)
+    if as_json:
+        value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
+        click.echo(json.dumps({**value, "resumed": result.resumed}))
+        return
+    click.echo(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")
+
+
+@cli.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--layers", default=3, show_default=True, help="Decoder layers; the first one is dense.")
+@click.option("--experts", default=8, show_default=True)
+@click.option("--intermediate", default=128, show_default=True, help="Intermediate size of one expert.")
+@click.option("--hidden", default=256, show_default=True)
+@click.option("--vocabulary", default=256, show_default=True)
+@click.option("--shard-mb", default=5000.0, show_default=True, help="Largest shard, in MB (10^6 bytes).")
+@click.option("--differing", default=0.0, show_default=True, help="Share of experts with different gate/up scales.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--kimi-layer", is_flag=True, help="One MoE layer at Kimi-K2.5's dimensions (9.5 GB).")
+@_common
+def sample(
+    target: Path,
+    layers: int,
+    experts: int,
+    intermediate: int,
+    hidden: int,
+    vocabulary: int,
+    shard_mb: float,
+    differing: float,
+    seed: int,
+    kimi_layer: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a random NVFP4 MoE checkpoint to TARGET, in ModelOpt's format, to try things out."""
+    from dataclasses import replace
+
+    from nvfp4_prep.sample import KIMI_LAYER, SampleModel, write_sample
+    from nvfp4_prep.units import format_nbytes
+
+    nbytes = int(shard_mb * 1e6)
+    if kimi_layer:
+        model = replace(KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
+    else:
+        model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
+    written = write_sample(target, model)
+    click.echo(
+        json.dumps({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}"
+    )
+
+
+def main() -> None:
+    """Entry point of ``nvfp4-prep``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli(prog_name="nvfp4-prep")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

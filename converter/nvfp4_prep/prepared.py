@@ -1,0 +1,213 @@
+"""Reading a prepared checkpoint: its manifest, its tensors' places, and the way back to the source's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.errors import CheckpointError, SourceError
+from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.planning import FileKind
+from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
+from nvfp4_prep.scalars import LayerScalars, interpret_scalars
+from nvfp4_prep.source import LocalSource
+from nvfp4_prep.target import WORK_FOLDER
+from nvfp4_prep_kernels import PreparedTensor, Projection
+
+__all__ = ["PreparedCheckpoint"]
+
+
+class PreparedCheckpoint:
+    """A directory that ``convert`` wrote; use as a context manager.
+
+    Attributes:
+        path: the directory.
+        manifest: its manifest.
+        files: its bytes, as a source.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the manifest.
+
+        Raises:
+            CheckpointError: if the directory is no complete prepared checkpoint.
+            SourceError: if it cannot be read.
+        """
+        self.path = Path(path)
+        if not (self.path / MANIFEST).is_file():
+            unfinished = (self.path / WORK_FOLDER).is_dir()
+            raise CheckpointError(
+                "holds an unfinished conversion" if unfinished else f"is no prepared checkpoint (no {MANIFEST})",
+                where=str(path),
+                next_step="Run the same convert command again." if unfinished else "Make one with nvfp4-prep convert.",
+            )
+        self.files = LocalSource(self.path)
+        raw = self.files.peek(MANIFEST, 0, (self.path / MANIFEST).stat().st_size)
+        self.manifest = Manifest.from_bytes(raw, str(self.path / MANIFEST))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.files.close()
+
+    def names(self, *kinds: FileKind) -> list[str]:
+        """Files of these kinds, sorted."""
+        wanted = {kind.value for kind in kinds}
+        return sorted(name for name, file in self.manifest.files.items() if file.kind in wanted)
+
+    @cached_property
+    def headers(self) -> Mapping[str, ShardHeader]:
+        """Headers of all safetensors files of the manifest, by name.
+
+        Raises:
+            SourceError: if one is missing or malformed.
+        """
+        return {name: self.files.header(name) for name in self.names(*FileKind)}
+
+    @cached_property
+    def records(self) -> Mapping[str, TensorRecord]:
+        """Places of all tensors by name.
+
+        Raises:
+            CheckpointError: if a tensor stands in two files.
+        """
+        found: dict[str, TensorRecord] = {}
+        for header in self.headers.values():
+            for record in header.tensors:
+                if record.name in found:
+                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=record.file)
+                found[record.name] = record
+        return found
+
+    def record(self, name: str) -> TensorRecord:
+        """The place of a tensor; raises :class:`CheckpointError` if there is none."""
+        try:
+            return self.records[name]
+        except KeyError:
+            raise CheckpointError(f"tensor {name!r} is missing", where=str(self.path)) from None
+
+    def read(self, record: TensorRecord, offset_bytes: int = 0, nbytes: int | None = None) -> torch.Tensor:
+        """Bytes of a tensor, or of a part of it: ``uint8 [nbytes]``."""
+        data = empty_bytes(record.nbytes - offset_bytes if nbytes is None else nbytes)
+        self.files.read_into(record.file, record.offset_bytes + offset_bytes, byte_view(data))
+        return data
+
+    def tensor_record(self, layer: LayerRecord, tensor: PreparedTensor) -> TensorRecord:
+        """The place of one of a layer's big tensors, with its dtype and shape checked.
+
+        Raises:
+            CheckpointError: if it is missing or of another dtype or shape than the manifest says.
+        """
+        record = self.record(layer.layer.prepared_name(tensor.value))
+        dims = layer.layer.dims
+        want = ("F8_E4M3" if tensor.is_scale else "U8", (dims.experts, *layer.layout.expert_shape(tensor, dims)))
+        if (record.dtype, record.shape) != want:
+            raise CheckpointError(
+                f"tensor {record.name!r} has the wrong dtype or shape",
+                where=record.file,
+                expected=f"{want[0]} {list(want[1])}",
+                actual=f"{record.dtype} {list(record.shape)}",
+            )
+        return record
+
+    def read_prepared(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> torch.Tensor:
+        """Prepared bytes of some experts: ``uint8 [len(chunk), rows, bytes per row]``."""
+        record = self.tensor_record(layer, tensor)
+        nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+        data = self.read(record, chunk.start * nbytes, len(chunk) * nbytes)
+        return data.view(len(chunk), *layer.layout.expert_shape(tensor, layer.layer.dims))
+
+    def scalars(self, layer: LayerRecord) -> LayerScalars:
+        """The source's scalars of a layer.
+
+        Raises:
+            CheckpointError: if one is missing or has a wrong size.
+        """
+        raw: dict[str, bytes] = {}
+        for group in layer.layer.groups:
+            if not group.leaf.is_scalar:
+                continue
+            record = self.record(group.key)
+            count = 1 if group.shared_scalar else layer.layer.dims.experts
+            if record.nbytes != 4 * count:
+                raise CheckpointError(
+                    f"tensor {record.name!r} has the wrong size",
+                    where=record.file,
+                    expected=f"{4 * count} bytes",
+                    actual=f"{record.nbytes} bytes",
+                )
+            raw[group.key] = bytes(byte_view(self.read(record)))
+        return interpret_scalars(layer.layer, raw)
+
+    def original_block_scales(self, layer: LayerRecord, expert: int) -> tuple[Projection, torch.Tensor] | None:
+        """For an expert whose block scales were rescaled: which side, and its source scales ``uint8 [I, H/16]``."""
+        found = [(row, side) for row, (number, side) in enumerate(layer.gate_up.reconciled) if number == expert]
+        if not found:
+            return None
+        position, side = found[0]
+        record = self.record(layer.layer.prepared_name("source_block_scale"))
+        shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims)
+        if record.shape != (len(layer.gate_up.reconciled), *shape):
+            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=record.file)
+        nbytes = shape[0] * shape[1]
+        return Projection(side), self.read(record, position * nbytes, nbytes).view(shape)
+
+    def source_parts(
+        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Prepared bytes back to canonical source matrices, one ``uint8 [n, rows, bytes per row]`` for each projection.
+
+        Raises:
+            ValueError: if a padding byte is not zero.
+        """
+        parts = layer.layout.invert(tensor, prepared, layer.layer.dims)
+        if tensor is not PreparedTensor.W13_WEIGHT_SCALE or not layer.gate_up.reconciled:
+            return parts
+        restored = {
+            projection: part.clone() for projection, part in zip(layer.layout.projections(tensor), parts, strict=True)
+        }
+        for row, expert in enumerate(chunk):
+            original = self.original_block_scales(layer, expert)
+            if original is not None:
+                restored[original[0]][row] = original[1]
+        return tuple(restored.values())
+
+    def source_bytes(
+        self, layer: LayerRecord, tensor: PreparedTensor, parts: tuple[torch.Tensor, ...]
+    ) -> list[tuple[TensorGroup, torch.Tensor]]:
+        """Canonical matrices to the source's own arrangement: for each group ``uint8 [n, nbytes of one expert]``."""
+        by_projection = dict(zip(layer.layout.projections(tensor), parts, strict=True))
+        found = []
+        for group in layer.layer.groups_for(layer.layout, tensor):
+            mine = [by_projection[projection] for projection in group.projections]
+            if len(mine) == 1 and not group.transposed:
+                raw = mine[0].contiguous().view(mine[0].shape[0], -1)
+            else:
+                raw = torch.stack([group.disarrange(matrices) for matrices in zip(*mine, strict=True)])
+            found.append((group, raw))
+        return found
+
+    def source_names(self) -> set[str]:
+        """Names of all tensors of the source that this checkpoint holds."""
+        names = {
+            spec.name
+            for layer in self.manifest.layers
+            for group in layer.layer.groups
+            for spec in group.specs(layer.layer.dims.experts)
+        }
+        for name in self.names(FileKind.PASSTHROUGH):
+            try:
+                names |= {record.name for record in self.headers[name].tensors}
+            except SourceError as error:
+                raise CheckpointError(str(error), where=name) from error
+        return names

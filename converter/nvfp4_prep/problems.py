@@ -1,0 +1,58 @@
+"""What a verification found wrong."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass
+
+from nvfp4_prep.errors import NvfpPrepError
+
+__all__ = ["Problem", "Problems"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One disagreement: where, what, and the two values where there are two."""
+
+    where: str
+    what: str
+    expected: str | None = None
+    actual: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}"
+        if self.expected is not None:
+            text += f"; expected {self.expected}"
+        if self.actual is not None:
+            text += f", found {self.actual}"
+        return text
+
+    def to_dict(self) -> dict[str, str | None]:
+        """JSON value."""
+        return asdict(self)
+
+
+class Problems:
+    """Collects problems from several threads."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+        self._lock = threading.Lock()
+
+    def add(self, where: str, what: str, expected: object = None, actual: object = None) -> None:
+        """Notes one problem."""
+        problem = Problem(
+            where, what, None if expected is None else str(expected), None if actual is None else str(actual)
+        )
+        with self._lock:
+            self._found.append(problem)
+
+    def add_error(self, where: str, error: NvfpPrepError) -> None:
+        """Notes an error that stopped a check."""
+        self.add(error.where or where, error.what, error.expected, error.actual)
+
+    @property
+    def found(self) -> tuple[Problem, ...]:
+        """All problems, in a stable order."""
+        with self._lock:
+            return tuple(sorted(self._found, key=lambda problem: (problem.where, problem.what)))

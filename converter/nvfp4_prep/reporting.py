@@ -1,0 +1,160 @@
+"""Plans, inspections and reports as text for people and as JSON values for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
+from nvfp4_prep.inspection import InspectedLayer, Inspection
+from nvfp4_prep.planning import FileKind, Plan
+from nvfp4_prep.units import format_nbytes
+from nvfp4_prep.verification import VerifyReport
+
+__all__ = ["inspection_text", "inspection_value", "plan_text", "plan_value", "verify_text"]
+
+
+def plan_value(plan: Plan) -> dict[str, Any]:
+    """A plan for ``--json``."""
+    return {
+        "source": plan.source_label,
+        "revision": plan.source_revision,
+        "options": plan.options.to_dict(),
+        "layers": [
+            {
+                "experts_path": item.layer.experts_path,
+                "experts": item.layer.dims.experts,
+                "intermediate": item.layer.dims.intermediate,
+                "hidden": item.layer.dims.hidden,
+                "padded_intermediate": item.layout.padded_intermediate(item.layer.dims.intermediate),
+                "padded_hidden": item.layout.padded_hidden(item.layer.dims.hidden),
+                "gated": item.layer.gated,
+                "format": item.layer.format,
+                "source_nbytes": item.layer.source_nbytes,
+                "prepared_nbytes": item.prepared_nbytes,
+                "gate_up_differing": len(item.scalars.differing),
+                "tp_sizes": list(item.layout.tp_sizes(item.layer.dims)),
+            }
+            for item in plan.layers
+        ],
+        "passed_through_experts": {item.experts_path: item.reason for item in plan.others},
+        "files": [{"name": file.name, "kind": file.kind.value, "nbytes": file.nbytes} for file in plan.files],
+        "side_files": [file.name for file in plan.side_files],
+        "left_out": list(plan.index.left_out),
+        "source_nbytes": plan.source_nbytes,
+        "output_nbytes": plan.output_nbytes,
+        "memory_nbytes": MEMORY_BUDGET_NBYTES,
+        "peak_source_shards_nbytes": plan.peak_shards_nbytes,
+    }
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan for people."""
+    kinds = Counter(file.kind for file in plan.files)
+    sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
+    passed = sum(len(file.copies) for file in plan.files)
+    expert_tensors = sum(len(group.records) for item in plan.layers for group in item.layer.groups)
+    lines = [
+        f"source   {plan.source_label}{'@' + plan.source_revision if plan.source_revision else ''}: "
+        f"{format_nbytes(plan.source_nbytes)} in {len(plan.index.headers)} shards",
+        f"layout   {plan.options.layout.value}, gate/up block {plan.options.gate_up_block}, gate/up scales"
+        f" {plan.options.gate_up_scales.value}, moe-tp {plan.options.moe_tp}",
+        f"layers   {len(plan.layers)} MoE layers to prepare, {expert_tensors} expert tensors become"
+        f" {8 * len(plan.layers)}",
+    ]
+    lines += ["         " + line for line in _layer_lines(plan)]
+    lines += [f"passes   {passed} other tensors, {len(plan.side_files)} other files"]
+    lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
+    lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
+    lines += [
+        f"writes   {kinds[kind]} {kind.value} files, {format_nbytes(sizes[kind])}" for kind in FileKind if kinds[kind]
+    ]
+    lines += [
+        f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
+        f" {format_nbytes(plan.peak_shards_nbytes)}",
+        f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
+    ]
+    return "\n".join(lines)
+
+
+def _layer_lines(plan: Plan) -> Iterable[str]:
+    def shape(position: int) -> tuple[object, ...]:
+        item = plan.layers[position]
+        sizes = item.layout.tp_sizes(item.layer.dims)
+        return (item.layer.dims, item.layer.gated, item.layer.format, len(item.scalars.differing), sizes)
+
+    for _, run in groupby(range(len(plan.layers)), key=shape):
+        members = [plan.layers[position] for position in run]
+        first, dims = members[0], members[0].layer.dims
+        inter, hidden = first.layout.padded_intermediate(dims.intermediate), first.layout.padded_hidden(dims.hidden)
+        padding = "" if (inter, hidden) == (dims.intermediate, dims.hidden) else f", padded to I {inter}, H {hidden}"
+        differing = len(first.scalars.differing)
+        span = _span([item.layer.index for item in members])
+        yield (
+            f"{span}: E {dims.experts}, I {dims.intermediate}, H {dims.hidden},"
+            f" {'gated' if first.layer.gated else 'not gated'}, {first.layer.format}{padding},"
+            f" {format_nbytes(first.prepared_nbytes)} each, serves TP"
+            f" {', '.join(map(str, first.layout.tp_sizes(dims)))}"
+            + (f", gate/up scales differ in {differing} experts" if differing else "")
+        )
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}"
+
+
+def inspection_value(found: Inspection) -> dict[str, Any]:
+    """An inspection for ``--json``."""
+    return asdict(found)
+
+
+def inspection_text(found: Inspection) -> str:
+    """An inspection for people."""
+    quantization = ", ".join(f"{key} {value}" for key, value in found.quantization.items() if key != "producer")
+    lines = [
+        f"{found.path}: {'prepared' if found.prepared else 'source'} checkpoint,"
+        f" {', '.join(found.architectures) or found.model_type or 'unknown model'}",
+        f"{found.tensors} tensors, {found.shards} safetensors files, {format_nbytes(found.nbytes)}",
+        f"quantization: {quantization or 'none in the config'}",
+    ]
+    if found.prepared:
+        options, made = found.prepared_as["options"], found.prepared_as
+        lines += [
+            f"prepared by nvfp4-prep {made['tool_version']} from {made['source']}"
+            + (f" at {made['revision']}" if made["revision"] else ""),
+            f"layout {options['layout']}, gate/up block {options['gate_up_block']}, gate/up scales"
+            f" {options['gate_up_scales']}, moe-tp {options['moe_tp']}",
+            f"serves tensor-parallel sizes {', '.join(map(str, made['tp_sizes'])) or 'none in common'}",
+        ]
+    lines += [_inspected_line(layer) for layer in found.layers]
+    lines += [f"not part of the checkpoint: {name}" for name in found.left_out]
+    if not found.prepared:
+        lines.append(f"convert would refuse: {found.refusal}" if found.refusal else "convert would prepare it")
+    return "\n".join(lines)
+
+
+def _inspected_line(layer: InspectedLayer) -> str:
+    text = f"{layer.experts_path}: {layer.status}"
+    if layer.experts is not None:
+        text += f", E {layer.experts}, I {layer.intermediate}, H {layer.hidden}, {layer.format}"
+        text += f", {'gated' if layer.gated else 'not gated'} {layer.activation}"
+        if layer.differing is not None:
+            text += (
+                ", gate/up scales agree" if not layer.differing else f", gate/up differ in {layer.differing} experts"
+            )
+        text += f", TP {', '.join(map(str, layer.tp_sizes))}"
+    return text + (f" ({layer.reason})" if layer.reason else "")
+
+
+def verify_text(report: VerifyReport) -> str:
+    """A verification for people."""
+    lines = [f"checked {line}" for line in report.checks]
+    lines += [f"WRONG {problem}" for problem in report.problems[:50]]
+    if len(report.problems) > 50:
+        lines.append(f"… and {len(report.problems) - 50} more problems")
+    state = "verified" if report.ok else f"NOT what it claims to be: {len(report.problems)} problems"
+    lines.append(f"{report.path}: {state} ({report.depth}, {format_nbytes(report.checked_nbytes)} read)")
+    return "\n".join(lines)

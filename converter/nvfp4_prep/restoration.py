@@ -1,0 +1,252 @@
+"""Restore: a prepared checkpoint back to its source, every tensor equal in name, dtype, shape and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nvfp4_prep.buffers import byte_view
+from nvfp4_prep.conversion import check_apart, make_index
+from nvfp4_prep.copying import copy_units, side_file_job
+from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.errors import VerificationError
+from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.manifest import LayerRecord
+from nvfp4_prep.moe_layers import ByteRange, TensorGroup
+from nvfp4_prep.planning import FileKind
+from nvfp4_prep.prepare import expert_chunks
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.structure import check_structure
+from nvfp4_prep.target import Target
+from nvfp4_prep_kernels import PreparedTensor
+
+__all__ = ["RestoreResult", "restore"]
+
+_SMALL_FILES_NBYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """What a restore left: the directory, its number of tensors and the bytes written by this run."""
+
+    path: Path
+    tensors: int
+    written_nbytes: int
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class _RestoredFile:
+    name: str
+    header: bytes
+    records: tuple[TensorRecord, ...]
+    nbytes: int
+    layer: LayerRecord | None
+    copies: tuple[TensorRecord, ...]
+
+
+def restore(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    restart: bool = False,
+) -> RestoreResult:
+    """Writes the source of a prepared checkpoint.
+
+    Tensors are equal in name, dtype, shape and bytes; configs, model card and other files are byte-equal. Only the
+    division into shards is our own: one file for each MoE layer, an index always. Every byte is checked on the way:
+    the prepared experts against their checksums, the restored tensors against the digests of the source. Can be
+    killed and continued.
+
+    Args:
+        checkpoint: a prepared checkpoint.
+        target: output directory.
+        threads: workers.
+        progress: told how it goes.
+        restart: discard an unfinished earlier run.
+
+    Raises:
+        CheckpointError, VerificationError: if the checkpoint is damaged.
+        TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
+    """
+    path = Path(target)
+    with PreparedCheckpoint(checkpoint) as opened:
+        check_apart(opened.files, path)
+        problems = Problems()
+        check_structure(opened, problems)
+        if problems.found:
+            raise VerificationError(
+                f"is damaged: {problems.found[0]}",
+                where=str(checkpoint),
+                next_step="Run nvfp4-prep verify for all problems.",
+            )
+        digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
+        with Target(path, {"command": "restore", "manifest": digest}, restart=restart) as place:
+            return _Restoration(opened, place).run(threads, progress or NoProgress())
+
+
+class _Restoration:
+    def __init__(self, checkpoint: PreparedCheckpoint, target: Target) -> None:
+        self._checkpoint = checkpoint
+        self._target = target
+        self._files = _plan_files(checkpoint)
+        self._side = {
+            file.name: file
+            for file in checkpoint.files.files()
+            if (record := checkpoint.manifest.files.get(file.name)) is not None and record.kind == "side"
+        }
+
+    def run(self, threads: int | None, progress: Progress) -> RestoreResult:
+        target, texts = self._target, self._checkpoint.manifest.texts
+        target.check_names([*(file.name for file in self._files), *self._side, *texts, INDEX])
+        pending = [file for file in self._files if file.name not in target.done]
+        sides = [file for name, file in self._side.items() if name not in target.done]
+        needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
+        target.check_space(needed + _SMALL_FILES_NBYTES)
+        total = sum(file.nbytes for file in self._files) + sum(file.nbytes for file in self._side.values())
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        progress.start("restore", total, total - needed)
+        try:
+            jobs = [self._job(file) for file in pending]
+            jobs += [side_file_job(file, self._checkpoint.files) for file in sides]
+            run_jobs(jobs, target, threads=threads, progress=progress)
+        finally:
+            torch.set_num_threads(before)
+            progress.close()
+        self._check_digests()
+        target.write_file(INDEX, make_index(record for file in self._files for record in file.records))
+        for name in sorted(texts.keys() - {INDEX, CONFIG}):
+            target.write_file(name, texts[name])
+        target.write_file(CONFIG, texts[CONFIG])
+        target.finish()
+        return RestoreResult(target.path, sum(len(file.records) for file in self._files), needed, target.resumed)
+
+    def _check_digests(self) -> None:
+        """The restored tensors are the source's; else nothing that looks whole is left."""
+        for file in self._files:
+            if file.layer is None:
+                continue
+            digests = JobResult.from_entry(self._target.done[file.name]).digests
+            for group in file.layer.layer.groups:
+                if digests[group.key] != file.layer.source_sha256[group.key]:
+                    raise VerificationError(
+                        "restored tensors differ from the source's",
+                        where=f"{file.name}, {group.key}",
+                        expected=f"sha256 {file.layer.source_sha256[group.key]}",
+                        actual=digests[group.key],
+                        next_step="The prepared checkpoint is damaged: run nvfp4-prep verify.",
+                    )
+
+    def _job(self, file: _RestoredFile) -> FileJob:
+        if file.layer is None:
+            ranges = [ByteRange(copy.file, copy.offset_bytes, copy.nbytes, copy.name) for copy in file.copies]
+            return FileJob(
+                file.name,
+                file.nbytes,
+                file.header,
+                lambda: copy_units(self._checkpoint.files, ranges, len(file.header)),
+                digest=False,
+            )
+        return FileJob(file.name, file.nbytes, file.header, lambda: self._layer_units(file), digest=False)
+
+    def _layer_units(self, file: _RestoredFile) -> Iterator[Unit]:
+        layer = file.layer
+        if layer is None:
+            return
+        places = {record.name: record for record in file.records}
+        for tensor in PreparedTensor:
+            nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+            for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
+                yield Unit(
+                    len(chunk) * nbytes,
+                    lambda tensor=tensor, chunk=chunk: self._restore(layer, tensor, chunk, places),  # type: ignore[misc]
+                )
+        yield Unit(1, lambda: self._restore_scalars(layer, places))
+
+    def _restore(
+        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, places: dict[str, TensorRecord]
+    ) -> UnitResult:
+        prepared = self._checkpoint.read_prepared(layer, tensor, chunk)
+        self._check_crc32(layer, tensor, chunk, prepared)
+        try:
+            parts = self._checkpoint.source_parts(layer, tensor, chunk, prepared)
+        except ValueError as error:
+            raise VerificationError(str(error), where=layer.layer.prepared_name(tensor.value)) from error
+        result = UnitResult()
+        for group, raw in self._checkpoint.source_bytes(layer, tensor, parts):
+            data = byte_view(raw)
+            result.pieces += _places(group, chunk, data, layer.layer.dims.experts, places)
+            result.digests.append((group.key, data))
+        return result
+
+    def _check_crc32(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor) -> None:
+        for row, expert in enumerate(chunk):
+            if zlib.crc32(byte_view(prepared[row])) != layer.expert_crc32[tensor.value][expert]:
+                raise VerificationError(
+                    f"expert {expert}: bytes differ from what was written",
+                    where=layer.layer.prepared_name(tensor.value),
+                    next_step="The prepared checkpoint is damaged: run nvfp4-prep verify.",
+                )
+
+    def _restore_scalars(self, layer: LayerRecord, places: dict[str, TensorRecord]) -> UnitResult:
+        scalars = self._checkpoint.scalars(layer)
+        result = UnitResult()
+        for group in layer.layer.groups:
+            if group.leaf.is_scalar:
+                data = memoryview(scalars.raw[group.key])
+                experts = layer.layer.dims.experts
+                if group.stacked:
+                    result.pieces.append((places[group.name(0)].offset_bytes, data))
+                else:
+                    result.pieces += _places(group, range(experts), data, experts, places)
+                result.digests.append((group.key, data))
+        return result
+
+
+def _places(
+    group: TensorGroup, chunk: range, data: memoryview, experts: int, places: dict[str, TensorRecord]
+) -> list[tuple[int, memoryview]]:
+    """Where the bytes of some experts of one group go in the restored file."""
+    nbytes = len(data) // len(chunk)
+    if group.stacked:
+        return [(places[group.name(0)].offset_bytes + chunk.start * nbytes, data)]
+    return [
+        (places[group.name(expert)].offset_bytes, data[row * nbytes : (row + 1) * nbytes])
+        for row, expert in enumerate(chunk)
+    ]
+
+
+def _plan_files(checkpoint: PreparedCheckpoint) -> list[_RestoredFile]:
+    passed = checkpoint.names(FileKind.PASSTHROUGH)
+    layers = checkpoint.manifest.layers
+    count = len(passed) + len(layers)
+    files = []
+    for number, name in enumerate(passed, 1):
+        copies = checkpoint.headers[name].tensors
+        specs = [TensorSpec(record.name, record.dtype, record.shape) for record in copies]
+        files.append(_restored_file(number, count, specs, None, copies))
+    for number, layer in enumerate(layers, len(passed) + 1):
+        groups = sorted(layer.layer.groups, key=lambda group: group.leaf.is_scalar)
+        specs = [spec for group in groups for spec in group.specs(layer.layer.dims.experts)]
+        files.append(_restored_file(number, count, specs, layer, ()))
+    return files
+
+
+def _restored_file(
+    number: int, count: int, specs: list[TensorSpec], layer: LayerRecord | None, copies: tuple[TensorRecord, ...]
+) -> _RestoredFile:
+    name = f"model-{number:05d}-of-{count:05d}.safetensors"
+    header, records = encode_header(name, specs, {"format": "pt"})
+    nbytes = len(header) + sum(spec.nbytes for spec in specs)
+    return _RestoredFile(name, header, records, nbytes, layer, copies)

@@ -1,0 +1,128 @@
+"""Compares a prepared checkpoint with the source that it was made from, byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.find_layers import find_layers
+from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.index import read_index
+from nvfp4_prep.manifest import LayerRecord
+from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.planning import FileKind
+from nvfp4_prep.prepare import read_experts
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.source import LocalSource, Source
+
+__all__ = ["SourceComparison"]
+
+
+class SourceComparison:
+    """The source's side of a verification."""
+
+    def __init__(self, checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> None:
+        """Indexes the source; raises :class:`SourceError` if it cannot be read."""
+        self._checkpoint = checkpoint
+        self._source: Source = LocalSource(Path(source)) if isinstance(source, str | Path) else source
+        self._problems = problems
+        self._index = read_index(self._source)
+        found = find_layers(self._index.tensors, namings(), formats())
+        self._groups = {group.key: group for layer in found.layers for group in layer.groups}
+        self.summary = f"{len(self._index.tensors)} tensors, configs and {len(self._index.side_files)} other files"
+
+    def close(self) -> None:
+        """Closes the source."""
+        self._source.close()
+
+    def check_names(self) -> None:
+        """Same tensors, same scalars, same texts and the same list of side files."""
+        have, want = self._checkpoint.source_names(), set(self._index.tensors)
+        for name in sorted(want - have)[:20]:
+            self._problems.add(name, "is in the source, but not in the prepared checkpoint")
+        for name in sorted(have - want)[:20]:
+            self._problems.add(name, "is in the prepared checkpoint, but not in the source")
+        texts = self._checkpoint.manifest.texts
+        for name in sorted(texts.keys() | self._index.texts.keys()):
+            if texts.get(name) != self._index.texts.get(name):
+                self._problems.add(name, "differs between source and manifest")
+        for layer in self._checkpoint.manifest.layers:
+            scalars = self._checkpoint.scalars(layer)
+            for group in layer.layer.groups:
+                source = self._groups.get(group.key)
+                if source is None or not group.leaf.is_scalar:
+                    continue
+                raw = b"".join(self._source.peek(r.file, r.offset_bytes, r.nbytes) for r in source.records)
+                if raw != scalars.raw[group.key]:
+                    self._problems.add(group.key, "scalars differ from the source's")
+
+    def compare_experts(self, layer: LayerRecord, group: TensorGroup, chunk: range, raw: torch.Tensor) -> None:
+        """Compares the restored bytes of some experts (``uint8 [n, nbytes]``) with the source's."""
+        source = self._groups.get(group.key)
+        if source is None:
+            self._problems.add(group.key, "is no NVFP4 expert tensor in the source")
+            return
+        experts = layer.layer.dims.experts
+        if (source.dtype, source.shape, source.stacked) != (group.dtype, group.shape, group.stacked):
+            self._problems.add(group.key, "has another dtype or shape in the source")
+            return
+        want = read_experts(self._source, source, chunk, experts)
+        if torch.equal(want, raw):
+            return
+        for row, expert in enumerate(chunk):
+            if not torch.equal(want[row], raw[row]):
+                position = int((want[row] != raw[row]).nonzero()[0])
+                self._problems.add(f"{group.name(expert)}, expert {expert}", f"differs from byte {position} on")
+
+    def jobs(self) -> list[FileJob]:
+        """Jobs that compare passed-through tensors and side files."""
+        jobs = []
+        records = self._checkpoint.records
+        for name in self._checkpoint.names(FileKind.PASSTHROUGH):
+            pairs = [
+                (record, self._index.tensors[record.name])
+                for record in self._checkpoint.headers[name].tensors
+                if record.name in self._index.tensors and records.get(record.name) == record
+            ]
+            nbytes = sum(record.nbytes for record, _ in pairs)
+            jobs.append(FileJob(f"{name} (source)", nbytes, b"", lambda pairs=pairs: self._units(pairs), digest=False))  # type: ignore[misc]
+        for file in self._index.side_files:
+            here = TensorRecord(file.name, "U8", (file.nbytes,), file.name, 0, file.nbytes)
+            there = self._checkpoint.manifest.files.get(file.name)
+            if there is None or there.nbytes != file.nbytes:
+                self._problems.add(file.name, "is not as in the source")
+                continue
+            units = [(here, here)]
+            jobs.append(
+                FileJob(f"{file.name} (source)", file.nbytes, b"", lambda units=units: self._units(units), digest=False)  # type: ignore[misc]
+            )
+        return jobs
+
+    def _units(self, pairs: list[tuple[TensorRecord, TensorRecord]]) -> Iterator[Unit]:
+        for mine, source in pairs:
+            if (mine.dtype, mine.shape) != (source.dtype, source.shape):
+                self._problems.add(mine.name, "has another dtype or shape in the source")
+                continue
+            for begin in range(0, mine.nbytes, UNIT_NBYTES):
+                nbytes = min(UNIT_NBYTES, mine.nbytes - begin)
+                yield Unit(
+                    nbytes,
+                    lambda mine=mine, source=source, begin=begin, nbytes=nbytes: self._compare(  # type: ignore[misc]
+                        mine, source, begin, nbytes
+                    ),
+                )
+
+    def _compare(self, mine: TensorRecord, source: TensorRecord, begin: int, nbytes: int) -> UnitResult:
+        a, b = empty_bytes(nbytes), empty_bytes(nbytes)
+        self._checkpoint.files.read_into(mine.file, mine.offset_bytes + begin, byte_view(a))
+        self._source.read_into(source.file, source.offset_bytes + begin, byte_view(b))
+        if not torch.equal(a, b):
+            position = begin + int((a != b).nonzero()[0])
+            self._problems.add(mine.name, f"differs from the source from byte {position} on")
+        return UnitResult()

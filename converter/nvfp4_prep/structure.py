@@ -1,0 +1,113 @@
+"""The quick checks of a prepared checkpoint: everything but the tensors' bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, INDEX, read_json_file
+from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.planning import SCALE_VECTORS, FileKind
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.stamp import stamped_config
+from nvfp4_prep_kernels import PreparedTensor
+
+__all__ = ["check_structure", "expected_config"]
+
+_SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
+
+
+def expected_config(manifest: Manifest) -> bytes:
+    """The ``config.json`` that belongs to a manifest."""
+    quant = manifest.texts.get(HF_QUANT_CONFIG)
+    return stamped_config(
+        read_json_file(CONFIG, manifest.texts[CONFIG]),
+        None if quant is None else read_json_file(HF_QUANT_CONFIG, quant),
+        manifest.options,
+        gated=any(layer.layer.gated for layer in manifest.layers),
+    )
+
+
+def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    """Manifest, stamp, files, sizes, headers, index, and the digests of the small files."""
+    if not checkpoint.manifest.layers:
+        problems.add(MANIFEST, "names no prepared layers")
+    _check_files(checkpoint, problems)
+    _check_config(checkpoint, problems)
+    if problems.found:
+        return
+    try:
+        for layer in checkpoint.manifest.layers:
+            for tensor in PreparedTensor:
+                record = checkpoint.tensor_record(layer, tensor)
+                if record.file not in layer.files:
+                    problems.add(record.file, f"tensor {record.name!r} is in the wrong file", ", ".join(layer.files))
+            _check_vectors(checkpoint, layer.layer.prepared_name, layer.layer.dims.experts, problems)
+            checkpoint.scalars(layer)
+        _check_index(checkpoint, problems)
+    except NvfpPrepError as error:
+        problems.add_error(str(checkpoint.path), error)
+
+
+def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    there = {file.name: file.nbytes for file in checkpoint.files.files()}
+    for name, file in checkpoint.manifest.files.items():
+        if name not in there:
+            problems.add(name, "is missing")
+        elif there[name] != file.nbytes:
+            problems.add(name, "has the wrong size", f"{file.nbytes} bytes", f"{there[name]} bytes")
+        elif file.kind == "made":
+            digest = hashlib.sha256(checkpoint.files.peek(name, 0, file.nbytes)).hexdigest()
+            if digest != file.sha256:
+                problems.add(name, "was changed", f"sha256 {file.sha256}", digest)
+    for name in sorted(there.keys() - checkpoint.manifest.files.keys() - {MANIFEST}):
+        if name.endswith((".safetensors", ".json")):
+            problems.add(name, "does not belong to this checkpoint: the manifest does not name it")
+
+
+def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    try:
+        raw = (checkpoint.path / CONFIG).read_bytes()
+        expected = expected_config(checkpoint.manifest)
+        if raw != expected:
+            changed = _changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
+            problems.add(CONFIG, f"differs from what was converted in {', '.join(changed) or 'its formatting'}")
+    except OSError as error:
+        problems.add(CONFIG, f"cannot be read ({error.strerror})")
+    except KeyError:
+        problems.add(MANIFEST, f"does not hold the source's {CONFIG}")
+    except NvfpPrepError as error:
+        problems.add_error(CONFIG, error)
+
+
+def _changed_keys(expected: Mapping[str, Any], actual: Mapping[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key in sorted({*expected, *actual}):
+        here, there = expected.get(key), actual.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            found += _changed_keys(here, there, f"{path}{key}.")
+        elif here != there or (key in expected) != (key in actual):
+            found.append(f"{path}{key}")
+    return found
+
+
+def _check_vectors(checkpoint: PreparedCheckpoint, name: Any, experts: int, problems: Problems) -> None:
+    for vector in SCALE_VECTORS:
+        record = checkpoint.record(name(vector))
+        if (record.dtype, record.shape) != ("F32", (experts,)):
+            problems.add(record.file, f"tensor {record.name!r} has the wrong dtype or shape", f"F32 [{experts}]")
+
+
+def _check_index(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    raw = checkpoint.files.peek(INDEX, 0, (checkpoint.path / INDEX).stat().st_size)
+    weight_map = read_json_file(INDEX, raw).get("weight_map")
+    served = {record.name: name for name in checkpoint.names(*_SERVED) for record in checkpoint.headers[name].tensors}
+    if not isinstance(weight_map, dict):
+        problems.add(INDEX, "has no weight_map")
+        return
+    for tensor in sorted(served.keys() | weight_map.keys()):
+        if served.get(tensor) != weight_map.get(tensor):
+            problems.add(INDEX, f"tensor {tensor!r}", served.get(tensor, "no entry"), weight_map.get(tensor, "none"))

@@ -1,0 +1,289 @@
+"""Verify: is a prepared checkpoint what its manifest says, and does it turn back into its source?
+
+Three depths. *quick*: manifest, stamp, file list, sizes, headers, index. *full* (the default): also every byte, that
+is file digests, the inverse transform of every expert against the digests of the source's tensors, padding, scale
+vectors. *with source*: also every tensor, config and side file against the source itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.errors import NvfpPrepError, VerificationError
+from nvfp4_prep.gate_up_scales import rescale
+from nvfp4_prep.manifest import LayerRecord, Manifest
+from nvfp4_prep.planning import FileKind
+from nvfp4_prep.prepare import expert_chunks
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problem, Problems
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.scalars import expert_scale_vectors
+from nvfp4_prep.source import Source
+from nvfp4_prep.source_comparison import SourceComparison
+from nvfp4_prep.structure import check_structure
+from nvfp4_prep_kernels import PreparedTensor, Projection
+
+__all__ = ["VerifyReport", "verify"]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of a verification.
+
+    Attributes:
+        path: the checkpoint.
+        manifest: its manifest.
+        depth: ``quick``, ``full`` or ``full with source``.
+        problems: what is wrong; empty if all is well.
+        checks: what was looked at, one line each.
+        checked_nbytes: bytes that were read.
+    """
+
+    path: Path
+    manifest: Manifest
+    depth: str
+    problems: tuple[Problem, ...]
+    checks: tuple[str, ...]
+    checked_nbytes: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raises :class:`VerificationError` with the first problem, if there is one."""
+        if self.problems:
+            first, more = self.problems[0], len(self.problems) - 1
+            raise VerificationError(
+                first.what + (f" (and {more} more problems)" if more else ""),
+                where=first.where,
+                expected=first.expected,
+                actual=first.actual,
+                next_step="Do not serve this checkpoint: convert again.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "depth": self.depth,
+            "checks": list(self.checks),
+            "checked_nbytes": self.checked_nbytes,
+            "problems": [problem.to_dict() for problem in self.problems],
+        }
+
+
+def verify(
+    checkpoint: str | Path,
+    *,
+    source: str | Path | Source | None = None,
+    quick: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Verifies a prepared checkpoint. Never writes.
+
+    Args:
+        checkpoint: its directory.
+        source: compare with this source too.
+        quick: leave out everything that reads tensors' bytes.
+        threads: workers.
+        progress: told how it goes.
+
+    Raises:
+        CheckpointError: if the directory is no prepared checkpoint at all; anything else that is wrong is in the
+        report.
+        SourceError: if the source that was given cannot be read.
+    """
+    with PreparedCheckpoint(checkpoint) as opened:
+        problems = Problems()
+        check_structure(opened, problems)
+        checks = ["structure: manifest, stamp, file list, sizes, headers, index"]
+        depth, nbytes = "quick", 0
+        comparison = None if source is None else SourceComparison(opened, source, problems)
+        try:
+            if comparison is not None:
+                comparison.check_names()
+            if not quick:
+                depth = "full"
+                verification = _Verification(opened, problems, comparison)
+                nbytes = verification.run(threads, progress or NoProgress())
+                checks += verification.checks
+            if comparison is not None and not quick:
+                depth = "full with source"
+                checks.append(f"source: {comparison.summary}")
+        finally:
+            if comparison is not None:
+                comparison.close()
+        return VerifyReport(opened.path, opened.manifest, depth, problems.found, tuple(checks), nbytes)
+
+
+class _Verification:
+    """The checks that read every byte."""
+
+    def __init__(self, checkpoint: PreparedCheckpoint, problems: Problems, comparison: SourceComparison | None) -> None:
+        self._checkpoint = checkpoint
+        self._problems = problems
+        self._comparison = comparison
+        self._digests: dict[str, str] = {}
+        self.checks: list[str] = []
+
+    def run(self, threads: int | None, progress: Progress) -> int:
+        manifest = self._checkpoint.manifest
+        there = {file.name: file.nbytes for file in self._checkpoint.files.files()}
+        whole = [name for name, file in manifest.files.items() if there.get(name) == file.nbytes]
+        jobs = [job for name in whole if (job := self._file_job(name)) is not None]
+        if self._comparison is not None:
+            jobs += self._comparison.jobs()
+        total = sum(job.nbytes for job in jobs)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        progress.start("verify", total)
+        try:
+            run_jobs(jobs, None, threads=threads, progress=progress, on_done=self._file_done)
+        finally:
+            torch.set_num_threads(before)
+            progress.close()
+        self._check_digests()
+        for layer in manifest.layers:
+            self._check_scales(layer)
+        experts = sum(layer.layer.dims.experts for layer in manifest.layers)
+        self.checks += [
+            f"files: sha256 of {len(jobs)} files",
+            f"experts: {experts} experts turned back; digests of the source's tensors, padding and checksums",
+            f"scales: global and input scale vectors of {len(manifest.layers)} layers computed again",
+        ]
+        return total
+
+    def _file_job(self, name: str) -> FileJob | None:
+        file = self._checkpoint.manifest.files[name]
+        if file.kind != FileKind.EXPERTS.value:
+            return FileJob(name, file.nbytes, b"", lambda: self._plain_units(name, 0, file.nbytes))
+        try:
+            header = self._checkpoint.files.header(name)
+        except NvfpPrepError as error:
+            self._problems.add_error(name, error)
+            return None
+        raw = self._checkpoint.files.peek(name, 0, header.data_start)
+        return FileJob(name, file.nbytes, raw, lambda: self._expert_units(name))
+
+    def _plain_units(self, name: str, begin: int, end: int) -> Iterator[Unit]:
+        def work(offset: int, nbytes: int) -> UnitResult:
+            data = empty_bytes(nbytes)
+            self._checkpoint.files.read_into(name, offset, byte_view(data))
+            return UnitResult(pieces=[(offset, byte_view(data))])
+
+        for offset in range(begin, end, UNIT_NBYTES):
+            nbytes = min(UNIT_NBYTES, end - offset)
+            yield Unit(nbytes, lambda offset=offset, nbytes=nbytes: work(offset, nbytes))  # type: ignore[misc]
+
+    def _expert_units(self, name: str) -> Iterator[Unit]:
+        """Units in the file's order. A file whose tensors are not those of its layer is only digested."""
+        checkpoint = self._checkpoint
+        layer = next((layer for layer in checkpoint.manifest.layers if name in layer.files), None)
+        header = checkpoint.files.header(name)
+        by_name = {} if layer is None else {layer.layer.prepared_name(tensor): tensor for tensor in PreparedTensor}
+        try:
+            known = layer is not None and all(
+                checkpoint.tensor_record(layer, by_name[record.name]) == record for record in header.tensors
+            )
+        except (KeyError, NvfpPrepError):
+            known = False
+        if layer is None or not known:
+            self._problems.add(name, "does not hold the tensors that the manifest says")
+            yield from self._plain_units(name, header.data_start, header.file_nbytes)
+            return
+        for record in header.tensors:
+            tensor = by_name[record.name]
+            nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+            for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
+                yield Unit(
+                    len(chunk) * nbytes,
+                    lambda tensor=tensor, chunk=chunk: self._check_experts(layer, tensor, chunk),  # type: ignore[misc]
+                )
+
+    def _check_experts(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> UnitResult:
+        checkpoint = self._checkpoint
+        prepared = checkpoint.read_prepared(layer, tensor, chunk)
+        data = byte_view(prepared)
+        nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+        where = layer.layer.prepared_name(tensor.value)
+        for row, expert in enumerate(chunk):
+            if zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) != layer.expert_crc32[tensor.value][expert]:
+                self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
+        result = UnitResult(pieces=[(0, data)])
+        try:
+            parts = checkpoint.source_parts(layer, tensor, chunk, prepared)
+        except ValueError as error:
+            self._problems.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
+            return result
+        if tensor is PreparedTensor.W13_WEIGHT_SCALE:
+            self._check_rescaled(layer, chunk, prepared)
+        for group, raw in checkpoint.source_bytes(layer, tensor, parts):
+            result.digests.append((group.key, byte_view(raw)))
+            if self._comparison is not None:
+                self._comparison.compare_experts(layer, group, chunk, raw)
+        return result
+
+    def _check_rescaled(self, layer: LayerRecord, chunk: range, prepared: torch.Tensor) -> None:
+        """Rescaled block scales are the rounded ones of the kept originals."""
+        affected = [(expert, side) for expert, side in layer.gate_up.reconciled if expert in chunk]
+        if not affected:
+            return
+        tensor = PreparedTensor.W13_WEIGHT_SCALE
+        stored = dict(
+            zip(layer.layout.projections(tensor), layer.layout.invert(tensor, prepared, layer.layer.dims), strict=True)
+        )
+        scalars = self._checkpoint.scalars(layer)
+        for expert, side in affected:
+            original = self._checkpoint.original_block_scales(layer, expert)
+            gate, up = (scalars.gate_scale_2 or scalars.up_scale_2)[expert], scalars.up_scale_2[expert]
+            own, other = (gate, up) if side == Projection.GATE.value else (up, gate)
+            again = None if original is None else rescale(original[1], own, other)
+            if again is None or not torch.equal(again, stored[Projection(side)][expert - chunk.start]):
+                where = f"{layer.layer.prepared_name(tensor.value)}, expert {expert}"
+                self._problems.add(where, f"rescaled {side} block scales do not follow from the source's")
+
+    def _file_done(self, result: JobResult) -> None:
+        self._digests |= result.digests
+        file = self._checkpoint.manifest.files.get(result.name)
+        if file is not None and result.sha256 is not None and result.sha256 != file.sha256:
+            self._problems.add(result.name, "bytes changed", f"sha256 {file.sha256}", result.sha256)
+
+    def _check_digests(self) -> None:
+        for layer in self._checkpoint.manifest.layers:
+            for group in layer.layer.groups:
+                if group.leaf.is_scalar or group.key not in self._digests:
+                    continue
+                want, have = layer.source_sha256[group.key], self._digests[group.key]
+                if want != have:
+                    self._problems.add(
+                        f"{layer.layer.experts_path}, {group.key}",
+                        "the inverse transform does not give the source's tensors",
+                        f"sha256 {want}",
+                        have,
+                    )
+
+    def _check_scales(self, layer: LayerRecord) -> None:
+        try:
+            scalars = self._checkpoint.scalars(layer)
+            for key, raw in scalars.raw.items():
+                if hashlib.sha256(raw).hexdigest() != layer.source_sha256[key]:
+                    self._problems.add(key, "the kept source scalars changed")
+            sides = dict(layer.gate_up.reconciled)
+            for name, want in expert_scale_vectors(layer.layer, scalars, sides).items():
+                if bytes(byte_view(self._checkpoint.read(self._checkpoint.record(name)))) != want:
+                    self._problems.add(name, "does not follow from the source's scalars")
+        except NvfpPrepError as error:
+            self._problems.add_error(layer.layer.experts_path, error)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.activation import Activation, ActivationKind, find_activation
-from nvfp4_prep.find_layers import FoundLayers, LayerFinding
+from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks, find_activation
+from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
+from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.index import CheckpointIndex
 from nvfp4_prep.moe_layers import MoeLayer
 
-__all__ = ["fit_config"]
+__all__ = ["classify_layers", "fit_config"]
 
 _COMPUTED = {
     True: (ActivationKind.SILU, ActivationKind.SWIGLUOAI, ActivationKind.SITU),
@@ -17,6 +19,12 @@ _COMPUTED = {
 }
 """Gated or not to the activations that vLLM's FlashInferCuteDSLExperts supports."""
 _COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+
+def classify_layers(index: CheckpointIndex) -> FoundLayers:
+    """Every MoE layer of a checkpoint by its tensors and its config, with all known namings and formats."""
+    alternating = alternating_stacks(index.config)
+    return fit_config(find_layers(index.tensors, namings(), formats(), alternating=alternating), index.config)
 
 
 def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:

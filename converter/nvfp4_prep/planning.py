@@ -13,11 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks, find_activation
-from nvfp4_prep.config_fit import fit_config
+from nvfp4_prep.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError
-from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
-from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.find_layers import FoundLayers, LayerFinding
 from nvfp4_prep.index import CheckpointIndex, read_index
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
@@ -182,8 +181,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     """
     options = options or ConvertOptions()
     index = read_index(source)
-    alternating = alternating_stacks(index.config)
-    found = fit_config(find_layers(index.tensors, namings(), formats(), alternating=alternating), index.config)
+    found = classify_layers(index)
     refuse(source.label, index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(

@@ -1,0 +1,173 @@
+"""The index of a checkpoint: shards with and without an index file, and every way in which they can disagree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from nvfp4_prep.errors import SourceError
+from nvfp4_prep.index import CheckpointIndex, read_index
+from nvfp4_prep.source import LocalSource
+from tiny_checkpoints import TinyLayer, config, merged, others, write
+
+
+def index(folder: Path) -> CheckpointIndex:
+    source = LocalSource(folder)
+    try:
+        return read_index(source)
+    finally:
+        source.close()
+
+
+def set_weight_map(folder: Path, change: dict[str, Any] | None = None, **top: Any) -> None:
+    path = folder / "model.safetensors.index.json"
+    value = json.loads(path.read_text())
+    value["weight_map"] |= change or {}
+    path.write_text(json.dumps(value | top))
+
+
+@pytest.mark.parametrize(("shards", "with_index"), [(1, False), (1, True), (5, True), (5, False)])
+def test_every_tensor_is_found_whatever_the_sharding(tmp_path: Path, shards: int, with_index: bool) -> None:
+    tensors = merged([TinyLayer().tensors(), others()])
+    found = index(write(tmp_path, tensors, shards=shards, index=with_index))
+    assert found.tensors.keys() == tensors.keys()
+    assert len(found.headers) == shards
+    for name, tensor in tensors.items():
+        assert found.tensors[name].shape == tuple(tensor.shape)
+
+
+def test_other_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=True)
+    for name in ("tokenizer.json", "README.md", "hf_quant_config.json", "pytorch_model.bin", "extra.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "modeling.py").write_text("")
+    (tmp_path / ".gitattributes").write_text("")
+    found = index(tmp_path)
+    assert [file.name for file in found.side_files] == ["code/modeling.py", "tokenizer.json"]
+    assert found.left_out == ("extra.safetensors", "pytorch_model.bin")
+    assert found.hf_quant_config == {}
+    assert set(found.texts) == {"config.json", "hf_quant_config.json", "README.md", "model.safetensors.index.json"}
+
+
+def test_consolidated_shards_without_an_index_are_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config()))
+    save_file(TinyLayer("layers.0.experts", names=("w1", "w3", "w2")).tensors(), tmp_path / "consolidated.safetensors")
+    assert len(index(tmp_path).tensors) == 3 * 3 * 4
+
+
+def test_no_config(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"has no config\.json"):
+        index(tmp_path)
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match="no safetensors files"):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": ' + "[" * 100_000, "\ufeff{}"])
+def test_broken_config(tmp_path: Path, text: str) -> None:
+    write(tmp_path, TinyLayer().tensors())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=r"config\.json"):
+        index(tmp_path)
+
+
+def test_index_names_missing_files(tmp_path: Path) -> None:
+    write(tmp_path, TinyLayer().tensors(), shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"names 1 of 3 files that do not exist: model-00002-of-00003\.safetensors"):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/../../b.safetensors",
+        "sub/m.safetensors",
+        "..",
+        ".",
+        "",
+        7,
+        None,
+        "a\\b",
+    ],
+)
+def test_unsafe_names_in_the_weight_map(tmp_path: Path, shard: object) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=True)
+    set_weight_map(tmp_path, {"model.norm.weight": shard})
+    with pytest.raises(SourceError, match=r"unsafe file name for tensor 'model\.norm\.weight'"):
+        index(tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
+def test_no_weight_map(tmp_path: Path, weight_map: object) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=True)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(SourceError, match="has no weight_map"):
+        index(tmp_path)
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    tensors = TinyLayer().tensors()
+    write(tmp_path, tensors, shards=2)
+    name = next(iter(tensors))
+    save_file({name: tensors[name], "other": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(SourceError, match=rf"tensor '{name}' stands in two shards"):
+        index(tmp_path)
+
+
+def test_index_and_shards_of_different_downloads(tmp_path: Path) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=True)
+    set_weight_map(tmp_path, {"model.norm.weight": "model.safetensors"})
+    with pytest.raises(SourceError, match=r"tensor 'model\.norm\.weight' is not where the index says"):
+        index(tmp_path)
+
+
+def test_truncated_shard(tmp_path: Path) -> None:
+    write(tmp_path, TinyLayer().tensors(), shards=2)
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SourceError, match=r"model-00001-of-00002\.safetensors: file size does not match its header"):
+        index(tmp_path)
+
+
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+@settings(max_examples=60, deadline=None)
+def test_fuzz_index_file(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
+    folder = write(tmp_path_factory.mktemp("c"), others())
+    (folder / "model.safetensors.index.json").write_bytes(text)
+    with pytest.raises(SourceError):
+        index(folder)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*others(), "unknown"]),
+        st.sampled_from(["model.safetensors", "x.safetensors", "../m", "config.json", "model.safetensors\0"])
+        | st.integers(),
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_fuzz_weight_map(tmp_path_factory: pytest.TempPathFactory, weight_map: dict[str, Any]) -> None:
+    """An index is accepted only if it tells the truth about the one shard that is there."""
+    folder = write(tmp_path_factory.mktemp("c"), others())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    true = all(name in others() and shard == "model.safetensors" for name, shard in weight_map.items())
+    if true and weight_map:
+        assert index(folder).tensors.keys() == others().keys()
+    else:
+        with pytest.raises(SourceError):
+            index(folder)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from hub_server import LoopbackHub
-from hub_support import QUICK, folder_nbytes, shard
+from hub_support import QUICK, PeakWatch, folder_nbytes, shard
 
 from nvfp4_prep.errors import HubError, SourceError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
@@ -309,26 +308,17 @@ def test_small_files_are_checked_too(hub: LoopbackHub, shards: dict[str, bytes],
 
 
 def test_disk_is_bounded(hub: LoopbackHub, shards: dict[str, bytes], tmp_path: Path) -> None:
-    peak, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, folder_nbytes(tmp_path / "work"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    source = open_source(tmp_path, ahead=2)
-    source.schedule(list(shards))
-    for name, content in shards.items():
-        assert read(source, name, len(content)) == content
-        time.sleep(0.05)  # lets the shards ahead arrive
-        source.release(name)
-    source.close()
-    done.set()
-    watcher.join()
+    with PeakWatch(tmp_path / "work") as watch:
+        source = open_source(tmp_path, ahead=2)
+        source.schedule(list(shards))
+        for name, content in shards.items():
+            assert read(source, name, len(content)) == content
+            time.sleep(0.05)  # lets the shards ahead arrive
+            source.release(name)
+        source.close()
     one = len(shards["model-0.safetensors"])
-    assert 2 * one <= peak <= 3 * one
+    assert source.room_nbytes(list(shards), 0) == 3 * one
+    assert 2 * one <= watch.peak_nbytes <= 3 * one
 
 
 def test_leftovers_of_another_source_go(hub: LoopbackHub, shards: dict[str, bytes], tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import sys
@@ -34,7 +36,7 @@ class Fault:
     kinds: ``drop`` and ``reset`` end the connection after ``after_bytes`` of the body (politely or by RST), ``status``
     answers with an error, ``short`` serves a body without its last byte as if it were whole, ``corrupt`` flips a bit,
     ``stall`` waits ``seconds`` in mid-body, ``lost`` does the work but loses the answer, ``revoke`` makes all tokens
-    invalid from here on.
+    invalid from here on, ``kill`` sends SIGKILL to ``hub.victim`` before the work, ``kill-after`` after it.
     """
 
     path: str
@@ -69,6 +71,7 @@ class LoopbackHub:
         self.sent_nbytes: dict[str, int] = {}
         self.leaked_tokens: list[str] = []
         self.in_xet = False
+        self.victim = 0
         self.errors: list[BaseException | None] = []
         self.servers = [_Server(("127.0.0.1", 0), _handler(self, kind)) for kind in (_Api, _Storage)]
         for server in self.servers:
@@ -152,6 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(fault.status, {"error": "on demand"}, fault.headers)
         if fault is not None and fault.kind == "revoke":
             self.hub.tokens.clear()
+        if fault is not None and fault.kind == "kill":
+            os.kill(self.hub.victim, signal.SIGKILL)
+            return self._hang_up(reset=False)
         if fault is not None and fault.kind == "reset" and fault.after_bytes == 0:
             return self._hang_up(reset=True)
         try:
@@ -192,7 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_bytes(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         fault = self.current_fault
-        if fault is not None and fault.kind == "lost":
+        if fault is not None and fault.kind in ("lost", "kill-after"):
+            if fault.kind == "kill-after":
+                os.kill(self.hub.victim, signal.SIGKILL)
             return self._hang_up(reset=False)
         if fault is not None and fault.kind == "short":
             data = data[:-1]

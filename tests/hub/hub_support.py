@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Self, TypeAlias
 
+from hub_store import Repository
+
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.safetensors_io import TensorSpec, encode_header
 
@@ -101,3 +103,18 @@ class PeakWatch:
     def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join()
+
+
+def assert_never_half(repository: Repository, branch: str = "main") -> int:
+    """Every state that the branch ever had is either not servable or complete; returns how many were servable."""
+    servable = 0
+    for commit in repository.history(branch):
+        tree = commit.tree
+        assert ("config.json" in tree) == ("nvfp4_prep.json" in tree), commit.title
+        if "config.json" not in tree:
+            continue
+        servable += 1
+        for name, file in json.loads(tree["nvfp4_prep.json"].data)["files"].items():
+            assert name in tree, f"{commit.title}: {name} is missing"
+            assert tree[name].sha256 == file["sha256"], f"{commit.title}: {name} is another one"
+    return servable

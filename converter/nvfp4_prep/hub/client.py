@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
 
-__all__ = ["Patience", "hub_errors", "is_transient", "limit_waiting", "persist", "translate"]
+__all__ = ["Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -77,6 +77,13 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(item, RuntimeError) and "client has been closed" in str(item):
             return True  # the client closes its shared session when one of its threads cannot connect
     return False
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a commit was refused because the branch is not where it was expected."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return any(isinstance(item, HfHubHTTPError) and item.response.status_code == 412 for item in _chain(error))
 
 
 def persist(

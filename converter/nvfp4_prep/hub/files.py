@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["RemoteFile", "Snapshot", "git_blob_sha1", "hash_matches", "read_snapshot"]
+__all__ = ["LocalFile", "RemoteFile", "Snapshot", "git_blob_sha1", "hash_matches", "read_snapshot"]
 
 _CHUNK_NBYTES = 8 << 20
 
@@ -57,6 +57,31 @@ class Snapshot:
     repo_id: str
     commit: str
     files: Mapping[str, RemoteFile]
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to publish, as its manifest describes it."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+    def difference(self, remote: RemoteFile | None) -> str | None:
+        """What keeps a published file from being this one; None if nothing does.
+
+        Files that the Hub keeps in git (small ones) have only git's hash there, so they are read here.
+        """
+        if remote is None:
+            return "is missing"
+        if remote.nbytes != self.nbytes:
+            return f"has {remote.nbytes} bytes instead of {self.nbytes}"
+        if remote.sha256 is not None:
+            return None if remote.sha256 == self.sha256 else f"has sha256 {remote.sha256} instead of {self.sha256}"
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            return f"cannot be compared: {self.path} is not what the manifest says"
+        return None if git_blob_sha1(content) == remote.git_sha1 else "has another content"
 
 
 def read_snapshot(api: HfApi, repo_id: str, revision: str | None, patience: Patience) -> Snapshot:

@@ -1,0 +1,257 @@
+"""Publishing a prepared checkpoint so that nobody can load half of it, or anything but what the manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nvfp4_prep.errors import TargetError, UsageError, VerificationError
+from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.download import Downloader
+from nvfp4_prep.hub.files import LocalFile, Snapshot
+from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
+from nvfp4_prep.index import CONFIG
+from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.progress import NoProgress, Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["PushResult", "publication_title", "publish", "push", "refuse_foreign"]
+
+_CARD = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_BATCH_NBYTES = 20_000_000_000
+_BATCH_FILES = 50
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was published.
+
+    Attributes:
+        repo_id: where.
+        revision: branch, or ``refs/pr/N``.
+        commit: that holds everything.
+        page: its address.
+        serve: the command that serves it.
+        files, nbytes: what the repository holds of the checkpoint; all of it was compared with the manifest.
+        already_there: bytes of it that an earlier run had brought there.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    page: str
+    serve: str
+    files: int
+    nbytes: int
+    already_there: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return dict(vars(self))
+
+
+def publication_title(source: str, revision: str | None, options: ConvertOptions) -> str:
+    """Title of commits and pull requests: the same for the same conversion, so that a second run finds the first's."""
+    kind = hashlib.sha256(json.dumps([source, revision, options.to_dict()], sort_keys=True).encode()).hexdigest()[:8]
+    at = f"@{revision[:12]}" if revision else ""
+    return f"nvfp4-prep {kind}: {source}{at}"[:150]
+
+
+def push(
+    checkpoint: str | Path,
+    repo_id: str,
+    options: PublishOptions | None = None,
+    *,
+    full: bool = False,
+    api: HfApi | None = None,
+    patience: Patience | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> PushResult:
+    """Verifies a prepared checkpoint and publishes it; killed at any moment, the same call continues.
+
+    Args:
+        checkpoint: its directory.
+        repo_id: ``USER/NAME``.
+        options: see :class:`~nvfp4_prep.hub.remote.PublishOptions`.
+        full: read every byte before (otherwise: structure, sizes and headers; the hashes of all uploaded bytes are
+            compared with the manifest in any case, before the stamp).
+        api: the official client; by default with the user's endpoint and token.
+        patience: how long network failures are endured.
+        progress: told how it goes.
+        threads: workers of the verification.
+
+    Raises:
+        CheckpointError, VerificationError: if ``verify`` finds anything wrong, or uploaded bytes are not those of the
+            manifest.
+        TargetError: if the repository holds another model.
+        HubError: if the token may not do this, or the Hub stays away.
+    """
+    from nvfp4_prep.verification import verify
+
+    verify(checkpoint, quick=not full, threads=threads, progress=progress).raise_for_problems()
+    return publish(
+        Path(checkpoint), repo_id, options or PublishOptions(), api=api, patience=patience, progress=progress
+    )
+
+
+def publish(
+    directory: Path,
+    repo_id: str,
+    options: PublishOptions,
+    *,
+    api: HfApi | None = None,
+    patience: Patience | None = None,
+    progress: Progress | None = None,
+    remote: RemoteRepository | None = None,
+) -> PushResult:
+    """The uploading half of :func:`push`; with ``remote`` it finishes what a conversion sent there file by file."""
+    raw = (directory / MANIFEST).read_bytes()
+    manifest = Manifest.from_bytes(raw, str(directory / MANIFEST))
+    if options.create_pr and options.revision:
+        raise UsageError("--create-pr and --revision exclude each other: a pull request is a branch of its own")
+    remote = remote or RemoteRepository(
+        repo_id,
+        options,
+        title=publication_title(manifest.source, manifest.revision, manifest.options),
+        api=api,
+        patience=patience,
+    )
+    files = {name: LocalFile(directory / name, file.nbytes, file.sha256) for name, file in manifest.files.items()}
+    stamp = {CONFIG: files.pop(CONFIG), MANIFEST: LocalFile(directory / MANIFEST, len(raw), _sha256(raw))}
+    return _Publication(remote, files, stamp, progress or NoProgress()).run()
+
+
+class _Publication:
+    def __init__(
+        self,
+        remote: RemoteRepository,
+        files: Mapping[str, LocalFile],
+        stamp: Mapping[str, LocalFile],
+        progress: Progress,
+    ) -> None:
+        self._remote = remote
+        self._files = files
+        self._stamp = stamp
+        self._all = {**files, **stamp}
+        self._progress = progress
+
+    def run(self) -> PushResult:
+        before = self._remote.snapshot()
+        old = refuse_foreign(self._remote, before, self._all)
+        missing = self._missing(before)
+        total = sum(file.nbytes for file in self._all.values())
+        already = total - sum(self._all[name].nbytes for name in missing)
+        self._check_local(missing)
+        self._progress.start("push", total, already)
+        try:
+            if any(name not in self._stamp and name != _CARD for name in missing):
+                self._withdraw(old)
+            for batch in self._batches(missing):
+                self._remote.commit(_summary(batch), add=batch)
+                self._progress.advance(sum(file.nbytes for file in batch.values()), next(iter(batch)))
+            # The comparison is made on the very state that the stamp is committed onto.
+            after = self._remote.commit("stamp", add=self._stamp, check=lambda state: self._compare(state, self._files))
+            self._compare(after, self._all)
+            self._progress.advance(sum(self._all[name].nbytes for name in missing if name in self._stamp), CONFIG)
+        finally:
+            self._progress.close()
+        at = "" if self._remote.revision == "main" else f" --revision {self._remote.revision}"
+        return PushResult(
+            repo_id=self._remote.repo_id,
+            revision=self._remote.revision,
+            commit=after.commit,
+            page=self._remote.page,
+            serve=f"vllm serve {self._remote.repo_id}{at}",
+            files=len(self._all),
+            nbytes=total,
+            already_there=already,
+        )
+
+    def _missing(self, state: Snapshot) -> list[str]:
+        return [name for name, file in self._all.items() if file.difference(state.files.get(name)) is not None]
+
+    def _check_local(self, missing: list[str]) -> None:
+        for name in missing:
+            file = self._all[name]
+            actual = file.path.stat().st_size if file.path.is_file() else None
+            if actual != file.nbytes:
+                raise VerificationError(
+                    "is neither published nor here as the manifest has it",
+                    where=str(file.path),
+                    expected=f"{file.nbytes} bytes",
+                    actual="no file" if actual is None else f"{actual} bytes",
+                    next_step="Convert again.",
+                )
+
+    def _withdraw(self, old: frozenset[str]) -> None:
+        """Takes an older checkpoint's stamp away before its weights change under it, and its surplus files with it."""
+
+        def stale(state: Snapshot) -> list[str]:
+            stamped = [name for name in self._stamp if name in state.files]
+            return [*stamped, *sorted(old - self._all.keys())] if stamped else []
+
+        self._remote.commit("withdraw the older version while files are replaced", delete=stale)
+
+    def _batches(self, missing: list[str]) -> Iterator[dict[str, LocalFile]]:
+        batch: dict[str, LocalFile] = {}
+        for name in sorted(set(missing) - self._stamp.keys()):
+            batch[name] = self._files[name]
+            if len(batch) == _BATCH_FILES or sum(file.nbytes for file in batch.values()) >= _BATCH_NBYTES:
+                yield batch
+                batch = {}
+        if batch:
+            yield batch
+
+    def _compare(self, state: Snapshot, files: Mapping[str, LocalFile]) -> None:
+        for name, file in files.items():
+            difference = file.difference(state.files.get(name))
+            if difference is not None:
+                raise VerificationError(
+                    f"published file {difference}",
+                    where=f"{state.repo_id}@{state.commit[:12]}/{name}",
+                    next_step="Verify the directory (not --quick), and push again.",
+                )
+
+
+def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str, object]) -> frozenset[str]:
+    """Raises unless the branch is empty, ours unfinished, or an older prepared checkpoint.
+
+    Returns:
+        the older checkpoint's files, by its manifest; empty if there is none.
+
+    Raises:
+        TargetError: if it holds another model's weights or config.
+    """
+    old: frozenset[str] = frozenset()
+    if MANIFEST in state.files:
+        reader = Downloader(remote.api, state, remote.patience, threading.Event())
+        old = frozenset(Manifest.from_bytes(reader.read_whole(state.files[MANIFEST]), MANIFEST).files)
+    strange = [name for name in state.files if name.endswith(_WEIGHTS) and name not in ours and name not in old]
+    if CONFIG in state.files and MANIFEST not in state.files:
+        strange.append(CONFIG)
+    if strange:
+        raise TargetError(
+            f"holds another model ({strange[0]}{f' and {len(strange) - 1} more' if len(strange) > 1 else ''})",
+            where=f"{state.repo_id}@{remote.revision}",
+            next_step="Push to a new repository, or to a new branch of an empty one.",
+        )
+    return old
+
+
+def _summary(batch: Mapping[str, LocalFile]) -> str:
+    first = next(iter(batch))
+    return first if len(batch) == 1 else f"{first} and {len(batch) - 1} more"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

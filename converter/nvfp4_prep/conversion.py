@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.scalars import expert_scale_vectors
+from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.stamp import quantization_configs, stamped_config
 from nvfp4_prep.target import WORK_FOLDER, Target
@@ -80,7 +81,7 @@ def convert(
     threads: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
-    on_file: Callable[[Path, JobResult], None] | None = None,
+    sink: FileSink | None = None,
 ) -> ConvertResult:
     """Converts a checkpoint.
 
@@ -95,7 +96,7 @@ def convert(
         threads: workers; does not change the output.
         progress: told how it goes.
         restart: discard an unfinished earlier run instead of continuing it.
-        on_file: called with the path of every finished file, from a worker thread.
+        sink: takes every finished file, also those that an earlier run finished.
 
     Raises:
         SourceError, UnsupportedCheckpointError: as :func:`plan`.
@@ -108,11 +109,14 @@ def convert(
     try:
         check_apart(opened, path)
         made = make_plan(opened, options)
-        complete = _complete(path, made)
+        taker = sink or KeepFiles()
+        sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
+        taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(_MADE, 0)})
+        complete = _complete(path, made, taker)
         if complete is not None:
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
-        with Target(path, made.identity(), restart=restart) as place:
-            return _Conversion(made, opened, place, on_file).run(threads, progress or NoProgress())
+        with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
+            return _Conversion(made, opened, place, taker).run(threads, progress or NoProgress())
     finally:
         opened.close()
 
@@ -135,7 +139,7 @@ def check_apart(source: Source, target: Path) -> None:
         )
 
 
-def _complete(path: Path, made: Plan) -> Manifest | None:
+def _complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     """The manifest, if the target is already what the plan would make."""
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or (path / WORK_FOLDER).exists():
         return None
@@ -149,7 +153,8 @@ def _complete(path: Path, made: Plan) -> Manifest | None:
     for file in made.files:
         record, there = manifest.files.get(file.name), path / file.name
         same = same and record is not None and record.nbytes == file.nbytes
-        same = same and there.is_file() and there.stat().st_size == file.nbytes
+        here = there.is_file() and there.stat().st_size == file.nbytes
+        same = same and (here or (record is not None and sink.holds(file.name, record.nbytes, record.sha256)))
     if same:
         return manifest
     raise TargetError(
@@ -162,13 +167,11 @@ def _complete(path: Path, made: Plan) -> Manifest | None:
 class _Conversion:
     """One run of a plan on a target."""
 
-    def __init__(
-        self, made: Plan, source: Source, target: Target, on_file: Callable[[Path, JobResult], None] | None
-    ) -> None:
+    def __init__(self, made: Plan, source: Source, target: Target, sink: FileSink) -> None:
         self._plan = made
         self._source = source
         self._target = target
-        self._on_file = on_file
+        self._sink = sink
         self._results = {name: JobResult.from_entry(entry) for name, entry in target.done.items()}
         self._shards = _ShardUse(source)
         self._files = {file.name: file for file in made.files}
@@ -181,31 +184,53 @@ class _Conversion:
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
         first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
         order, at_once = made.shard_order(first), made.peak_shards_nbytes
-        target.check_space(needed + _SMALL_FILES_NBYTES + self._source.room_nbytes(order, at_once))
+        sizes = {file.name: file.nbytes for file in pending} | {file.name: file.nbytes for file in sides}
+        room = self._sink.room_nbytes(sizes) + self._source.room_nbytes(order, at_once)
+        target.check_space(room + _SMALL_FILES_NBYTES)
         self._shards.expect(order, at_once, first)
         total = made.output_nbytes
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # the engine's workers are the parallelism
         progress.start("convert", total, total - needed)
         try:
+            for name in target.done:
+                if (target.path / name).is_file():
+                    self._give(self._results[name])
             jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
-            stop = self._source.interrupt
-            run_jobs(jobs, target, threads=threads, progress=progress, on_done=self._done, on_stop=stop)
+            self._run(jobs, threads, progress)
             last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
-            run_jobs(last, target, threads=1, progress=progress, on_done=self._done)
+            self._run(last, 1, progress)
+            self._sink.drain()
         finally:
             torch.set_num_threads(before)
             progress.close()
         manifest = self._finish()
         return ConvertResult(target.path, manifest, target.resumed, already_complete=False, written_nbytes=needed)
 
+    def _run(self, jobs: Sequence[FileJob], threads: int | None, progress: Progress) -> None:
+        run_jobs(
+            jobs,
+            self._target,
+            threads=threads,
+            progress=progress,
+            on_done=self._done,
+            before_file=lambda job, stop: self._sink.before_file(job.name, job.nbytes, stop),
+            on_stop=self._stop,
+        )
+
     def _done(self, result: JobResult) -> None:
         self._results[result.name] = result
         file = self._files.get(result.name)
         if file is not None:
             self._shards.used(file)
-        if self._on_file is not None:
-            self._on_file(self._target.path / result.name, result)
+        self._give(result)
+
+    def _give(self, result: JobResult) -> None:
+        self._sink.file_done(result.name, self._target.path / result.name, result.nbytes, result.sha256)
+
+    def _stop(self) -> None:
+        self._source.interrupt()
+        self._sink.interrupt()
 
     def _job(self, file: OutputFile) -> FileJob:
         if file.kind is FileKind.PASSTHROUGH:

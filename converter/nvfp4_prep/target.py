@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -104,13 +104,21 @@ class Target:
         resumed: whether an earlier run's work was found.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        elsewhere: Callable[[str, int, str | None], bool] = lambda name, nbytes, sha256: False,
+    ) -> None:
         """Prepares the directory for one job.
 
         Args:
             path: the directory; made if it does not exist.
             identity: JSON value that says what will be written from what; a resumed run must have the same.
             restart: forget an earlier unfinished run.
+            elsewhere: whether a finished file of this name, size and sha256 was taken away from here on purpose.
 
         Raises:
             TargetError: not empty and not ours, or not writable.
@@ -121,6 +129,7 @@ class Target:
         self.work = path / WORK_FOLDER
         self.done: dict[str, dict[str, Any]] = {}
         self._identity = json.loads(json.dumps(identity))
+        self._elsewhere = elsewhere
         self._note_lock = threading.Lock()
         self._check_foreign()
         try:
@@ -206,7 +215,9 @@ class Target:
         self._repair_tail()
         for entry in self._entries():
             path = self.path / entry["file"]
-            if path.is_file() and path.stat().st_size == entry.get("nbytes"):
+            name, nbytes, sha256 = entry["file"], entry.get("nbytes"), entry.get("sha256")
+            here = path.is_file() and path.stat().st_size == nbytes
+            if here or (isinstance(nbytes, int) and self._elsewhere(name, nbytes, sha256)):
                 self.done[entry["file"]] = entry
         return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from nvfp4_prep.progress import NoProgress, Progress
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["PushResult", "publication_title", "publish", "push", "refuse_foreign"]
+__all__ = ["PushResult", "publication_title", "publish", "push", "refuse_foreign", "summary", "withdrawal"]
 
 _CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -154,10 +154,8 @@ class _Publication:
         self._check_local(missing)
         self._progress.start("push", total, already)
         try:
-            if any(name not in self._stamp and name != _CARD for name in missing):
-                self._withdraw(old)
             for batch in self._batches(missing):
-                self._remote.commit(_summary(batch), add=batch)
+                self._remote.commit(summary(batch), add=batch, delete=withdrawal(batch, old - self._all.keys()))
                 self._progress.advance(sum(file.nbytes for file in batch.values()), next(iter(batch)))
             # The comparison is made on the very state that the stamp is committed onto.
             after = self._remote.commit("stamp", add=self._stamp, check=lambda state: self._compare(state, self._files))
@@ -193,15 +191,6 @@ class _Publication:
                     next_step="Convert again.",
                 )
 
-    def _withdraw(self, old: frozenset[str]) -> None:
-        """Takes an older checkpoint's stamp away before its weights change under it, and its surplus files with it."""
-
-        def stale(state: Snapshot) -> list[str]:
-            stamped = [name for name in self._stamp if name in state.files]
-            return [*stamped, *sorted(old - self._all.keys())] if stamped else []
-
-        self._remote.commit("withdraw the older version while files are replaced", delete=stale)
-
     def _batches(self, missing: list[str]) -> Iterator[dict[str, LocalFile]]:
         batch: dict[str, LocalFile] = {}
         for name in sorted(set(missing) - self._stamp.keys()):
@@ -221,6 +210,21 @@ class _Publication:
                     where=f"{state.repo_id}@{state.commit[:12]}/{name}",
                     next_step="Verify the directory (not --quick), and push again.",
                 )
+
+
+def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callable[[Snapshot], list[str]]:
+    """What the commit that changes an older checkpoint's first file must delete: its stamp, so that no state with files
+    of both can be loaded, and its surplus files.
+    """
+
+    def stale(state: Snapshot) -> list[str]:
+        changes = [
+            name for name, file in batch.items() if name != _CARD and file.difference(state.files.get(name)) is not None
+        ]
+        stamped = [name for name in (CONFIG, MANIFEST) if name in state.files]
+        return [*stamped, *sorted(surplus)] if stamped and changes else []
+
+    return stale
 
 
 def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str, object]) -> frozenset[str]:
@@ -248,7 +252,7 @@ def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str,
     return old
 
 
-def _summary(batch: Mapping[str, LocalFile]) -> str:
+def summary(batch: Mapping[str, LocalFile]) -> str:
     first = next(iter(batch))
     return first if len(batch) == 1 else f"{first} and {len(batch) - 1} more"
 

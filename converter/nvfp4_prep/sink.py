@@ -1,0 +1,79 @@
+"""Where finished files go beyond the target directory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from nvfp4_prep.options import ConvertOptions
+
+__all__ = ["FileSink", "KeepFiles"]
+
+
+class FileSink(Protocol):
+    """Takes every file of a conversion as soon as it is finished. Methods are called from several threads."""
+
+    def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
+        """The conversion is planned: ``sizes`` are those of all files that it will write.
+
+        Raises:
+            NvfpPrepError: if the files could not be taken.
+        """
+        ...
+
+    def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
+        """Whether a file that was written before need not be in the directory, because it was taken from there."""
+        ...
+
+    def room_nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Room in the directory that files of these sizes take at most, all the time."""
+        ...
+
+    def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
+        """A file is about to be created; waits until there is room for it, or ``stop`` is set."""
+        ...
+
+    def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
+        """A file stands under its final name."""
+        ...
+
+    def drain(self) -> None:
+        """Waits until everything is taken.
+
+        Raises:
+            NvfpPrepError: if something could not be taken.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """The conversion has failed: nobody may wait any longer."""
+        ...
+
+
+class KeepFiles:
+    """The sink that leaves everything in the directory."""
+
+    def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
+        """Anything goes."""
+
+    def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
+        """Never: the files are in the directory."""
+        return False
+
+    def room_nbytes(self, sizes: Mapping[str, int]) -> int:
+        """All of them."""
+        return sum(sizes.values())
+
+    def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
+        """The space was checked."""
+
+    def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
+        """It stays."""
+
+    def drain(self) -> None:
+        """Nothing waits."""
+
+    def interrupt(self) -> None:
+        """Nobody waits."""

@@ -35,8 +35,9 @@ class Fault:
 
     kinds: ``drop`` and ``reset`` end the connection after ``after_bytes`` of the body (politely or by RST), ``status``
     answers with an error, ``short`` serves a body without its last byte as if it were whole, ``corrupt`` flips a bit,
-    ``stall`` waits ``seconds`` in mid-body, ``lost`` does the work but loses the answer, ``revoke`` makes all tokens
-    invalid from here on, ``kill`` sends SIGKILL to ``hub.victim`` before the work, ``kill-after`` after it.
+    ``stall`` waits ``seconds`` in mid-body, ``slow`` before the work, ``lost`` does the work but loses the answer,
+    ``revoke`` makes all tokens invalid from here on, ``kill`` sends SIGKILL to ``hub.victim`` before the work,
+    ``kill-after`` after it.
     """
 
     path: str
@@ -72,6 +73,7 @@ class LoopbackHub:
         self.leaked_tokens: list[str] = []
         self.in_xet = False
         self.victim = 0
+        self.halt = threading.Event()
         self.errors: list[BaseException | None] = []
         self.servers = [_Server(("127.0.0.1", 0), _handler(self, kind)) for kind in (_Api, _Storage)]
         for server in self.servers:
@@ -112,6 +114,7 @@ def loopback_hub() -> Iterator[LoopbackHub]:
     try:
         yield hub
     finally:
+        hub.halt.set()
         for server in hub.servers:
             server.shutdown()
             server.server_close()
@@ -155,6 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(fault.status, {"error": "on demand"}, fault.headers)
         if fault is not None and fault.kind == "revoke":
             self.hub.tokens.clear()
+        if fault is not None and fault.kind == "slow":
+            self.hub.halt.wait(fault.seconds)
         if fault is not None and fault.kind == "kill":
             os.kill(self.hub.victim, signal.SIGKILL)
             return self._hang_up(reset=False)

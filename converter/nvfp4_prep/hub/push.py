@@ -15,7 +15,7 @@ from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import LocalFile, Snapshot
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
-from nvfp4_prep.index import CONFIG
+from nvfp4_prep.index import CONFIG, INDEX
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.progress import NoProgress, Progress
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PushResult", "publication_title", "publish", "push", "refuse_foreign", "summary", "withdrawal"]
 
-_CARD = "README.md"
+_WITH_THE_STAMP = (CONFIG, INDEX, "README.md")
+"""Committed together with the manifest, last: what serving needs, and what describes the whole."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _BATCH_NBYTES = 20_000_000_000
 _BATCH_FILES = 50
@@ -127,7 +128,8 @@ def publish(
         patience=patience,
     )
     files = {name: LocalFile(directory / name, file.nbytes, file.sha256) for name, file in manifest.files.items()}
-    stamp = {CONFIG: files.pop(CONFIG), MANIFEST: LocalFile(directory / MANIFEST, len(raw), _sha256(raw))}
+    stamp = {name: files.pop(name) for name in _WITH_THE_STAMP if name in files}
+    stamp[MANIFEST] = LocalFile(directory / MANIFEST, len(raw), _sha256(raw))
     return _Publication(remote, files, stamp, progress or NoProgress()).run()
 
 
@@ -218,9 +220,7 @@ def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callab
     """
 
     def stale(state: Snapshot) -> list[str]:
-        changes = [
-            name for name, file in batch.items() if name != _CARD and file.difference(state.files.get(name)) is not None
-        ]
+        changes = [name for name, file in batch.items() if file.difference(state.files.get(name)) is not None]
         stamped = [name for name in (CONFIG, MANIFEST) if name in state.files]
         return [*stamped, *sorted(surplus)] if stamped and changes else []
 

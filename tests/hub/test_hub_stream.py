@@ -1,0 +1,198 @@
+"""Straight through: from a source to a published checkpoint, with room for a few files only."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import LoopbackHub
+from hub_support import (
+    QUICK,
+    Files,
+    PeakWatch,
+    assert_never_half,
+    make_checkpoint,
+    read_folder,
+    write_checkpoint,
+)
+
+from nvfp4_prep.conversion import ConvertResult, convert
+from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError
+from nvfp4_prep.hub.address import HubAddress
+from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.push import PushResult
+from nvfp4_prep.hub.source import HubSource
+from nvfp4_prep.hub.stream import FILES_AT_ONCE, convert_and_publish
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.source import Source
+
+SOURCE = "alice/small-moe"
+REPO = "alice/prepared"
+LAYERS = 8
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+
+
+@pytest.fixture(scope="module")
+def files() -> Files:
+    return make_checkpoint(layers=LAYERS, shards=16)
+
+
+@pytest.fixture
+def local(files: Files, tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "local", files)
+
+
+@pytest.fixture
+def expected(local: Path, tmp_path: Path) -> Files:
+    convert(local, tmp_path / "expected")
+    return read_folder(tmp_path / "expected")
+
+
+def go(
+    source: Path | Source, target: Path, patience: Patience = QUICK, **options: object
+) -> tuple[ConvertResult, PushResult]:
+    return convert_and_publish(source, target, REPO, patience=patience, **options)  # type: ignore[arg-type]
+
+
+def published(hub: LoopbackHub) -> Files:
+    tree = hub.store.repositories[REPO].resolve("main").tree
+    return {name: blob.data for name, blob in tree.items() if name != ".gitattributes"}
+
+
+def test_published_while_converting(hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path) -> None:
+    result, pushed = go(local, tmp_path / "out")
+    assert not result.already_complete
+    assert read_folder(tmp_path / "out") == expected
+    assert published(hub) == expected
+    assert assert_never_half(hub.store.repositories[REPO]) == 1
+    assert pushed.commit == hub.store.repositories[REPO].heads["main"]
+    again, pushed_again = go(local, tmp_path / "out")
+    assert again.already_complete
+    assert pushed_again.commit == pushed.commit
+
+
+def test_stream_out_needs_room_for_a_few_files(hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path) -> None:
+    hub.fault("/upload/", "slow", method="PUT", seconds=0.2, times=10**6)
+    target = tmp_path / "out"
+    with PeakWatch(target) as watch:
+        go(local, target, stream_out=True)
+    assert published(hub) == expected
+    weights = {name: len(data) for name, data in expected.items() if name.endswith(".safetensors")}
+    small = sum(len(data) for name, data in expected.items() if name not in weights)
+    largest = max(weights.values())
+    # Journal and small files come on top of the files at once.
+    assert largest < watch.peak_nbytes <= FILES_AT_ONCE * largest + 2 * small + 100_000
+    assert watch.peak_nbytes < sum(weights.values()) / 2, "not bounded at all: the test shows nothing"
+    assert not list(target.glob("*.safetensors"))
+    assert assert_never_half(hub.store.repositories[REPO]) == 1
+
+
+def test_from_hub_to_hub_with_little_disk(hub: LoopbackHub, files: Files, tmp_path: Path) -> None:
+    hub.store.publish(SOURCE, files)
+    target = tmp_path / "out"
+    source = HubSource(HubAddress(SOURCE), work_dir=target / ".nvfp4_prep" / "source", patience=QUICK)
+    with PeakWatch(target) as watch:
+        go(source, target, stream_out=True)
+    tree = published(hub)
+    manifest = json.loads(tree["nvfp4_prep.json"])
+    assert manifest["source"]["name"] == SOURCE
+    assert watch.peak_nbytes < sum(map(len, tree.values()))
+    assert assert_never_half(hub.store.repositories[REPO]) == 1
+
+
+@pytest.mark.parametrize("stream_out", [False, True])
+def test_cut_off_and_continued(
+    hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path, stream_out: bool
+) -> None:
+    hub.fault("/commit/", "status", method="POST", skip=1, status=503, times=10**6)
+    with pytest.raises(HubError, match="without progress"):
+        go(local, tmp_path / "out", Patience(0.01, 0.02, 0.1), stream_out=stream_out)
+    assert not stream_out or not (tmp_path / "out" / "config.json").exists()
+    hub.faults.clear()
+    before = set(published(hub))
+    hub.log.clear()
+    result, _ = go(local, tmp_path / "out", stream_out=stream_out)
+    assert result.resumed or result.already_complete
+    assert result.written_nbytes < sum(map(len, expected.values()))
+    assert published(hub) == expected
+    assert before
+    assert assert_never_half(hub.store.repositories[REPO]) == 1
+    assert (read_folder(tmp_path / "out") == expected) == (not stream_out)
+
+
+def test_streamed_out_and_killed_before_the_stamp(
+    hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*args: object, **options: object) -> None:
+        raise ConversionInterrupted("interrupted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_prep.hub.stream.publish", cut)
+        with pytest.raises(ConversionInterrupted):
+            go(local, tmp_path / "out", stream_out=True)
+    assert "config.json" not in published(hub)
+    result, _ = go(local, tmp_path / "out", stream_out=True)
+    assert result.already_complete
+    assert published(hub) == expected
+
+
+def test_what_the_repository_lost_is_made_again(hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path) -> None:
+    hub.fault("/commit/", "status", method="POST", skip=1, status=400, times=10**6)
+    with pytest.raises(HubError):
+        go(local, tmp_path / "out", stream_out=True)
+    hub.faults.clear()
+    del hub.store.repositories[REPO]
+    hub.store.objects.clear()
+    result, _ = go(local, tmp_path / "out", stream_out=True)
+    assert result.resumed
+    assert published(hub) == expected
+
+
+def test_rights_and_foreign_files_are_checked_before_converting(hub: LoopbackHub, local: Path, tmp_path: Path) -> None:
+    hub.store.publish(REPO, {"model-00001-of-00099.safetensors": b"x", "config.json": b"{}"})
+    with pytest.raises(TargetError, match="holds another model"):
+        go(local, tmp_path / "out")
+    hub.tokens["hf_valid"] = "bob"
+    del hub.store.repositories[REPO]
+    with pytest.raises(HubError, match="refused access"):
+        go(local, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_version_over_an_old_one_is_never_mixed(
+    hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path
+) -> None:
+    go(local, tmp_path / "old", options=ConvertOptions(gate_up_scales=GateUpPolicy.VLLM, moe_tp=2))
+    go(local, tmp_path / "out", stream_out=True)
+    assert published(hub) == expected
+    assert assert_never_half(hub.store.repositories[REPO]) == 2
+
+
+def test_a_failed_conversion_does_not_wait_for_uploads(
+    hub: LoopbackHub, files: Files, local: Path, tmp_path: Path
+) -> None:
+    broken = local / "model-00016-of-00016.safetensors"
+    hub.fault("/upload/", "slow", method="PUT", seconds=30.0, times=10**6)
+
+    class Breaks:
+        """A source whose last shard vanishes while it is read."""
+
+        def __init__(self, inner: Source) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+        def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
+            if file == broken.name:
+                raise HubError("gone", where=file)
+            self.inner.read_into(file, offset_bytes, buffer)
+
+    from nvfp4_prep.source import LocalSource
+
+    began = time.monotonic()
+    with pytest.raises(HubError, match="gone"):
+        go(Breaks(LocalSource(local)), tmp_path / "out")  # type: ignore[arg-type]
+    assert time.monotonic() - began < 15

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult, convert, plan
     from nvfp4_prep.inspection import Inspection, inspect
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-    from nvfp4_prep.planning import Plan
+    from nvfp4_prep.plan_data import Plan
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
     from nvfp4_prep.verification import VerifyReport, verify

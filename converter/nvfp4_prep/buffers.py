@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-__all__ = ["byte_view", "empty_bytes"]
+__all__ = ["byte_view", "empty_bytes", "same_bytes"]
 
 
 def empty_bytes(nbytes: int) -> torch.Tensor:
@@ -28,3 +28,13 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
     array._tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two ``uint8`` tensors of one shape are equal; compares words where it can, which is several times
+    faster."""
+    if a.shape != b.shape or not (a.is_contiguous() and b.is_contiguous()) or a.numel() % 8:
+        return torch.equal(a, b)
+    if a.storage_offset() % 8 or b.storage_offset() % 8:
+        return torch.equal(a, b)
+    return torch.equal(a.view(-1).view(torch.int64), b.view(-1).view(torch.int64))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,20 +15,19 @@ from nvfp4_prep.copying import passthrough_job, side_file_job, values_job
 from nvfp4_prep.engine import FileJob, JobResult, run_jobs
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.index import CONFIG, INDEX
-from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
+from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
 from nvfp4_prep.model_card import make_model_card
-from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.planning import FileKind, LayerPlan, OutputFile, Plan, make_plan
+from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
+from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import NoProgress, Progress
-from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.records import layer_record, make_index, reconciled_sides
 from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.stamp import quantization_configs, stamped_config
 from nvfp4_prep.target import WORK_FOLDER, Target
-from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["ConvertResult", "convert", "plan"]
 
@@ -238,7 +235,9 @@ class _Conversion:
         if file.kind is FileKind.EXPERT_SCALES:
             values: dict[str, bytes] = {}
             for position, layer in enumerate(self._plan.layers):
-                values |= expert_scale_vectors(layer.layer, layer.scalars, self._sides(position))
+                values |= expert_scale_vectors(
+                    layer.layer, layer.scalars, reconciled_sides(self._plan, position, self._results)
+                )
             return values_job(file, values)
         if file.kind is FileKind.SOURCE_SCALES:
             return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
@@ -246,16 +245,6 @@ class _Conversion:
         if file.kind is FileKind.EXPERTS:
             return experts_job(layer, file, self._source)
         return source_block_scales_job(layer, file, self._source)
-
-    def _facts(self, position: int) -> list[dict[str, Any]]:
-        files = [file for file in self._plan.files if file.kind is FileKind.EXPERTS and file.layer == position]
-        return [fact for file in files for fact in self._results[file.name].facts]
-
-    def _reconciled(self, position: int) -> list[dict[str, Any]]:
-        return [item for fact in self._facts(position) for item in fact["reconciled"]]
-
-    def _sides(self, position: int) -> dict[int, str]:
-        return {item["expert"]: item["side"] for item in self._reconciled(position)}
 
     def _finish(self) -> Manifest:
         """Writes index, card, manifest and config, the last two last."""
@@ -268,7 +257,7 @@ class _Conversion:
             revision=made.source_revision,
             texts=made.index.texts,
             quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
-            layers=tuple(self._layer_record(position) for position in range(len(made.layers))),
+            layers=tuple(layer_record(made, position, self._results) for position in range(len(made.layers))),
             passed={finding.experts_path: finding.reason for finding in made.others},
             files={},
             verified=(
@@ -302,24 +291,6 @@ class _Conversion:
     def _kind(self, name: str) -> str:
         return self._files[name].kind.value if name in self._files else "side"
 
-    def _layer_record(self, position: int) -> LayerRecord:
-        plan = self._plan.layers[position]
-        files = [file for file in self._plan.files if file.kind is FileKind.EXPERTS and file.layer == position]
-        crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
-        for fact in self._facts(position):
-            crc32[fact["tensor"]] += fact["crc32"]
-        digests = {key: digest for file in files for key, digest in self._results[file.name].digests.items()}
-        digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
-        return LayerRecord(
-            layer=without_records(plan),
-            layout=plan.layout,
-            activation=plan.activation,
-            files=tuple(file.name for file in files),
-            gate_up=_gate_up_record(plan, self._reconciled(position)),
-            source_sha256=digests,
-            expert_crc32={name: tuple(values) for name, values in crc32.items()},
-        )
-
 
 class _ShardUse:
     """Releases each source shard after the last file that needs it."""
@@ -344,41 +315,3 @@ class _ShardUse:
                     finished.append(shard)
         for shard in finished:
             self._source.release(shard)
-
-
-def without_records(plan: LayerPlan) -> MoeLayer:
-    """The layer as the manifest has it: names and shapes, no places."""
-    return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
-
-
-def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRecord:
-    differing = plan.scalars.differing
-    gate = plan.scalars.gate_scale_2 or ()
-    ratios = [
-        max(gate[e], plan.scalars.up_scale_2[e]) / low
-        for e in differing
-        if (low := min(gate[e], plan.scalars.up_scale_2[e])) > 0
-    ]
-    figures: dict[str, Any] = {}
-    if outcomes:
-        figures = {
-            "rounded": sum(item["rounded"] for item in outcomes),
-            "underflowed": sum(item["underflowed"] for item in outcomes),
-            "worst_relative": max(item["worst_relative"] for item in outcomes),
-        }
-    return GateUpRecord(
-        differing=len(differing),
-        worst_ratio=max(ratios, default=1.0),
-        reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
-        figures=figures,
-    )
-
-
-def make_index(records: Iterable[TensorRecord]) -> bytes:
-    """``model.safetensors.index.json`` over these tensors."""
-    served = list(records)
-    value = {
-        "metadata": {"total_size": sum(record.nbytes for record in served)},
-        "weight_map": {record.name: record.file for record in sorted(served, key=lambda record: record.name)},
-    }
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

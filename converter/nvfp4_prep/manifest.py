@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.planning.FileKind` value, or ``side`` or
+    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.plan_data.FileKind` value, or ``side`` or
     ``made``."""
 
     nbytes: int

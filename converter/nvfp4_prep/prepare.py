@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.gate_up_scales import Reconciled, measure, reconcile
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.planning import LayerPlan, OutputFile
+from nvfp4_prep.plan_data import LayerPlan, OutputFile
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import PreparedTensor, Projection
@@ -83,7 +83,7 @@ def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chun
         parts, reconciled = _reconcile_chunk(plan, parts, chunk)
     prepared = layout.apply(tensor, *parts).contiguous()
     for before, after in zip(parts, layout.invert(tensor, prepared, layer.dims), strict=True):
-        if not torch.equal(before, after):
+        if not same_bytes(before, after):
             raise VerificationError(
                 "the inverse transform does not give the source bytes back",
                 where=f"{layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}",

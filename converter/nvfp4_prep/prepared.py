@@ -14,7 +14,7 @@ from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.planning import FileKind
+from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.source import LocalSource

@@ -10,7 +10,7 @@ from typing import Any
 
 from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
-from nvfp4_prep.planning import FileKind, Plan
+from nvfp4_prep.plan_data import FileKind, Plan
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep.verification import VerifyReport
 

@@ -11,18 +11,19 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep.buffers import byte_view
-from nvfp4_prep.conversion import check_apart, make_index
+from nvfp4_prep.conversion import check_apart
 from nvfp4_prep.copying import copy_units, side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.index import CONFIG, INDEX
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe_layers import ByteRange, TensorGroup
-from nvfp4_prep.planning import FileKind
+from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.records import make_index
 from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.structure import check_structure
 from nvfp4_prep.target import Target

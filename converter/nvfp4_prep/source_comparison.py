@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.find_layers import find_layers
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import read_index
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.planning import FileKind
+from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import read_experts
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
@@ -73,7 +73,7 @@ class SourceComparison:
             self._problems.add(group.key, "has another dtype or shape in the source")
             return
         want = read_experts(self._source, source, chunk, experts)
-        if torch.equal(want, raw):
+        if same_bytes(want, raw):
             return
         for row, expert in enumerate(chunk):
             if not torch.equal(want[row], raw[row]):
@@ -122,7 +122,7 @@ class SourceComparison:
         a, b = empty_bytes(nbytes), empty_bytes(nbytes)
         self._checkpoint.files.read_into(mine.file, mine.offset_bytes + begin, byte_view(a))
         self._source.read_into(source.file, source.offset_bytes + begin, byte_view(b))
-        if not torch.equal(a, b):
+        if not same_bytes(a, b):
             position = begin + int((a != b).nonzero()[0])
             self._problems.add(mine.name, f"differs from the source from byte {position} on")
         return UnitResult()

@@ -9,7 +9,7 @@ from typing import Any
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, INDEX, read_json_file
 from nvfp4_prep.manifest import MANIFEST, Manifest
-from nvfp4_prep.planning import SCALE_VECTORS, FileKind
+from nvfp4_prep.plan_data import SCALE_VECTORS, FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.stamp import stamped_config

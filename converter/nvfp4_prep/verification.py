@@ -21,7 +21,7 @@ from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult,
 from nvfp4_prep.errors import NvfpPrepError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
 from nvfp4_prep.manifest import LayerRecord, Manifest
-from nvfp4_prep.planning import FileKind
+from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problem, Problems

@@ -1,0 +1,97 @@
+"""From a plan and its jobs' results to the manifest's records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from nvfp4_prep.engine import JobResult
+from nvfp4_prep.manifest import GateUpRecord, LayerRecord
+from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile, Plan
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep_kernels import PreparedTensor
+
+__all__ = ["layer_record", "make_index", "reconciled_sides"]
+
+
+def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:
+    """The manifest's record of a layer.
+
+    Args:
+        made: the plan.
+        position: of the layer in it.
+        results: finished jobs by file name; the layer's files must be there.
+    """
+    plan = made.layers[position]
+    files = _layer_files(made, position)
+    facts = _facts(made, position, results)
+    crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
+    for fact in facts:
+        crc32[fact["tensor"]] += fact["crc32"]
+    digests = {key: digest for file in files for key, digest in results[file.name].digests.items()}
+    digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
+    return LayerRecord(
+        layer=_without_records(plan),
+        layout=plan.layout,
+        activation=plan.activation,
+        files=tuple(file.name for file in files),
+        gate_up=_gate_up_record(plan, [item for fact in facts for item in fact["reconciled"]]),
+        source_sha256=digests,
+        expert_crc32={name: tuple(values) for name, values in crc32.items()},
+    )
+
+
+def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
+    """For each reconciled expert of a layer the side whose block scales changed."""
+    facts = _facts(made, position, results)
+    return {item["expert"]: item["side"] for fact in facts for item in fact["reconciled"]}
+
+
+def _layer_files(made: Plan, position: int) -> list[OutputFile]:
+    return [file for file in made.files if file.kind is FileKind.EXPERTS and file.layer == position]
+
+
+def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
+    return [fact for file in _layer_files(made, position) for fact in results[file.name].facts]
+
+
+def _without_records(plan: LayerPlan) -> MoeLayer:
+    """The layer as the manifest has it: names and shapes, no places."""
+    return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
+
+
+def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRecord:
+    differing = plan.scalars.differing
+    gate = plan.scalars.gate_scale_2 or ()
+    ratios = [
+        max(gate[e], plan.scalars.up_scale_2[e]) / low
+        for e in differing
+        if (low := min(gate[e], plan.scalars.up_scale_2[e])) > 0
+    ]
+    figures: dict[str, Any] = {}
+    if outcomes:
+        figures = {
+            "rounded": sum(item["rounded"] for item in outcomes),
+            "underflowed": sum(item["underflowed"] for item in outcomes),
+            "worst_relative": max(item["worst_relative"] for item in outcomes),
+        }
+    return GateUpRecord(
+        differing=len(differing),
+        worst_ratio=max(ratios, default=1.0),
+        reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
+        figures=figures,
+    )
+
+
+def make_index(records: Iterable[TensorRecord]) -> bytes:
+    """``model.safetensors.index.json`` over these tensors."""
+    served = list(records)
+    value = {
+        "metadata": {"total_size": sum(record.nbytes for record in served)},
+        "weight_map": {record.name: record.file for record in sorted(served, key=lambda record: record.name)},
+    }
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

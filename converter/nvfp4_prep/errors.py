@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConversionInterrupted",
     "HubError",
+    "LoadError",
     "NoSpaceError",
     "NvfpPrepError",
     "ResumeConflictError",
@@ -140,6 +141,13 @@ class HubError(NvfpPrepError):
     meaning = "Hub access failed"
 
 
+class LoadError(NvfpPrepError):
+    """A prepared tensor could not be read into its parameter: the load is void, whatever was filled before."""
+
+    exit_code = 12
+    meaning = "loading failed"
+
+
 class ConversionInterrupted(NvfpPrepError):
     """Ctrl-C or SIGTERM; what is finished stays."""
 
@@ -162,6 +170,7 @@ EXIT_CODES: dict[int, str] = {
             TargetError,
             BusyError,
             HubError,
+            LoadError,
             ConversionInterrupted,
         )
     },

@@ -1,0 +1,22 @@
+"""Loads one rank's share of a prepared checkpoint, reading exactly its bytes."""
+
+from nvfp4_prep.load.catalog import PreparedCheckpoint
+from nvfp4_prep.load.handle import TensorHandle, handle_of, make_handle
+from nvfp4_prep.load.layers import LoadedLayer, RankShare, load_layer, load_layers
+from nvfp4_prep.load.loader import ExpertLoader, LoadReport
+from nvfp4_prep.load.options import DirectIO, LoadOptions
+
+__all__ = [
+    "DirectIO",
+    "ExpertLoader",
+    "LoadOptions",
+    "LoadReport",
+    "LoadedLayer",
+    "PreparedCheckpoint",
+    "RankShare",
+    "TensorHandle",
+    "handle_of",
+    "load_layer",
+    "load_layers",
+    "make_handle",
+]

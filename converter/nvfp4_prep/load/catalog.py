@@ -1,0 +1,146 @@
+"""A prepared checkpoint on disk: its manifest, and where each prepared tensor lies. Reads headers only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
+from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord, read_header
+from nvfp4_prep_kernels import PreparedTensor
+
+__all__ = ["EXPERT_SCALES", "SCALE_VECTORS", "PreparedCheckpoint"]
+
+EXPERT_SCALES = "expert-scales.safetensors"
+SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
+"""The float32 ``[E]`` tensors of a prepared layer."""
+
+
+@dataclass(frozen=True)
+class PreparedCheckpoint:
+    """A directory that ``convert`` wrote.
+
+    Attributes:
+        root: the directory.
+        manifest: its manifest.
+    """
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: Path | str) -> PreparedCheckpoint:
+        """Reads the manifest.
+
+        Raises:
+            CheckpointError: if the directory is no complete prepared checkpoint.
+        """
+        path = Path(root) / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read ({error.strerror})",
+                where=str(path),
+                next_step="Give a directory that `nvfp4-prep convert` finished.",
+            ) from error
+        return cls(Path(root), Manifest.from_bytes(raw, str(path)))
+
+    def layer(self, which: int | str) -> LayerRecord:
+        """A layer by its number, or by its experts' module path where a number is not unique.
+
+        Raises:
+            UsageError: if there is no such layer, or more than one.
+        """
+        found = [record for record in self.manifest.layers if which in (record.layer.index, record.layer.experts_path)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            paths = ", ".join(record.layer.experts_path for record in found)
+            raise UsageError(f"layer {which} stands twice", expected=f"one of {paths}", actual=which)
+        numbers = ", ".join(str(record.layer.index) for record in self.manifest.layers)
+        raise UsageError(f"no prepared layer {which}", where=str(self.root), expected=f"one of {numbers}")
+
+    def records(self, layer: LayerRecord) -> Mapping[str, TensorRecord]:
+        """The four big tensors and the four scale vectors of a layer, by their short names.
+
+        Raises:
+            CheckpointError: if a file is missing, malformed, of another size than the manifest says, or a tensor is
+                missing or has another shape.
+        """
+        expected = self._expected(layer)
+        found: dict[str, TensorRecord] = {}
+        for file in (*layer.files, EXPERT_SCALES):
+            for record in self._header(file).tensors:
+                short = expected.get(record.name)
+                if short is None:
+                    continue
+                if (record.dtype, record.shape) != short[1:]:
+                    raise CheckpointError(
+                        "tensor does not fit the manifest",
+                        where=f"{self.root / file}, tensor {record.name!r}",
+                        expected=f"{short[1]} {list(short[2])}",
+                        actual=f"{record.dtype} {list(record.shape)}",
+                    )
+                found[short[0]] = record
+        missing = [name for name, short in expected.items() if short[0] not in found]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} tensors are missing: {', '.join(missing)}",
+                where=str(self.root),
+                next_step="Run `nvfp4-prep verify` on the directory.",
+            )
+        return found
+
+    def check_sha256(self, file: str) -> None:
+        """Reads a small file whole and compares its digest; raises :class:`CheckpointError` if it differs."""
+        try:
+            digest = hashlib.sha256((self.root / file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(self.root / file)) from error
+        if digest != self.manifest.files[file].sha256:
+            raise CheckpointError(
+                "does not have the bytes that were converted",
+                where=str(self.root / file),
+                expected=f"sha256 {self.manifest.files[file].sha256}",
+                actual=digest,
+                next_step="The file is damaged: download or convert it again.",
+            )
+
+    def _header(self, file: str) -> ShardHeader:
+        try:
+            header = read_header(self.root / file, file)
+        except SourceError as error:
+            raise CheckpointError(
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                actual=error.actual,
+                next_step="The checkpoint is incomplete or damaged: run `nvfp4-prep verify` on it.",
+            ) from error
+        listed = self.manifest.files.get(file)
+        if listed is None or listed.nbytes != header.file_nbytes:
+            raise CheckpointError(
+                "file does not fit the manifest",
+                where=str(self.root / file),
+                expected="no such file" if listed is None else f"{listed.nbytes} bytes",
+                actual=f"{header.file_nbytes} bytes",
+            )
+        return header
+
+    def _expected(self, layer: LayerRecord) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Full name to short name, dtype and shape."""
+        dims, layout = layer.layer.dims, layer.layout
+        big = {
+            layer.layer.prepared_name(tensor): (
+                str(tensor.value),
+                "F8_E4M3" if tensor.is_scale else "U8",
+                (dims.experts, *layout.expert_shape(tensor, dims)),
+            )
+            for tensor in PreparedTensor
+        }
+        vectors = {layer.layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in SCALE_VECTORS}
+        return {**big, **vectors}

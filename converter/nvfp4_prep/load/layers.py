@@ -1,0 +1,163 @@
+"""``load_layer``: one rank's share of prepared layers as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nvfp4_prep.buffers import byte_view
+from nvfp4_prep.errors import LoadError, UsageError
+from nvfp4_prep.load.catalog import EXPERT_SCALES, SCALE_VECTORS, PreparedCheckpoint
+from nvfp4_prep.load.loader import ExpertLoader, LoadReport
+from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.manifest import LayerRecord
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.source import read_exactly
+from nvfp4_prep.units import format_nbytes
+from nvfp4_prep_kernels import LayoutError, PreparedTensor, rank_slice
+
+__all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank holds of every layer.
+
+    Attributes:
+        experts: stored experts, one for each slot; None for all, in their order.
+        tp_rank, tp_size: share of the intermediate size.
+    """
+
+    experts: tuple[int, ...] | None = None
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @classmethod
+    def of(cls, experts: int, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1)) -> RankShare:
+        """The share of tensor-parallel and expert-parallel ranks, each ``(rank, size)``, of ``experts`` experts.
+
+        Experts are spread as vLLM's linear placement does: the first ``experts % size`` ranks hold one more.
+
+        Raises:
+            UsageError: if a rank does not exist.
+        """
+        for name, (rank, size) in (("tp", tp), ("ep", ep)):
+            if not 0 <= rank < size:
+                raise UsageError(f"no rank {rank} of {size}", expected=f"0 <= {name} rank < {name} size")
+        rank, size = ep
+        each, more = divmod(experts, size)
+        first = rank * each + min(rank, more)
+        return cls(tuple(range(first, first + each + (rank < more))), *tp)
+
+
+@dataclass(frozen=True)
+class LoadedLayer:
+    """One rank's share of one layer.
+
+    Attributes:
+        record: the manifest's entry: sizes, layout, activation.
+        share: whose.
+        tensors: by short name: ``w13_weight`` uint8 and ``w13_weight_scale`` float8_e4m3fn ``[slots, rows, bytes per
+            row]``, the same for ``w2``, and the four float32 ``[slots]`` vectors.
+    """
+
+    record: LayerRecord
+    share: RankShare
+    tensors: Mapping[str, torch.Tensor]
+
+
+def load_layer(
+    path: Path | str,
+    layer: int | str,
+    *,
+    tp: tuple[int, int] = (0, 1),
+    ep: tuple[int, int] = (0, 1),
+    experts: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    options: LoadOptions | None = None,
+) -> LoadedLayer:
+    """Loads one rank's share of one prepared layer.
+
+    Args:
+        path: a directory that ``nvfp4-prep convert`` wrote.
+        layer: the layer's number, or its experts' module path.
+        tp, ep: ``(rank, size)`` of tensor and expert parallelism.
+        experts: the stored expert of each slot, instead of ``ep``; any order, repetitions allowed.
+        device: where the tensors go.
+        options: of the loader.
+
+    Raises:
+        CheckpointError: if the directory is no complete prepared checkpoint.
+        UsageError: if the layer or the rank does not exist, or the file does not serve this tensor-parallel size.
+        LoadError, VerificationError: if the load fails; nothing is returned then.
+    """
+    checkpoint = PreparedCheckpoint.open(path)
+    record = checkpoint.layer(layer)
+    share = RankShare.of(record.layer.dims.experts, tp, ep)
+    if experts is not None:
+        share = RankShare(tuple(experts), *tp)
+    with ExpertLoader(device, options) as loader:
+        loaded, _ = load_layers(checkpoint, [record], share, loader)
+    return loaded[0]
+
+
+def load_layers(
+    checkpoint: PreparedCheckpoint, layers: Sequence[LayerRecord], share: RankShare, loader: ExpertLoader
+) -> tuple[list[LoadedLayer], LoadReport]:
+    """Loads one rank's share of several layers with one loader.
+
+    Raises:
+        As :func:`load_layer`.
+    """
+    if loader.options.verify:
+        checkpoint.check_sha256(EXPERT_SCALES)
+    try:
+        loaded = [LoadedLayer(layer, share, dict(_submit(checkpoint, layer, share, loader))) for layer in layers]
+    except BaseException:
+        loader.abandon()
+        raise
+    return loaded, loader.finish()
+
+
+def _submit(
+    checkpoint: PreparedCheckpoint, layer: LayerRecord, share: RankShare, loader: ExpertLoader
+) -> Iterator[tuple[str, torch.Tensor]]:
+    dims, records = layer.layer.dims, checkpoint.records(layer)
+    experts = share.experts if share.experts is not None else tuple(range(dims.experts))
+    for tensor in PreparedTensor:
+        try:
+            part = rank_slice(layer.layout, tensor, dims, share.tp_rank, share.tp_size)
+        except LayoutError as error:
+            raise UsageError(str(error), where=layer.layer.experts_path) from error
+        record = records[tensor.value]
+        dtype = torch.float8_e4m3fn if tensor.is_scale else torch.uint8
+        parameter = _allocate((len(experts), *part.shape), dtype, loader.device, record)
+        loader.submit(
+            checkpoint.root / record.file, record, part, experts, parameter, layer.expert_crc32.get(tensor.value)
+        )
+        yield tensor.value, parameter
+    for name in SCALE_VECTORS:
+        vector = _read_vector(checkpoint.root / records[name].file, records[name])
+        yield name, vector[list(experts)].to(loader.device)
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, record: TensorRecord) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        nbytes = torch.Size(shape).numel()
+        raise LoadError(
+            f"no memory for {format_nbytes(nbytes)} on {device} ({str(error).splitlines()[0]})",
+            where=f"{record.file}, tensor {record.name!r}",
+            next_step="Spread the model over more devices.",
+        ) from error
+
+
+def _read_vector(path: Path, record: TensorRecord) -> torch.Tensor:
+    vector = torch.empty(record.shape, dtype=torch.float32)
+    with path.open("rb") as stream:
+        read_exactly(stream.fileno(), str(path), record.offset_bytes, byte_view(vector))
+    return vector

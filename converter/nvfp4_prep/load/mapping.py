@@ -1,0 +1,127 @@
+"""Read-only mappings of files through libc, for gathering many short runs without reading what lies between them.
+
+Python's ``mmap`` keeps the interpreter lock while pages are brought in and does not give the address that
+``madvise`` and tensors need. ``MADV_POPULATE_READ`` brings a window in at once and reports a file that has become too
+short or a disk that fails as an error; touching such a page without it would end the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+import sys
+from typing import Any
+
+import torch
+
+from nvfp4_prep.units import format_nbytes
+
+__all__ = ["FileMapping", "gather_runs", "mapping_supported"]
+
+_PROT_READ, _MAP_SHARED = 1, 1
+_MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22
+_PAGE = 4096
+_PIECE_WORDS = 32768
+"""torch splits larger copies over its own thread pool; a pool for each of our threads would be far too many."""
+
+
+@functools.cache
+def _libc() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+@functools.cache
+def mapping_supported() -> bool:
+    """Whether windows of a mapping can be brought in safely: Linux 5.14 or later."""
+    if sys.platform != "linux" or os.sysconf("SC_PAGE_SIZE") != _PAGE:
+        return False
+    address = _libc().mmap(None, _PAGE, _PROT_READ, _MAP_SHARED | 0x20, -1, 0)  # anonymous
+    if address in (None, ctypes.c_void_p(-1).value):
+        return False
+    supported = bool(_libc().madvise(address, _PAGE, _MADV_POPULATE_READ) == 0)
+    _libc().munmap(address, _PAGE)
+    return supported
+
+
+class FileMapping:
+    """A whole file, read-only. Peak resident memory: the windows between :meth:`populate` and :meth:`release`."""
+
+    def __init__(self, descriptor: int, nbytes: int) -> None:
+        """Maps ``nbytes`` bytes of an open file; raises ``OSError`` if the system refuses."""
+        self.nbytes = nbytes
+        self._address: int | None = None
+        address = _libc().mmap(None, nbytes, _PROT_READ, _MAP_SHARED, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), f"{format_nbytes(nbytes)} cannot be mapped")
+        self._address = address
+        self.bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+
+    def populate(self, offset_bytes: int, nbytes: int) -> None:
+        """Brings the pages of a range in.
+
+        Raises:
+            OSError: if a page cannot be read: the file ended, the disk failed, or there is no memory.
+        """
+        begin, size = self._pages(offset_bytes, nbytes)
+        while _libc().madvise(begin, size, _MADV_POPULATE_READ):
+            code = ctypes.get_errno()
+            if code not in (errno.EINTR, errno.EAGAIN):
+                raise OSError(code, "file ended or cannot be read" if code == errno.EFAULT else os.strerror(code))
+
+    def release(self, offset_bytes: int, nbytes: int) -> None:
+        """Gives the pages of a range back to the page cache."""
+        _libc().madvise(*self._pages(offset_bytes, nbytes), _MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmaps; tensors that view the mapping must not be used any more."""
+        if self._address is not None:
+            del self.bytes
+            _libc().munmap(self._address, self.nbytes)
+            self._address = None
+
+    def _pages(self, offset_bytes: int, nbytes: int) -> tuple[int, int]:
+        if self._address is None:
+            raise ValueError("mapping is closed")
+        begin = offset_bytes // _PAGE * _PAGE
+        return self._address + begin, offset_bytes + nbytes - begin
+
+
+def gather_runs(
+    source: torch.Tensor, offset_bytes: int, run_nbytes: int, stride_bytes: int, runs: int, target: torch.Tensor
+) -> None:
+    """Copies ``runs`` runs of ``run_nbytes`` bytes, ``stride_bytes`` apart, to one contiguous place.
+
+    Args:
+        source: ``uint8 [n]``, CPU.
+        offset_bytes: of the first run.
+        target: ``uint8 [runs * run_nbytes]``, CPU, contiguous.
+
+    As 64-bit words where everything is aligned: 10 GB/s a core for runs of 128 bytes, against 5.6 byte by byte.
+    """
+    if runs == 1 or run_nbytes == stride_bytes:
+        ctypes.memmove(target.data_ptr(), source.data_ptr() + offset_bytes, runs * run_nbytes)
+        return
+    span = source[offset_bytes : offset_bytes + (runs - 1) * stride_bytes + run_nbytes]
+    size = 1
+    if (run_nbytes | stride_bytes | span.data_ptr() | target.data_ptr()) % 8 == 0:
+        span, target, size = span.view(torch.int64), target.view(torch.int64), 8
+    width, step = run_nbytes // size, stride_bytes // size
+    rows = span.as_strided((runs, width), (step, 1), span.storage_offset())
+    out = target.view(runs, width)
+    block = max(1, _PIECE_WORDS // width)
+    for row in range(0, runs, block):
+        out[row : row + block].copy_(rows[row : row + block])

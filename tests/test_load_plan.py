@@ -1,0 +1,114 @@
+"""The plan of reads against plain slicing of bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvfp4_prep.load.plan import ALIGNMENT, Chunk, Segment, plan_reads
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep_kernels import ExpertSlice
+
+PATH = Path("experts.safetensors")
+
+
+@st.composite
+def shares(draw: st.DrawFn) -> tuple[TensorRecord, ExpertSlice, list[int]]:
+    """A stored tensor somewhere in a file, a run pattern inside one expert and a list of experts."""
+    runs = draw(st.integers(1, 6))
+    run = draw(st.integers(1, 9000) | st.integers(64 * 1024, 70_000))
+    stride = run + draw(st.integers(0, 3) | st.integers(0, 9000))
+    offset = draw(st.integers(0, 5000))
+    expert_nbytes = offset + (runs - 1) * stride + run + draw(st.integers(0, 5000))
+    experts = draw(st.integers(1, 6))
+    begin = draw(st.integers(0, 3 * ALIGNMENT))
+    record = TensorRecord("t", "U8", (experts, 1, expert_nbytes), PATH.name, begin, experts * expert_nbytes)
+    slots = draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=8))
+    return record, ExpertSlice((1, runs * run), offset, run, stride, runs), slots
+
+
+def taken(segment: Segment) -> list[tuple[int, int]]:
+    """Byte ranges of a segment, one by one."""
+    begins = [segment.offset_bytes + run * segment.stride_bytes for run in range(segment.runs)]
+    return [(begin, begin + segment.run_nbytes) for begin in begins]
+
+
+def bytes_in_order(chunks: list[Chunk]) -> list[int]:
+    """File position of every byte of the parameter, in the parameter's order."""
+    positions: list[int] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.destination_bytes):
+        assert chunk.destination_bytes == len(positions)
+        before = len(positions)
+        for segment in chunk.segments:
+            for begin, end in taken(segment):
+                positions.extend(range(begin, end))
+        assert chunk.nbytes == len(positions) - before
+    return positions
+
+
+def oracle(record: TensorRecord, part: ExpertSlice, slots: list[int]) -> list[int]:
+    """The same from the definition of a slice."""
+    stored = record.nbytes // record.shape[0]
+    positions: list[int] = []
+    for expert in slots:
+        for run in range(part.runs):
+            begin = record.offset_bytes + expert * stored + part.offset_bytes + run * part.stride_bytes
+            positions.extend(range(begin, begin + part.run_nbytes))
+    return positions
+
+
+@settings(max_examples=60, deadline=None)
+@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]))
+def test_every_byte_of_the_parameter_comes_from_its_place(
+    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int
+) -> None:
+    record, part, slots = share
+    tasks = plan_reads(PATH, record, part, slots, limit)
+    chunks = [chunk for task in tasks for chunk in task.chunks]
+    assert all(0 < chunk.nbytes <= limit and chunk.window is None for chunk in chunks)
+    assert bytes_in_order(chunks) == oracle(record, part, slots)
+    assert sum(task.nbytes for task in tasks) == len(slots) * part.nbytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]))
+def test_windows_cover_each_expert_once_and_hold_their_segments(
+    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int
+) -> None:
+    record, part, slots = share
+    stored = record.nbytes // record.shape[0]
+    checksums = [100 + expert for expert in range(record.shape[0])]
+    tasks = plan_reads(PATH, record, part, slots, limit, checksums)
+    assert sorted(task.expert for task in tasks if task.expert is not None) == sorted(slots)
+    for task in tasks:
+        assert task.expert is not None and task.crc32 == 100 + task.expert
+        position = record.offset_bytes + task.expert * stored
+        for chunk in task.chunks:
+            assert chunk.window is not None
+            begin, nbytes = chunk.window
+            assert begin == position and 0 < nbytes <= limit
+            assert all(begin <= low < high <= begin + nbytes for s in chunk.segments for low, high in taken(s))
+            position += nbytes
+        assert position == record.offset_bytes + (task.expert + 1) * stored
+    chunks = [chunk for task in tasks for chunk in task.chunks]
+    chunks.sort(key=lambda chunk: (chunk.destination_bytes, chunk.nbytes))
+    assert bytes_in_order(chunks) == oracle(record, part, slots)
+
+
+def test_neighbouring_whole_experts_become_one_range_cut_at_pages() -> None:
+    record = TensorRecord("t", "U8", (8, 1, 300_000), PATH.name, 1000, 2_400_000)
+    whole = ExpertSlice((1, 300_000), 0, 300_000, 300_000, 1)
+    tasks = plan_reads(PATH, record, whole, [2, 3, 4, 5], 1 << 20)
+    ends = [task.chunks[0].segments[0].offset_bytes + task.nbytes for task in tasks]
+    assert len(tasks) == 2 and ends[-1] == 1000 + 6 * 300_000
+    assert ends[0] % ALIGNMENT == 0
+
+
+def test_tasks_ascend_in_the_file_whatever_the_slots() -> None:
+    record = TensorRecord("t", "U8", (8, 1, 70_000), PATH.name, 8, 560_000)
+    whole = ExpertSlice((1, 70_000), 0, 70_000, 70_000, 1)
+    tasks = plan_reads(PATH, record, whole, [7, 0, 3, 3, 1], 65536)
+    starts = [task.chunks[0].segments[0].offset_bytes for task in tasks]
+    assert starts == sorted(starts)

@@ -159,7 +159,7 @@ def convert(
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out
     """
     from nvfp4_prep import conversion
-    from nvfp4_prep.reporting import plan_text, plan_value
+    from nvfp4_prep.reporting import plan_text, plan_value, relative_error_text
     from nvfp4_prep.units import format_nbytes
 
     options = _options(layout, gate_up_block, gate_up_scales, moe_tp)
@@ -191,7 +191,16 @@ def convert(
     )
     click.echo(f"serves tensor-parallel sizes {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}")
     if differing:
-        click.echo(f"gate/up global scales differed in {differing} experts: {gate_up_scales}")
+        worst = max(
+            (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
+            key=lambda errors: float(errors[gate_up_scales]),
+        )
+        click.echo(
+            f"gate/up global scales differed in {differing} experts ({gate_up_scales}); worst layer's"
+            f" {relative_error_text(worst)}"
+        )
+        if gate_up_scales == "vllm":
+            click.echo("warning: up's own scales are ignored as vLLM does; reconcile keeps them", err=True)
     for check in manifest.verified:
         click.echo(f"verified: {check['check']}: {check['result']}")
     click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.activation import find_activation
+from nvfp4_prep.activation import Activation, find_activation
+from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.find_layers import find_layers
-from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import read_index
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.options import ConvertOptions
@@ -33,9 +32,10 @@ class InspectedLayer:
         experts, intermediate, hidden: E, I and H, where known.
         gated: gate and up, or up alone.
         format: quantization format.
-        activation: as the config spells it.
+        activation: kind, and limit where it is clamped.
         differing: experts whose gate and up global scales differ.
         tp_sizes: tensor-parallel sizes that the prepared layer serves (or would, with the default options).
+        gate_up_figures: of a prepared layer, what bringing differing scales together cost.
     """
 
     experts_path: str
@@ -49,6 +49,7 @@ class InspectedLayer:
     activation: str = ""
     differing: int | None = None
     tp_sizes: tuple[int, ...] = ()
+    gate_up_figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,13 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
 
 def _inspect_source(source: Source, path: str) -> Inspection:
     index = read_index(source)
-    found = find_layers(index.tensors, namings(), formats())
+    found = classify_layers(index)
     layers = [
-        InspectedLayer(other.experts_path, "refused" if other.refused else "passes through", other.reason)
+        InspectedLayer(
+            other.experts_path,
+            "refused" if other.refused else "passes through",
+            f"{other.reason}. {other.instead}" if other.refused else other.reason,
+        )
         for other in found.others
     ]
     for layer in found.layers:
@@ -125,7 +130,7 @@ def _inspect_source(source: Source, path: str) -> Inspection:
                 layer.dims.hidden,
                 layer.gated,
                 layer.format,
-                find_activation(index.config, gated=layer.gated).spelled,
+                _activation_text(find_activation(index.config, gated=layer.gated, layer=layer.index)),
                 differing,
                 layout.tp_sizes(layer.dims),
             )
@@ -152,6 +157,10 @@ def _inspect_source(source: Source, path: str) -> Inspection:
     )
 
 
+def _activation_text(activation: Activation) -> str:
+    return activation.kind.value + (f" clamped at {activation.clamp:g}" if activation.clamp is not None else "")
+
+
 def _short(config: dict[str, Any]) -> dict[str, Any]:
     """Without the lists of module names, which fill pages."""
     nested = config.get("quantization")
@@ -173,9 +182,10 @@ def _inspect_prepared(path: Path) -> Inspection:
                 record.layer.dims.hidden,
                 record.layer.gated,
                 record.layer.format,
-                record.activation.spelled,
+                _activation_text(record.activation),
                 record.gate_up.differing,
                 record.tp_sizes,
+                dict(record.gate_up.figures),
             )
             for record in manifest.layers
         )

@@ -43,7 +43,8 @@ class GateUpRecord:
         differing: experts whose two scales differ.
         worst_ratio: largest ratio of the larger to the smaller.
         reconciled: experts whose block scales were rescaled, with the side (``gate`` or ``up``), in the experts' order.
-        figures: what that cost: see :class:`~nvfp4_prep.gate_up_scales.Reconciled`.
+        figures: what that cost: see :class:`~nvfp4_prep.gate_up_scales.Reconciled`, and ``relative_error`` of the
+            differing experts' dequantized gate and up weights under each policy.
     """
 
     differing: int

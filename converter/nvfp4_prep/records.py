@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from nvfp4_prep.engine import JobResult
+from nvfp4_prep.gate_up_scales import PolicyErrors
 from nvfp4_prep.manifest import GateUpRecord, LayerRecord
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile, Plan
@@ -39,7 +40,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
         layout=plan.layout,
         activation=plan.activation,
         files=tuple(file.name for file in files),
-        gate_up=_gate_up_record(plan, [item for fact in facts for item in fact["reconciled"]]),
+        gate_up=_gate_up_record(plan, facts),
         source_sha256=digests,
         expert_crc32={name: tuple(values) for name, values in crc32.items()},
     )
@@ -64,7 +65,8 @@ def _without_records(plan: LayerPlan) -> MoeLayer:
     return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
 
 
-def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRecord:
+def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
+    outcomes = [item for fact in facts for item in fact["reconciled"]]
     differing = plan.scalars.differing
     gate = plan.scalars.gate_scale_2 or ()
     ratios = [
@@ -73,8 +75,12 @@ def _gate_up_record(plan: LayerPlan, outcomes: list[dict[str, Any]]) -> GateUpRe
         if (low := min(gate[e], plan.scalars.up_scale_2[e])) > 0
     ]
     figures: dict[str, Any] = {}
+    if differing:
+        # over the gate and up weights of the experts that differ; the others have no error under any policy
+        errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact["errors"])
+        figures["relative_error"] = errors.relative()
     if outcomes:
-        figures = {
+        figures |= {
             "rounded": sum(item["rounded"] for item in outcomes),
             "underflowed": sum(item["underflowed"] for item in outcomes),
             "worst_relative": max(item["worst_relative"] for item in outcomes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -13,8 +13,11 @@ from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.plan_data import FileKind, Plan
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep.verification import VerifyReport
+from nvfp4_prep_kernels import LayoutError
 
-__all__ = ["inspection_text", "inspection_value", "plan_text", "plan_value", "verify_text"]
+_COMMON_TP_SIZES = (1, 2, 4, 8)
+
+__all__ = ["inspection_text", "inspection_value", "plan_text", "plan_value", "relative_error_text", "verify_text"]
 
 
 def plan_value(plan: Plan) -> dict[str, Any]:
@@ -66,6 +69,7 @@ def plan_text(plan: Plan) -> str:
         f" {8 * len(plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
+    lines += [f"TP       {line}" for line in _tp_lines(plan)]
     lines += [f"passes   {passed} other tensors, {len(plan.side_files)} other files"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
     lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
@@ -100,6 +104,19 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
             f" {', '.join(map(str, first.layout.tp_sizes(dims)))}"
             + (f", gate/up scales differ in {differing} experts" if differing else "")
         )
+
+
+def _tp_lines(plan: Plan) -> Iterable[str]:
+    """Which tensor-parallel sizes the output serves, which it does not, and what would."""
+    served = set.intersection(*(set(item.layout.tp_sizes(item.layer.dims)) for item in plan.layers))
+    yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}; expert parallelism always"
+    for size in (size for size in _COMMON_TP_SIZES if size not in served):
+        try:
+            for item in plan.layers:
+                item.layout.for_moe_tp(size).check(item.layer.dims)
+            yield f"cannot serve {size}: convert with --moe-tp {size} for that"
+        except LayoutError as error:
+            yield f"cannot serve {size}: {error}"
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -146,7 +163,14 @@ def _inspected_line(layer: InspectedLayer) -> str:
                 ", gate/up scales agree" if not layer.differing else f", gate/up differ in {layer.differing} experts"
             )
         text += f", TP {', '.join(map(str, layer.tp_sizes))}"
+        if "relative_error" in layer.gate_up_figures:
+            text += f", {relative_error_text(layer.gate_up_figures['relative_error'])}"
     return text + (f" ({layer.reason})" if layer.reason else "")
+
+
+def relative_error_text(errors: Mapping[str, float]) -> str:
+    """The errors of the dequantized experts under the two policies that the kernel can serve."""
+    return f"relative error of their weights: reconcile {errors['reconcile']:.3g}, vllm {errors['vllm']:.3g}"
 
 
 def verify_text(report: VerifyReport) -> str:

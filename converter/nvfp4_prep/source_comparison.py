@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
+from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
-from nvfp4_prep.find_layers import find_layers
-from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import read_index
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe_layers import TensorGroup
@@ -33,7 +32,7 @@ class SourceComparison:
         self._source: Source = LocalSource(Path(source)) if isinstance(source, str | Path) else source
         self._problems = problems
         self._index = read_index(self._source)
-        found = find_layers(self._index.tensors, namings(), formats())
+        found = classify_layers(self._index)
         self._groups = {group.key: group for layer in found.layers for group in layer.groups}
         self.summary = f"{len(self._index.tensors)} tensors, configs and {len(self._index.side_files)} other files"
 

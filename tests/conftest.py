@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+from nvfp4_prep import SampleModel, convert, write_sample
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,3 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where Triton kernels run here: the card, or CPU tensors under the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def sample_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sample checkpoint of several shards, with padding and differing gate/up scales. Read-only by convention."""
+    folder = tmp_path_factory.mktemp("sample") / "source"
+    model = SampleModel(experts=5, intermediate=96, hidden=336, shard_nbytes=200_000, differing=0.5, seed=3)
+    write_sample(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_prepared(sample_source: Path) -> Path:
+    """The sample, converted with default options. Read-only by convention: copy before changing anything."""
+    return convert(sample_source, sample_source.parent / "prepared").path

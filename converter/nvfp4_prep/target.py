@@ -58,9 +58,13 @@ class TargetFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+        try:
             if nbytes:
                 os.posix_fallocate(self._descriptor, 0, nbytes)
         except OSError as error:
+            self.abandon()
             raise translate_os_error(error, self._path) from error
 
     def write(self, offset_bytes: int, data: memoryview | bytes) -> None:

@@ -1,0 +1,106 @@
+"""Restore gives the source back, whatever was prepared and how."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from checkpoint_files import file_digests, read_tensors
+from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, restore, write_sample
+from nvfp4_prep.errors import TargetError, VerificationError
+
+
+def assert_same(source: Path, back: Path) -> None:
+    assert read_tensors(back) == read_tensors(source)
+    names = {path.name for path in source.iterdir() if path.suffix != ".safetensors"} - {"model.safetensors.index.json"}
+    for name in names:
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    weight_map = json.loads((back / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map) == set(read_tensors(source))
+
+
+def test_round_trip(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    result = restore(sample_prepared, tmp_path / "back")
+    assert result.tensors == len(read_tensors(sample_source))
+    assert_same(sample_source, result.path)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    experts=st.integers(1, 5),
+    intermediate=st.integers(1, 12).map(lambda n: 16 * n),
+    hidden=st.integers(1, 20).map(lambda n: 16 * n),
+    block=st.sampled_from([16, 32, 64]),
+    policy=st.sampled_from(list(GateUpPolicy)),
+    shard_nbytes=st.integers(3_000, 300_000),
+    seed=st.integers(0, 1000),
+)
+def test_any_sizes_and_options(
+    tmp_path_factory: pytest.TempPathFactory,
+    experts: int,
+    intermediate: int,
+    hidden: int,
+    block: int,
+    policy: GateUpPolicy,
+    shard_nbytes: int,
+    seed: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    differing = 0.0 if policy is GateUpPolicy.ERROR else 0.5
+    model = SampleModel(
+        layers=2,
+        experts=experts,
+        intermediate=intermediate,
+        hidden=hidden,
+        vocabulary=8,
+        shard_nbytes=shard_nbytes,
+        differing=differing,
+        seed=seed,
+    )
+    write_sample(folder / "source", model)
+    options = ConvertOptions(gate_up_block=block, gate_up_scales=policy)
+    convert(folder / "source", folder / "out", options)
+    restore(folder / "out", folder / "back")
+    assert_same(folder / "source", folder / "back")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("moe_tp", [2, 4])
+def test_padding_for_a_tensor_parallel_size(tmp_path: Path, moe_tp: int) -> None:
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=3, intermediate=64 * 3, hidden=144))
+    convert(tmp_path / "source", tmp_path / "out", ConvertOptions(moe_tp=moe_tp))
+    restore(tmp_path / "out", tmp_path / "back")
+    assert_same(tmp_path / "source", tmp_path / "back")
+
+
+def test_restored_checkpoint_converts_to_the_same_bytes(sample_prepared: Path, tmp_path: Path) -> None:
+    back = restore(sample_prepared, tmp_path / "source").path
+    again = convert(back, tmp_path / "again").path
+    before = read_tensors(sample_prepared)
+    assert read_tensors(again) == before
+
+
+def test_restore_is_reproducible_and_refuses_a_used_target(sample_prepared: Path, tmp_path: Path) -> None:
+    first = restore(sample_prepared, tmp_path / "one", threads=1).path
+    second = restore(sample_prepared, tmp_path / "two", threads=5).path
+    assert file_digests(first) == file_digests(second)
+    with pytest.raises(TargetError, match="not empty"):
+        restore(sample_prepared, first)
+    with pytest.raises(TargetError):
+        restore(sample_prepared, sample_prepared / "back")
+
+
+def test_damaged_checkpoint_is_not_restored(sample_prepared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "prepared"))
+    victim = copy / "experts-layer-00002.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 4
+    victim.write_bytes(data)
+    with pytest.raises(VerificationError, match="bytes differ"):
+        restore(copy, tmp_path / "back")
+    assert not (tmp_path / "back" / "config.json").exists()

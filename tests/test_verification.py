@@ -1,0 +1,260 @@
+"""Verify must notice: every kind of damage to a prepared checkpoint, at the right depth, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvfp4_prep import SampleModel, convert, verify, write_sample
+from nvfp4_prep.errors import CheckpointError, SourceError, VerificationError
+from nvfp4_prep.safetensors_io import read_header
+
+LAYER = "experts-layer-00001.safetensors"
+PREFIX = "model.layers.1.mlp.experts.routed_experts"
+
+
+@pytest.fixture
+def copy(sample_prepared: Path, tmp_path: Path) -> Path:
+    """A prepared checkpoint to damage."""
+    return Path(shutil.copytree(sample_prepared, tmp_path / "prepared"))
+
+
+def place(folder: Path, tensor: str) -> tuple[int, int, tuple[int, ...]]:
+    """Offset, size and shape of a tensor of the first layer."""
+    record = next(r for r in read_header(folder / LAYER).tensors if r.name == f"{PREFIX}.{tensor}")
+    return record.offset_bytes, record.nbytes, record.shape
+
+
+def edit(path: Path, change: Callable[[bytearray], None]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+def reseal(folder: Path) -> None:
+    """Makes the manifest agree with the files again, as a forger would: only the transform's inverse can object."""
+    manifest = json.loads((folder / "nvfp4_prep.json").read_text())
+    for name, file in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        file["sha256"], file["nbytes"] = hashlib.sha256(data).hexdigest(), len(data)
+    (folder / "nvfp4_prep.json").write_text(json.dumps(manifest))
+
+
+def problems(folder: Path, **options: Any) -> str:
+    report = verify(folder, **options)
+    assert not report.ok
+    with pytest.raises(VerificationError):
+        report.raise_for_problems()
+    return "\n".join(map(str, report.problems))
+
+
+def test_good_checkpoint(sample_source: Path, sample_prepared: Path) -> None:
+    report = verify(sample_prepared, source=sample_source)
+    assert report.ok
+    assert report.depth == "full with source"
+    assert report.checked_nbytes > sum(path.stat().st_size for path in sample_prepared.glob("*.safetensors"))
+    report.raise_for_problems()
+    assert verify(sample_prepared, quick=True).depth == "quick"
+
+
+@pytest.mark.parametrize("tensor", ["w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"])
+@pytest.mark.parametrize("resealed", [False, True])
+def test_flipped_bit(copy: Path, tensor: str, resealed: bool) -> None:
+    offset, _, shape = place(copy, tensor)
+
+    def flip(data: bytearray) -> None:
+        data[offset + 2 * shape[1] * shape[2] + 5] ^= 0x10
+
+    edit(copy / LAYER, flip)
+    if resealed:
+        reseal(copy)
+    found = problems(copy)
+    assert f"{PREFIX}.{tensor}, expert 2" in found
+    assert ("sha256" in found.split(LAYER + ": ")[-1].split("\n")[0]) or resealed
+    assert "the inverse transform does not give the source's tensors" in found
+
+
+def test_nonzero_padding(copy: Path) -> None:
+    offset, _, shape = place(copy, "w2_weight")
+
+    def fill(data: bytearray) -> None:
+        data[offset + shape[1] * shape[2] - 1] = 1  # last row of the first expert: H 336 is padded to 512
+
+    edit(copy / LAYER, fill)
+    reseal(copy)
+    assert "is not zero" in problems(copy)
+
+
+def test_swapped_experts(copy: Path) -> None:
+    def swap(data: bytearray) -> None:
+        for tensor in ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale"):
+            offset, _, shape = place(copy, tensor)
+            size = shape[1] * shape[2]
+            first, second = data[offset : offset + size], data[offset + size : offset + 2 * size]
+            data[offset : offset + 2 * size] = second + first
+
+    edit(copy / LAYER, swap)
+    reseal(copy)
+    found = problems(copy)
+    assert "expert 0" in found
+    assert "expert 1" in found
+
+
+def test_swapped_gate_and_up(copy: Path) -> None:
+    offset, _, shape = place(copy, "w13_weight")
+
+    def swap(data: bytearray) -> None:
+        block = 64 * shape[2]
+        up, gate = data[offset : offset + block], data[offset + block : offset + 2 * block]
+        data[offset : offset + 2 * block] = gate + up
+
+    edit(copy / LAYER, swap)
+    reseal(copy)
+    found = problems(copy)
+    assert "gate_proj.weight" in found
+    assert "up_proj.weight" in found
+
+
+def test_missing_file(copy: Path) -> None:
+    (copy / LAYER).unlink()
+    assert f"{LAYER}: is missing" in problems(copy, quick=True)
+    assert f"{LAYER}: is missing" in problems(copy)
+
+
+def test_truncated_file(copy: Path) -> None:
+    edit(copy / LAYER, lambda data: data.__delitem__(slice(-4096, None)))
+    assert "has the wrong size" in problems(copy, quick=True)
+
+
+def test_file_of_another_conversion(sample_prepared: Path, copy: Path, tmp_path: Path) -> None:
+    """Same dimensions, other weights: sizes and headers agree, bytes do not."""
+    model = SampleModel(experts=5, intermediate=96, hidden=336, shard_nbytes=200_000, differing=0.5, seed=4)
+    write_sample(tmp_path / "other", model)
+    other = convert(tmp_path / "other", tmp_path / "other-out").path
+    shutil.copy(other / LAYER, copy / LAYER)
+    assert verify(copy, quick=True).ok
+    assert LAYER in problems(copy)
+    reseal(copy)
+    assert "the inverse transform" in problems(copy)
+
+
+def test_foreign_files(copy: Path) -> None:
+    shutil.copy(copy / LAYER, copy / "experts-layer-00009.safetensors")
+    assert "experts-layer-00009.safetensors: does not belong" in problems(copy, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config: config.update(hidden_size=7), "hidden_size"),
+        (lambda config: config["quantization_config"]["layout"].update(gate_up_block=16), "layout.gate_up_block"),
+        (lambda config: config["quantization_config"]["source"].update(quant_algo="FP8"), "source.quant_algo"),
+        (lambda config: config.pop("model_type"), "model_type"),
+    ],
+)
+def test_edited_config(copy: Path, change: Callable[[dict[str, Any]], None], named: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config, indent=2))
+    reseal(copy)
+    assert named in problems(copy, quick=True)
+
+
+def test_edited_index(copy: Path) -> None:
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop(f"{PREFIX}.w2_weight")
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    reseal(copy)
+    assert f"{PREFIX}.w2_weight" in problems(copy, quick=True)
+
+
+@pytest.mark.parametrize("vector", ["w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale"])
+def test_changed_scale_vector(copy: Path, vector: str) -> None:
+    path = copy / "expert-scales.safetensors"
+    record = next(r for r in read_header(path).tensors if r.name == f"{PREFIX}.{vector}")
+
+    def change(data: bytearray) -> None:
+        data[record.offset_bytes] ^= 1
+
+    edit(path, change)
+    reseal(copy)
+    assert f"{PREFIX}.{vector}: does not follow from the source's scalars" in problems(copy)
+
+
+def test_changed_kept_scalars(copy: Path) -> None:
+    path = copy / "source-scales.safetensors"
+    record = read_header(path).tensors[0]
+
+    def change(data: bytearray) -> None:
+        data[record.offset_bytes] ^= 1
+
+    edit(path, change)
+    reseal(copy)
+    assert "the kept source scalars changed" in problems(copy)
+
+
+def test_changed_kept_block_scales(copy: Path) -> None:
+    path = next(copy.glob("source-block-scales-layer-*.safetensors"))
+    record = read_header(path).tensors[0]
+
+    def change(data: bytearray) -> None:
+        data[record.offset_bytes] ^= 0x08
+
+    edit(path, change)
+    reseal(copy)
+    found = problems(copy)
+    assert "do not follow from the source's" in found or "the inverse transform" in found
+
+
+def test_changed_passed_through_tensor_is_found_with_the_source(sample_source: Path, copy: Path) -> None:
+    path = copy / "model-00001-of-00003.safetensors"
+    if not path.exists():
+        path = sorted(copy.glob("model-0*.safetensors"))[0]
+    record = read_header(path).tensors[0]
+
+    def change(data: bytearray) -> None:
+        data[record.offset_bytes] ^= 1
+
+    edit(path, change)
+    reseal(copy)
+    assert verify(copy).ok  # the manifest was forged: only the source can tell
+    assert f"{record.name}: differs from the source from byte 0" in problems(copy, source=sample_source)
+
+
+def test_another_source(copy: Path, tmp_path: Path) -> None:
+    model = SampleModel(experts=5, intermediate=96, hidden=336, shard_nbytes=200_000, differing=0.5, seed=4)
+    write_sample(tmp_path / "other", model)
+    found = problems(copy, source=tmp_path / "other")
+    assert "differs from byte" in found
+
+
+def test_manifest_that_lies(copy: Path) -> None:
+    path = copy / "nvfp4_prep.json"
+    manifest = json.loads(path.read_text())
+    manifest["layers"][0]["experts"] = 4
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError):
+        verify(copy)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match="no manifest"):
+        verify(copy)
+    manifest["format_version"] = 99
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format_version 1"):
+        verify(copy)
+
+
+def test_what_is_no_prepared_checkpoint(sample_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no prepared checkpoint"):
+        verify(sample_source)
+    with pytest.raises((CheckpointError, SourceError)):
+        verify(tmp_path / "nowhere")
+    (tmp_path / ".nvfp4_prep").mkdir()
+    with pytest.raises(CheckpointError, match="unfinished"):
+        verify(tmp_path)

@@ -1,0 +1,53 @@
+"""The kernel's activation from the manifest's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nvfp4_prep.activation import Activation, ActivationKind
+from nvfp4_prep.errors import UnsupportedCheckpointError
+from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation
+
+__all__ = ["moe_activation"]
+
+_SWIGLUOAI_LIMIT = 7.0
+"""gpt-oss's limit, where the config does not give one."""
+
+
+def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: str) -> MoeActivation:
+    """Function and parameters as the kernel gets them.
+
+    Args:
+        activation: of the layer.
+        config: the source's ``config.json``, for SiTU's parameters.
+        where: the layer, for messages.
+
+    Raises:
+        UnsupportedCheckpointError: if the kernel does not compute it.
+    """
+    if activation.kind is ActivationKind.SILU:
+        return MoeActivation(limit=math.inf if activation.clamp is None else activation.clamp)
+    if activation.kind is ActivationKind.SWIGLUOAI:
+        return MoeActivation.swigluoai(_SWIGLUOAI_LIMIT if activation.clamp is None else activation.clamp)
+    if activation.kind is ActivationKind.RELU2:
+        return MoeActivation.relu2()
+    if activation.kind is ActivationKind.SITU:
+        beta = _number(config, "activation_situ_beta")
+        if beta is not None:
+            linear = _number(config, "activation_situ_linear_beta")
+            return MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
+    raise UnsupportedCheckpointError(
+        f"no smoke run for the activation {activation.spelled or activation.kind.value!r}",
+        where=where,
+        expected="SwiGLU, SWIGLUOAI, SiTU (with activation_situ_beta in config.json) or relu2",
+    )
+
+
+def _number(config: Mapping[str, Any], key: str) -> float | None:
+    for part in (config.get("text_config"), config.get("llm_config"), config):
+        value = part.get(key) if isinstance(part, Mapping) else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    return None

@@ -1,0 +1,99 @@
+"""Which implementation runs, and why not a better one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.smoke.report import BackendFacts
+from nvfp4_prep_kernels.flashinfer_moe import FlashInferMoe, FlashInferUnavailableError
+from nvfp4_prep_kernels.moe_types import MoeBackend
+from nvfp4_prep_kernels.torch_moe import TorchMoe
+from nvfp4_prep_kernels.triton_moe import TritonMoe
+
+__all__ = ["BACKENDS", "ChosenBackend", "choose_backend"]
+
+BACKENDS = ("auto", "flashinfer", "triton", "torch")
+_LIBRARIES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
+_AMPERE = (8, 0)
+
+
+@dataclass(frozen=True)
+class ChosenBackend:
+    """A backend, the device it runs on and what a report says about it."""
+
+    backend: MoeBackend
+    device: torch.device
+    facts: BackendFacts
+
+
+def choose_backend(wanted: str = "auto") -> ChosenBackend:
+    """The wanted backend, or with ``auto`` the best that this machine can run.
+
+    Raises:
+        UsageError: if the wanted one cannot run here; the message says why and what to do.
+    """
+    if wanted not in BACKENDS:
+        raise UsageError("no such backend", expected=" or ".join(BACKENDS), actual=wanted)
+    no_flashinfer = _why_not_flashinfer()
+    no_triton = _why_not_triton()
+    if wanted == "flashinfer" and no_flashinfer:
+        raise UsageError(f"the flashinfer backend cannot run here: {no_flashinfer}", next_step="Use --backend auto.")
+    if wanted == "triton" and no_triton:
+        raise UsageError(f"the triton backend cannot run here: {no_triton}", next_step="Use --backend auto.")
+    if wanted == "flashinfer" or (wanted == "auto" and not no_flashinfer):
+        return _chosen(FlashInferMoe(), "cuda", "")
+    reason = f"flashinfer: {no_flashinfer}" if no_flashinfer else "flashinfer could run, but another was asked for"
+    if wanted == "triton" or (wanted == "auto" and not no_triton):
+        return _chosen(TritonMoe(), "cuda", reason)
+    reason += f"; triton: {no_triton}" if no_triton else "; triton could run, but torch was asked for"
+    return _chosen(TorchMoe(), "cpu", reason)
+
+
+def _why_not_flashinfer() -> str:
+    """Empty if the real kernel can run here."""
+    if not torch.cuda.is_available():
+        return "no CUDA card"
+    major, minor = torch.cuda.get_device_capability()
+    if major != 10:
+        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the CuteDSL kernel needs 10.x"
+    try:
+        FlashInferMoe.check()
+    except FlashInferUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def _why_not_triton() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA card"
+    if torch.cuda.get_device_capability() < _AMPERE:
+        return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return ""
+
+
+def _chosen(backend: MoeBackend, device: str, reason: str) -> ChosenBackend:
+    card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    facts = BackendFacts(
+        name=backend.name,
+        real_kernel=isinstance(backend, FlashInferMoe),
+        reason=reason,
+        device=card if device == "cuda" else f"CPU ({card})",
+        versions={"python": platform.python_version()}
+        | {name: found for name in _LIBRARIES if (found := _version(name))},
+    )
+    return ChosenBackend(backend, torch.device(device), facts)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,135 @@
+"""The smoke run over a prepared checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nvfp4_prep.errors import CheckpointError, UsageError
+from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
+from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
+from nvfp4_prep.smoke.reading import CheckpointReader
+from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep.source import LocalSource, Source
+
+__all__ = ["CPU_SAMPLE", "run_smoke"]
+
+CPU_SAMPLE = 8
+"""Experts of each layer that are run without a card, unless told otherwise: each takes seconds on a CPU."""
+
+
+def run_smoke(
+    prepared: str | Path,
+    source: str | Path | Source | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    sample: int | None = None,
+    backend: str = "auto",
+    settings: SmokeSettings | None = None,
+    on_layer: Callable[[LayerReport, int, int], None] | None = None,
+) -> SmokeReport:
+    """Runs random tokens through prepared layers and compares with the source.
+
+    Args:
+        prepared: a prepared checkpoint.
+        source: what it was made from. Without it the reference is computed from the prepared tensors turned back,
+            which the report says; that still proves the kernel's view of the bytes, but not that they came from
+            the source.
+        layers: numbers of the layers to run; all by default.
+        sample: experts of each layer, evenly spread; by default all on a card and 8 on a CPU.
+        backend: ``auto``, ``flashinfer``, ``triton`` or ``torch``.
+        settings: numbers of tokens.
+        on_layer: told of each finished layer, with its number and how many there are.
+
+    Raises:
+        CheckpointError: if ``prepared`` is no complete prepared checkpoint.
+        UsageError: if a layer does not exist or the backend cannot run here.
+    """
+    root = Path(prepared)
+    manifest = read_manifest(root)
+    chosen = choose_backend(backend)
+    records = choose_layers(manifest, layers)
+    opened = LocalSource(Path(source)) if isinstance(source, str | Path) else source
+    reader = CheckpointReader(root, manifest, opened, chosen.device)
+    if sample is None and chosen.device.type == "cpu":
+        sample = CPU_SAMPLE
+    reports = []
+    try:
+        for number, record in enumerate(records, 1):
+            report = _run_one(reader, record, chosen, sample, settings)
+            reports.append(report)
+            if on_layer is not None:
+                on_layer(report, number, len(records))
+    finally:
+        reader.close()
+        if isinstance(source, str | Path) and opened is not None:
+            opened.close()
+    return SmokeReport(
+        checkpoint=manifest.source,
+        reference="restored" if opened is None else "source",
+        backend=chosen.facts,
+        layers_total=len(manifest.layers),
+        layers=tuple(reports),
+    )
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a prepared checkpoint; raises :class:`CheckpointError` where there is none."""
+    path = root / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"has no {MANIFEST}", where=str(root), next_step="Give a directory that `nvfp4-prep convert` has finished."
+        )
+    return Manifest.from_bytes(path.read_bytes(), str(path))
+
+
+def choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[LayerRecord]:
+    """The layers with these numbers, all without; raises :class:`UsageError` for a number that does not exist."""
+    if layers is None:
+        return list(manifest.layers)
+    there = {record.layer.index for record in manifest.layers}
+    missing = sorted(set(layers) - there)
+    if missing or not layers:
+        raise UsageError(
+            f"no prepared layer {', '.join(map(str, missing))}" if missing else "no layer chosen",
+            expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
+        )
+    return [record for record in manifest.layers if record.layer.index in set(layers)]
+
+
+def spread(experts: int, sample: int | None) -> list[int]:
+    """``sample`` experts, evenly spread, first and last among them; all without or where there are not more."""
+    if sample is not None and sample < 1:
+        raise UsageError("an empty sample proves nothing", expected="--sample of at least 1", actual=sample)
+    if sample is None or sample >= experts:
+        return list(range(experts))
+    if sample == 1:
+        return [0]
+    return sorted({round(i * (experts - 1) / (sample - 1)) for i in range(sample)})
+
+
+def _run_one(
+    reader: CheckpointReader,
+    record: LayerRecord,
+    chosen: ChosenBackend,
+    sample: int | None,
+    settings: SmokeSettings | None,
+) -> LayerReport:
+    on_card = chosen.device.type == "cuda"
+    if on_card:
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    layer = reader.layer(record, spread(record.layer.dims.experts, sample))
+    report = run_layer(layer, chosen.backend, settings)
+    if on_card:
+        torch.cuda.synchronize()
+    return replace(
+        report,
+        seconds=time.perf_counter() - begin,
+        peak_nbytes=torch.cuda.max_memory_allocated() if on_card else 0,
+    )

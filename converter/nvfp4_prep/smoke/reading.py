@@ -16,7 +16,8 @@ from nvfp4_prep.index import CONFIG, read_json_file
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import GateUpPolicy
-from nvfp4_prep.planning import SCALE_VECTORS, LayerPlan, make_plan
+from nvfp4_prep.plan_data import SCALE_VECTORS, LayerPlan
+from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepare import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.scalars import scale_2_multipliers

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep.errors import CheckpointError, UsageError
-from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.reading import CheckpointReader
@@ -51,7 +52,8 @@ def run_smoke(
         UsageError: if a layer does not exist or the backend cannot run here.
     """
     root = Path(prepared)
-    manifest = read_manifest(root)
+    with PreparedCheckpoint(root) as checkpoint:
+        manifest = checkpoint.manifest
     chosen = choose_backend(backend)
     records = choose_layers(manifest, layers)
     opened = LocalSource(Path(source)) if isinstance(source, str | Path) else source
@@ -76,16 +78,6 @@ def run_smoke(
         layers_total=len(manifest.layers),
         layers=tuple(reports),
     )
-
-
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of a prepared checkpoint; raises :class:`CheckpointError` where there is none."""
-    path = root / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"has no {MANIFEST}", where=str(root), next_step="Give a directory that `nvfp4-prep convert` has finished."
-        )
-    return Manifest.from_bytes(path.read_bytes(), str(path))
 
 
 def choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[LayerRecord]:

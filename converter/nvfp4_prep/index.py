@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvfp4_prep.errors import SourceError
+from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.source import Source, SourceFile
 
@@ -105,7 +106,7 @@ def _shards(files: Mapping[str, SourceFile], index: bytes | None) -> tuple[list[
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError("has no weight_map", where=INDEX, next_step="Download it again.")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
+        if not isinstance(shard, str) or "/" in shard or not is_safe_name(shard):
             raise SourceError(
                 f"unsafe file name for tensor {tensor!r}",
                 where=INDEX,

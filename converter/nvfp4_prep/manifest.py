@@ -17,6 +17,7 @@ from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, Projection
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "GateUpRecord", "LayerRecord", "Manifest"]
@@ -189,8 +190,7 @@ class Manifest:
 
 
 def _file_name(name: str) -> str:
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
+    if not is_safe_name(name):
         raise ValueError(f"unsafe file name {name!r}")
     return name
 

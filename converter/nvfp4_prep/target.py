@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
+from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.units import format_nbytes
 
 __all__ = ["SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
@@ -191,7 +192,11 @@ class Target:
 
     def _entries(self) -> list[dict[str, Any]]:
         """Journal lines after the first; a line that a kill cut off does not count."""
-        return [entry for entry in self._journal_lines() if isinstance(entry.get("file"), str)]
+        return [
+            entry
+            for entry in self._journal_lines()
+            if isinstance(entry.get("file"), str) and is_safe_name(entry["file"])
+        ]
 
     def _journal_lines(self) -> list[dict[str, Any]]:
         try:

@@ -93,13 +93,13 @@ class Worker:
 
     def _event(self) -> torch.cuda.Event | None:
         # Threads that wait for the bus must not take the cores of those that read: blocking events.
-        return torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
+        return torch.cuda.Event(blocking=True) if self._cuda else None
 
     def start(self) -> None:
         """Makes this thread's stream its current one."""
         if self._cuda:
             torch.cuda.set_device(self.device)
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)
             torch.cuda.set_stream(self._stream)
 
     def run(self, job: Job) -> None:

@@ -1,0 +1,145 @@
+"""The command line: output, JSON, exit codes, and one line instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nvfp4_prep import __version__
+from nvfp4_prep.cli import cli
+from nvfp4_prep.errors import EXIT_CODES
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_whole_life(sample_source: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    plan = run("convert", sample_source, out, "--dry-run")
+    assert plan.exit_code == 0
+    assert "2 MoE layers to prepare" in plan.output
+    assert not out.exists()
+    made = run("convert", sample_source, out, "-q")
+    assert made.exit_code == 0, made.output
+    assert "2 MoE layers prepared" in made.output
+    assert "complete already" in run("convert", sample_source, out).output
+    assert "verified (full with source" in run("verify", out, "--source", sample_source).output
+    assert "prepared checkpoint" in run("inspect", out).output
+    assert "convert would prepare it" in run("inspect", sample_source).output
+    assert "tensors restored" in run("restore", out, back).output
+
+
+def test_json(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    plan = json.loads(run("convert", sample_source, tmp_path / "out", "--dry-run", "--json").stdout)
+    assert [layer["experts"] for layer in plan["layers"]] == [5, 5]
+    assert plan["output_nbytes"] == sum(file["nbytes"] for file in plan["files"])
+    made = json.loads(run("convert", sample_source, tmp_path / "out", "--json", "-q").stdout)
+    assert made["tp_sizes"] == [1]
+    report = json.loads(run("verify", sample_prepared, "--json", "-q").stdout)
+    assert report["ok"] is True
+    assert report["problems"] == []
+    assert json.loads(run("inspect", sample_prepared, "--json").stdout)["prepared"] is True
+    back = json.loads(run("restore", sample_prepared, tmp_path / "back", "--json", "-q").stdout)
+    assert back["tensors"] > 100
+
+
+def test_errors_are_one_line_with_the_next_step(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    cases = [
+        (("convert", tmp_path / "nowhere", tmp_path / "out"), 3, "does not exist"),
+        (("convert", sample_prepared, tmp_path / "out"), 4, "prepared already"),
+        (("convert", sample_source, sample_source / "out"), 8, "never touched"),
+        (("verify", sample_source), 6, "Make one with nvfp4-prep convert"),
+        (
+            ("convert", sample_source, tmp_path / "o", "--layout", "cutedsl-batched", "--gate-up-block", "16"),
+            2,
+            "batched",
+        ),
+    ]
+    for arguments, code, words in cases:
+        result = run(*arguments)
+        assert result.exit_code == code, result.output
+        assert words in result.stderr
+        assert "Traceback" not in result.output
+        assert len([line for line in result.stderr.splitlines() if line.startswith("error:")]) == 1
+        as_json = json.loads(run(*arguments, "--json").stdout)
+        assert as_json["exit_code"] == code
+
+
+def test_failed_verification_has_its_exit_code(sample_prepared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    (copy / "expert-scales.safetensors").unlink()
+    result = run("verify", copy, "-q")
+    assert result.exit_code == 6
+    assert "WRONG expert-scales.safetensors: is missing" in result.output
+
+
+def test_exit_codes_are_distinct_and_documented() -> None:
+    text = " ".join(run("--help").output.split())
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code} {meaning}" in text
+    assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
+
+
+def test_usage() -> None:
+    assert run("--version").output.strip().endswith(__version__)
+    assert run("convert").exit_code == 2
+    assert run("convert", "a", "b", "--threads", "0").exit_code == 2
+
+
+def test_sample_and_threads(tmp_path: Path) -> None:
+    assert run("sample", tmp_path / "s", "--experts", 2, "--layers", 2).exit_code == 0
+    assert run("convert", tmp_path / "s", tmp_path / "o", "--threads", 3, "-q").exit_code == 0
+    again = run("sample", tmp_path / "s")
+    assert again.exit_code == 8
+    assert "not empty" in again.stderr
+
+
+def test_help_does_not_import_torch() -> None:
+    script = "import sys; from nvfp4_prep.cli import cli; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
+
+
+def test_progress_is_a_log_line_where_stderr_is_no_terminal(sample_source: Path, tmp_path: Path) -> None:
+    result = run("convert", sample_source, tmp_path / "out")
+    assert "convert: done in" in result.stderr
+    assert "\r" not in result.stderr
+    quiet = run("convert", sample_source, tmp_path / "quiet", "-q")
+    assert "done in" not in quiet.stderr
+
+
+def test_closed_pipe_is_no_traceback(sample_prepared: Path) -> None:
+    script = "from nvfp4_prep.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "inspect", str(sample_prepared)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read()
+    process.wait()
+
+
+@pytest.mark.parametrize("interval", [0.0])
+def test_log_lines(interval: float, capsys: pytest.CaptureFixture[str]) -> None:
+    from nvfp4_prep.progress import LogProgress
+
+    progress = LogProgress(sys.stderr, interval)
+    progress.start("convert", 4_000_000_000, 1_000_000_000)
+    time.sleep(0.01)
+    progress.advance(1_000_000_000, "layer 1")
+    progress.advance(2_000_000_000, "layer 2")
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "convert: 4.00 GB, 1.00 GB done before"
+    assert "2.00 GB of 4.00 GB (50 %)" in lines[1]
+    assert lines[1].endswith("left, layer 1")
+    assert lines[-1].startswith("convert: done in")

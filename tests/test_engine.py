@@ -1,0 +1,119 @@
+"""The engine: order of digests, bounded memory, failures, interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nvfp4_prep import engine
+from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.target import Target
+
+HEADER = b"h" * 16
+
+
+def job(name: str, pieces: list[bytes], *, delay: bool = False) -> FileJob:
+    """A file of these pieces; units take random time if asked to."""
+    offsets = [len(HEADER) + sum(map(len, pieces[:i])) for i in range(len(pieces))]
+
+    def make(number: int) -> UnitResult:
+        if delay:
+            time.sleep(random.random() * 0.01)
+        data = memoryview(pieces[number])
+        return UnitResult(pieces=[(offsets[number], data)], digests=[("all", data)], fact=number)
+
+    def units() -> list[Unit]:
+        return [Unit(len(piece), lambda i=i: make(i)) for i, piece in enumerate(pieces)]
+
+    return FileJob(name, len(HEADER) + sum(map(len, pieces)), HEADER, units)
+
+
+def test_digests_facts_and_files_are_in_order(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    contents = {f"f{i}": [chance.randbytes(chance.randrange(1, 5000)) for _ in range(20)] for i in range(5)}
+    results: dict[str, JobResult] = {}
+    with Target(tmp_path / "out", {}) as target:
+        jobs = [job(name, pieces, delay=True) for name, pieces in contents.items()]
+        run_jobs(jobs, target, threads=6, on_done=lambda result: results.update({result.name: result}))
+    for name, pieces in contents.items():
+        whole = HEADER + b"".join(pieces)
+        assert (tmp_path / "out" / name).read_bytes() == whole
+        assert results[name].sha256 == hashlib.sha256(whole).hexdigest()
+        assert results[name].digests == {"all": hashlib.sha256(whole[16:]).hexdigest()}
+        assert results[name].facts == list(range(20))
+
+
+def test_first_failure_ends_the_run_and_leaves_no_half_file(tmp_path: Path) -> None:
+    class Broken(Exception):
+        pass
+
+    def units() -> list[Unit]:
+        def fail() -> UnitResult:
+            raise Broken
+
+        good = [Unit(3, lambda i=i: UnitResult([(16 + 3 * i, memoryview(b"abc"))])) for i in range(8)]
+        return [*good[:5], Unit(3, fail), *good[5:]]
+
+    with Target(tmp_path / "out", {}) as target:
+        jobs = [job("whole", [b"x" * 10]), FileJob("broken", 43, HEADER, units), job("later", [b"y"])]
+        with pytest.raises(Broken):
+            run_jobs(jobs, target, threads=3)
+        assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] in (["whole"], [])
+        assert {path.name for path in target.work.iterdir()} <= {"lock", "journal.jsonl"}
+
+
+def test_units_in_work_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MEMORY_BUDGET_NBYTES", 4 * 250)
+    lock = threading.Lock()
+    now = peak = 0
+
+    def work() -> UnitResult:
+        nonlocal now, peak
+        with lock:
+            now += 1
+            peak = max(peak, now)
+        time.sleep(0.002)
+        with lock:
+            now -= 1
+        return UnitResult()
+
+    run_jobs([FileJob("f", 0, b"", lambda: [Unit(100, work) for _ in range(50)])], None, threads=8)
+    assert peak == 2
+
+
+def test_unit_larger_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "MEMORY_BUDGET_NBYTES", 10)
+    done = []
+    run_jobs(
+        [FileJob("f", 0, b"", lambda: [Unit(100, lambda i=i: done.append(i) or UnitResult()) for i in range(5)])],
+        None,
+        threads=4,
+    )
+    assert sorted(done) == list(range(5))
+
+
+def test_progress_sums_up_to_the_files_size() -> None:
+    class Count:
+        total = 0
+
+        def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None: ...
+
+        def advance(self, nbytes: int, label: str) -> None:
+            self.total += nbytes
+
+        def close(self) -> None: ...
+
+    count = Count()
+    run_jobs([job("f", [b"a" * 7, b"b" * 11, b"c" * 100])], None, threads=1, progress=count)
+    assert count.total == 16 + 118
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", {}) as target:
+        run_jobs([FileJob("empty", 0, b"", list)], target)
+    assert (tmp_path / "out" / "empty").read_bytes() == b""

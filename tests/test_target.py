@@ -1,0 +1,90 @@
+"""The output directory: journal, resume, names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nvfp4_prep.errors import ResumeConflictError, TargetError
+from nvfp4_prep.target import WORK_FOLDER, Target
+
+IDENTITY = {"options": {"a": 1}, "files": {"x": [1, "t"]}}
+
+
+def write(target: Target, name: str, data: bytes) -> None:
+    file = target.create(name, len(data))
+    file.write(0, data)
+    file.commit({"sha256": "s"})
+
+
+def test_journal_remembers_finished_files(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert not target.resumed
+        write(target, "a", b"123")
+        write(target, "sub/b", b"4")
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert target.resumed
+        assert set(target.done) == {"a", "sub/b"}
+        target.finish()
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["a", "b", "sub"]
+
+
+@pytest.mark.parametrize("cut", range(1, 40, 6))
+def test_journal_cut_off_in_its_last_line(tmp_path: Path, cut: int) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "a", b"123")
+        write(target, "b", b"45")
+    journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert "a" in target.done
+        assert "b" not in target.done or cut == 0
+        write(target, "b", b"45")
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert set(target.done) == {"a", "b"}
+
+
+def test_differences_are_named_with_both_values(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY):
+        pass
+    changed = {"options": {"a": 2}, "files": {"x": [1, "t"], "y": [2, "u"]}}
+    with pytest.raises(ResumeConflictError) as caught:
+        Target(tmp_path / "out", changed)
+    assert "options.a was 1, now 2" in str(caught.value)
+    assert 'files.y was null, now [2, "u"]' in str(caught.value)
+    assert "--restart" in str(caught.value)
+
+
+def test_restart_deletes_only_what_the_earlier_run_wrote(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "a", b"123")
+    (tmp_path / "out" / "mine").write_text("keep")
+    with Target(tmp_path / "out", {"other": 1}, restart=True) as target:
+        assert target.done == {}
+        with pytest.raises(TargetError, match="mine"):
+            target.check_names(["a"])
+    assert not (tmp_path / "out" / "a").exists()
+    assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_journal_that_points_outside_is_not_followed(tmp_path: Path) -> None:
+    """A forged journal must not make --restart delete files elsewhere."""
+    (tmp_path / "precious").write_text("x")
+    with Target(tmp_path / "out", IDENTITY):
+        pass
+    journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
+    forged = journal.read_text() + json.dumps({"file": "../precious", "nbytes": 1}) + "\n"
+    journal.write_text(forged)
+    with Target(tmp_path / "out", IDENTITY, restart=True) as target:
+        assert target.done == {}
+    assert (tmp_path / "precious").exists()
+
+
+def test_damaged_journal_head(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "a", b"1")
+    (tmp_path / "out" / WORK_FOLDER / "journal.jsonl").write_bytes(b"\x00garbage\n[1]\n")
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert target.done == {}

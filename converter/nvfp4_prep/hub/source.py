@@ -107,6 +107,11 @@ class HubSource:
         self._heads: dict[str, Future[bytes]] = {}
         self._seen: dict[str, dict[tuple[int, int], bytes]] = {}
 
+    @property
+    def received_nbytes(self) -> int:
+        """Bytes that came over the network so far (plain transfers only; Xet does not tell)."""
+        return self.downloader.received_nbytes
+
     # ------------------------------------------------------------------ planning
 
     def files(self) -> tuple[SourceFile, ...]:

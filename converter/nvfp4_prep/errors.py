@@ -16,6 +16,7 @@ __all__ = [
     "NoSpaceError",
     "NvfpPrepError",
     "ResumeConflictError",
+    "ServingError",
     "SourceError",
     "TargetError",
     "UnsupportedCheckpointError",
@@ -148,6 +149,13 @@ class LoadError(NvfpPrepError):
     meaning = "loading failed"
 
 
+class ServingError(NvfpPrepError):
+    """A prepared checkpoint cannot be served as asked: by this server, backend, parallel size or from these files."""
+
+    exit_code = 11
+    meaning = "cannot be served like this"
+
+
 class ConversionInterrupted(NvfpPrepError):
     """Ctrl-C or SIGTERM; what is finished stays."""
 
@@ -171,6 +179,7 @@ EXIT_CODES: dict[int, str] = {
             BusyError,
             HubError,
             LoadError,
+            ServingError,
             ConversionInterrupted,
         )
     },

@@ -16,13 +16,14 @@ from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
-__all__ = ["QUANT_METHOD", "make_stamp", "quantization_configs", "stamped_config"]
+__all__ = ["LAYOUT_NAMES", "QUANT_METHOD", "make_stamp", "quantization_configs", "stamped_config"]
 
 QUANT_METHOD = "nvfp4_prep"
-_LAYOUT_NAMES = {
+LAYOUT_NAMES = {
     LayoutName.CUTEDSL: "flashinfer_cutedsl",
     LayoutName.CUTEDSL_BATCHED: "flashinfer_cutedsl_batched",
 }
+"""Layouts by the name that the stamp uses: that of vLLM's MoE backend."""
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
 _NESTED = ("text_config", "llm_config", "language_config")
 
@@ -66,7 +67,7 @@ def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: boo
 
 def _layout_dict(options: ConvertOptions, layout: MoeLayout) -> dict[str, Any]:
     return {
-        "name": _LAYOUT_NAMES[options.layout],
+        "name": LAYOUT_NAMES[options.layout],
         "gate_up_block": options.gate_up_block,
         "scale_swizzle": "128x4",
         "hidden_alignment": layout.hidden_alignment,

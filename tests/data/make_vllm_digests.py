@@ -33,7 +33,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "vllm")]
 
 from synthetic_layers import LAYERS, SyntheticLayer, SyntheticTensor  # noqa: E402
-from vllm_on_cpu import bring_up, load_model, make_vllm_config, routed_experts, single_rank  # noqa: E402
+from vllm_on_cpu import bring_up, load_model, make_vllm_config, rank_of, routed_experts  # noqa: E402
 
 BIG = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 TORCH_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
@@ -166,7 +166,7 @@ def whole_model_entries(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]
     """The expert layers of a checkpoint that vLLM serves as it is."""
     overrides = HF_OVERRIDES.get(directory.name, {})
     config = make_vllm_config(directory, model={"hf_overrides": overrides})
-    with single_rank(config), scales_before_fusing() as seen:
+    with rank_of(config), scales_before_fusing() as seen:
         layers = routed_experts(load_model(config))
         for name, layer in layers.items():
             yield f"{directory.name}/{name}", entry(layer, seen[id(layer)])
@@ -207,7 +207,7 @@ def layer_entries(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The expert layers of a checkpoint whose names or stacking vLLM does not know, layer by layer."""
     tensors = read_tensors(directory)
     prefixes = sorted({name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name})
-    with single_rank(make_vllm_config(directory.parent / "modelopt-qwen3_moe-sharded")):
+    with rank_of(make_vllm_config(directory.parent / "modelopt-qwen3_moe-sharded")):
         for prefix in prefixes:
             stacked = f"{prefix}.down_proj" in tensors
             names = dict(unstack_llama4(tensors, prefix) if stacked else under(tensors, prefix))
@@ -254,7 +254,7 @@ def main() -> None:
         layers |= dict((layer_entries if name in BY_LAYER else whole_model_entries)(directory))
         print(f"{name}: {checkpoints[name]}", file=sys.stderr)
     host = next(path for path in directories if path.name not in BY_LAYER and path.name not in REFUSED)
-    with single_rank(make_vllm_config(host)):
+    with rank_of(make_vllm_config(host)):
         layers |= dict(synthetic_entries())
     made_by = {
         "command": "python tests/data/make_vllm_digests.py --checkpoints DIR --output tests/data/vllm_digests.json",

@@ -35,6 +35,7 @@ class SyntheticLayer:
         experts, hidden, intermediate: E, H and I, unpadded.
         gated: gate, up and down projections, else up and down alone.
         equal_gate_up: gate and up of an expert share one weight_scale_2 (the usual case). Otherwise they differ.
+        label: tells layers of equal sizes apart.
     """
 
     experts: int
@@ -42,13 +43,14 @@ class SyntheticLayer:
     intermediate: int
     gated: bool = True
     equal_gate_up: bool = True
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Seed of every byte and key in `vllm_digests.json`."""
         kind = "gated" if self.gated else "nongated"
         suffix = "" if self.equal_gate_up else "-unequal"
-        return f"{kind}-e{self.experts}-h{self.hidden}-i{self.intermediate}{suffix}"
+        return f"{kind}-e{self.experts}-h{self.hidden}-i{self.intermediate}{suffix}{self.label}"
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -1,9 +1,70 @@
-"""These tests need the second environment (`make test-vllm`); without vLLM they are not collected."""
+"""Fixtures of the tests that run the real vLLM; without vLLM (see `make test-vllm`) nothing here is collected."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 # This directory is itself importable as a namespace package called vllm, so find_spec("vllm") alone proves nothing.
 _spec = importlib.util.find_spec("vllm")
-collect_ignore_glob = [] if _spec is not None and _spec.origin else ["test_*.py"]
+HAVE_VLLM = _spec is not None and bool(_spec.origin)
+collect_ignore_glob = [] if HAVE_VLLM else ["test_*.py"]
+
+if HAVE_VLLM:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from vllm_on_cpu import bring_up
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bring_up()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from results import Checkpoints
+
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """Two processes with the plugin; started when a test needs them."""
+    from ranks import Ranks
+
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def plugin() -> None:
+    """The plugin in this process."""
+    from nvfp4_prep.vllm import register
+
+    register()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of models and configurations, and the refusals with their messages."""
+    if not HAVE_VLLM:
+        return
+    from results import REFUSALS, TABLE, table_lines
+
+    if TABLE:
+        terminalreporter.section("prepared against source, through vLLM's own code")
+        for line in table_lines():
+            terminalreporter.write_line(line)
+    if REFUSALS:
+        terminalreporter.section("refusals")
+        for what, message in REFUSALS:
+            terminalreporter.write_line(f"{what}: {message}")
+    if path := os.environ.get("NVFP4_PREP_VLLM_RESULTS"):
+        Path(path).write_text(json.dumps({"table": TABLE, "refusals": REFUSALS}, indent=1) + "\n")

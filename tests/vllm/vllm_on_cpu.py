@@ -1,14 +1,19 @@
 """Brings the real vLLM up on the CPU build of torch, where no GPU, no compiled kernels and no Triton exist.
 
-Import this before anything else of vLLM. Nothing that loads, prepares or stores weights is replaced; what is, is listed
-in :func:`bring_up`.
+Import this before anything else of vLLM and call :func:`bring_up`. Nothing that loads, prepares or stores weights is
+replaced; what is, is listed there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import socket
+import gc
+import importlib.machinery
+import importlib.util
+import sys
+import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,15 +26,16 @@ def bring_up() -> None:
     """Makes this process a CPU vLLM that accepts the CuteDSL experts.
 
     Replaced: the platform (CpuPlatform), ``Tensor.cuda`` (identity: swizzle_blockscale ends in it), the device answer
-    of the two CuteDSL experts classes, FusedMoEConfig's platform answer (it has a check that non-gated experts run on a
-    GPU), the list of NVFP4 linear kernels of the CPU platform (emulation), the cache emptying of an accelerator that is
-    not there, and the subprocess in which model classes are inspected.
+    of the two CuteDSL experts classes, ``is_cuda_alike()`` as seen by two modules that refuse non-gated experts and
+    EPLB on a CPU, the NVFP4 linear kernels of the CPU platform (emulation), the cache emptying of an accelerator that
+    is not there, the subprocess in which model classes are inspected, and torchvision, which Llama-4's image processor
+    imports (an empty module: no image is ever processed).
     """
     import vllm.platforms as platforms
     from vllm.platforms.cpu import CpuPlatform
 
     class GpuLikeCpuPlatform(CpuPlatform):
-        """Answers is_cuda_alike() for the one module that asks it about non-gated experts."""
+        """Answers is_cuda_alike() for the modules that ask nothing else of it."""
 
         def is_cuda_alike(self) -> bool:
             return True
@@ -38,6 +44,7 @@ def bring_up() -> None:
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     torch.accelerator.empty_cache = lambda: None
 
+    import vllm.config.parallel as parallel_config
     import vllm.model_executor.kernels.linear as linear
     import vllm.model_executor.layers.fused_moe.config as fused_moe_config
     import vllm.model_executor.models.registry as registry
@@ -48,25 +55,48 @@ def bring_up() -> None:
     from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_moe import FlashInferCuteDSLExperts
     from vllm.platforms import PlatformEnum
 
+    parallel_config.current_platform = GpuLikeCpuPlatform()
     fused_moe_config.current_platform = GpuLikeCpuPlatform()
     registry._run_in_subprocess = lambda fn: fn()
     linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [EmulationNvFp4LinearKernel]
     for experts in (FlashInferCuteDSLExperts, FlashInferCuteDSLBatchedExperts):
         experts._supports_current_device = staticmethod(lambda: True)
 
+    # vLLM collects garbage three times a load; over all that it imports, that would be most of the tests' time.
+    gc.collect()
+    gc.freeze()
+    _stub_torchvision()  # last: transformers must have found out that there is none
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+
+def _stub_torchvision() -> None:
+    """Empty modules for ``from torchvision.transforms.v2 import functional``, where torchvision is not installed."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    names = (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    )
+    for name in names:
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        sys.modules[name] = module
+        parent, _, leaf = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], leaf, module)
+
+
+def meeting_point() -> str:
+    """A path at which ranks can meet: no port that somebody else could take."""
+    return tempfile.mktemp(prefix="nvfp4-prep-ranks-")
 
 
 def make_vllm_config(directory: Path, *, moe_backend: str = "flashinfer_cutedsl", **options: Any) -> Any:
     """VllmConfig of a checkpoint directory, all of it read by vLLM.
 
-    ``options``: ``load_format``, ``model`` (ModelConfig fields), ``parallel`` (ParallelConfig fields), ``load``
-    (LoadConfig fields), ``vllm`` (VllmConfig fields).
+    ``options``: ``model`` (ModelConfig fields), ``parallel`` (ParallelConfig fields), ``load`` (LoadConfig fields),
+    ``vllm`` (VllmConfig fields).
     """
     from vllm.config import (
         CompilationConfig,
@@ -89,7 +119,7 @@ def make_vllm_config(directory: Path, *, moe_backend: str = "flashinfer_cutedsl"
     )
     return VllmConfig(
         model_config=model_config,
-        load_config=LoadConfig(load_format=options.get("load_format", "auto"), **options.get("load", {})),
+        load_config=LoadConfig(**options.get("load", {})),
         device_config=DeviceConfig("cpu"),
         parallel_config=ParallelConfig(**options.get("parallel", {})),
         kernel_config=KernelConfig(moe_backend=moe_backend),
@@ -99,22 +129,28 @@ def make_vllm_config(directory: Path, *, moe_backend: str = "flashinfer_cutedsl"
 
 
 @contextlib.contextmanager
-def single_rank(config: Any) -> Iterator[None]:
-    """One-process gloo groups and ``config`` as the current vLLM configuration."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
+def rank_of(config: Any, rank: int = 0, world: int = 1, meeting: str | None = None) -> Iterator[None]:
+    """gloo groups of ``world`` processes as ``config`` wants them, and ``config`` as vLLM's current configuration.
 
+    ``meeting`` is the path of a file that does not exist yet, the same in all ranks.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    parallel = config.parallel_config
     with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
+        path = meeting or meeting_point()
+        init_distributed_environment(world, rank, f"file://{path}", rank, backend="gloo")
+        initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         try:
             yield
         finally:
-            cleanup_dist_env_and_memory()
+            # Not cleanup_dist_env_and_memory: it undoes gc.freeze().
+            destroy_model_parallel()
+            destroy_distributed_environment()
+            if rank == 0:
+                Path(path).unlink(missing_ok=True)
 
 
 def load_model(config: Any) -> Any:

@@ -1,0 +1,139 @@
+"""Which layout the installed vLLM prepares: its own code, run on small fixed layers, against ours.
+
+A kernel that reads other bytes than the file holds gives garbage and no error. So before the first prepared layer is
+created, the installed vLLM prepares the fingerprint's layer and a smaller one that needs padding, and the results must
+be what our layout package makes of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend, convert_to_nvfp4_moe_kernel_format
+from vllm.model_executor.layers.quantization.utils.flashinfer_utils import align_fp4_moe_weights_for_fi
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels.fingerprint import fingerprint, fingerprint_layer
+
+__all__ = ["check_installed_layout", "installed_gate_up_block"]
+
+_BLOCKS = (64, 32, 16)
+Parts = Mapping[PreparedTensor, tuple[torch.Tensor, ...]]
+"""For each prepared tensor the projections' bytes, ``uint8 [E, rows, bytes per row]`` each."""
+
+
+def check_installed_layout(stamp: Stamp, *, gated: bool) -> int | None:
+    """Compares the stamp's layout with what the installed vLLM prepares.
+
+    Returns:
+        The gate/up block height of the installed kernel, or ``None`` where gate and up are not interleaved.
+
+    Raises:
+        ServingError: if no block height explains what the installed vLLM prepares.
+    """
+    own = fingerprint(stamp.moe_layout(gated=gated))
+    if stamp.fingerprint != own:
+        raise ServingError(
+            "layout fingerprint does not match: the checkpoint was written with another layout than its name says",
+            where="config.json, quantization_config.layout.fingerprint",
+            expected=own,
+            actual=stamp.fingerprint,
+            next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
+        )
+    block = installed_gate_up_block(gated=gated, batched=stamp.batched)
+    if block == 0:
+        raise ServingError(
+            "the installed vLLM prepares experts in a layout that this version of nvfp4-prep does not know",
+            next_step="Install a vLLM that the plugin was tested with, or a newer nvfp4-prep; do not serve this.",
+        )
+    return block if gated and not stamp.batched else None
+
+
+@functools.cache
+def installed_gate_up_block(*, gated: bool, batched: bool) -> int:
+    """The block height with which our layout gives the bytes of the installed vLLM's preparation; 0 if none does."""
+    layouts = (
+        [MoeLayout.cutedsl_batched()]
+        if batched
+        else [MoeLayout.cutedsl(gated=gated, gate_up_block=block) for block in (_BLOCKS if gated else _BLOCKS[:1])]
+    )
+    layers: list[Parts] = [fingerprint_layer(layouts[0])]
+    if not batched:
+        layers.append(_padded_layer(layouts[0]))
+    with torch.device("cpu"), _quiet():  # layers are created with the GPU as default device
+        made = [_prepare(parts, gated=gated, batched=batched) for parts in layers]
+    for layout in layouts:
+        if all(_equal(layout, parts, done) for parts, done in zip(layers, made, strict=True)):
+            return layout.gate_up_block
+    return 0
+
+
+def _equal(layout: MoeLayout, parts: Parts, made: Mapping[PreparedTensor, torch.Tensor]) -> bool:
+    return all(torch.equal(layout.apply(tensor, *parts[tensor]), made[tensor]) for tensor in PreparedTensor)
+
+
+def _padded_layer(layout: MoeLayout) -> Parts:
+    """Hash bytes without the NaNs of e4m3, in sizes that need padding: what the fingerprint's layer does not cover."""
+    dims = MoeDims(experts=2, intermediate=224, hidden=272)
+
+    def make(name: str, shape: tuple[int, int]) -> torch.Tensor:
+        raw = hashlib.shake_256(name.encode()).digest(dims.experts * shape[0] * shape[1])
+        flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(dims.experts, *shape)
+        return torch.where((flat & 0x7F) == 0x7F, torch.full_like(flat, 0x38), flat)
+
+    return {
+        tensor: tuple(
+            make(f"{tensor.value}.{projection.value}", layout.source_shape(tensor, dims))
+            for projection in layout.projections(tensor)
+        )
+        for tensor in PreparedTensor
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's messages about padding, which would speak of the fixed layers."""
+    noisy = logging.getLogger(align_fp4_moe_weights_for_fi.__module__)
+    before, noisy.disabled = noisy.disabled, True
+    try:
+        yield
+    finally:
+        noisy.disabled = before
+
+
+def _prepare(parts: Parts, *, gated: bool, batched: bool) -> dict[PreparedTensor, torch.Tensor]:
+    """The four big tensors as the installed vLLM prepares them, as bytes on the CPU."""
+    fused = {tensor: torch.cat(list(found), dim=1).contiguous() for tensor, found in parts.items()}
+    experts, _, half_hidden = fused[PreparedTensor.W13_WEIGHT].shape
+    moe_config = SimpleNamespace(
+        moe_parallel_config=SimpleNamespace(enable_eplb=False),
+        intermediate_size_per_partition=fused[PreparedTensor.W2_WEIGHT].shape[2] * 2,
+        hidden_dim=half_hidden * 2,
+        hidden_dim_unpadded=None,
+    )
+    activation = MoEActivation.SILU if gated else MoEActivation.RELU2_NO_MUL
+    ones = torch.ones(experts)
+    w13, w13_scale, _, _, w2, w2_scale, _, _ = convert_to_nvfp4_moe_kernel_format(
+        nvfp4_backend=NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED if batched else NvFp4MoeBackend.FLASHINFER_CUTEDSL,
+        layer=SimpleNamespace(activation=activation, moe_config=moe_config),
+        w13=fused[PreparedTensor.W13_WEIGHT],
+        w13_scale=fused[PreparedTensor.W13_WEIGHT_SCALE].view(torch.float8_e4m3fn),
+        w13_scale_2=ones,
+        a13_scale=ones,
+        w2=fused[PreparedTensor.W2_WEIGHT],
+        w2_scale=fused[PreparedTensor.W2_WEIGHT_SCALE].view(torch.float8_e4m3fn),
+        w2_scale_2=ones,
+        a2_scale=ones,
+        is_act_and_mul=gated,
+    )
+    tensors = zip(PreparedTensor, (w13, w13_scale, w2, w2_scale), strict=True)
+    return {tensor: made.view(torch.uint8).cpu() for tensor, made in tensors}

@@ -1,0 +1,209 @@
+"""The MoE method of prepared layers: final shapes at once, no preparation, the same kernel object as vLLM builds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config, ModelOptNvFp4FusedMoE
+from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.vllm.installed_layout import check_installed_layout
+from nvfp4_prep.vllm.loading import PreparedWeights
+from nvfp4_prep.vllm.placement import Placement
+from nvfp4_prep.vllm.relayout import reorder_gate_up
+from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep_kernels import MoeDims
+
+__all__ = ["RELAYOUT_VARIABLE", "PreparedNvFp4MoEMethod"]
+
+logger = init_logger(f"vllm.{__name__}")
+
+RELAYOUT_VARIABLE = "NVFP4_PREP_RELAYOUT"
+"""Environment variable: 1 allows to reorder gate and up rows while loading, where the kernel wants other blocks."""
+_BACKEND = "flashinfer_cutedsl"
+_DUMMY_SCALES = {
+    "w13_weight_scale": 1.0,
+    "w2_weight_scale": 1.0,
+    "w13_weight_scale_2": 1e-3,
+    "w2_weight_scale_2": 1e-3,
+    "w13_input_scale": 1e-2,
+    "w2_input_scale": 1e-2,
+}
+"""What vLLM's own method gives its scales under --load-format dummy."""
+
+
+class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
+    """vLLM's ModelOpt NVFP4 method without its preparation."""
+
+    supports_pre_processed_weights = False
+
+    def __init__(
+        self, quant_config: ModelOptNvFp4Config, moe_config: FusedMoEConfig, stamp: Stamp, layer_name: str
+    ) -> None:
+        """Pins the CuteDSL backend; vLLM's own reasons refuse devices, activations, LoRA and the like.
+
+        Raises:
+            ServingError: if something else than the CuteDSL backend was asked for, or the other of its two variants.
+        """
+        _check_backend(moe_config, layer_name)
+        _check_load_format(layer_name)
+        if quant_config.moe_activation_override is not None:
+            raise ServingError(
+                "an activation override was asked for on top of prepared experts",
+                where=layer_name,
+                next_step="Remove moe.activation from --quantization-config, or serve the source checkpoint.",
+            )
+        moe_config.moe_backend = _BACKEND
+        super().__init__(quant_config, moe_config)
+        self.stamp = stamp
+        self.layer_name = layer_name
+        self._check_variant()
+        self.dummy = _load_format() == "dummy"
+        self.reorder_to: int | None = None
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers the parameters in the sizes that the kernel reads, with loaders of their own."""
+        layer.num_experts = num_experts
+        layer.params_dtype = params_dtype
+        layer.quant_config = self.quant_config
+        placement = self._placement(layer, num_experts, hidden_size)
+        placement.check()
+        self._check_layout(placement)
+        weights = PreparedWeights(placement)
+        for name in weights.names:
+            data = torch.empty(placement.local_shape(name), dtype=placement.dtype(name))
+            param = torch.nn.Parameter(data, requires_grad=False)
+            set_weight_attrs(param, {"weight_loader": weights.loader(name)})
+            if name in _DUMMY_SCALES:
+                set_weight_attrs(param, {"dummy_weight_value": _DUMMY_SCALES[name]})
+            layer.register_parameter(name, param)
+        layer.nvfp4_prep = weights
+        layer.load_weights = weights.load_into(layer)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Checks that every tensor arrived and builds the kernel; no weight is touched.
+
+        After a reload (vLLM gives the layer fresh parameters and then copies them into the old storage) the kernel
+        stays as it is, and only what was derived from the scales is brought up to date.
+        """
+        if is_weights_pre_processed():
+            raise ServingError("weights of another process cannot be taken over", where=self.layer_name)
+        weights: PreparedWeights = layer.nvfp4_prep
+        if not self.dummy:
+            weights.finish()
+        if self.reorder_to is not None:
+            scale = layer.w13_weight_scale.data.view(torch.uint8)
+            reorder_gate_up(layer.w13_weight.data, scale, self.stamp.gate_up_block, self.reorder_to)
+        if self.moe_kernel is None:
+            self._restore_padded_moe_dims(layer)
+            self._build_moe_kernel(layer)
+            return
+        # The kernel holds 1 / input_scale as tensors of its own.
+        self.moe_quant_config.a1_gscale.copy_(1.0 / layer.w13_input_scale)
+        self.moe_quant_config.a2_gscale.copy_(1.0 / layer.w2_input_scale)
+        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    def _placement(self, layer: RoutedExperts, num_experts: int, hidden_size: int) -> Placement:
+        manager, moe = layer.expert_map_manager, layer.moe_config
+        if manager.num_fused_shared_experts:
+            raise ServingError(
+                "shared experts fused into the routed experts cannot be served from a prepared checkpoint",
+                where=self.layer_name,
+                next_step="Switch the fusion of shared experts off.",
+            )
+        if moe.num_experts < moe.num_logical_experts:
+            raise ServingError("substituted experts cannot be served from a prepared checkpoint", where=self.layer_name)
+        stored = EplbState.build_initial_global_physical_to_logical_map(
+            moe.num_logical_experts, moe.num_experts - moe.num_logical_experts
+        )
+        expert_map = manager.expert_map
+        slots = {physical: physical for physical in range(moe.num_experts)}
+        if expert_map is not None:
+            slots = {slot: physical for physical, slot in enumerate(expert_map.tolist()) if slot >= 0}
+        return Placement(
+            layer_name=self.layer_name,
+            layout=self.stamp.moe_layout(gated=moe.is_act_and_mul),
+            dims=MoeDims(moe.num_logical_experts, moe.intermediate_size, hidden_size),
+            tp_rank=moe.moe_parallel_config.tp_rank,
+            tp_size=moe.moe_parallel_config.tp_size,
+            experts=tuple(int(stored[slots[slot]]) for slot in range(num_experts)),
+        )
+
+    def _check_variant(self) -> None:
+        batched = self.nvfp4_backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
+        if batched == self.stamp.batched:
+            return
+        wanted = "cutedsl-batched" if batched else "cutedsl"
+        raise ServingError(
+            f"prepared for the {'batched' if self.stamp.batched else 'standard'} CuteDSL kernel, but this deployment"
+            f" uses {self.nvfp4_backend.value} (all2all backend {self.moe.moe_parallel_config.all2all_backend})",
+            where=self.layer_name,
+            next_step=f"Choose another --all2all-backend, or convert the source again with --layout {wanted}.",
+        )
+
+    def _check_layout(self, placement: Placement) -> None:
+        layout = placement.layout
+        block = check_installed_layout(self.stamp, gated=layout.gated)
+        if block in (None, layout.gate_up_block):
+            return
+        if os.environ.get(RELAYOUT_VARIABLE) != "1":
+            raise ServingError(
+                "the installed kernel wants another gate/up block height than the checkpoint has",
+                where=self.layer_name,
+                expected=f"{block} rows",
+                actual=f"{layout.gate_up_block} rows",
+                next_step=f"Run `nvfp4-prep relayout --gate-up-block {block}` on the checkpoint, or set"
+                f" {RELAYOUT_VARIABLE}=1 to reorder the rows on the GPU at every start.",
+            )
+        logger.warning_once(
+            "Reordering gate and up rows of prepared experts from blocks of %d to %d while loading (%s=1). "
+            "`nvfp4-prep relayout` does this once and for all.",
+            layout.gate_up_block,
+            block,
+            RELAYOUT_VARIABLE,
+        )
+        self.reorder_to = block
+
+
+def _check_backend(moe_config: FusedMoEConfig, layer_name: str) -> None:
+    if moe_config.moe_backend in ("auto", _BACKEND):
+        return
+    raise ServingError(
+        "prepared for the CuteDSL kernels, but another MoE backend was asked for",
+        where=layer_name,
+        expected=f"--moe-backend {_BACKEND} (or none)",
+        actual=f"--moe-backend {moe_config.moe_backend}",
+        next_step="Leave --moe-backend out, or serve the source checkpoint (`nvfp4-prep restore`).",
+    )
+
+
+def _load_format() -> str | None:
+    current = get_current_vllm_config_or_none()
+    return None if current is None else str(current.load_config.load_format)
+
+
+def _check_load_format(layer_name: str) -> None:
+    load_format = _load_format()
+    if load_format not in ("ipc_cache", "sharded_state", "tensorizer"):
+        return
+    raise ServingError(
+        f"--load-format {load_format} holds weights of a running engine, not a checkpoint's",
+        where=layer_name,
+        next_step="Use auto, safetensors, fastsafetensors, instanttensor, runai_streamer or nvfp4_prep.",
+    )

@@ -1,0 +1,117 @@
+"""Which part of a prepared layer one rank holds, and how it gets into the rank's parameters. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.load import handle_of
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
+
+__all__ = ["SCALE_VECTORS", "STORED_TENSORS", "Placement"]
+
+SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
+"""The float32 ``[E]`` tensors of a prepared layer."""
+STORED_TENSORS = (*(tensor.value for tensor in PreparedTensor), *SCALE_VECTORS)
+"""All tensors of a prepared layer."""
+_BIG = {tensor.value: tensor for tensor in PreparedTensor}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The share of one rank.
+
+    Attributes:
+        layer_name: for messages.
+        layout: of the file.
+        dims: of the whole layer, unpadded.
+        tp_rank, tp_size: share of I.
+        experts: the stored (logical) expert of each local slot. Slots may repeat experts (EPLB) and follow any order.
+    """
+
+    layer_name: str
+    layout: MoeLayout
+    dims: MoeDims
+    tp_rank: int
+    tp_size: int
+    experts: tuple[int, ...]
+
+    def check(self) -> None:
+        """Raises :class:`ServingError` if a file in this layout cannot serve this share."""
+        sizes = self.layout.tp_sizes(self.dims)
+        if self.tp_size in sizes:
+            return
+        raise ServingError(
+            f"prepared for tensor-parallel sizes {', '.join(map(str, sizes))} of the experts, not for {self.tp_size}:"
+            f" {self.dims.intermediate} / {self.tp_size} needs other padding",
+            where=self.layer_name,
+            next_step="Serve with one of these sizes or with --enable-expert-parallel, or convert the source again"
+            f" with --moe-tp {self.tp_size}.",
+        )
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in the file."""
+        if name in _BIG:
+            return (self.dims.experts, *self.layout.expert_shape(_BIG[name], self.dims))
+        return (self.dims.experts,)
+
+    def local_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the rank's parameter."""
+        if name in _BIG:
+            part = rank_slice(self.layout, _BIG[name], self.dims, self.tp_rank, self.tp_size)
+            return (len(self.experts), *part.shape)
+        return (len(self.experts),)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor, in the file and in the parameter."""
+        if name not in _BIG:
+            return torch.float32
+        return torch.float8_e4m3fn if _BIG[name].is_scale else torch.uint8
+
+    def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
+        """Copies the rank's share of a stored tensor into its parameter, in place and with nothing else than ``copy_``.
+
+        A tensor without data (:mod:`nvfp4_prep.load.handle`) queues the read of that share instead.
+
+        Raises:
+            ServingError: if the stored tensor has another shape or dtype than the model's sizes ask for.
+        """
+        self._check_stored(name, stored)
+        if name not in _BIG:
+            param.copy_(stored[list(self.experts)])
+            return
+        handle = handle_of(stored)
+        if handle is not None:
+            part = rank_slice(self.layout, _BIG[name], self.dims, self.tp_rank, self.tp_size)
+            handle.load_into(param, part, self.experts)
+            return
+        first = self.experts[0]
+        if self.tp_size == 1 and self.experts == tuple(range(first, first + len(self.experts))):
+            param.view(torch.uint8).copy_(stored.view(torch.uint8)[first : first + len(self.experts)])
+            return
+        for slot, expert in enumerate(self.experts):
+            whole = stored[expert].view(torch.uint8)
+            share = take_rank(self.layout, _BIG[name], whole, self.dims, self.tp_rank, self.tp_size)
+            param[slot].view(torch.uint8).copy_(share)
+
+    def _check_stored(self, name: str, stored: torch.Tensor) -> None:
+        expected = (self.stored_shape(name), self.dtype(name))
+        actual = (tuple(stored.shape), stored.dtype)
+        if actual == expected:
+            return
+        raise ServingError(
+            f"tensor {name} of the checkpoint does not fit the model: {_count_hint(name, expected[0], actual[0])}",
+            where=self.layer_name,
+            expected=f"{list(expected[0])} {expected[1]}",
+            actual=f"{list(actual[0])} {actual[1]}",
+            next_step="The files do not belong to this config.json: run `nvfp4-prep verify` on the directory.",
+        )
+
+
+def _count_hint(name: str, expected: Sequence[int], actual: Sequence[int]) -> str:
+    if len(expected) == len(actual) and expected[0] != actual[0]:
+        return "another number of experts"
+    return "other sizes" if len(expected) == len(actual) else "another rank"

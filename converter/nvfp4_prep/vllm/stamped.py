@@ -1,0 +1,102 @@
+"""Reading the stamp: what a prepared checkpoint's quantization_config says about its experts and its source."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.manifest import FORMAT_VERSION
+from nvfp4_prep.options import LayoutName
+from nvfp4_prep.stamp import LAYOUT_NAMES
+from nvfp4_prep_kernels import LayoutError, MoeLayout
+
+__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "Stamp"]
+
+STANDARD = LAYOUT_NAMES[LayoutName.CUTEDSL]
+BATCHED = LAYOUT_NAMES[LayoutName.CUTEDSL_BATCHED]
+STAMP_KEY = "nvfp4_prep_stamp"
+"""Where the stamp goes once the source's own quantization_config has taken its place in memory."""
+_SWIZZLE = "128x4"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A stamp that this version understands.
+
+    Attributes:
+        layout_name: :data:`STANDARD` or :data:`BATCHED`.
+        gate_up_block, hidden_alignment, moe_tp: parameters of the layout.
+        fingerprint: digest of a fixed small layer in this layout.
+        source: the original quantization_config.
+    """
+
+    layout_name: str
+    gate_up_block: int
+    hidden_alignment: int
+    moe_tp: int
+    fingerprint: str
+    source: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> Stamp:
+        """Reads a stamp.
+
+        Raises:
+            ServingError: if it is incomplete or was written by a newer nvfp4-prep.
+        """
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ServingError(
+                "prepared checkpoint in a format that this version of nvfp4-prep does not know",
+                where="config.json, quantization_config.format_version",
+                expected=FORMAT_VERSION,
+                actual=version,
+                next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
+            )
+        try:
+            layout, source = config["layout"], config["source"]
+            stamp = cls(
+                layout_name=str(layout["name"]),
+                gate_up_block=int(layout["gate_up_block"]),
+                hidden_alignment=int(layout["hidden_alignment"]),
+                moe_tp=int(layout["moe_tp"]),
+                fingerprint=str(layout["fingerprint"]),
+                source=copy.deepcopy(dict(source)),
+            )
+            known = stamp.layout_name in (STANDARD, BATCHED) and layout["scale_swizzle"] == _SWIZZLE
+            stamp.moe_layout(gated=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServingError(
+                f"stamp is incomplete or damaged ({type(error).__name__}: {error})",
+                where="config.json, quantization_config",
+                next_step="Run `nvfp4-prep verify` on the directory.",
+            ) from error
+        if not known:
+            raise ServingError(
+                "unknown layout in the stamp",
+                where="config.json, quantization_config.layout",
+                expected=f"name {STANDARD} or {BATCHED}, scale_swizzle {_SWIZZLE}",
+                actual=dict(layout),
+                next_step="Install the version of nvfp4-prep that wrote the checkpoint.",
+            )
+        return stamp
+
+    @property
+    def batched(self) -> bool:
+        """Whether the file is for the batched kernel."""
+        return self.layout_name == BATCHED
+
+    def moe_layout(self, *, gated: bool) -> MoeLayout:
+        """The layout of a layer in this checkpoint.
+
+        Raises:
+            LayoutError: if the stamp's parameters make no layout.
+        """
+        if not self.batched:
+            return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
+        if not gated:
+            raise LayoutError("the batched layout has no non-gated experts")
+        return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)

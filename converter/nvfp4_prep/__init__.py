@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult, convert, plan
     from nvfp4_prep.inspection import Inspection, inspect
+    from nvfp4_prep.new_layout import RelayoutResult, relayout
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.plan_data import Plan
     from nvfp4_prep.restoration import RestoreResult, restore
@@ -27,6 +28,7 @@ __all__ = [
     "Inspection",
     "LayoutName",
     "Plan",
+    "RelayoutResult",
     "RestoreResult",
     "SampleModel",
     "VerifyReport",
@@ -34,6 +36,7 @@ __all__ = [
     "convert",
     "inspect",
     "plan",
+    "relayout",
     "restore",
     "verify",
     "write_sample",
@@ -46,12 +49,14 @@ _HOMES = {
     "Inspection": "inspection",
     "LayoutName": "options",
     "Plan": "planning",
+    "RelayoutResult": "new_layout",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
     "VerifyReport": "verification",
     "convert": "conversion",
     "inspect": "inspection",
     "plan": "conversion",
+    "relayout": "new_layout",
     "restore": "restoration",
     "verify": "verification",
     "write_sample": "sample",

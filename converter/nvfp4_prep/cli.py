@@ -39,6 +39,7 @@ def cli() -> None:
     nvfp4-prep convert  ./DeepSeek-NVFP4 ./out         prepare it
     nvfp4-prep verify   ./out --source ./DeepSeek-NVFP4   check every byte
     nvfp4-prep restore  ./out ./back                   and back again
+    nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
     """
 
 
@@ -252,6 +253,60 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
         click.echo(json.dumps({**value, "resumed": result.resumed}))
         return
     click.echo(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(["cutedsl", "cutedsl-batched"]), help="Kernel to prepare for.")
+@click.option("--gate-up-block", type=click.Choice(["64", "32", "16"]), help="Rows in one gate/up block.")
+@click.option("--moe-tp", type=click.IntRange(1, 1024), help="Tensor-parallel size to pad for.")
+@_threads
+@_restart
+@_common
+def relayout(
+    checkpoint: Path,
+    target: Path,
+    layout: str | None,
+    gate_up_block: str | None,
+    moe_tp: int | None,
+    threads: int | None,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a prepared CHECKPOINT to TARGET in another layout, without its source.
+
+    What is not given stays as it is.
+
+    \b
+    nvfp4-prep relayout ./out ./out16 --gate-up-block 16
+    """
+    from nvfp4_prep import new_layout
+    from nvfp4_prep.options import LayoutName
+    from nvfp4_prep.units import format_nbytes
+
+    result = new_layout.relayout(
+        checkpoint,
+        target,
+        layout=None if layout is None else LayoutName(layout),
+        gate_up_block=None if gate_up_block is None else int(gate_up_block),
+        moe_tp=moe_tp,
+        threads=threads,
+        progress=_progress(quiet),
+        restart=restart,
+    )
+    options, sizes = result.manifest.options.to_dict(), result.manifest.tp_sizes
+    if as_json:
+        value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
+        click.echo(json.dumps({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
+        return
+    click.echo(
+        f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"
+        f" {options['gate_up_block']}, moe-tp {options['moe_tp']}, {format_nbytes(result.written_nbytes)} written"
+    )
+    click.echo(f"serves tensor-parallel sizes {', '.join(map(str, sizes)) or 'none in common'}")
+    click.echo(f"next: nvfp4-prep verify {target}", err=True)
 
 
 @cli.command()

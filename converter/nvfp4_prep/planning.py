@@ -17,7 +17,7 @@ from nvfp4_prep.scalars import LayerScalars, read_scalars
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
-__all__ = ["make_plan"]
+__all__ = ["check_batched", "layer_files", "make_plan"]
 
 MAX_LAYER_FILE_NBYTES = 45_000_000_000
 MAX_PASSTHROUGH_FILE_NBYTES = 5_000_000_000
@@ -41,7 +41,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
     )
-    files = _order([*_layer_files(layers), *_passthrough_files(index, layers)])
+    files = _order([*layer_files(layers), *_passthrough_files(index, layers)])
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,
@@ -93,7 +93,7 @@ def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
 
 def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
     activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
-    _check_batched(layer, activation, options)
+    check_batched(layer, activation, options)
     try:
         layout = options.layout_for(gated=layer.gated)
         layout.check(layer.dims)
@@ -110,8 +110,8 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
     return LayerPlan(layer, layout, activation, scalars, reconciled)
 
 
-def _check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
-    """vLLM's FlashInferCuteDSLBatchedExperts computes plain SiLU only; what the other kernel lacks is not here."""
+def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
+    """Refuses what vLLM's FlashInferCuteDSLBatchedExperts does not compute: it knows plain SiLU only."""
     plain = activation.kind is ActivationKind.SILU and activation.clamp is None
     if options.layout is LayoutName.CUTEDSL_BATCHED and not plain:
         clamp = f" clamped at {activation.clamp:g}" if activation.clamp is not None else ""
@@ -122,7 +122,8 @@ def _check_batched(layer: MoeLayer, activation: Activation, options: ConvertOpti
         )
 
 
-def _layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+    """The files of the experts, and of the original block scales where some are rescaled."""
     files = []
     labels = _labels(layers)
     for position, plan in enumerate(layers):

@@ -1,0 +1,303 @@
+"""Relayout: from one prepared layout to another, without the source.
+
+Experts are read prepared, turned back, checked against what the manifest says of the source, and prepared anew;
+everything else is copied. The result is what ``convert`` of the source with the new options writes, byte for byte in
+every tensor file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvfp4_prep import __version__
+from nvfp4_prep.buffers import byte_view
+from nvfp4_prep.conversion import check_apart
+from nvfp4_prep.copying import side_file_job
+from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
+from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.manifest import MANIFEST, FileRecord, LayerRecord, Manifest
+from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile
+from nvfp4_prep.planning import check_batched, layer_files
+from nvfp4_prep.prepare import expert_chunks
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.records import make_index
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.structure import check_structure, expected_config
+from nvfp4_prep.target import Target
+from nvfp4_prep_kernels import LayoutError, PreparedTensor
+
+__all__ = ["RelayoutResult", "relayout"]
+
+README = "README.md"
+_MADE = (INDEX, README, MANIFEST, CONFIG)
+_SMALL_FILES_NBYTES = 64_000_000
+
+
+@dataclass(frozen=True)
+class RelayoutResult:
+    """What a relayout left: the directory, its manifest and the bytes written by this run."""
+
+    path: Path
+    manifest: Manifest
+    written_nbytes: int
+    resumed: bool
+
+
+def relayout(
+    checkpoint: str | Path,
+    target: str | Path,
+    *,
+    layout: LayoutName | None = None,
+    gate_up_block: int | None = None,
+    moe_tp: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    restart: bool = False,
+) -> RelayoutResult:
+    """Writes a prepared checkpoint in another layout.
+
+    Streams as ``convert`` does, with the same peak memory; can be killed and continued; every expert's stored bytes are
+    checked before they are used, and every source tensor that they turn back to after.
+
+    Args:
+        checkpoint: a prepared checkpoint.
+        target: output directory.
+        layout, gate_up_block, moe_tp: what shall change, see :class:`ConvertOptions`; the checkpoint's own by default.
+        threads: workers; does not change the output.
+        progress: told how it goes.
+        restart: discard an unfinished earlier run.
+
+    Raises:
+        CheckpointError, VerificationError: if the checkpoint is damaged.
+        UnsupportedCheckpointError, UsageError: if its layers have no such layout, or it has this one already.
+        TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
+    """
+    path = Path(target)
+    with PreparedCheckpoint(checkpoint) as opened:
+        check_apart(opened.files, path)
+        options = _new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))
+        problems = Problems()
+        check_structure(opened, problems)
+        if problems.found:
+            raise VerificationError(
+                f"is damaged: {problems.found[0]}",
+                where=str(checkpoint),
+                next_step="Run nvfp4-prep verify for all problems.",
+            )
+        made = _plan(opened, options)
+        digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
+        identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
+        with Target(path, identity, restart=restart) as place:
+            return _Relayout(opened, options, made, place).run(threads, progress or NoProgress())
+
+
+def _new_options(
+    old: ConvertOptions, layout: LayoutName | None, gate_up_block: int | None, moe_tp: int | None, where: str
+) -> ConvertOptions:
+    chosen = old.layout if layout is None else layout
+    inherited = old.gate_up_block if chosen is LayoutName.CUTEDSL else ConvertOptions().gate_up_block
+    options = replace(
+        old,
+        layout=chosen,
+        gate_up_block=inherited if gate_up_block is None else gate_up_block,
+        moe_tp=old.moe_tp if moe_tp is None else moe_tp,
+    )
+    if options == old:
+        raise UsageError(
+            "has this layout already",
+            where=where,
+            next_step="Say what shall change: --layout, --gate-up-block or --moe-tp.",
+        )
+    return options
+
+
+def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[LayerPlan, ...]:
+    """The layers in the new layout; their groups have no records, because the source is not here."""
+    plans = []
+    for record in checkpoint.manifest.layers:
+        layer = record.layer
+        check_batched(layer, record.activation, options)
+        try:
+            layout = options.layout_for(gated=layer.gated)
+            layout.check(layer.dims)
+        except (LayoutError, UsageError) as error:
+            raise UnsupportedCheckpointError(str(error), where=layer.experts_path) from error
+        experts = tuple(expert for expert, _ in record.gate_up.reconciled)
+        plans.append(LayerPlan(layer, layout, record.activation, checkpoint.scalars(record), experts))
+    return tuple(plans)
+
+
+class _Relayout:
+    def __init__(
+        self, checkpoint: PreparedCheckpoint, options: ConvertOptions, plans: tuple[LayerPlan, ...], target: Target
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._plans = plans
+        self._target = target
+        self._files = {file.name: file for file in layer_files(plans) if file.kind is FileKind.EXPERTS}
+        old = {name for layer in checkpoint.manifest.layers for name in layer.files}
+        here = {file.name: file for file in checkpoint.files.files()}
+        kept = {name for name, file in checkpoint.manifest.files.items() if file.kind != "made"} - old
+        self._copied = {name: here[name] for name in sorted(kept)}
+
+    def run(self, threads: int | None, progress: Progress) -> RelayoutResult:
+        target = self._target
+        target.check_names([*self._files, *self._copied, *_MADE])
+        jobs: list[FileJob] = [
+            FileJob(file.name, file.nbytes, file.header, lambda file=file: self._units(file))  # type: ignore[misc]
+            for name, file in self._files.items()
+            if name not in target.done
+        ]
+        jobs += [
+            side_file_job(copied, self._checkpoint.files)
+            for name, copied in self._copied.items()
+            if name not in target.done
+        ]
+        needed = sum(job.nbytes for job in jobs)
+        target.check_space(needed + _SMALL_FILES_NBYTES)
+        total = sum(file.nbytes for file in self._files.values())
+        total += sum(copied.nbytes for copied in self._copied.values())
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # the engine's workers are the parallelism
+        progress.start("relayout", total, total - needed)
+        try:
+            run_jobs(jobs, target, threads=threads, progress=progress)
+        finally:
+            torch.set_num_threads(before)
+            progress.close()
+        return RelayoutResult(target.path, self._finish(), needed, target.resumed)
+
+    def _units(self, file: OutputFile) -> Iterator[Unit]:
+        position = file.layer or 0
+        old, new = self._checkpoint.manifest.layers[position], self._plans[position]
+        for tensor, record in zip(file.tensors, file.records, strict=True):
+            nbytes = new.layout.expert_nbytes(tensor, new.layer.dims)
+            for chunk in expert_chunks(new.layer.dims.experts, nbytes):
+                yield Unit(
+                    len(chunk) * nbytes,
+                    lambda tensor=tensor, record=record, chunk=chunk: self._prepare(old, new, tensor, record, chunk),  # type: ignore[misc]
+                )
+
+    def _prepare(
+        self, old: LayerRecord, new: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range
+    ) -> UnitResult:
+        where = f"{new.layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
+        stored = self._checkpoint.read_prepared(old, tensor, chunk)
+        for row, expert in enumerate(chunk):
+            if zlib.crc32(byte_view(stored[row])) != old.expert_crc32[tensor.value][expert]:
+                raise _damaged(f"bytes of expert {expert} differ from what was written", where)
+        try:
+            parts = old.layout.invert(tensor, stored, new.layer.dims)
+            source = self._checkpoint.source_parts(old, tensor, chunk, stored)
+        except ValueError as error:
+            raise _damaged(str(error), where) from error
+        prepared = new.layout.apply(tensor, *parts).contiguous()
+        for before, after in zip(parts, new.layout.invert(tensor, prepared, new.layer.dims), strict=True):
+            if not torch.equal(before, after):
+                raise VerificationError(
+                    "the new layout does not turn back",
+                    where=where,
+                    next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
+                )
+        raws = self._checkpoint.source_bytes(old, tensor, source)
+        data = byte_view(prepared)
+        nbytes = new.layout.expert_nbytes(tensor, new.layer.dims)
+        return UnitResult(
+            pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
+            digests=[(group.key, byte_view(raw)) for group, raw in raws],
+            fact={
+                "tensor": tensor.value,
+                "crc32": [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(chunk))],
+            },
+        )
+
+    def _finish(self) -> Manifest:
+        """Checks the digests, then writes index, card, manifest and config, the last two last."""
+        results = {name: JobResult.from_entry(entry) for name, entry in self._target.done.items()}
+        self._check_copies(results)
+        layers = tuple(self._layer_record(position, results) for position in range(len(self._plans)))
+        old = self._checkpoint.manifest
+        files = {
+            name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
+            for name, result in sorted(results.items())
+        }
+        draft = replace(
+            old,
+            tool_version=__version__,
+            options=self._options,
+            layers=layers,
+            files=files,
+            verified=(*old.verified[:1], self._verified()),
+        )
+        served = {file.name: file.records for file in self._files.values()}
+        kinds = (FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
+        served |= {name: self._checkpoint.headers[name].tensors for name in self._checkpoint.names(*kinds)}
+        texts = {
+            INDEX: make_index(record for records in served.values() for record in records),
+            README: make_model_card(draft),
+            CONFIG: expected_config(draft),
+        }
+        for name, text in texts.items():
+            files[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made")
+        manifest = replace(draft, files=files)
+        for name in (INDEX, README):
+            self._target.write_file(name, texts[name])
+        self._target.write_file(MANIFEST, manifest.to_bytes())
+        self._target.write_file(CONFIG, texts[CONFIG])
+        self._target.finish()
+        return manifest
+
+    def _verified(self) -> dict[str, Any]:
+        return {
+            "check": "relayout",
+            "result": "every stored expert had its checksum and turned back into the source's tensors by their digests;"
+            " every new byte turned back into the old one before it was written",
+            "experts": sum(plan.layer.dims.experts for plan in self._plans),
+            "nbytes": sum(plan.prepared_nbytes for plan in self._plans),
+            "from": self._checkpoint.manifest.options.to_dict(),
+        }
+
+    def _kind(self, name: str) -> str:
+        return self._files[name].kind.value if name in self._files else self._checkpoint.manifest.files[name].kind
+
+    def _check_copies(self, results: dict[str, JobResult]) -> None:
+        for name in self._copied:
+            want = self._checkpoint.manifest.files[name].sha256
+            if results[name].sha256 != want:
+                raise _damaged(f"was changed: sha256 {want} expected, {results[name].sha256} found", name)
+
+    def _layer_record(self, position: int, results: dict[str, JobResult]) -> LayerRecord:
+        old, plan = self._checkpoint.manifest.layers[position], self._plans[position]
+        files = [file for file in self._files.values() if file.layer == position]
+        crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
+        for file in files:
+            for fact in results[file.name].facts:
+                crc32[fact["tensor"]] += fact["crc32"]
+            for key, digest in results[file.name].digests.items():
+                if digest != old.source_sha256[key]:
+                    raise _damaged(f"{key} is not what the source held", old.layer.experts_path)
+        return replace(
+            old,
+            layout=plan.layout,
+            files=tuple(file.name for file in files),
+            expert_crc32={name: tuple(values) for name, values in crc32.items()},
+        )
+
+
+def _damaged(what: str, where: str) -> VerificationError:
+    return VerificationError(
+        what, where=where, next_step="The prepared checkpoint is damaged: run nvfp4-prep verify on it."
+    )

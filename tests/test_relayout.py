@@ -1,0 +1,171 @@
+"""Relayout: the same bytes as a conversion of the source, and nothing that is not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
+from nvfp4_prep.errors import (
+    CheckpointError,
+    ResumeConflictError,
+    TargetError,
+    UnsupportedCheckpointError,
+    UsageError,
+    VerificationError,
+)
+from tiny_checkpoints import TinyLayer, config, merged, others, write
+
+CHANGES: list[dict[str, Any]] = [
+    {"gate_up_block": 16},
+    {"gate_up_block": 32, "moe_tp": 2},
+    {"layout": LayoutName.CUTEDSL_BATCHED},
+]
+
+
+def source(folder: Path, *, kind: str = "modelopt", differing: bool = True, **changes: Any) -> Path:
+    layers = [
+        TinyLayer(f"model.layers.{number}.mlp.experts", kind=kind, differing=differing, seed=number, **changes)
+        for number in range(2)
+    ]
+    tensors = merged([*(layer.tensors() for layer in layers), others()])
+    write(folder, tensors, shards=3)
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    return folder
+
+
+def tensor_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+def same_but_for_provenance(one: Path, other: Path) -> None:
+    """Everything but what says how it was made (manifest's ``verified`` and the card that quotes it)."""
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in names - {"nvfp4_prep.json", "README.md"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    a, b = (json.loads((folder / "nvfp4_prep.json").read_text()) for folder in (one, other))
+    for manifest in (a, b):
+        del manifest["verified"], manifest["files"]["README.md"]
+    assert a == b
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+def test_equals_a_conversion_of_the_source(tmp_path: Path, changes: dict[str, Any], policy: GateUpPolicy) -> None:
+    made = source(tmp_path / "source", intermediate=128)
+    convert(made, tmp_path / "old", ConvertOptions(gate_up_scales=policy))
+    result = relayout(tmp_path / "old", tmp_path / "new", **changes)
+    convert(made, tmp_path / "direct", ConvertOptions(gate_up_scales=policy, **changes))
+    same_but_for_provenance(tmp_path / "new", tmp_path / "direct")
+    assert result.manifest.options == ConvertOptions(gate_up_scales=policy, **changes)
+    assert [check["check"] for check in result.manifest.verified][-1] == "relayout"
+    assert verify(tmp_path / "new", source=made).ok
+    restore(tmp_path / "new", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config()
+
+
+def test_there_and_back_through_padding(tmp_path: Path) -> None:
+    """I 96 and H 144 are padded in one layout for each of the sizes; stacked, transposed source."""
+    layer = TinyLayer(intermediate=96, hidden=144)
+    made = write(tmp_path / "source", layer.llama4())
+    convert(made, tmp_path / "a")
+    relayout(tmp_path / "a", tmp_path / "b", gate_up_block=16, moe_tp=2)
+    relayout(tmp_path / "b", tmp_path / "c", gate_up_block=64, moe_tp=1)
+    same_but_for_provenance(tmp_path / "a", tmp_path / "c")
+    assert tensor_files(tmp_path / "a").keys() == tensor_files(tmp_path / "b").keys()
+    assert tensor_files(tmp_path / "a") != tensor_files(tmp_path / "b")
+
+
+def test_from_batched_the_block_is_the_usual_one(tmp_path: Path) -> None:
+    made = source(tmp_path / "source")
+    convert(made, tmp_path / "old", ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
+    result = relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.CUTEDSL)
+    assert result.manifest.options == ConvertOptions()
+
+
+def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
+    made = source(tmp_path / "source", intermediate=96)
+    convert(made, tmp_path / "old")
+    target = tmp_path / "new"
+    with pytest.raises(UsageError, match="has this layout already"):
+        relayout(tmp_path / "old", target)
+    with pytest.raises(UsageError, match="block height 48"):
+        relayout(tmp_path / "old", target, gate_up_block=48)
+    with pytest.raises(UnsupportedCheckpointError, match="pads nothing"):
+        relayout(tmp_path / "old", target, layout=LayoutName.CUTEDSL_BATCHED)
+    with pytest.raises(UnsupportedCheckpointError, match="cannot be split over 4"):
+        relayout(tmp_path / "old", target, moe_tp=4)
+    with pytest.raises(CheckpointError, match="no prepared checkpoint"):
+        relayout(made, target, gate_up_block=16)
+    with pytest.raises(TargetError, match="same directory"):
+        relayout(tmp_path / "old", tmp_path / "old", gate_up_block=16)
+    assert not target.exists()
+
+
+def test_experts_without_gate_have_no_batched_layout(tmp_path: Path) -> None:
+    layer = TinyLayer(names=("up_proj", "down_proj"), intermediate=128)
+    write(tmp_path / "source", layer.tensors(), config(mlp_hidden_act="relu2"))
+    convert(tmp_path / "source", tmp_path / "old")
+    with pytest.raises(UnsupportedCheckpointError, match="plain SiLU only"):
+        relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.CUTEDSL_BATCHED)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["experts-layer-00001.safetensors", "model-00001-of-00001.safetensors"])
+def test_a_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
+    convert(source(tmp_path / "source"), tmp_path / "old")
+    flip(tmp_path / "old" / name, (tmp_path / "old" / name).stat().st_size - 1)
+    with pytest.raises(VerificationError):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
+    assert not (tmp_path / "new" / "config.json").exists()
+    assert not (tmp_path / "new" / "nvfp4_prep.json").exists()
+
+
+def test_a_damaged_original_block_scale_is_found(tmp_path: Path) -> None:
+    """The rescaled experts' originals decide whether the source comes back; they are copied, so their digest is
+    checked."""
+    convert(source(tmp_path / "source"), tmp_path / "old")
+    path = tmp_path / "old" / "source-block-scales-layer-00001.safetensors"
+    flip(path, path.stat().st_size - 1)
+    with pytest.raises(VerificationError):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_continues_where_it_was_killed(tmp_path: Path) -> None:
+    convert(source(tmp_path / "source"), tmp_path / "old")
+    relayout(tmp_path / "old", tmp_path / "whole", gate_up_block=16)
+
+    class Kill(BaseException):
+        pass
+
+    class Progress:
+        def start(self, what: str, total: int, done: int) -> None:
+            self.left = 30_000
+
+        def advance(self, nbytes: int, what: str) -> None:
+            self.left -= nbytes
+            if self.left < 0:
+                raise Kill
+
+        def close(self) -> None:
+            return
+
+    with pytest.raises(Kill):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16, progress=Progress(), threads=1)
+    assert not (tmp_path / "new" / "config.json").exists()
+    with pytest.raises(ResumeConflictError):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=32)
+    result = relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
+    assert result.resumed
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes(), path.name

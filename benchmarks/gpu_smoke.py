@@ -1,0 +1,189 @@
+"""The smoke run of a whole Kimi-K2.5 layer on a card, and the table of mutations.
+
+    PYTHONPATH=kernels:converter:tests python benchmarks/gpu_smoke.py --mutation-experts 16 --page layer.html
+
+The layer is random, at full dimensions, prepared on the card by the Triton kernels. Without a card the mutation
+table is made at small dimensions with the torch backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mutations import MUTATIONS, PADDING_MUTATIONS
+from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
+from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
+from nvfp4_prep.smoke.page import make_page
+from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
+from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
+from nvfp4_prep_kernels.moe_types import MoeActivation, PreparedExperts
+from nvfp4_prep_kernels.triton_prepare import prepare
+
+KIMI_TOP_K = 8
+
+
+def random_layer(dims: MoeDims, device: torch.device, seed: int = 0) -> LayerUnderTest:
+    """Random codes and block scales, and the prepared layer."""
+    layout, generator = MoeLayout.cutedsl(gated=True), torch.Generator(device=device).manual_seed(seed)
+    source: dict[tuple[Projection, bool], torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in PreparedTensor:
+        shape = (dims.experts, *layout.source_shape(tensor, dims))
+        mine = []
+        for projection in layout.projections(tensor):
+            # scales from 2^-1 to 2^7, all mantissas; codes of any value
+            low, high = (48, 112) if tensor.is_scale else (0, 256)
+            part = torch.randint(low, high, shape, dtype=torch.uint8, device=device, generator=generator)
+            source[projection, tensor.is_scale] = part
+            mine.append(part)
+        if device.type == "cuda":
+            tensors[tensor.value] = prepare(layout, tensor, dims, *mine)
+        else:
+            tensors[tensor.value] = layout.apply(tensor, *mine).contiguous()
+    # gate and up of the size at which the activation is neither linear nor flat
+    scale_2 = (
+        (torch.rand(2, dims.experts, generator=torch.Generator().manual_seed(seed)) + 0.5) * 0.017 / dims.hidden**0.5
+    )
+    input_scale, fc2_input_scale = 0.0021, 0.01
+    same = torch.ones(dims.experts, device=device)
+
+    def expert(position: int) -> SourceExpert:
+        def matrix(name: Projection, value: float) -> SourceMatrix:
+            return SourceMatrix(source[name, False][position], source[name, True][position], value)
+
+        w13, w2 = float(scale_2[0, position]), float(scale_2[1, position])
+        return SourceExpert(matrix(Projection.GATE, w13), matrix(Projection.UP, w13), matrix(Projection.DOWN, w2))
+
+    return LayerUnderTest(
+        name="language_model.model.layers.1.mlp.experts",
+        index=1,
+        experts=tuple(range(dims.experts)),
+        experts_total=dims.experts,
+        prepared=PreparedExperts(
+            layout,
+            dims,
+            w13_weight_scale_2=scale_2[0].to(device),
+            w2_weight_scale_2=scale_2[1].to(device),
+            w13_input_scale=same * input_scale,
+            w2_input_scale=same * fc2_input_scale,
+            **tensors,
+        ),
+        source=expert,
+        activation=MoeActivation(),
+        top_k=min(KIMI_TOP_K, dims.experts),
+        input_scale=float((same * input_scale)[0]),
+        fc2_input_scale=float((same * fc2_input_scale)[0]),
+        w13_scale_2=tuple(scale_2[0].tolist()),
+        w2_scale_2=tuple(scale_2[1].tolist()),
+    )
+
+
+def say(report: LayerReport) -> str:
+    """One line of figures."""
+    worst = report.worst_expert.errors
+    errors = [figure.errors for figure in report.figures]
+    return ", ".join(
+        (
+            f"cosine >= {min(error.cosine for error in errors):.7f}",
+            f"relative error <= {max(error.relative for error in errors):.3g}",
+            f"noise floor {report.noise.relative:.3g} (worst {report.noise.worst:.3g} of tolerance)",
+            f"limit {max(error.relative_limit for error in errors):.3g}",
+            f"worst element {worst.worst:.3g} of its tolerance",
+            f"routings {[round(case.errors.worst, 4) for case in report.cases]}",
+            f"doubtful places {sum(figure.doubtful for figure in report.figures)}",
+            f"reference rms {worst.reference_rms:.3g}",
+            f"amplitude {report.amplitude:.3g}, intermediate {report.intermediate_range:.3g}",
+        )
+    )
+
+
+def whole_layer(chosen: ChosenBackend, experts: int) -> LayerReport:
+    """One full layer."""
+    layer = random_layer(MoeDims(experts, 2048, 7168), chosen.device)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    report = run_layer(layer, chosen.backend)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    peak = torch.cuda.max_memory_allocated()
+    report = replace(report, seconds=seconds, peak_nbytes=peak)
+    print(f"layer of {experts} experts: {'PASSED' if report.passed else 'FAILED'} in {seconds:.2f} s, {say(report)}")
+    print(f"memory: source and prepared layer {held / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
+    for problem in report.problems:
+        print("  ", problem)
+    return report
+
+
+def mutation_table(chosen: ChosenBackend, dims: MoeDims, padded: MoeDims) -> list[dict[str, Any]]:
+    """Each mutation and what caught it."""
+    rows = []
+    for group, mutations in ((dims, MUTATIONS), (padded, PADDING_MUTATIONS)):
+        layer = random_layer(group, chosen.device)
+        settings = SmokeSettings(noise_experts=1)
+        clean = run_layer(layer, chosen.backend, settings)
+        print(f"unchanged layer {group}: {'passed' if clean.passed else 'FAILED'}, {say(clean)}", flush=True)
+        rows.append({"mutation": "none", "dims": str(group), "caught": not clean.passed, "by": list(clean.problems)})
+        for name, mutate in mutations.items():
+            report = run_layer(replace(layer, prepared=mutate(layer.prepared)), chosen.backend, settings)
+            worst = report.worst_expert.errors
+            figures = {
+                "worst": worst.worst,
+                "relative": max(figure.errors.relative for figure in report.figures),
+                "cosine": min(figure.errors.cosine for figure in report.figures),
+                "wrong_experts": sum(not figure.errors.passed for figure in report.figures),
+            }
+            by = sorted({problem.split(":")[0] for problem in report.problems})
+            verdict = f"caught by {', '.join(by)}" if by else "NOT CAUGHT"
+            print(
+                f"{name:48} {verdict:36} worst element {worst.worst:9.3g} x tolerance, relative"
+                f" {figures['relative']:9.3g}, cosine {figures['cosine']:9.6f}, {figures['wrong_experts']} of"
+                f" {group.experts} experts",
+                flush=True,
+            )
+            rows.append({"mutation": name, "dims": str(group), "caught": bool(by), "by": by, **figures})
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=384)
+    parser.add_argument("--mutation-experts", type=int, default=16)
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    chosen = choose_backend()
+    print(chosen.facts)
+    on_card = chosen.device.type == "cuda"
+    count = arguments.mutation_experts
+    dims, padded = (
+        (MoeDims(count, 2048, 7168), MoeDims(count, 1856, 2688))
+        if on_card
+        else (
+            MoeDims(8, 128, 256),
+            MoeDims(8, 80, 272),
+        )
+    )
+    result: dict[str, Any] = {"mutations": mutation_table(chosen, dims, padded)}
+    if on_card:
+        layer = whole_layer(chosen, arguments.experts)
+        report = SmokeReport("a random layer at Kimi-K2.5 dimensions", "source", chosen.facts, 1, (layer,))
+        result["layer"] = report.summary()
+        if arguments.page:
+            arguments.page.write_text(make_page(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

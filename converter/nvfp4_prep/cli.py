@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nvfp4_prep import __version__
-from nvfp4_prep.errors import EXIT_CODES, ConversionInterrupted, NvfpPrepError, VerificationError
+from nvfp4_prep.errors import EXIT_CODES, ConversionInterrupted, NvfpPrepError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from nvfp4_prep.hub.push import PushResult
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.progress import Progress
 
@@ -40,6 +41,7 @@ def cli() -> None:
     nvfp4-prep verify   ./out --source ./DeepSeek-NVFP4   check every byte
     nvfp4-prep restore  ./out ./back                   and back again
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
+    nvfp4-prep push     ./out me/DeepSeek-NVFP4-prepared  publish it
     """
 
 
@@ -124,6 +126,18 @@ def _options(layout: str, gate_up_block: str, gate_up_scales: str, moe_tp: int) 
     return ConvertOptions(LayoutName(layout), int(gate_up_block), GateUpPolicy(gate_up_scales), moe_tp)
 
 
+def _publishing(command: _Command) -> _Command:
+    """Where and how to publish."""
+    decorators = [
+        click.option("--private", is_flag=True, help="Make the repository a private one."),
+        click.option("--revision", metavar="BRANCH", help="Branch to publish on; made if it does not exist."),
+        click.option("--create-pr", is_flag=True, help="Publish as a pull request; an open one is continued."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def _progress(quiet: bool) -> Progress:
     from nvfp4_prep.progress import choose_progress
 
@@ -133,7 +147,11 @@ def _progress(quiet: bool) -> Progress:
 @cli.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing; downloads headers only.")
+@click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
+@click.option("--push-to", metavar="USER/NAME", help="Publish each finished file on the Hub while the next is made.")
+@click.option("--stream-out", is_flag=True, help="With --push-to: delete each file here once it is published.")
+@_publishing
 @_conversion_options
 @_threads
 @_restart
@@ -142,6 +160,12 @@ def convert(
     source: str,
     target: Path,
     dry_run: bool,
+    keep_source: bool,
+    push_to: str | None,
+    stream_out: bool,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
     layout: str,
     gate_up_block: str,
     gate_up_scales: str,
@@ -153,22 +177,49 @@ def convert(
 ) -> None:
     """Prepare the experts of SOURCE and write a checkpoint to TARGET.
 
-    Killed at any moment, the same command continues and ends with the same bytes.
+    SOURCE is a directory or a Hub id: ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME. Killed at any moment, the same
+    command continues and ends with the same bytes.
 
     \b
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out --dry-run
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out
+    nvfp4-prep convert nvidia/Kimi-K2.5-NVFP4 ./out --push-to me/Kimi-K2.5-NVFP4-prepared --stream-out
     """
     from nvfp4_prep import conversion
+    from nvfp4_prep.hub import open_source
     from nvfp4_prep.reporting import plan_text, plan_value, relative_error_text
     from nvfp4_prep.units import format_nbytes
 
     options = _options(layout, gate_up_block, gate_up_scales, moe_tp)
+    _check_publishing(push_to, stream_out=stream_out, others=private or create_pr or revision is not None)
+    opened = open_source(source, target=target, keep_source=keep_source)
     if dry_run:
-        made = conversion.plan(source, options)
-        click.echo(json.dumps(plan_value(made)) if as_json else plan_text(made))
+        made = conversion.plan(opened, options)
+        room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
+        click.echo(json.dumps(plan_value(made, room)) if as_json else plan_text(made, room))
         return
-    result = conversion.convert(source, target, options, threads=threads, progress=_progress(quiet), restart=restart)
+    pushed: PushResult | None = None
+    if push_to is None:
+        result = conversion.convert(
+            opened, target, options, threads=threads, progress=_progress(quiet), restart=restart
+        )
+    else:
+        from nvfp4_prep.hub import quiet_client
+        from nvfp4_prep.hub.remote import PublishOptions
+        from nvfp4_prep.hub.stream import convert_and_publish
+
+        quiet_client()
+        result, pushed = convert_and_publish(
+            opened,
+            target,
+            push_to,
+            options,
+            publish_options=PublishOptions(private=private, revision=revision, create_pr=create_pr),
+            stream_out=stream_out,
+            threads=threads,
+            progress=_progress(quiet),
+            restart=restart,
+        )
     manifest = result.manifest
     if as_json:
         value = {
@@ -179,9 +230,12 @@ def convert(
             "layers": len(manifest.layers),
             "tp_sizes": list(manifest.tp_sizes),
             "verified": [dict(check) for check in manifest.verified],
+            "pushed": None if pushed is None else pushed.to_dict(),
         }
         click.echo(json.dumps(value))
         return
+    if pushed is not None:
+        _say_pushed(pushed)
     if result.already_complete:
         click.echo(f"{result.path} is complete already: nothing to do. Check it with nvfp4-prep verify {target}")
         return
@@ -207,30 +261,99 @@ def convert(
     click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)
 
 
+def _check_publishing(push_to: str | None, *, stream_out: bool, others: bool) -> None:
+    if push_to is None and (stream_out or others):
+        raise UsageError(
+            "--stream-out, --private, --revision and --create-pr say how to publish, but not where",
+            next_step="Add --push-to USER/NAME.",
+        )
+
+
+def _say_pushed(pushed: PushResult) -> None:
+    from nvfp4_prep.units import format_nbytes
+
+    click.echo(
+        f"{pushed.page}: {pushed.files} files, {format_nbytes(pushed.nbytes)}, compared with the manifest"
+        f" at commit {pushed.commit}"
+    )
+    click.echo(f"serve it: {pushed.serve}")
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="USER/NAME")
+@_publishing
+@click.option("--full", is_flag=True, help="Check every byte before, not only structure, sizes and headers.")
+@_threads
+@_common
+def push(
+    checkpoint: Path,
+    repository: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Publish a prepared CHECKPOINT on the Hugging Face Hub.
+
+    What verify would not pass is refused; the files that make it loadable come last, after all others were compared
+    with the manifest. Killed at any moment, the same command continues.
+    """
+    from nvfp4_prep.hub import push as pushing
+    from nvfp4_prep.hub import quiet_client
+    from nvfp4_prep.hub.remote import PublishOptions
+
+    quiet_client()
+    options = PublishOptions(private=private, revision=revision, create_pr=create_pr)
+    pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(pushed.to_dict()))
+        return
+    _say_pushed(pushed)
+    click.echo(f"next: nvfp4-prep verify {repository}{'' if not revision else '@' + revision}", err=True)
+
+
 @cli.command()
 @click.argument("checkpoint")
 @_common
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it."""
     from nvfp4_prep import inspection
+    from nvfp4_prep.hub import open_source
     from nvfp4_prep.reporting import inspection_text, inspection_value
 
-    found = inspection.inspect(checkpoint)
+    found = inspection.inspect(open_source(checkpoint))
     click.echo(json.dumps(inspection_value(found)) if as_json else inspection_text(found))
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint")
 @click.option("--source", help="Compare with this source too, byte by byte.")
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
 @_threads
 @_common
-def verify(checkpoint: Path, source: str | None, quick: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
-    """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source."""
+def verify(checkpoint: str, source: str | None, quick: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
+    """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
+
+    A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
+    """
     from nvfp4_prep import verification
+    from nvfp4_prep.hub import parse_address, quiet_client
     from nvfp4_prep.reporting import verify_text
 
-    report = verification.verify(checkpoint, source=source, quick=quick, threads=threads, progress=_progress(quiet))
+    address = parse_address(checkpoint)
+    if address is None:
+        report = verification.verify(checkpoint, source=source, quick=quick, threads=threads, progress=_progress(quiet))
+    elif source is not None:
+        raise UsageError("--source needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")
+    else:
+        from nvfp4_prep.hub.published import verify_published
+
+        quiet_client()
+        report = verify_published(address)
     click.echo(json.dumps(report.to_dict()) if as_json else verify_text(report))
     if not report.ok:
         sys.exit(VerificationError.exit_code)

@@ -91,10 +91,12 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
     """
     if isinstance(checkpoint, str | Path):
         if (Path(checkpoint) / MANIFEST).is_file():
-            return _inspect_prepared(Path(checkpoint))
+            return _inspect_prepared(PreparedCheckpoint(checkpoint))
         source: Source = LocalSource(Path(checkpoint))
     else:
         source = checkpoint
+        if any(file.name == MANIFEST for file in source.files()):
+            return _inspect_prepared(PreparedCheckpoint(source.label, source))
     try:
         return _inspect_source(source, str(checkpoint) if isinstance(checkpoint, str | Path) else source.label)
     finally:
@@ -169,8 +171,8 @@ def _short(config: dict[str, Any]) -> dict[str, Any]:
     return {key: flat[key] for key in keys if key in flat}
 
 
-def _inspect_prepared(path: Path) -> Inspection:
-    with PreparedCheckpoint(path) as opened:
+def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
+    with checkpoint as opened:
         manifest = opened.manifest
         layers = tuple(
             InspectedLayer(
@@ -190,10 +192,10 @@ def _inspect_prepared(path: Path) -> Inspection:
             for record in manifest.layers
         )
         passed = tuple(InspectedLayer(where, "passes through", reason) for where, reason in manifest.passed.items())
-        index = read_index(LocalSource(path))
+        index = read_index(opened.files)
         architectures = index.config.get("architectures")
         return Inspection(
-            path=str(path),
+            path=str(opened.path),
             prepared=True,
             model_type=str(index.config.get("model_type", "")),
             architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),

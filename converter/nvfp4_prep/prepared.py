@@ -17,7 +17,7 @@ from nvfp4_prep.moe_layers import TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.scalars import LayerScalars, interpret_scalars
-from nvfp4_prep.source import LocalSource
+from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
@@ -33,24 +33,54 @@ class PreparedCheckpoint:
         files: its bytes, as a source.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, files: Source | None = None) -> None:
         """Reads the manifest.
 
+        Args:
+            path: the directory, or what to call it where ``files`` is given.
+            files: its bytes, where they are not in a directory.
+
         Raises:
-            CheckpointError: if the directory is no complete prepared checkpoint.
+            CheckpointError: if it is no complete prepared checkpoint.
             SourceError: if it cannot be read.
         """
         self.path = Path(path)
-        if not (self.path / MANIFEST).is_file():
-            unfinished = (self.path / WORK_FOLDER).is_dir()
+        if files is None:
+            self._check_directory()
+        self.files = files or LocalSource(self.path)
+        if MANIFEST not in self.sizes:
             raise CheckpointError(
-                "holds an unfinished conversion" if unfinished else f"is no prepared checkpoint (no {MANIFEST})",
+                f"is no prepared checkpoint, or not wholly published (no {MANIFEST})",
                 where=str(path),
-                next_step="Run the same convert command again." if unfinished else "Make one with nvfp4-prep convert.",
+                next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
-        self.files = LocalSource(self.path)
-        raw = self.files.peek(MANIFEST, 0, (self.path / MANIFEST).stat().st_size)
-        self.manifest = Manifest.from_bytes(raw, str(self.path / MANIFEST))
+        self.manifest = Manifest.from_bytes(self.read_file(MANIFEST), str(self.path / MANIFEST))
+
+    def _check_directory(self) -> None:
+        if (self.path / MANIFEST).is_file():
+            return
+        unfinished = (self.path / WORK_FOLDER).is_dir()
+        raise CheckpointError(
+            "holds an unfinished conversion" if unfinished else f"is no prepared checkpoint (no {MANIFEST})",
+            where=str(self.path),
+            next_step="Run the same convert command again." if unfinished else "Make one with nvfp4-prep convert.",
+        )
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file that is there, by name."""
+        return {file.name: file.nbytes for file in self.files.files()}
+
+    def read_file(self, name: str) -> bytes:
+        """A small file, whole.
+
+        Raises:
+            CheckpointError: if it is missing.
+            SourceError: if it cannot be read.
+        """
+        if name not in self.sizes:
+            raise CheckpointError("is missing", where=name)
+        return self.files.peek(name, 0, self.sizes[name])
 
     def __enter__(self) -> Self:
         return self

@@ -20,8 +20,8 @@ _COMMON_TP_SIZES = (1, 2, 4, 8)
 __all__ = ["inspection_text", "inspection_value", "plan_text", "plan_value", "relative_error_text", "verify_text"]
 
 
-def plan_value(plan: Plan) -> dict[str, Any]:
-    """A plan for ``--json``."""
+def plan_value(plan: Plan, download_nbytes: int = 0) -> dict[str, Any]:
+    """A plan for ``--json``; ``download_nbytes`` is the room that downloaded shards take at most."""
     return {
         "source": plan.source_label,
         "revision": plan.source_revision,
@@ -51,11 +51,13 @@ def plan_value(plan: Plan) -> dict[str, Any]:
         "output_nbytes": plan.output_nbytes,
         "memory_nbytes": MEMORY_BUDGET_NBYTES,
         "peak_source_shards_nbytes": plan.peak_shards_nbytes,
+        "download_nbytes": download_nbytes,
+        "peak_disk_nbytes": plan.output_nbytes + download_nbytes,
     }
 
 
-def plan_text(plan: Plan) -> str:
-    """A plan for people."""
+def plan_text(plan: Plan, download_nbytes: int = 0) -> str:
+    """A plan for people; ``download_nbytes`` is the room that downloaded shards take at most."""
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
@@ -79,6 +81,14 @@ def plan_text(plan: Plan) -> str:
     lines += [
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
+        *(
+            [
+                f"         downloads take at most {format_nbytes(download_nbytes)} on top,"
+                f" {format_nbytes(plan.output_nbytes + download_nbytes)} in all"
+            ]
+            if download_nbytes
+            else []
+        ),
         f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
     ]
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 
 def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    there = {file.name: file.nbytes for file in checkpoint.files.files()}
+    there = checkpoint.sizes
     for name, file in checkpoint.manifest.files.items():
         if name not in there:
             problems.add(name, "is missing")
@@ -70,13 +70,11 @@ def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     try:
-        raw = (checkpoint.path / CONFIG).read_bytes()
+        raw = checkpoint.read_file(CONFIG)
         expected = expected_config(checkpoint.manifest)
         if raw != expected:
             changed = _changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
             problems.add(CONFIG, f"differs from what was converted in {', '.join(changed) or 'its formatting'}")
-    except OSError as error:
-        problems.add(CONFIG, f"cannot be read ({error.strerror})")
     except KeyError:
         problems.add(MANIFEST, f"does not hold the source's {CONFIG}")
     except NvfpPrepError as error:
@@ -102,7 +100,7 @@ def _check_vectors(checkpoint: PreparedCheckpoint, name: Any, experts: int, prob
 
 
 def _check_index(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    raw = checkpoint.files.peek(INDEX, 0, (checkpoint.path / INDEX).stat().st_size)
+    raw = checkpoint.read_file(INDEX)
     weight_map = read_json_file(INDEX, raw).get("weight_map")
     served = {record.name: name for name in checkpoint.names(*_SERVED) for record in checkpoint.headers[name].tensors}
     if not isinstance(weight_map, dict):

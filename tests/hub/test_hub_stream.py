@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -196,3 +197,7 @@ def test_a_failed_conversion_does_not_wait_for_uploads(
     with pytest.raises(HubError, match="gone"):
         go(Breaks(LocalSource(local)), tmp_path / "out")  # type: ignore[arg-type]
     assert time.monotonic() - began < 15
+    hub.halt.set()
+    for thread in threading.enumerate():
+        if thread.name == "nvfp4-prep-push":
+            thread.join(20)

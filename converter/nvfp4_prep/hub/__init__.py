@@ -1,5 +1,49 @@
-"""The Hugging Face Hub as source and as place of publication, through the official client (1.x and 2.x)."""
+"""The Hugging Face Hub as source and as place of publication, through the official client (1.x and 2.x).
+
+The command line's side of it; the work is done in the modules beside this one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
-__all__ = ["HubAddress", "parse_address"]
+if TYPE_CHECKING:
+    from nvfp4_prep.hub.source import HubSource
+
+__all__ = ["HubAddress", "open_source", "parse_address", "quiet_client"]
+
+
+def open_source(text: str, *, target: Path | None = None, keep_source: bool = False) -> str | HubSource:
+    """A Hub id as an opened source, anything else as it is: a path.
+
+    Args:
+        text: as the user wrote it.
+        target: the conversion's target, whose work folder takes the downloads; None where nothing is downloaded.
+        keep_source: download to the user's cache instead, and leave it there.
+
+    Raises:
+        UsageError: if ``hf://`` is followed by no model repository.
+        HubError: if the repository cannot be read.
+    """
+    address = parse_address(text)
+    if address is None:
+        return text
+    from nvfp4_prep.hub.source import HubSource
+    from nvfp4_prep.target import SOURCE_FOLDER, WORK_FOLDER
+
+    quiet_client()
+    work_dir = None if target is None else target / WORK_FOLDER / SOURCE_FOLDER
+    return HubSource(address, work_dir=work_dir, keep_source=keep_source)
+
+
+def quiet_client() -> None:
+    """Prepares the official client for a program: no bars beside ours, and no request that waits for ever."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from nvfp4_prep.hub.client import limit_waiting
+
+    disable_progress_bars()
+    limit_waiting()

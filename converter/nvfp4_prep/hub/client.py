@@ -15,12 +15,12 @@ from typing import TypeVar
 
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
 
-__all__ = ["Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
+__all__ = ["AGAIN", "Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-_AGAIN = "Run the same command again: it continues where it stopped."
+AGAIN = "Run the same command again: it continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ def persist(
             waited_s = time.monotonic() - since
             if waited_s + wait_s > patience.give_up_after_s:
                 raise HubError(
-                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})", next_step=_AGAIN
+                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})", next_step=AGAIN
                 ) from error
             _log.warning("%s: %s; next attempt in %.0f s", what, _brief(error), wait_s)
             if (stop or threading.Event()).wait(wait_s):
-                raise HubError(f"{what} was stopped", next_step=_AGAIN) from error
+                raise HubError(f"{what} was stopped", next_step=AGAIN) from error
             wait_s = min(2 * wait_s, patience.longest_wait_s)
 
 
@@ -149,7 +149,7 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
         if isinstance(item, hub.HfHubHTTPError):
             return _translate_http(item, where)
         if isinstance(item, OSError) and item.errno == errno.ENOSPC:
-            return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {_AGAIN}")
+            return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {AGAIN}")
         if isinstance(item, hub.FileMetadataError):
             return HubError(
                 f"the answer did not come from a Hub ({_brief(item)})",
@@ -157,7 +157,7 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
                 next_step="Check HF_ENDPOINT, proxies and firewalls.",
             )
     if is_transient(error):
-        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=_AGAIN)
+        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=AGAIN)
     return None
 
 
@@ -170,10 +170,13 @@ def _translate_http(error: Exception, where: str) -> HubError:
     elif isinstance(error, hub.DisabledRepoError):
         what, step = "is disabled on the Hub", "Choose another repository."
     elif status == 401 and "Invalid" in str(error) + (error.response.text if hasattr(error, "response") else ""):
-        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {_AGAIN}"
+        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {AGAIN}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = "does not exist on the Hub, or is private and your token cannot see it"
-        step = "Check the spelling; for a private repository: hf auth login, or set HF_TOKEN."
+        step = (
+            "Check the spelling (a directory of that name is not here either); for a private repository: hf auth login,"
+            " or set HF_TOKEN."
+        )
     elif isinstance(error, hub.RevisionNotFoundError):
         what, step = "has no such revision", "Give a branch, a tag or a full commit hash that the repository has."
     elif isinstance(error, hub.EntryNotFoundError):
@@ -184,7 +187,7 @@ def _translate_http(error: Exception, where: str) -> HubError:
             "Use a token that may do this: hf auth login.",
         )
     else:
-        what, step = f"the Hub answered {status} ({_brief(error)})", _AGAIN
+        what, step = f"the Hub answered {status} ({_brief(error)})", AGAIN
     return HubError(what, where=where, next_step=step)
 
 

@@ -180,6 +180,7 @@ class Downloader:
                 )
             for piece in response.iter_bytes():
                 content += piece
+                self._count(len(piece))
                 if len(content) > wanted:
                     break  # a wrong answer; how long it would become is not our memory's business
         if len(content) != wanted:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep.errors import TargetError, UsageError, VerificationError
+from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import LocalFile, Snapshot
@@ -118,8 +118,6 @@ def publish(
     """The uploading half of :func:`push`; with ``remote`` it finishes what a conversion sent there file by file."""
     raw = (directory / MANIFEST).read_bytes()
     manifest = Manifest.from_bytes(raw, str(directory / MANIFEST))
-    if options.create_pr and options.revision:
-        raise UsageError("--create-pr and --revision exclude each other: a pull request is a branch of its own")
     remote = remote or RemoteRepository(
         repo_id,
         options,

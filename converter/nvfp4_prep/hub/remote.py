@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from nvfp4_prep.errors import HubError, TargetError
+from nvfp4_prep.errors import HubError, TargetError, UsageError
 from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist
 from nvfp4_prep.hub.files import LocalFile, Snapshot, read_snapshot
 
@@ -36,6 +36,11 @@ class PublishOptions:
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises :class:`UsageError` if the options exclude each other."""
+        if self.create_pr and self.revision:
+            raise UsageError("--create-pr and --revision exclude each other: a pull request is a branch of its own")
 
 
 class RemoteRepository:
@@ -165,6 +170,16 @@ class RemoteRepository:
                 operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file.path))
         if not operations:
             return before
+        for operation in operations:
+            if isinstance(operation, CommitOperationAdd):
+                # One by one: the client sends several in a thread pool that an interrupt would have to wait for.
+                self.api.preupload_lfs_files(
+                    self.repo_id, [operation], revision=self.revision, num_threads=1, free_memory=False
+                )
+                if self.stop.is_set():
+                    raise HubError(
+                        "publishing was stopped", where=self.repo_id, next_step="The same command continues."
+                    )
         self.api.create_commit(
             self.repo_id,
             operations,

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ _HEAD_NBYTES = 1 << 20
 _SMALL_NBYTES = 64 << 20
 _SMALL_KEPT = 4
 _HEADER_THREADS = 8
+_FIRST_CONTACT_S = 60.0
+"""Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ class HubSource:
 
         patience = patience or Patience()
         api = api or HfApi()
-        self.snapshot = read_snapshot(api, address.repo_id, address.revision, patience)
+        first = replace(patience, give_up_after_s=min(patience.give_up_after_s, _FIRST_CONTACT_S))
+        self.snapshot = read_snapshot(api, address.repo_id, address.revision, first)
         self.label = address.repo_id
         self.revision: str | None = self.snapshot.commit
         self.work_dir = work_dir
@@ -106,6 +109,11 @@ class HubSource:
         self._small: OrderedDict[str, bytes] = OrderedDict()
         self._heads: dict[str, Future[bytes]] = {}
         self._seen: dict[str, dict[tuple[int, int], bytes]] = {}
+
+    @property
+    def received_nbytes(self) -> int:
+        """Bytes that came over the network so far (plain transfers only; Xet does not tell)."""
+        return self.downloader.received_nbytes
 
     # ------------------------------------------------------------------ planning
 

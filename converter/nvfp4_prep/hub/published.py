@@ -1,0 +1,67 @@
+"""Verify what is published, from the Hub's own listing and a few ranges instead of a download."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvfp4_prep.hub.address import HubAddress
+from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.source import HubSource
+from nvfp4_prep.manifest import Manifest
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.structure import check_structure
+from nvfp4_prep.verification import VerifyReport
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["verify_published"]
+
+
+class _RangeSource(HubSource):
+    """Reads by range requests only; never downloads a file of weights."""
+
+    def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
+        """See :class:`~nvfp4_prep.source.Source`."""
+        buffer[:] = self.peek(file, offset_bytes, len(buffer))
+
+
+def verify_published(
+    address: HubAddress, *, api: HfApi | None = None, patience: Patience | None = None
+) -> VerifyReport:
+    """Checks a published checkpoint against its manifest without downloading its weights.
+
+    Every file's size and sha256 as the Hub lists them (it computes the hash of what it stores), the small files' bytes,
+    the stamp, and headers and index by range. What it cannot see is whether the manifest's hashes describe a right
+    conversion: that takes the bytes (``nvfp4-prep verify`` on a download).
+
+    Raises:
+        CheckpointError: if the repository holds no stamped checkpoint.
+        HubError: if it cannot be reached or read.
+    """
+    files = _RangeSource(address, patience=patience, api=api)
+    with PreparedCheckpoint(Path(str(address)), files) as opened:
+        problems = Problems()
+        compared = _compare(files, opened.manifest, problems)
+        check_structure(opened, problems)
+        checks = (
+            f"published: sizes and hashes of {compared} files against the manifest, as the Hub lists them"
+            f" at commit {files.snapshot.commit}",
+            "structure: manifest, stamp, file list, sizes, headers, index",
+        )
+        return VerifyReport(opened.path, opened.manifest, "published", problems.found, checks, files.received_nbytes)
+
+
+def _compare(files: HubSource, manifest: Manifest, problems: Problems) -> int:
+    listed = files.snapshot.files
+    for name, record in manifest.files.items():
+        remote = listed.get(name)
+        if remote is None or remote.nbytes != record.nbytes:
+            continue  # the structure's check says so
+        sha256 = remote.sha256 or hashlib.sha256(files.downloader.read_whole(remote)).hexdigest()
+        if sha256 != record.sha256:
+            problems.add(name, "holds other bytes than the manifest says", f"sha256 {record.sha256}", sha256)
+    return len(manifest.files)

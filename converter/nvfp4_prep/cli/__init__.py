@@ -1,0 +1,53 @@
+"""The command line: a thin shell around the library's functions of the same names.
+
+One module for a command. Data goes to stdout, progress and hints to stderr. torch is imported by the commands when
+they run, not by ``--help``.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from nvfp4_prep import __version__
+from nvfp4_prep.cli.check import inspect, verify
+from nvfp4_prep.cli.convert import convert
+from nvfp4_prep.cli.push import push
+from nvfp4_prep.cli.relayout import relayout
+from nvfp4_prep.cli.restore import restore
+from nvfp4_prep.cli.sample import sample
+from nvfp4_prep.errors import EXIT_CODES
+
+__all__ = ["cli", "main"]
+
+_EXIT_CODES = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
+
+
+@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="nvfp4-prep")
+def cli() -> None:
+    """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
+
+    \b
+    nvfp4-prep inspect  ./DeepSeek-NVFP4               what is it, and can it be prepared?
+    nvfp4-prep convert  ./DeepSeek-NVFP4 ./out         prepare it
+    nvfp4-prep verify   ./out --source ./DeepSeek-NVFP4   check every byte
+    nvfp4-prep restore  ./out ./back                   and back again
+    nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
+    nvfp4-prep push     ./out me/DeepSeek-NVFP4-prepared  publish it
+    """
+
+
+for _command in (inspect, convert, verify, restore, relayout, push, sample):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Entry point of ``nvfp4-prep``."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli(prog_name="nvfp4-prep")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

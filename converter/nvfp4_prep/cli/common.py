@@ -1,0 +1,133 @@
+"""What the commands share: options, ``--json`` and ``--quiet``, errors as one line, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError
+
+if TYPE_CHECKING:
+    from nvfp4_prep.options import ConvertOptions
+    from nvfp4_prep.progress import Progress
+
+__all__ = [
+    "common",
+    "conversion_options",
+    "make_options",
+    "make_progress",
+    "publishing_options",
+    "restart_option",
+    "threads_option",
+]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def common(command: _Command) -> _Command:
+    """``--json`` and ``--quiet``, typed errors as one line, exit codes."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+    @functools.wraps(command)
+    def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
+        try:
+            command(*args, as_json=as_json, **kwargs)
+        except NvfpPrepError as error:
+            _fail(error, as_json=as_json)
+        except KeyboardInterrupt:
+            _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(error: NvfpPrepError, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(error.to_dict()))
+    click.echo(f"error: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def threads_option(command: _Command) -> _Command:
+    """``--threads``."""
+    option = click.option(
+        "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+    )
+    return option(command)
+
+
+def restart_option(command: _Command) -> _Command:
+    """``--restart``."""
+    option = click.option("--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it.")
+    return option(command)
+
+
+def conversion_options(command: _Command) -> _Command:
+    """The options that decide the output's bytes; :func:`make_options` takes their values."""
+    decorators = [
+        click.option(
+            "--layout",
+            type=click.Choice(["cutedsl", "cutedsl-batched"]),
+            default="cutedsl",
+            show_default=True,
+            help="Kernel to prepare for; the batched one is for DeepEP low latency.",
+        ),
+        click.option(
+            "--gate-up-block",
+            type=click.Choice(["64", "32", "16"]),
+            default="64",
+            show_default=True,
+            help="Rows in one gate/up block.",
+        ),
+        click.option(
+            "--gate-up-scales",
+            type=click.Choice(["reconcile", "vllm", "error"]),
+            default="reconcile",
+            show_default=True,
+            help="Where gate and up have different global scales: rescale one side, take gate's, or refuse.",
+        ),
+        click.option(
+            "--moe-tp",
+            type=click.IntRange(1, 1024),
+            default=1,
+            show_default=True,
+            help="Tensor-parallel size to pad for, where padding depends on it.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def make_options(layout: str, gate_up_block: str, gate_up_scales: str, moe_tp: int) -> ConvertOptions:
+    """The library's value of :func:`conversion_options`."""
+    from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+
+    return ConvertOptions(LayoutName(layout), int(gate_up_block), GateUpPolicy(gate_up_scales), moe_tp)
+
+
+def publishing_options(command: _Command) -> _Command:
+    """Where and how to publish."""
+    decorators = [
+        click.option("--private", is_flag=True, help="Make the repository a private one."),
+        click.option("--revision", metavar="BRANCH", help="Branch to publish on; made if it does not exist."),
+        click.option("--create-pr", is_flag=True, help="Publish as a pull request; an open one is continued."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def make_progress(quiet: bool) -> Progress:
+    """Bar, log lines or nothing, whatever fits stderr."""
+    from nvfp4_prep.progress import choose_progress
+
+    return choose_progress(quiet=quiet)

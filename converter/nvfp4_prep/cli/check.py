@@ -28,7 +28,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--source", help="Compare with this source too, byte by byte.")
+@click.option("--source", help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.")
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
 @threads_option
 @common
@@ -38,13 +38,14 @@ def verify(checkpoint: str, source: str | None, quick: bool, threads: int | None
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
     """
     from nvfp4_prep import verification
-    from nvfp4_prep.hub import parse_address, quiet_client
+    from nvfp4_prep.hub import open_ranges, parse_address, quiet_client
     from nvfp4_prep.reporting import verify_text
 
     address = parse_address(checkpoint)
     if address is None:
+        origin = None if source is None else open_ranges(source)
         report = verification.verify(
-            checkpoint, source=source, quick=quick, threads=threads, progress=make_progress(quiet)
+            checkpoint, source=origin, quick=quick, threads=threads, progress=make_progress(quiet)
         )
     elif source is not None:
         raise UsageError("--source needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")

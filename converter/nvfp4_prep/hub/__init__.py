@@ -13,7 +13,7 @@ from nvfp4_prep.hub.address import HubAddress, parse_address
 if TYPE_CHECKING:
     from nvfp4_prep.hub.source import HubSource
 
-__all__ = ["HubAddress", "open_source", "parse_address", "quiet_client"]
+__all__ = ["HubAddress", "open_ranges", "open_source", "parse_address", "quiet_client"]
 
 
 def open_source(text: str, *, target: Path | None = None, keep_source: bool = False) -> str | HubSource:
@@ -37,6 +37,19 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
     quiet_client()
     work_dir = None if target is None else target / WORK_FOLDER / SOURCE_FOLDER
     return HubSource(address, work_dir=work_dir, keep_source=keep_source)
+
+
+def open_ranges(text: str) -> str | HubSource:
+    """A Hub id as a source that is read by ranges and never downloaded, anything else as it is; errors as
+    :func:`open_source`.
+    """
+    address = parse_address(text)
+    if address is None:
+        return text
+    from nvfp4_prep.hub.source import RangeSource
+
+    quiet_client()
+    return RangeSource(address)
 
 
 def quiet_client() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
-from nvfp4_prep.hub.source import HubSource
+from nvfp4_prep.hub.source import HubSource, RangeSource
 from nvfp4_prep.manifest import Manifest
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 __all__ = ["verify_published"]
-
-
-class _RangeSource(HubSource):
-    """Reads by range requests only; never downloads a file of weights."""
-
-    def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
-        """See :class:`~nvfp4_prep.source.Source`."""
-        buffer[:] = self.peek(file, offset_bytes, len(buffer))
 
 
 def verify_published(
@@ -42,7 +34,7 @@ def verify_published(
         CheckpointError: if the repository holds no stamped checkpoint.
         HubError: if it cannot be reached or read.
     """
-    files = _RangeSource(address, patience=patience, api=api)
+    files = RangeSource(address, patience=patience, api=api)
     with PreparedCheckpoint(Path(str(address)), files) as opened:
         problems = Problems()
         compared = _compare(files, opened.manifest, problems)

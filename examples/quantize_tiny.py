@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -98,20 +99,31 @@ def make_with_modelopt(family: str, out: Path, shard: str) -> None:
     export_hf_checkpoint(model, export_dir=str(out), max_shard_size=shard)
 
 
+def tokenizer():  # type: ignore[no-untyped-def]
+    """One word for each token; llm-compressor wants a tokenizer even for token ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{number}": number for number in range(SIZES["vocab_size"])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), pad_token="t0")
+
+
 def make_with_llm_compressor(family: str, out: Path, shard: str) -> None:
     """One-shot NVFP4 (W4A4) with calibration of all experts."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    model = build(family, seed=3)
-    rows = [batch[0].tolist() for batch in calibration(4)]
-    data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-    recipe = QuantizationModifier(
-        targets="Linear", scheme="NVFP4", ignore=["lm_head", "re:.*mlp.gate$", "re:.*moe.gate$"]
-    )
-    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=256, num_calibration_samples=len(rows))
-    model.save_pretrained(str(out), save_compressed=True, max_shard_size=shard)
+    with tempfile.TemporaryDirectory() as saved:
+        build(family, seed=3).save_pretrained(saved)
+        tokenizer().save_pretrained(saved)
+        rows = [batch[0].tolist() for batch in calibration(4)]
+        data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        ignore = ["lm_head", "re:.*mlp.gate$", "re:.*moe.gate$"]
+        recipe = QuantizationModifier(targets="Linear", scheme="NVFP4", ignore=ignore)
+        model = oneshot(model=saved, dataset=data, recipe=recipe, max_seq_length=256, num_calibration_samples=len(rows))
+        model.save_pretrained(str(out), save_compressed=True, max_shard_size=shard)
 
 
 def environment(folder: Path, packages: list[str]) -> Path:

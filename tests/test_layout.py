@@ -49,7 +49,11 @@ def layers(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims]:
     kind = draw(st.sampled_from(["standard", "relu2", "batched"]))
     moe_tp = draw(st.integers(1, 3))
     if kind == "batched":
-        dims = MoeDims(draw(st.integers(1, 3)), moe_tp * 64 * draw(st.integers(1, 2)), 128 * draw(st.integers(1, 2)))
+        dims = MoeDims(
+            draw(st.integers(1, 3)),
+            moe_tp * (64 if moe_tp == 1 else 128) * draw(st.integers(1, 2)),
+            128 * draw(st.integers(1, 2)),
+        )
         return MoeLayout.cutedsl_batched(moe_tp=moe_tp), dims
     gated = kind == "standard"
     layout = MoeLayout.cutedsl(
@@ -135,6 +139,7 @@ def test_projections_and_their_order() -> None:
         (MoeLayout.cutedsl(gated=True), MoeDims(1, 64, 250)),
         (MoeLayout.cutedsl(gated=True), MoeDims(0, 64, 256)),
         (MoeLayout.cutedsl(gated=True, moe_tp=8), MoeDims(1, 64, 256)),
+        (MoeLayout.cutedsl_batched(moe_tp=2), MoeDims(1, 128, 256)),
         (MoeLayout.cutedsl(gated=True, moe_tp=3), MoeDims(1, 64, 256)),
         (MoeLayout.cutedsl_batched(), MoeDims(1, 96, 256)),
         (MoeLayout.cutedsl_batched(), MoeDims(1, 64, 192)),

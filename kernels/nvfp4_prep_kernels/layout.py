@@ -144,6 +144,12 @@ class MoeLayout:
                 f"the batched kernel pads nothing: intermediate size per rank {rank_intermediate} must be a multiple"
                 f" of 64 and hidden size {dims.hidden} of 128; use the standard layout (cutedsl)"
             )
+        if self.gated and not self.interleaved and self.moe_tp > 1 and rank_intermediate % 128:
+            raise LayoutError(
+                f"the batched layout keeps [gate; up]: {self.moe_tp} tensor-parallel ranks can share it only in whole"
+                f" swizzle tiles of 128 rows, and intermediate size per rank {rank_intermediate} is no multiple of that;"
+                " use the standard layout (cutedsl) or expert parallelism"
+            )
 
     def padded_hidden(self, hidden: int) -> int:
         """Hp."""
@@ -187,7 +193,7 @@ class MoeLayout:
 
         def serves(size: int) -> bool:
             if size == self.moe_tp:
-                return True
+                return True  # made for it, and checked
             share, rest = divmod(dims.intermediate, size)
             return whole and rest == 0 and share % alignment == 0
 

@@ -147,7 +147,7 @@ class MoeLayout:
         if self.gated and not self.interleaved and self.moe_tp > 1 and rank_intermediate % 128:
             raise LayoutError(
                 f"the batched layout keeps [gate; up]: {self.moe_tp} tensor-parallel ranks can share it only in whole"
-                f" swizzle tiles of 128 rows, and intermediate size per rank {rank_intermediate} is no multiple of that;"
+                f" swizzle tiles of 128 rows, of which intermediate size per rank {rank_intermediate} is no multiple;"
                 " use the standard layout (cutedsl) or expert parallelism"
             )
 

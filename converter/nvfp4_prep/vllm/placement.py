@@ -103,7 +103,7 @@ class Placement:
         if actual == expected:
             return
         raise ServingError(
-            f"tensor {name} of the checkpoint does not fit the model: {_count_hint(name, expected[0], actual[0])}",
+            f"tensor {name} of the checkpoint does not fit the model: {_difference(expected[0], actual[0])}",
             where=self.layer_name,
             expected=f"{list(expected[0])} {expected[1]}",
             actual=f"{list(actual[0])} {actual[1]}",
@@ -111,7 +111,7 @@ class Placement:
         )
 
 
-def _count_hint(name: str, expected: Sequence[int], actual: Sequence[int]) -> str:
-    if len(expected) == len(actual) and expected[0] != actual[0]:
-        return "another number of experts"
-    return "other sizes" if len(expected) == len(actual) else "another rank"
+def _difference(expected: Sequence[int], actual: Sequence[int]) -> str:
+    if expected == actual:
+        return "another dtype"
+    return "another number of experts" if list(expected[1:]) == list(actual[1:]) else "other sizes"

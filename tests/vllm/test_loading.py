@@ -1,0 +1,146 @@
+"""Load formats, dummy weights, reloads, other kernels' block heights, the batched layout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from compare import KERNEL, differences, experts_snapshot, snapshot
+from results import Checkpoints
+from test_refusals import batched_all_to_all, installed_kernel_with
+from tiny_models import FAMILIES, TinyModel
+from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
+
+from nvfp4_prep.options import ConvertOptions, LayoutName
+
+QWEN, DEEPSEEK, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"], FAMILIES["nemotron_h"]
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+def state_of(directory: Path, **options: Any) -> dict[str, Any]:
+    """The expert layers' state after loading."""
+    config = make_vllm_config(directory, **{"moe_backend": "auto", **options})
+    with rank_of(config):
+        layers = routed_experts(load_model(config))
+        return {f"{name}/{key}": v for name, layer in layers.items() for key, v in experts_snapshot(layer).items()}
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"load_format": "safetensors"},
+        {"model_loader_extra_config": {"enable_multithread_load": True, "num_threads": 3}},
+        {"safetensors_load_strategy": "eager"},
+        {"safetensors_load_strategy": "prefetch"},
+    ],
+    ids=["safetensors", "multithread", "eager", "prefetch"],
+)
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK], ids=lambda model: model.family)
+def test_load_formats(checkpoints: Checkpoints, model: TinyModel, load: dict[str, Any]) -> None:
+    source, prepared = checkpoints.get(model)
+    expected = state_of(source, moe_backend="flashinfer_cutedsl")
+    assert differences(expected, state_of(prepared, load=load)) == []
+
+
+def test_dummy_weights_need_no_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """--load-format dummy: positive scales, the same shapes and sizes as with files."""
+    _, prepared = checkpoints.get(QWEN)
+    (tmp_path / "config.json").write_bytes((prepared / "config.json").read_bytes())
+    dummy, real = state_of(tmp_path, load={"load_format": "dummy"}), state_of(prepared)
+    assert dummy.keys() == real.keys()
+    for name, value in real.items():
+        if isinstance(value, torch.Tensor):
+            assert (dummy[name].shape, dummy[name].dtype) == (value.shape, value.dtype), name
+        else:
+            assert dummy[name] == value, name
+        if name.endswith(("scale_2", "input_scale")):
+            assert bool((dummy[name] > 0).all())
+
+
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK, NEMOTRON], ids=lambda model: model.family)
+def test_layerwise_reload_twice(checkpoints: Checkpoints, model: TinyModel) -> None:
+    """The same values in the same storage, scales multiplied once, the kernel object reading that storage."""
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    _, prepared = checkpoints.get(model)
+    _, other = checkpoints.get(replace(model, family=f"{model.family}x"))  # other bytes, same sizes
+    config = make_vllm_config(prepared, moe_backend="auto")
+    with rank_of(config):
+        loaded = load_model(config)
+        first, where = snapshot(loaded), storage_of(loaded)
+        for directory in (other, prepared, prepared):
+            reload_weights(config, loaded, None, str(directory), is_checkpoint_format=True)
+            assert storage_of(loaded) == where
+            if directory == other:
+                assert any("w13_weight" in name for name in differences(first, snapshot(loaded)))
+                assert differences(experts_only(snapshot(loaded)), state_of_open(other)) == []
+        assert differences(first, snapshot(loaded)) == []
+
+
+def storage_of(model: torch.nn.Module) -> dict[str, int]:
+    """Addresses of the parameters, and of the tensors that the kernel object holds."""
+    addresses = {}
+    for name, layer in routed_experts(model).items():
+        addresses |= {f"{name}/{key}": param.data_ptr() for key, param in layer.named_parameters()}
+        quant = layer.quant_method.moe_quant_config
+        addresses |= {f"{name}/kernel.{key}": getattr(quant, key).data_ptr() for key in KERNEL}
+        assert quant.w1_scale.data_ptr() == layer.w13_weight_scale.data_ptr()
+        assert quant.g1_alphas.data_ptr() == layer.w13_weight_scale_2.data_ptr()
+    return addresses
+
+
+def experts_only(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if "/" in name}
+
+
+def state_of_open(directory: Path) -> dict[str, Any]:
+    """The state of another checkpoint, loaded beside the current one in the same groups."""
+    from vllm.config import set_current_vllm_config
+
+    config = make_vllm_config(directory, moe_backend="auto")
+    with set_current_vllm_config(config):
+        return experts_only(snapshot(load_model(config)))
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("model", [QWEN, QWEN.with_sizes(4, 320, 96)], ids=["aligned", "padded"])
+def test_relayout_while_loading(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, block: int, model: TinyModel
+) -> None:
+    """A kernel that wants other blocks: with NVFP4_PREP_RELAYOUT=1 the result is what that vLLM prepares itself."""
+    monkeypatch.setenv("NVFP4_PREP_RELAYOUT", "1")
+    source, prepared = checkpoints.get(model)
+    with installed_kernel_with(block):
+        expected = state_of(source, moe_backend="flashinfer_cutedsl")
+        assert differences(expected, state_of(prepared)) == []
+        _, as_wanted = checkpoints.get(model, ConvertOptions(gate_up_block=block))
+        assert differences(expected, state_of(as_wanted)) == []
+    assert any(name.endswith("w13_weight") for name in differences(expected, state_of(prepared)))
+
+
+@contextlib.contextmanager
+def batched_prepare() -> Iterator[None]:
+    """vLLM's own torch implementation of a batched prepare/finalize in DeepEP's place, which is not installed."""
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+
+    made = BatchedPrepareAndFinalize(max_num_tokens=16, num_local_experts=8, num_dispatchers=1, rank=0)
+    with batched_all_to_all(), mock.patch.object(nvfp4, "maybe_make_prepare_finalize", lambda **_: made):
+        yield
+
+
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK, QWEN.with_sizes(8, 384, 192)], ids=["qwen", "deepseek", "384x192"])
+def test_batched_layout(checkpoints: Checkpoints, model: TinyModel) -> None:
+    source, prepared = checkpoints.get(model, ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
+    with batched_prepare():
+        expected = state_of(source, moe_backend="flashinfer_cutedsl")
+        actual = state_of(prepared)
+    assert differences(expected, actual) == []
+    classes = [value for name, value in actual.items() if name.endswith("/classes")]
+    assert classes == [("FlashInferCuteDSLBatchedExperts", "FLASHINFER_CUTEDSL_BATCHED")] * 2

@@ -1,0 +1,141 @@
+"""What the plugin must not do: touch stock checkpoints. And what plain vLLM must do: refuse a prepared one."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import Counts, counting, differences, snapshot
+from results import REFUSALS, Checkpoints
+from tiny_models import FAMILIES
+from vllm.model_executor.layers import quantization
+from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
+
+from nvfp4_prep.vllm import register
+
+QWEN = FAMILIES["qwen3_moe"]
+COMPRESSED = replace(QWEN, quant="compressed-tensors", ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
+MIXED = replace(QWEN, quant="modelopt_mixed")
+LEGACY = replace(FAMILIES["deepseek_v3"], quant="modelopt_legacy")
+STOCK = {"modelopt": QWEN, "mixed": MIXED, "compressed-tensors": COMPRESSED, "hf_quant_config.json": LEGACY}
+
+
+@contextlib.contextmanager
+def without_plugin() -> Iterator[None]:
+    """vLLM's registry as it is without the plugin."""
+    custom, methods = dict(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG), list(quantization.QUANTIZATION_METHODS)
+    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.clear()
+    quantization.QUANTIZATION_METHODS[:] = [name for name in methods if name != "nvfp4_prep"]
+    try:
+        yield
+    finally:
+        quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.update(custom)
+        quantization.QUANTIZATION_METHODS[:] = methods
+
+
+def observe(directory: Path, **options: Any) -> dict[str, Any]:
+    """Everything that a user or a model could notice of the resolved configuration, and all loaded state."""
+    config = make_vllm_config(directory, **options)
+    with rank_of(config), counting(Counts()):  # which gives parameters that no file has a fixed value
+        model = load_model(config)
+        layers = routed_experts(model).values()
+        quant = config.quant_config
+        return {
+            **snapshot(model),
+            "method": config.model_config.quantization,
+            "nvfp4": config.model_config.is_nvfp4_quantized(),
+            "config class": type(quant),
+            "config name": quant.get_name(),
+            "config state": {key: repr(value) for key, value in vars(quant).items()},
+            "hf config": config.model_config.hf_config.quantization_config,
+            "arch config": config.model_config.model_arch_config.quantization_config,
+            "expert methods": [type(layer.quant_method) for layer in layers],
+            "requested backends": [layer.moe_config.moe_backend for layer in layers],
+            "methods": sorted({type(getattr(m, "quant_method", None)).__name__ for m in model.modules()}),
+        }
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_stock_checkpoint_behaves_as_without_the_plugin(checkpoints: Checkpoints, kind: str) -> None:
+    source, _ = checkpoints.get(STOCK[kind])
+    with without_plugin():
+        before = observe(source)
+    register()
+    after = observe(source)
+    if kind == "mixed":
+        before.pop("config state"), after.pop("config state")  # sub-config objects, whose repr is their address
+    assert differences(before, after) == []
+    assert after["expert methods"] == before["expert methods"]
+
+
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+def test_the_backend_choice_for_a_stock_checkpoint_stays(checkpoints: Checkpoints, kind: str) -> None:
+    """With --moe-backend auto the choice among all backends is vLLM's own."""
+    source, _ = checkpoints.get(STOCK[kind])
+    with without_plugin():
+        before = observe(source, moe_backend="auto")
+    register()
+    assert differences(before, observe(source, moe_backend="auto")) == []
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_a_prepared_checkpoint_resolves_as_its_source(checkpoints: Checkpoints, kind: str) -> None:
+    """What other parts of vLLM ask for: method name, NVFP4 or not, the quantization config, linear layers' methods."""
+    source, prepared = checkpoints.get(STOCK[kind])
+    register()
+    stock, ours = observe(source), observe(prepared, moe_backend="auto")
+    same = ("method", "nvfp4", "config name")
+    assert {key: ours[key] for key in same} == {key: stock[key] for key in same}
+    assert stock["nvfp4"]
+    assert isinstance(ours["config class"], type) and issubclass(ours["config class"], stock["config class"])
+    if kind != "mixed":  # that one holds sub-config objects, whose repr is their address
+        assert {key: value for key, value in ours["config state"].items() if key != "stamp"} == stock["config state"]
+    for place in ("hf config", "arch config"):
+        assert {key: value for key, value in ours[place].items() if key != "nvfp4_prep_stamp"} == stock[place]
+    stock_experts = {method.__name__ for method in stock["expert methods"]}
+    assert set(ours["methods"]) - {"PreparedNvFp4MoEMethod"} == set(stock["methods"]) - stock_experts
+
+
+def test_plain_vllm_refuses_a_prepared_checkpoint(checkpoints: Checkpoints) -> None:
+    """Before anything is loaded, with the method's name in the message."""
+    _, prepared = checkpoints.get(QWEN)
+    with without_plugin(), pytest.raises(ValueError, match="Unknown quantization method: nvfp4_prep") as caught:
+        make_vllm_config(prepared)
+    REFUSALS.append(("plain vLLM, no plugin", str(caught.value).splitlines()[1].strip()[:120] + " …"))
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from vllm_on_cpu import bring_up, make_vllm_config
+bring_up()
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from pathlib import Path
+config = make_vllm_config(Path({directory!r}), moe_backend="auto")
+print("RESOLVED", config.model_config.quantization, type(config.quant_config).__name__)
+"""
+
+
+@pytest.mark.parametrize(("plugins", "served"), [(None, True), ("nvfp4_prep", True), ("something_else", False)])
+def test_the_installed_entry_point_is_what_vllm_loads(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, plugins: str | None, served: bool
+) -> None:
+    """In a process of its own, through importlib.metadata, with and without the allow-list VLLM_PLUGINS."""
+    _, prepared = checkpoints.get(QWEN)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    script = SCRIPT.format(path=[str(Path(__file__).parent)], directory=str(prepared))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    if served:
+        assert "RESOLVED modelopt_fp4 PreparedModelOptNvFp4Config" in done.stdout, done.stderr
+    else:
+        assert done.returncode != 0
+        assert "Unknown quantization method: nvfp4_prep" in done.stderr

@@ -21,6 +21,9 @@ from vllm_functions import load_vllm_preparation
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, triton_prepare
 from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
 
+_QUEUE_CYCLES = 4_000_000
+"""About 2 ms of waiting on the card, so that a side's launches are queued before its first kernel starts: what is timed
+is the card's work, on all sides alike."""
 LAYOUT = MoeLayout.cutedsl(gated=True)
 
 
@@ -42,6 +45,7 @@ def times_ms(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, lis
     for _ in range(repeats):
         for name, run in sides.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_QUEUE_CYCLES)
             start.record()
             result = run()
             end.record()

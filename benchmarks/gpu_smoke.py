@@ -89,6 +89,7 @@ def random_layer(dims: MoeDims, device: torch.device, seed: int = 0) -> LayerUnd
 def say(report: LayerReport) -> str:
     """One line of figures."""
     worst = report.worst_expert.errors
+    stages = [figure.stages for figure in report.figures if figure.stages is not None]
     errors = [figure.errors for figure in report.figures]
     return ", ".join(
         (
@@ -97,6 +98,9 @@ def say(report: LayerReport) -> str:
             f"noise floor {report.noise.relative:.3g} (worst {report.noise.worst:.3g} of tolerance)",
             f"limit {max(error.relative_limit for error in errors):.3g}",
             f"worst element {worst.worst:.3g} of its tolerance",
+            f"stages alone {max((stage.first.worst for stage in stages), default=-1):.3g} and"
+            f" {max((stage.second.worst for stage in stages), default=-1):.3g}, misrounded"
+            f" {sum(stage.misrounded for stage in stages)}",
             f"routings {[round(case.errors.worst, 4) for case in report.cases]}",
             f"doubtful places {sum(figure.doubtful for figure in report.figures)}",
             f"reference rms {worst.reference_rms:.3g}",
@@ -135,17 +139,16 @@ def mutation_table(chosen: ChosenBackend, dims: MoeDims, padded: MoeDims) -> lis
         rows.append({"mutation": "none", "dims": str(group), "caught": not clean.passed, "by": list(clean.problems)})
         for name, mutate in mutations.items():
             report = run_layer(replace(layer, prepared=mutate(layer.prepared)), chosen.backend, settings)
-            worst = report.worst_expert.errors
             figures = {
-                "worst": worst.worst,
+                "worst": report.worst_expert.worst,
                 "relative": max(figure.errors.relative for figure in report.figures),
                 "cosine": min(figure.errors.cosine for figure in report.figures),
-                "wrong_experts": sum(not figure.errors.passed for figure in report.figures),
+                "wrong_experts": sum(bool(figure.problems) for figure in report.figures),
             }
             by = sorted({problem.split(":")[0] for problem in report.problems})
             verdict = f"caught by {', '.join(by)}" if by else "NOT CAUGHT"
             print(
-                f"{name:48} {verdict:36} worst element {worst.worst:9.3g} x tolerance, relative"
+                f"{name:48} {verdict:62} worst element {figures['worst']:9.3g} x tolerance, relative"
                 f" {figures['relative']:9.3g}, cosine {figures['cosine']:9.6f}, {figures['wrong_experts']} of"
                 f" {group.experts} experts",
                 flush=True,

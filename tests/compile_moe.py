@@ -25,6 +25,7 @@ GATE_UP = {
     "sorted_pairs": "*i32",
     "block_experts": "*i32",
     "out": "*fp16",
+    "hidden_out": "*fp32",
     **dict.fromkeys(("act_alpha", "act_beta", "act_limit", "situ_beta", "situ_linear_beta"), "fp32"),
 }
 DOWN = {

@@ -125,6 +125,19 @@ def _dirty(experts: PreparedExperts, tensor: PreparedTensor) -> PreparedExperts:
     return replace(experts, **{tensor.value: changed})
 
 
+def one_code_in_w13(experts: PreparedExperts) -> PreparedExperts:
+    """A single e2m1 code of expert 1 changes its lowest bit: the smallest change there is."""
+    changed = experts.w13_weight.clone()
+    changed[1, 77, 9] ^= 0x10
+    return replace(experts, w13_weight=changed)
+
+
+def one_code_in_w2(experts: PreparedExperts) -> PreparedExperts:
+    changed = experts.w2_weight.clone()
+    changed[1, 77, 9] ^= 0x10
+    return replace(experts, w2_weight=changed)
+
+
 MUTATIONS: dict[str, Mutation] = {
     "gate and up swapped": gate_and_up_swapped,
     "rows not interleaved": rows_not_interleaved,
@@ -143,6 +156,8 @@ MUTATIONS: dict[str, Mutation] = {
     "one zeroed block of 16 in w2": a_zeroed_block_in_w2,
     "nibble order shifted in w13": nibbles_shifted_in_w13,
     "nibble order shifted in w2": nibbles_shifted_in_w2,
+    "a single code in w13": one_code_in_w13,
+    "a single code in w2": one_code_in_w2,
 }
 """For a gated layer without padding."""
 

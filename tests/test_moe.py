@@ -77,15 +77,17 @@ def test_prepared_layer_computes_what_the_source_computes(case: str, backend: Mo
     tokens = random_tokens(layer, 20, 2, device)
     expected, tolerance = reference(layer, tokens)
     out = torch.full((20, layer.prepared.padded_hidden), math.nan, device=device)
-    intermediate = backend(layer.prepared, tokens, layer.activation, out)
+    trace = backend(layer.prepared, tokens, layer.activation, out)
     hidden, inter = layer.prepared.dims.hidden, layer.prepared.dims.intermediate
     assert expected.abs().mean() > 1e-4
     assert bool(((out[:, :hidden] - expected).abs() <= tolerance).all())
     assert bool((out[:, hidden:] == 0).all())
-    assert intermediate is not None and intermediate.shape == (40, layer.prepared.padded_intermediate)
-    assert bool(intermediate.isfinite().all())
-    if layer.prepared.layout.moe_tp == 1:
-        assert bool((intermediate[:, inter:] == 0).all())
+    assert trace is not None
+    for values in (trace.hidden, trace.quantized):
+        assert values.shape == (40, layer.prepared.padded_intermediate)
+        assert bool(values.isfinite().all())
+        if layer.prepared.layout.moe_tp == 1:
+            assert bool((values[:, inter:] == 0).all())
 
 
 @pytest.mark.parametrize("case", CASES)

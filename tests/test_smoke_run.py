@@ -69,7 +69,9 @@ def test_one_changed_block_in_a_file_is_found(source: Path, tmp_path: Path) -> N
     change(path / "experts-layer-00002.safetensors", ".w2_weight", 960, bytes(8))  # row 15, its first block
     report = run_smoke(path, source, settings=SETTINGS)
     assert [layer.passed for layer in report.layers] == [True, False]
-    assert any(problem.startswith("experts: 1 of 6 wrong, expert 0") for problem in report.layers[1].problems)
+    assert any(
+        problem.startswith("second GEMM: 1 of 6 experts wrong, expert 0") for problem in report.layers[1].problems
+    )
     assert run_smoke(path, settings=SETTINGS).passed
     page = make_page(report)
     assert "Failed" in page and "expert 0" in page

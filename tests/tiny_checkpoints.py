@@ -1,7 +1,7 @@
 """Tiny NVFP4 checkpoints of every kind, written with the official safetensors library.
 
-Random codes and block scales, never zeros; global scales differ from expert to expert. Nothing here uses the converter,
-so that reading is tested against another writer.
+Random codes and block scales, never zeros; global scales differ from expert to expert. Nothing here uses the
+converter, so that reading is tested against another writer.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeTokens, MoeTrace, PreparedExperts
 
 __all__ = ["FlashInferMoe", "FlashInferUnavailableError", "bind_call", "find_entry_point", "mma_view"]
 
@@ -150,7 +150,7 @@ class FlashInferMoe:
 
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
-    ) -> torch.Tensor | None:
+    ) -> MoeTrace | None:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`; the intermediate stays inside the kernel."""
         if not experts.layout.interleaved and experts.layout.gated:
             raise FlashInferUnavailableError("the batched layout is for another kernel; use the triton backend")

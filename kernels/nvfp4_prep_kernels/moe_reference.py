@@ -29,12 +29,23 @@ from nvfp4_prep_kernels.layout import BLOCK_COLS
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation
 from nvfp4_prep_kernels.nvfp4 import E2M1_MAX, decode, quantize_codes, round_e4m3
 
-__all__ = ["ACCUMULATION", "FUNCTION", "Evaluation", "SourceExpert", "SourceMatrix", "evaluate"]
+__all__ = [
+    "ACCUMULATION",
+    "FUNCTION",
+    "OUTPUT",
+    "Evaluation",
+    "SourceExpert",
+    "SourceMatrix",
+    "evaluate",
+    "evaluate_down",
+]
 
 ACCUMULATION = 2.0**-20
 """Error of a float32 dot product over |a| * |b|. Random rounding gives 2^-25; tensor cores truncate, which adds up."""
 FUNCTION = 2.0**-19
 """Relative error of exp2, 1/x and a few float32 products: each approximation is good to 2^-22."""
+OUTPUT = 2.0**-21
+"""Relative error of the last products and of the sum over a token's experts."""
 # The largest slope of g * sigmoid(alpha * g) for any alpha, and of SiTU, rounded up.
 _SLOPE = 1.1
 
@@ -69,17 +80,26 @@ class SourceExpert:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One expert's outputs.
+    """One expert's outputs, all float32.
 
     Attributes:
-        out: ``float32 [T, H]``.
-        tolerance: ``float32 [T, H]``, what a correct float32 implementation may differ by.
-        doubtful: places of the intermediate whose rounding is in doubt.
+        out: ``[T, H]``.
+        tolerance: ``[T, H]``, what a correct float32 implementation may differ by.
+        hidden, hidden_tolerance: ``[T, I]``, the activation's output and what it may differ by.
+        quantized, spread: ``[T, I]``, code * block scale of it, and what rounding may change there.
     """
 
     out: torch.Tensor
     tolerance: torch.Tensor
-    doubtful: int
+    hidden: torch.Tensor
+    hidden_tolerance: torch.Tensor
+    quantized: torch.Tensor
+    spread: torch.Tensor
+
+    @property
+    def doubtful(self) -> int:
+        """Places of the intermediate whose rounding is in doubt."""
+        return int((self.spread > 0).sum())
 
 
 def evaluate(
@@ -110,8 +130,31 @@ def evaluate(
     down = expert.down.decode()
     alpha = expert.down.global_scale * fc2_input_scale
     out = _product(quantized, down, None if order is None else order[1]) * alpha
-    bound = spread @ down.abs().T + ACCUMULATION * _norm(quantized) * _norm(down).T
-    return Evaluation(out, bound * abs(alpha) + 2.0**-22 * out.abs(), int((spread > 0).sum()))
+    bound = spread @ down.abs().T * abs(alpha) + _down_bound(quantized, down, alpha)
+    return Evaluation(out, bound + OUTPUT * out.abs(), hidden, error, quantized, spread)
+
+
+def evaluate_down(
+    expert: SourceExpert, quantized: torch.Tensor, fc2_input_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second GEMM alone, from an intermediate that an implementation has shown.
+
+    Args:
+        expert: source tensors.
+        quantized: ``float32 [T, I]``, code * block scale.
+        fc2_input_scale: the layer's.
+
+    Returns:
+        ``(out, tolerance)``, ``[T, H]``: with the intermediate given, no rounding is in doubt.
+    """
+    down = expert.down.decode()
+    alpha = expert.down.global_scale * fc2_input_scale
+    out = quantized @ down.T * alpha
+    return out, _down_bound(quantized, down, alpha) + OUTPUT * out.abs()
+
+
+def _down_bound(quantized: torch.Tensor, down: torch.Tensor, alpha: float) -> torch.Tensor:
+    return ACCUMULATION * abs(alpha) * _norm(quantized) * _norm(down).T
 
 
 def _project(

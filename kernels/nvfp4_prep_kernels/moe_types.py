@@ -11,7 +11,7 @@ import torch
 
 from nvfp4_prep_kernels.layout import MoeDims, MoeLayout
 
-__all__ = ["ActivationFunction", "MoeActivation", "MoeBackend", "MoeTokens", "PreparedExperts"]
+__all__ = ["ActivationFunction", "MoeActivation", "MoeBackend", "MoeTokens", "MoeTrace", "PreparedExperts"]
 
 
 class ActivationFunction(enum.StrEnum):
@@ -140,6 +140,19 @@ class MoeTokens:
         return self.expert_ids.shape[1]
 
 
+@dataclass(frozen=True)
+class MoeTrace:
+    """What lies between the two GEMMs, where an implementation can show it; ``[T * k, Ip]``, pair ``t * k + slot``.
+
+    Attributes:
+        hidden: ``float32``, the activation's output.
+        quantized: code * block scale of it, which the second GEMM reads.
+    """
+
+    hidden: torch.Tensor
+    quantized: torch.Tensor
+
+
 class MoeBackend(Protocol):
     """One implementation of the fused MoE over the prepared layout."""
 
@@ -155,10 +168,6 @@ class MoeBackend(Protocol):
 
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Writes ``out [T, Hp]``.
-
-        Returns:
-            The quantized intermediate ``[T * k, Ip]`` where the implementation can show it, else ``None``.
-        """
+    ) -> MoeTrace | None:
+        """Writes ``out [T, Hp]``; gives the intermediate where the implementation can show it."""
         ...

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, MoeTrace, PreparedExperts
 from nvfp4_prep_kernels.nvfp4 import decode, quantize
 
 __all__ = ["TorchMoe"]
@@ -25,13 +25,14 @@ class TorchMoe:
 
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
-    ) -> torch.Tensor | None:
+    ) -> MoeTrace | None:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`."""
         hidden, inter = experts.padded_hidden, experts.padded_intermediate
         pairs = tokens.expert_ids.numel()
         x = decode(tokens.codes, tokens.block_scales)
         contributions = torch.full((pairs, hidden), torch.nan, device=out.device)
-        intermediate = torch.full((pairs, inter), torch.nan, device=out.device)
+        hidden_values = torch.full((pairs, inter), torch.nan, device=out.device)
+        quantized = torch.full((pairs, inter), torch.nan, device=out.device)
         flat = tokens.expert_ids.flatten()
         inverse = float(experts.fc2_inverse_scale)
         up_rows, gate_rows = _row_order(experts, out.device)
@@ -40,13 +41,14 @@ class TorchMoe:
             weight = decode(experts.w13_weight[expert], _read_swizzled(experts.w13_weight_scale[expert], hidden // 16))
             product = x[mine // tokens.top_k] @ weight.T * experts.w13_alpha[expert]
             gate = None if gate_rows is None else product[:, gate_rows]
-            codes, scales = quantize(activation(gate, product[:, up_rows]), inverse)
-            intermediate[mine] = codes * scales.repeat_interleave(16, dim=-1)
+            hidden_values[mine] = activation(gate, product[:, up_rows])
+            codes, scales = quantize(hidden_values[mine], inverse)
+            quantized[mine] = codes * scales.repeat_interleave(16, dim=-1)
             down = decode(experts.w2_weight[expert], _read_swizzled(experts.w2_weight_scale[expert], inter // 16))
-            contributions[mine] = intermediate[mine] @ down.T * experts.w2_alpha[expert]
+            contributions[mine] = quantized[mine] @ down.T * experts.w2_alpha[expert]
         weighted = contributions.view(-1, tokens.top_k, hidden) * tokens.weights.unsqueeze(-1)
         torch.sum(weighted, dim=1, out=out)
-        return intermediate
+        return MoeTrace(hidden_values, quantized)
 
 
 def _row_order(experts: PreparedExperts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

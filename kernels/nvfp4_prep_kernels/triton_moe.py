@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, MoeTrace, PreparedExperts
 
 __all__ = ["TritonMoe"]
 
@@ -30,10 +30,10 @@ class TritonMoe:
 
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
-    ) -> torch.Tensor | None:
+    ) -> MoeTrace | None:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`.
 
-        Memory: ``T * k * (4 * Hp + 2 * Ip)`` bytes beside the output, NaN where nothing was written.
+        Memory: ``T * k * (4 * Hp + 8 * Ip)`` bytes beside the output, NaN where nothing was written.
         """
         from nvfp4_prep_kernels import triton_moe_kernels as kernels
 
@@ -43,6 +43,7 @@ class TritonMoe:
         rows = _LARGE_ROWS if pairs >= 32 * experts.w13_weight.shape[0] else _SMALL_ROWS
         sorted_pairs, block_experts = sort_pairs(tokens.expert_ids, experts.w13_weight.shape[0], rows)
         halves = torch.full((pairs, inter), torch.nan, dtype=torch.float16, device=device)
+        hidden_values = torch.full((pairs, inter), torch.nan, dtype=torch.float32, device=device)
         contributions = torch.full((pairs, hidden), torch.nan, dtype=torch.float32, device=device)
         channels = 64
         layout = experts.layout
@@ -57,6 +58,7 @@ class TritonMoe:
                 sorted_pairs,
                 block_experts,
                 halves,
+                hidden_values,
                 activation.alpha,
                 activation.beta,
                 activation.limit,
@@ -89,7 +91,7 @@ class TritonMoe:
                 num_warps=4,
             )
         torch.sum(contributions.view(-1, tokens.top_k, hidden), dim=1, out=out)
-        return halves.view(pairs, 2, inter // 2).transpose(1, 2).reshape(pairs, inter)
+        return MoeTrace(hidden_values, halves.view(pairs, 2, inter // 2).transpose(1, 2).reshape(pairs, inter).float())
 
 
 def sort_pairs(expert_ids: torch.Tensor, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:

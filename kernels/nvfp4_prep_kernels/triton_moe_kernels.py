@@ -91,6 +91,7 @@ def gemm_gate_up(
     sorted_pairs,
     block_experts,
     out,
+    hidden_out,
     act_alpha,
     act_beta,
     act_limit,
@@ -165,7 +166,9 @@ def gemm_gate_up(
     value = tl.reshape(_round_e2m1(blocks * factor) * scale, (BM, BN))
     place = channel % 2 * (INTER // 2) + channel // 2
     target = out + tl.where(real, pair, 0).to(tl.int64)[:, None] * INTER + place[None, :]
-    tl.store(target, value.to(tl.float16), mask=real[:, None] & (channel < INTER)[None, :])
+    inside = real[:, None] & (channel < INTER)[None, :]
+    tl.store(target, value.to(tl.float16), mask=inside)
+    tl.store(hidden_out + tl.where(real, pair, 0).to(tl.int64)[:, None] * INTER + channel[None, :], hidden, mask=inside)
 
 
 @triton.jit

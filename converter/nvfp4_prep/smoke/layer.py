@@ -8,11 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep.smoke.report import CaseFigures, ErrorFigures, ExpertFigures, LayerReport, NoiseFloor
+from nvfp4_prep.smoke.report import (
+    CaseFigures,
+    ErrorFigures,
+    ExpertFigures,
+    LayerReport,
+    NoiseFloor,
+    StageFigures,
+)
 from nvfp4_prep.smoke.tokens import Routing, pack_tokens, random_tokens, routed_tokens, routings
 from nvfp4_prep_kernels import PreparedTensor
-from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate
-from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, PreparedExperts
+from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate, evaluate_down
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTrace, PreparedExperts
 
 __all__ = ["LayerUnderTest", "SmokeSettings", "run_layer"]
 
@@ -75,10 +82,10 @@ def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSetting
     generator = torch.Generator(device=device).manual_seed(settings.seed + layer.index)
     cases = routings(len(layer.experts), layer.top_k, settings.per_expert, settings.routed, generator)
     count = sum(case.tokens for case in cases)
-    values = random_tokens(count, layer.prepared.dims.hidden, settings.per_expert, generator)
+    values = random_tokens(count, layer.prepared.dims.hidden, generator)
     amplitude, reach = _choose_amplitude(layer, values[: 2 * settings.per_expert])
     values = values * amplitude
-    outputs, stray = _run_backend(layer, backend, values, cases)
+    outputs, trace, stray = _run_backend(layer, backend, values, cases)
     _, _, x = pack_tokens(values, layer.input_scale, layer.prepared.padded_hidden)
     wanted = _Expected(layer, cases, x)
     figures, noise = [], []
@@ -89,7 +96,8 @@ def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSetting
             noise.append(wanted.noise(position, expert, generator))
         rows = slice(position * settings.per_expert, (position + 1) * settings.per_expert)
         errors = wanted.judge(cases[0], outputs[0], backend.out_dtype, rows)
-        figures.append(ExpertFigures(layer.experts[position], settings.per_expert, errors, result.doubtful))
+        stages = None if trace is None else _stages(layer, expert, result, trace, cases[0], outputs[0], rows)
+        figures.append(ExpertFigures(layer.experts[position], settings.per_expert, errors, result.doubtful, stages))
     return LayerReport(
         name=layer.name,
         index=layer.index,
@@ -136,19 +144,51 @@ def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[floa
 
 def _run_backend(
     layer: LayerUnderTest, backend: MoeBackend, values: torch.Tensor, cases: tuple[Routing, ...]
-) -> tuple[list[torch.Tensor], int]:
-    """Outputs ``[T, H]`` of each case, and how many padded outputs are not zero."""
+) -> tuple[list[torch.Tensor], MoeTrace | None, int]:
+    """Outputs ``[T, H]`` of each case, the first case's trace, and how many padded outputs are not zero."""
     prepared, hidden = layer.prepared, layer.prepared.dims.hidden
     # a server quantizes with the prepared file's scale, whatever it is
     packed, blocks, _ = pack_tokens(values, float(prepared.w13_input_scale[0]), prepared.padded_hidden)
-    outputs, stray = [], 0
+    outputs, traces, stray = [], [], 0
     for case in cases:
         shape = (case.tokens, prepared.padded_hidden)
         out = torch.full(shape, math.nan, dtype=backend.out_dtype, device=values.device)
-        backend(prepared, routed_tokens(packed, blocks, case), layer.activation, out)
+        traces.append(backend(prepared, routed_tokens(packed, blocks, case), layer.activation, out))
         stray += int((out[:, hidden:] != 0).sum())
         outputs.append(out[:, :hidden].to(torch.float32))
-    return outputs, stray
+    return outputs, traces[0], stray
+
+
+def _stages(
+    layer: LayerUnderTest,
+    expert: SourceExpert,
+    wanted: Evaluation,
+    trace: MoeTrace,
+    alone: Routing,
+    out: torch.Tensor,
+    rows: slice,
+) -> StageFigures:
+    """Each stage of one expert on its own; the first rows of ``wanted`` are the tokens that go to it alone."""
+    count = rows.stop - rows.start
+    columns = _real_columns(layer.prepared, out.device)
+    hidden, quantized = (values[rows][:, columns].to(torch.float32) for values in (trace.hidden, trace.quantized))
+    known = torch.where(quantized.isfinite(), quantized, 0.0)
+    strayed = (quantized - wanted.quantized[:count]).abs() > wanted.spread[:count] * (1 + 1e-6)
+    down, tolerance = evaluate_down(expert, known, layer.fc2_input_scale)
+    weights = alone.weights[rows]
+    return StageFigures(
+        first=compare(hidden, wanted.hidden[:count], wanted.hidden_tolerance[:count]),
+        misrounded=int((strayed | ~quantized.isfinite()).sum()),
+        second=compare(out[rows], down * weights, tolerance * weights),
+    )
+
+
+def _real_columns(prepared: PreparedExperts, device: torch.device) -> torch.Tensor:
+    """Channels of the padded intermediate that the source has."""
+    size = prepared.padded_intermediate // prepared.layout.moe_tp
+    share = prepared.dims.intermediate // prepared.layout.moe_tp
+    channel = torch.arange(prepared.padded_intermediate, device=device)
+    return channel[channel % size < share]
 
 
 class _Expected:

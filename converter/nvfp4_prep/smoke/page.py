@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from nvfp4_prep.smoke.chart import error_chart
-from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport
+from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport, StageFigures
 
 __all__ = ["make_page"]
 
@@ -137,7 +136,7 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
                 _number(max(figure.relative for figure in errors)),
                 _number(layer.noise.relative),
                 _number(max(figure.relative_limit for figure in errors)),
-                _number(max(figure.worst for figure in errors)),
+                _number(max(figure.worst for figure in layer.figures)),
                 f"{sum(figure.unwritten for figure in errors)}",
                 f"{layer.dirty_padding + layer.padded_outputs_not_zero}",
                 f"{len(layer.wrong_scalars)}",
@@ -165,12 +164,23 @@ def _layer_table(layers: Sequence[LayerReport]) -> str:
 
 def _expert_table(layers: Sequence[LayerReport]) -> str:
     found = [(layer, figure) for layer in layers for figure in layer.figures]
-    found.sort(key=lambda pair: -_order(pair[1].errors.worst))
+    found.sort(key=lambda pair: -pair[1].worst)
     rows = [
-        (f"layer {layer.index}, expert {figure.expert}", _mark(figure.errors.passed), *_error_cells(figure.errors))
+        (
+            f"layer {layer.index}, expert {figure.expert}",
+            _mark(not figure.problems),
+            *_error_cells(figure.errors),
+            *_stage_cells(figure.stages),
+        )
         for layer, figure in found[:_WORST_EXPERTS]
     ]
-    return _table(("Expert", "", *_ERROR_HEAD), rows)
+    return _table(("Expert", "", *_ERROR_HEAD, "GEMM 1 worst", "Misrounded", "GEMM 2 worst"), rows)
+
+
+def _stage_cells(stages: StageFigures | None) -> tuple[str, str, str]:
+    if stages is None:
+        return ("not shown", "not shown", "not shown")
+    return (_number(stages.first.worst), f"{stages.misrounded}", _number(stages.second.worst))
 
 
 def _routing_table(layers: Sequence[LayerReport]) -> str:
@@ -218,10 +228,6 @@ def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _order(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
 def _method(report: SmokeReport) -> str:
     reference = "source" if report.reference == "source" else "prepared tensors turned back"
     return _METHOD.format(backend=report.backend.name, reference=reference)
@@ -237,6 +243,8 @@ alone, one expert without tokens, one expert with all tokens.</p>
 the rounding of an intermediate value, its effect on each output element is added to that element's tolerance;
 everywhere else the tolerance is about 10<sup>-6</sup> of the output (plus bfloat16 rounding where the kernel writes
 bfloat16). One
-element beyond its tolerance fails the layer. The noise floor is measured on some experts of each layer: the reference
+element beyond its tolerance fails the layer. A backend that shows its intermediate is also judged stage by stage,
+where no rounding is in doubt: the first GEMM, the quantization, and the second GEMM from the intermediate that it
+made; there a single wrong code shows. The noise floor is measured on some experts of each layer: the reference
 against itself, sums in another order.</p>
 """

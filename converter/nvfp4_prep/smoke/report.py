@@ -6,7 +6,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["BackendFacts", "CaseFigures", "ErrorFigures", "ExpertFigures", "LayerReport", "NoiseFloor", "SmokeReport"]
+__all__ = [
+    "BackendFacts",
+    "CaseFigures",
+    "ErrorFigures",
+    "ExpertFigures",
+    "LayerReport",
+    "NoiseFloor",
+    "SmokeReport",
+    "StageFigures",
+]
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,58 @@ RELATIVE_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
+class StageFigures:
+    """What happens between tokens and outputs, where a backend shows it. No rounding is in doubt here.
+
+    Attributes:
+        first: the first GEMM and the activation, before quantization.
+        misrounded: elements of the quantized intermediate that rounding cannot explain.
+        second: the second GEMM, from the intermediate that the backend made.
+    """
+
+    first: ErrorFigures
+    misrounded: int
+    second: ErrorFigures
+
+
+@dataclass(frozen=True)
 class ExpertFigures:
-    """One expert, from tokens that go to it alone."""
+    """One expert, from tokens that go to it alone.
+
+    Attributes:
+        expert: its number.
+        tokens: how many.
+        errors: from tokens to outputs.
+        doubtful: elements of the intermediate whose rounding is in doubt, so that the outputs' tolerance is wide.
+        stages: ``None`` where the backend shows nothing but its outputs.
+    """
 
     expert: int
     tokens: int
     errors: ErrorFigures
     doubtful: int
+    stages: StageFigures | None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, in words that begin with the figure that says so."""
+        found = [] if self.errors.passed else [f"outputs: {_say(self.errors)}"]
+        if self.stages is not None:
+            if not self.stages.first.passed:
+                found.append(f"first GEMM: {_say(self.stages.first)}")
+            if self.stages.misrounded:
+                found.append(f"quantization: {self.stages.misrounded} intermediate values wrong")
+            if not self.stages.second.passed:
+                found.append(f"second GEMM: {_say(self.stages.second)}")
+        return tuple(found)
+
+    @property
+    def worst(self) -> float:
+        """Largest error of any figure in units of its tolerance."""
+        figures = [self.errors.worst]
+        if self.stages is not None:
+            figures += [self.stages.first.worst, self.stages.second.worst]
+        return max(map(_order, figures))
 
 
 @dataclass(frozen=True)
@@ -132,12 +186,13 @@ class LayerReport:
             found.append(f"padding: {self.padded_outputs_not_zero} padded outputs are not zero")
         if not self.noise.worst <= 1.0:
             found.append(f"noise: the reference alone leaves its tolerance, {self.noise.worst:.3g} times")
-        bad = [figure for figure in self.figures if not figure.errors.passed]
-        if bad:
-            worst = max(bad, key=lambda figure: _order(figure.errors.worst))
-            found.append(
-                f"experts: {len(bad)} of {len(self.figures)} wrong, expert {worst.expert}: {_say(worst.errors)}"
-            )
+        for figure in ("outputs", "first GEMM", "quantization", "second GEMM"):
+            bad = [expert for expert in self.figures if any(text.startswith(figure) for text in expert.problems)]
+            if bad:
+                worst = max(bad, key=lambda expert: expert.worst)
+                text = next(text for text in worst.problems if text.startswith(figure))
+                count = f"{len(bad)} of {len(self.figures)} experts wrong"
+                found.append(f"{figure}: {count}, expert {worst.expert}{text[len(figure) :]}")
         found += [f"routing: {case.name}: {_say(case.errors)}" for case in self.cases if not case.errors.passed]
         return tuple(found)
 
@@ -149,7 +204,7 @@ class LayerReport:
     @property
     def worst_expert(self) -> ExpertFigures:
         """The expert with the largest error in units of its tolerance."""
-        return max(self.figures, key=lambda figure: _order(figure.errors.worst))
+        return max(self.figures, key=lambda figure: figure.worst)
 
 
 @dataclass(frozen=True)
@@ -209,7 +264,9 @@ class SmokeReport:
             "experts": len(experts),
             "lowest_cosine": min((figure.cosine for figure in experts), default=math.nan),
             "largest_relative_error": max((figure.relative for figure in experts), default=math.nan),
-            "worst_element_of_tolerance": max((_order(figure.worst) for figure in experts), default=math.nan),
+            "worst_element_of_tolerance": max(
+                (figure.worst for layer in self.layers for figure in layer.figures), default=math.nan
+            ),
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,8 +16,6 @@ _PADDING_CODE = 0x22
 """Two codes of value 1: the padded columns of the tokens are not zero, so padding of the weights must be."""
 _PADDING_SCALE = 0x40
 """e4m3 of 2."""
-_FAINT = 0.125
-"""Amplitude of the blocks outside a token's own share."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,14 @@ class Routing:
         return len(self.expert_ids)
 
 
-def random_tokens(count: int, hidden: int, per_expert: int, generator: torch.Generator) -> torch.Tensor:
+def random_tokens(count: int, hidden: int, generator: torch.Generator) -> torch.Tensor:
     """Tokens with a largest value of 1: ``float32 [count, hidden]`` on the generator's device.
 
-    Every second one concentrates on a share of the 16-column blocks, a different share for each of the
-    ``per_expert`` tokens in turn, so that a single wrong block decides the output of some token. Each token has
-    one value of exactly 1 in a random column: it meets the top of the calibrated range.
+    Gaussian with 5 sigma = 1, and in each token one value of exactly 1 in a random column: it meets the top of the
+    calibrated range, where a wrong input scale saturates.
     """
     device = generator.device
-    tokens = torch.randn(count, hidden, device=device, generator=generator)
-    shares = max(1, per_expert // 2)
-    number = torch.arange(count, device=device)
-    block = torch.arange(hidden, device=device) // BLOCK_COLS
-    own = block.unsqueeze(0) % shares == (number // 2 % shares).unsqueeze(1)
-    faint = (number % 2 == 1).unsqueeze(1) & ~own
-    tokens = torch.where(faint, tokens * _FAINT, tokens)
-    # 5 sigma: the rest of the range belongs to the spike
-    tokens = (tokens * 0.2).clamp(-1.0, 1.0)
+    tokens = (torch.randn(count, hidden, device=device, generator=generator) * 0.2).clamp(-1.0, 1.0)
     column = torch.randint(0, hidden, (count, 1), device=device, generator=generator)
     return tokens.scatter(1, column, 1.0)
 
@@ -105,17 +94,10 @@ def routings(experts: int, top_k: int, per_expert: int, routed: int, generator: 
     if experts == 1:
         return tuple(cases)
     start = len(alone)
-    starved, favourite = 0, experts - 1
-    for name, taboo, hot in (
-        (f"expert {starved} without tokens", starved, None),
-        ("one expert has all", None, favourite),
-    ):
+    for name, special, score in (("first expert without tokens", 0, -1.0), ("last expert has all tokens", -1, 2.0)):
         scores = torch.rand(routed, experts, device=device, generator=generator)
-        if taboo is not None:
-            scores[:, taboo] = -1.0
-        if hot is not None:
-            scores[:, hot] = 2.0
-        best = scores.topk(min(top_k, experts - 1 if taboo is not None else experts), dim=1)
+        scores[:, special] = score
+        best = scores.topk(min(top_k, experts - 1), dim=1)
         logits = torch.randn(best.indices.shape, device=device, generator=generator)
         cases.append(Routing(name, start, best.indices, logits.softmax(dim=1)))
         start += routed

@@ -145,19 +145,24 @@ def sweep(experts: int) -> None:
         parts = random_parts(tensor, dims)
         out = prepare(LAYOUT, tensor, dims, *parts)
         nbytes = 2 * out.numel()
-        choices = (
-            [(words, 0) for words in (8, 16, 32, 64)]
-            if tensor.is_scale
-            else [(cols, units) for cols in (32, 64, 128) for units in (2048, 4096, 8192)]
-        )
-        for first, second in choices:
+        if tensor.is_scale:
+            choices = [(words, 0, warps) for words in (8, 16, 32, 64) for warps in (1, 2, 4, 8)]
+        else:
+            choices = [
+                (c, units, warps) for c in (32, 64, 128) for units in (1024, 2048, 4096, 8192) for warps in (4, 8)
+            ]
+        rates = []
+        for first, units, warps in choices:
             if tensor.is_scale:
-                triton_prepare.SCALE_TILE_WORDS = first
+                triton_prepare.SCALE_TILE_WORDS, triton_prepare.SCALE_WARPS = first, warps
             else:
-                triton_prepare.CODE_TILE_COLS, triton_prepare.CODE_TILE_UNITS = first, second
+                triton_prepare.CODE_TILE_COLS, triton_prepare.CODE_TILE_UNITS = first, units
+                triton_prepare.CODE_WARPS = warps
             found = times_ms({"x": lambda: prepare(LAYOUT, tensor, dims, *parts, out=out)}, 7)["x"]  # noqa: B023
+            rates.append((nbytes / statistics.median(found) / 1e9, first, units, warps))
+        for rate, first, units, warps in sorted(rates, reverse=True)[:6]:
             print(
-                f"sweep {tensor.value} {first} {second}: {nbytes / statistics.median(found) / 1e9:.2f} TB/s", flush=True
+                f"sweep {tensor.value}: {rate:.2f} TB/s with {first} columns, {units} units, {warps} warps", flush=True
             )
 
 

@@ -33,7 +33,9 @@ __all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
 # Tile sizes. Measured on one H200 at Kimi dimensions, see benchmarks/bench_prepare_kernels.py.
 CODE_TILE_UNITS = 4096  # 8-byte units of one program: eight 16-byte accesses a thread in flight
 CODE_TILE_COLS = 64  # 512-byte runs
+CODE_WARPS = 8
 SCALE_TILE_WORDS = 16  # 64 bytes of a scale row, one DRAM burst
+SCALE_WARPS = 4
 
 Parts = torch.Tensor | Sequence[torch.Tensor]
 """One projection of all experts: stacked ``uint8 [E, rows, bytes per row]`` or E matrices of that."""
@@ -224,7 +226,7 @@ def launch_constants(
             "ALIGN": alignment,
             "BLOCK_K": block_k,
         }
-        return constants, mapping.rows // 128 * -(-mapping.cols // (4 * block_k)), 4
+        return constants, mapping.rows // 128 * -(-mapping.cols // (4 * block_k)), SCALE_WARPS
     unit = _code_unit(mapping, alignment)
     cols = mapping.cols // unit
     block_c = _gcd_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS
@@ -240,7 +242,7 @@ def launch_constants(
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
     }
-    return constants, -(-mapping.rows // block_r) * -(-cols // block_c), 8
+    return constants, -(-mapping.rows // block_r) * -(-cols // block_c), CODE_WARPS
 
 
 def _code_unit(mapping: IndexMap, alignment: int) -> int:

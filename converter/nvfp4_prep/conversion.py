@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from nvfp4_prep import __version__
-from nvfp4_prep.copying import passthrough_job, side_file_job, values_job
-from nvfp4_prep.engine import FileJob, JobResult, run_jobs
 from nvfp4_prep.errors import TargetError
-from nvfp4_prep.index import CONFIG, INDEX
-from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
-from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.execution import MADE_FILES, Execution
+from nvfp4_prep.index import CONFIG
+from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
+from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import NoProgress, Progress
-from nvfp4_prep.records import layer_record, make_index, reconciled_sides
-from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import LocalSource, Source
-from nvfp4_prep.stamp import quantization_configs, stamped_config
 from nvfp4_prep.target import WORK_FOLDER, Target
 
 __all__ = ["ConvertResult", "convert", "plan"]
-
-README = "README.md"
-_MADE = (INDEX, README, MANIFEST, CONFIG)
-_SMALL_FILES_NBYTES = 64_000_000
-"""Room for manifest, configs and index beyond the planned files."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +91,16 @@ def convert(
         made = make_plan(opened, options)
         taker = sink or KeepFiles()
         sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
-        taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(_MADE, 0)})
+        taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
         complete = _complete(path, made, taker)
         if complete is not None:
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
-            return _Conversion(made, opened, place, taker).run(threads, progress or NoProgress())
+            execution = Execution(made, opened, place, taker)
+            written = execution.write(threads, progress or NoProgress())
+            return ConvertResult(
+                path, execution.finish(), place.resumed, already_complete=False, written_nbytes=written
+            )
     finally:
         opened.close()
 
@@ -159,159 +146,3 @@ def _complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
         where=str(path),
         next_step="Give another target, or remove it.",
     )
-
-
-class _Conversion:
-    """One run of a plan on a target."""
-
-    def __init__(self, made: Plan, source: Source, target: Target, sink: FileSink) -> None:
-        self._plan = made
-        self._source = source
-        self._target = target
-        self._sink = sink
-        self._results = {name: JobResult.from_entry(entry) for name, entry in target.done.items()}
-        self._shards = _ShardUse(source)
-        self._files = {file.name: file for file in made.files}
-
-    def run(self, threads: int | None, progress: Progress) -> ConvertResult:
-        made, target = self._plan, self._target
-        target.check_names([*self._files, *(file.name for file in made.side_files), *_MADE])
-        pending = [file for file in made.files if file.name not in self._results]
-        sides = [file for file in made.side_files if file.name not in self._results]
-        needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
-        order, at_once = made.shard_order(first), made.peak_shards_nbytes
-        sizes = {file.name: file.nbytes for file in pending} | {file.name: file.nbytes for file in sides}
-        room = self._sink.room_nbytes(sizes) + self._source.room_nbytes(order, at_once)
-        target.check_space(room + _SMALL_FILES_NBYTES)
-        self._shards.expect(order, at_once, first)
-        total = made.output_nbytes
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the engine's workers are the parallelism
-        progress.start("convert", total, total - needed)
-        try:
-            for name in target.done:
-                if (target.path / name).is_file():
-                    self._give(self._results[name])
-            jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
-            self._run(jobs, threads, progress)
-            last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
-            self._run(last, 1, progress)
-            self._sink.drain()
-        finally:
-            torch.set_num_threads(before)
-            progress.close()
-        manifest = self._finish()
-        return ConvertResult(target.path, manifest, target.resumed, already_complete=False, written_nbytes=needed)
-
-    def _run(self, jobs: Sequence[FileJob], threads: int | None, progress: Progress) -> None:
-        run_jobs(
-            jobs,
-            self._target,
-            threads=threads,
-            progress=progress,
-            on_done=self._done,
-            before_file=lambda job, stop: self._sink.before_file(job.name, job.nbytes, stop),
-            on_stop=self._stop,
-        )
-
-    def _done(self, result: JobResult) -> None:
-        self._results[result.name] = result
-        file = self._files.get(result.name)
-        if file is not None:
-            self._shards.used(file)
-        self._give(result)
-
-    def _give(self, result: JobResult) -> None:
-        self._sink.file_done(result.name, self._target.path / result.name, result.nbytes, result.sha256)
-
-    def _stop(self) -> None:
-        self._source.interrupt()
-        self._sink.interrupt()
-
-    def _job(self, file: OutputFile) -> FileJob:
-        if file.kind is FileKind.PASSTHROUGH:
-            return passthrough_job(file, self._source)
-        if file.kind is FileKind.EXPERT_SCALES:
-            values: dict[str, bytes] = {}
-            for position, layer in enumerate(self._plan.layers):
-                values |= expert_scale_vectors(
-                    layer.layer, layer.scalars, reconciled_sides(self._plan, position, self._results)
-                )
-            return values_job(file, values)
-        if file.kind is FileKind.SOURCE_SCALES:
-            return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
-        layer = self._plan.layers[file.layer or 0]
-        if file.kind is FileKind.EXPERTS:
-            return experts_job(layer, file, self._source)
-        return source_block_scales_job(layer, file, self._source)
-
-    def _finish(self) -> Manifest:
-        """Writes index, card, manifest and config, the last two last."""
-        made = self._plan
-        gated = any(plan.layer.gated for plan in made.layers)
-        draft = Manifest(
-            tool_version=__version__,
-            options=made.options,
-            source=made.source_label,
-            revision=made.source_revision,
-            texts=made.index.texts,
-            quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
-            layers=tuple(layer_record(made, position, self._results) for position in range(len(made.layers))),
-            passed={finding.experts_path: finding.reason for finding in made.others},
-            files={},
-            verified=(
-                {
-                    "check": "inverse transform while converting",
-                    "result": "every prepared byte turned back into the source's byte before it was written",
-                    "experts": sum(plan.layer.dims.experts for plan in made.layers),
-                    "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
-                },
-            ),
-        )
-        texts = {
-            INDEX: make_index(record for file in made.files if file.served for record in file.records),
-            README: make_model_card(draft),
-            CONFIG: stamped_config(made.index.config, made.index.hf_quant_config, made.options, gated=gated),
-        }
-        files = {
-            name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
-            for name, result in sorted(self._results.items())
-        }
-        for name, text in texts.items():
-            files[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made")
-        manifest = replace(draft, files=files)
-        for name in (INDEX, README):
-            self._target.write_file(name, texts[name])
-        self._target.write_file(MANIFEST, manifest.to_bytes())
-        self._target.write_file(CONFIG, texts[CONFIG])
-        self._target.finish()
-        return manifest
-
-    def _kind(self, name: str) -> str:
-        return self._files[name].kind.value if name in self._files else "side"
-
-
-class _ShardUse:
-    """Releases each source shard after the last file that needs it."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._left: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def expect(self, order: Sequence[str], at_once_nbytes: int, files: Iterable[OutputFile]) -> None:
-        for file in files:
-            for shard in file.shards:
-                self._left[shard] = self._left.get(shard, 0) + 1
-        self._source.schedule(order, at_once_nbytes)
-
-    def used(self, file: OutputFile) -> None:
-        with self._lock:
-            finished = []
-            for shard in file.shards:
-                self._left[shard] -= 1
-                if not self._left[shard]:
-                    finished.append(shard)
-        for shard in finished:
-            self._source.release(shard)

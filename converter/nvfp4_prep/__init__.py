@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.inspection import Inspection, inspect
     from nvfp4_prep.new_layout import RelayoutResult, relayout
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+    from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.plan_data import Plan
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
@@ -27,6 +28,7 @@ __all__ = [
     "GateUpPolicy",
     "Inspection",
     "LayoutName",
+    "PartResult",
     "Plan",
     "RelayoutResult",
     "RestoreResult",
@@ -34,7 +36,9 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "convert",
+    "convert_part",
     "inspect",
+    "join_parts",
     "plan",
     "relayout",
     "restore",
@@ -48,13 +52,16 @@ _HOMES = {
     "GateUpPolicy": "options",
     "Inspection": "inspection",
     "LayoutName": "options",
-    "Plan": "planning",
+    "PartResult": "parts",
+    "Plan": "plan_data",
     "RelayoutResult": "new_layout",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
     "VerifyReport": "verification",
     "convert": "conversion",
+    "convert_part": "parts",
     "inspect": "inspection",
+    "join_parts": "parts",
     "plan": "conversion",
     "relayout": "new_layout",
     "restore": "restoration",

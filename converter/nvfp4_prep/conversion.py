@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvfp4_prep.errors import TargetError
+from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.execution import MADE_FILES, Execution
 from nvfp4_prep.index import CONFIG
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.part_folders import discard_parts, list_parts
 from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.progress import NoProgress, Progress
@@ -17,7 +18,7 @@ from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER, Target
 
-__all__ = ["ConvertResult", "convert", "plan"]
+__all__ = ["ConvertResult", "check_apart", "complete_manifest", "convert", "open_source", "plan"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
         SourceError: if the source cannot be read.
         UnsupportedCheckpointError: if it must be refused.
     """
-    return make_plan(_open(source), options)
+    return make_plan(open_source(source), options)
 
 
 def convert(
@@ -84,15 +85,16 @@ def convert(
         VerificationError: if a prepared byte does not turn back into the source's.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
-    opened = _open(source)
+    opened = open_source(source)
     path = Path(target)
     try:
         check_apart(opened, path)
+        _check_parts(path, restart=restart)
         made = make_plan(opened, options)
         taker = sink or KeepFiles()
         sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
         taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
-        complete = _complete(path, made, taker)
+        complete = complete_manifest(path, made, taker)
         if complete is not None:
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
@@ -105,7 +107,8 @@ def convert(
         opened.close()
 
 
-def _open(source: str | Path | Source) -> Source:
+def open_source(source: str | Path | Source) -> Source:
+    """A directory as a source; an opened source as it is. Raises :class:`SourceError`."""
     return LocalSource(Path(source)) if isinstance(source, str | Path) else source
 
 
@@ -123,7 +126,19 @@ def check_apart(source: Source, target: Path) -> None:
         )
 
 
-def _complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
+def _check_parts(path: Path, *, restart: bool) -> None:
+    parts = list_parts(path)
+    if parts and restart:
+        discard_parts(path)
+    elif parts:
+        raise ResumeConflictError(
+            f"holds parts made with --layers {', '.join(parts)}",
+            where=str(path),
+            next_step="Join them with --join, or discard them with --restart.",
+        )
+
+
+def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     """The manifest, if the target is already what the plan would make."""
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or (path / WORK_FOLDER).exists():
         return None

@@ -15,6 +15,7 @@ __all__ = [
     "LoadError",
     "NoSpaceError",
     "NvfpPrepError",
+    "PartsMissingError",
     "ResumeConflictError",
     "ServingError",
     "SourceError",
@@ -154,6 +155,13 @@ class ServingError(NvfpPrepError):
 
     exit_code = 11
     meaning = "cannot be served like this"
+
+
+class PartsMissingError(NvfpPrepError):
+    """Parts of a conversion are to be joined, but layers are missing."""
+
+    exit_code = 13
+    meaning = "parts missing"
 
 
 class ConversionInterrupted(NvfpPrepError):

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, Targ
 from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.units import format_nbytes
 
-__all__ = ["SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
+__all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
 
 WORK_FOLDER = ".nvfp4_prep"
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
+PARTS_FOLDER = "parts"
+"""In the work folder: targets of their own, one for each part of a conversion by several machines."""
 
 
 def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
@@ -55,7 +58,8 @@ class TargetFile:
         self.name = name
         self.nbytes = nbytes
         self._target = target
-        self._path = target.work / name
+        # where the file system has no locks across machines, two of them still never write one file
+        self._path = target.work / f"{name}.{socket.gethostname()}-{os.getpid()}"
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -136,7 +140,7 @@ class Target:
         self._identity = json.loads(json.dumps(identity))
         self._elsewhere = elsewhere
         self._note_lock = threading.Lock()
-        self._check_foreign()
+        self.check_ours(path)
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -158,19 +162,26 @@ class Target:
     ) -> None:
         os.close(self._lock)
 
-    def _check_foreign(self) -> None:
-        if not self.path.exists():
+    @staticmethod
+    def has_journal(path: Path) -> bool:
+        """Whether the directory itself (not a part in it) has been worked on and is not finished."""
+        return (path / WORK_FOLDER / _JOURNAL).exists()
+
+    @staticmethod
+    def check_ours(path: Path) -> None:
+        """Raises :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
+        if not path.exists():
             return
-        if not self.path.is_dir():
-            raise TargetError("is no directory", where=str(self.path), next_step="Give another target.")
+        if not path.is_dir():
+            raise TargetError("is no directory", where=str(path), next_step="Give another target.")
         try:
-            foreign = next((entry.name for entry in os.scandir(self.path)), None)
+            foreign = next((entry.name for entry in os.scandir(path)), None)
         except OSError as error:
-            raise translate_os_error(error, self.path) from error
-        if foreign is not None and not self.work.is_dir():
+            raise translate_os_error(error, path) from error
+        if foreign is not None and not (path / WORK_FOLDER).is_dir():
             raise TargetError(
                 f"exists and is not empty (it has {foreign!r})",
-                where=str(self.path),
+                where=str(path),
                 next_step="Give another target, or empty it yourself: nvfp4-prep never overwrites.",
             )
 
@@ -213,7 +224,7 @@ class Target:
 
     def _read_journal(self) -> bool:
         for leftover in self.work.iterdir():
-            if leftover.name not in (_LOCK, _JOURNAL, SOURCE_FOLDER):
+            if leftover.name not in (_LOCK, _JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         lines = self._journal_lines()
         if not lines:
@@ -287,6 +298,17 @@ class Target:
     def create(self, name: str, nbytes: int) -> TargetFile:
         """A new file under its temporary name, with its space allocated."""
         return TargetFile(self, name, nbytes)
+
+    def adopt(self, entry: Mapping[str, Any], path: Path) -> None:
+        """Takes over a file that another target on this file system finished, with its journal entry."""
+        self.note(entry)
+        final = self.path / str(entry["file"])
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(final)
+            _sync_folder(final.parent)
+        except OSError as error:
+            raise translate_os_error(error, final) from error
 
     def write_file(self, name: str, data: bytes) -> None:
         """Writes a small file whole; not noted in the journal, so a resumed run writes it again."""

@@ -1,0 +1,102 @@
+"""Which layers a part of a conversion takes, and where it works: ``TARGET/.nvfp4_prep/parts/NAME``."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.target import PARTS_FOLDER, WORK_FOLDER, Target
+
+__all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
+
+_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_SHARE = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """Layers of a part, by their numbers in the model (``1-20``, ``3,7-9``) or as a share of all (``2/8``).
+
+    Attributes:
+        text: as :meth:`parse` takes it, in a normal form.
+        ranges: first and last layer of each range; empty for a share.
+        share: number, from 1, and count of equal shares; ``None`` for ranges.
+    """
+
+    text: str
+    ranges: tuple[tuple[int, int], ...] = ()
+    share: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads ``1-20``, ``3,7-9`` or ``2/8``.
+
+        Raises:
+            UsageError: if it is none of these, a range runs backwards or a share is not within its count.
+        """
+        share = _SHARE.fullmatch(text)
+        if share is not None:
+            number, count = int(share[1]), int(share[2])
+            if not 1 <= number <= count:
+                raise UsageError(f"there is no share {text} of the layers", next_step="Shares go from 1/N to N/N.")
+            return cls(f"{number}/{count}", share=(number, count))
+        if not _RANGES.fullmatch(text):
+            raise UsageError(
+                f"{text!r} names no layers", next_step="Write --layers 1-20, --layers 3,7-9 or --layers 2/8."
+            )
+        ranges = []
+        for item in text.split(","):
+            first, _, last = item.partition("-")
+            ranges.append((int(first), int(last or first)))
+        if any(first > last for first, last in ranges):
+            raise UsageError(f"--layers {text} runs backwards", next_step="Write the lower layer first.")
+        ranges.sort()
+        return cls(",".join(f"{a}-{b}" if a != b else str(a) for a, b in ranges), ranges=tuple(ranges))
+
+    @property
+    def folder_name(self) -> str:
+        """A file name that :meth:`from_folder_name` reads."""
+        return "share-" + self.text.replace("/", "-of-") if self.share else "layers-" + self.text
+
+    @classmethod
+    def from_folder_name(cls, name: str) -> Self:
+        """Inverse of :attr:`folder_name`; raises :class:`UsageError` for another name."""
+        kind, _, text = name.partition("-")
+        return cls.parse(text.replace("-of-", "/") if kind == "share" else text if kind == "layers" else name)
+
+    def choose(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of the model's MoE layers that are selected, in rising order. Shares differ by one layer at most."""
+        present = sorted(set(layers))
+        if self.share is not None:
+            number, count = self.share
+            return tuple(present[(number - 1) * len(present) // count : number * len(present) // count])
+        return tuple(layer for layer in present if any(first <= layer <= last for first, last in self.ranges))
+
+
+def part_folder(target: Path, selection: LayerSelection) -> Path:
+    """Where the part of these layers works."""
+    return target / WORK_FOLDER / PARTS_FOLDER / selection.folder_name
+
+
+def list_parts(target: Path) -> dict[str, Path]:
+    """Parts that were begun, by the text of their selection."""
+    folder = target / WORK_FOLDER / PARTS_FOLDER
+    paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {LayerSelection.from_folder_name(path.name).text: path for path in paths}
+
+
+def discard_parts(target: Path) -> None:
+    """Deletes all parts.
+
+    Raises:
+        BusyError: if one is at work; those before it are gone.
+    """
+    for path in list_parts(target).values():
+        with Target(path, {}, restart=True) as part:
+            part.finish()
+        shutil.rmtree(path)

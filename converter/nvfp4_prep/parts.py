@@ -1,0 +1,221 @@
+"""One conversion by several machines on one file system: parts of the layers, and the step that joins them.
+
+Every machine plans the whole conversion and makes the experts' files of its layers in a folder of its own, with its
+own lock and journal, so parts never meet. The join renames the finished files into place and makes the rest. Since
+the plan is the same and the files are, the joined checkpoint has the bytes of an undivided conversion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep import __version__
+from nvfp4_prep.conversion import ConvertResult, check_apart, complete_manifest, open_source
+from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
+from nvfp4_prep.execution import Execution
+from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.part_folders import LayerSelection, list_parts, part_folder
+from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
+from nvfp4_prep.planning import make_plan
+from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.sink import KeepFiles
+from nvfp4_prep.source import Source
+from nvfp4_prep.target import Target
+
+__all__ = ["PartResult", "convert_part", "join_parts"]
+
+_DIVISIBLE = (FileKind.EXPERTS, FileKind.SOURCE_BLOCK_SCALES)
+"""Files that parts make; all others are small and left to the join."""
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What a part of a conversion left.
+
+    Attributes:
+        path: the part's folder; nothing in it is to be used before the join.
+        layers: the model's numbers of its layers.
+        files: how many files they have.
+        resumed: whether an earlier run's files were kept.
+        joined: the target is a whole checkpoint already: nothing had to be done.
+        written_nbytes: bytes written by this run.
+    """
+
+    path: Path
+    layers: tuple[int, ...]
+    files: int
+    resumed: bool
+    joined: bool
+    written_nbytes: int
+
+
+def convert_part(
+    source: str | Path | Source,
+    target: str | Path,
+    layers: str | LayerSelection,
+    options: ConvertOptions | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    restart: bool = False,
+) -> PartResult:
+    """Prepares some of the layers, for :func:`join_parts`. Killed at any moment, the same call continues.
+
+    Any number of parts may run at once, on any machines that see source and target. Parts may overlap: the bytes are
+    the same. Peak memory as for :func:`~nvfp4_prep.conversion.convert`.
+
+    Args:
+        source: a directory, or an opened source; the same for all parts.
+        target: the whole conversion's output directory.
+        layers: which, as :meth:`LayerSelection.parse` takes it: ``1-20``, ``3,7-9``, ``2/8``.
+        options: the same for all parts.
+        threads: workers; does not change the output.
+        progress: told how it goes.
+        restart: discard this part's unfinished earlier run.
+
+    Raises:
+        UsageError: if no MoE layer is selected.
+        ResumeConflictError: if the target is being joined or converted as a whole.
+        BusyError: if the same part is at work elsewhere.
+        NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
+    """
+    selection = LayerSelection.parse(layers) if isinstance(layers, str) else layers
+    opened, path = open_source(source), Path(target)
+    try:
+        check_apart(opened, path)
+        made = make_plan(opened, options)
+        present = [plan.layer.index for plan in made.layers]
+        chosen = selection.choose(present)
+        if not chosen:
+            raise UsageError(
+                f"--layers {selection.text} selects none of the MoE layers",
+                where=made.source_label,
+                next_step=f"They are {_spans(present)}.",
+            )
+        files = tuple(file for file in made.files if _layer_of(made, file) in chosen)
+        folder = part_folder(path, selection)
+        if complete_manifest(path, made, KeepFiles()) is not None:
+            return PartResult(folder, chosen, len(files), resumed=False, joined=True, written_nbytes=0)
+        Target.check_ours(path)
+        _check_undivided(path)
+        with Target(folder, _identity(made, selection), restart=restart) as place:
+            part = replace(made, files=files, side_files=())
+            written = Execution(part, opened, place, KeepFiles()).write(threads, progress or NoProgress())
+            return PartResult(folder, chosen, len(files), place.resumed, joined=False, written_nbytes=written)
+    finally:
+        opened.close()
+
+
+def join_parts(
+    source: str | Path | Source,
+    target: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Makes a whole checkpoint of finished parts. Killed at any moment, the same call continues.
+
+    Args:
+        source, options: the parts'.
+        target: the output directory that was given for the parts.
+        threads: workers.
+        progress: told how it goes.
+
+    Raises:
+        PartsMissingError: if layers are missing; nothing was changed.
+        BusyError: if a part is at work.
+        ResumeConflictError: if a part was made from another source, with other options or by another version.
+        VerificationError: if two parts made the same file with different bytes.
+        NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
+    """
+    opened, path = open_source(source), Path(target)
+    try:
+        check_apart(opened, path)
+        made = make_plan(opened, options)
+        complete = complete_manifest(path, made, KeepFiles())
+        if complete is not None:
+            return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
+        with contextlib.ExitStack() as held:
+            parts = [
+                held.enter_context(Target(folder, _identity(made, LayerSelection.parse(text))))
+                for text, folder in list_parts(path).items()
+            ]
+            entries = _finished(parts)
+            if not Target.has_journal(path):  # else a join was begun, when nothing was missing
+                _check_whole(made, entries, path)
+            place = held.enter_context(Target(path, made.identity()))
+            for part in parts:
+                for name, entry in part.done.items():
+                    if name not in place.done:
+                        place.adopt(entry, part.path / name)
+            execution = Execution(made, opened, place, KeepFiles())
+            written = execution.write(threads, progress or NoProgress())
+            return ConvertResult(
+                path, execution.finish(), place.resumed, already_complete=False, written_nbytes=written
+            )
+    finally:
+        opened.close()
+
+
+def _identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
+    return {**made.identity(), "tool": __version__, "layers": selection.text}
+
+
+def _layer_of(made: Plan, file: OutputFile) -> int | None:
+    """The model's number of the layer, for a file that parts make."""
+    if file.kind not in _DIVISIBLE or file.layer is None:
+        return None
+    return made.layers[file.layer].layer.index
+
+
+def _check_undivided(path: Path) -> None:
+    if Target.has_journal(path):
+        raise ResumeConflictError(
+            "is being converted as a whole, or joined",
+            where=str(path),
+            next_step="Finish that first, or give another target.",
+        )
+
+
+def _finished(parts: list[Target]) -> dict[str, Mapping[str, Any]]:
+    """Journal entries of all parts by file; parts that overlap must agree."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for part in parts:
+        for name, entry in part.done.items():
+            other = found.setdefault(name, entry)
+            if other["sha256"] != entry["sha256"]:
+                raise VerificationError(
+                    "two parts made this file with different bytes",
+                    where=name,
+                    expected=f"sha256 {other['sha256']}",
+                    actual=f"{entry['sha256']} in {part.path}",
+                    next_step="One of the machines is broken: remove both parts and make them again elsewhere.",
+                )
+    return found
+
+
+def _check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    missing = sorted(
+        {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}
+    )
+    if missing:
+        raise PartsMissingError(
+            f"{len(missing)} of {len({plan.layer.index for plan in made.layers})} MoE layers are not made yet:"
+            f" {_spans(missing)}",
+            where=str(path),
+            next_step=f"Run convert with --layers {_spans(missing)}, then join again.",
+        )
+
+
+def _spans(numbers: list[int]) -> str:
+    """``1-3,7`` for 1, 2, 3, 7; takes rising numbers."""
+    numbers = sorted(set(numbers))
+    starts = [numbers[0], *(b for a, b in pairwise(numbers) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(numbers) if b != a + 1), numbers[-1]]
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True))

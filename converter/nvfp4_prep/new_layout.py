@@ -133,7 +133,9 @@ def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[Laye
             layout = options.layout_for(gated=layer.gated)
             layout.check(layer.dims)
         except (LayoutError, UsageError) as error:
-            raise UnsupportedCheckpointError(str(error), where=layer.experts_path) from error
+            raise UnsupportedCheckpointError(
+                str(error), where=layer.experts_path, next_step="Give another --layout or --moe-tp."
+            ) from error
         experts = tuple(expert for expert, _ in record.gate_up.reconciled)
         plans.append(LayerPlan(layer, layout, record.activation, checkpoint.scalars(record), experts))
     return tuple(plans)

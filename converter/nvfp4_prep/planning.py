@@ -98,7 +98,11 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
         layout = options.layout_for(gated=layer.gated)
         layout.check(layer.dims)
     except (LayoutError, UsageError) as error:
-        raise UnsupportedCheckpointError(str(error), where=layer.experts_path) from error
+        raise UnsupportedCheckpointError(
+            str(error),
+            where=layer.experts_path,
+            next_step="Give another --layout or --moe-tp, or serve the source as it is.",
+        ) from error
     differing = scalars.differing
     if differing and options.gate_up_scales is GateUpPolicy.ERROR:
         raise UnsupportedCheckpointError(

@@ -8,8 +8,9 @@ conversion before it is written. Peak memory of a unit: about four times its sou
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,10 +65,18 @@ def experts_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
             for chunk in expert_chunks(experts, nbytes):
                 yield Unit(
                     len(chunk) * nbytes,
-                    lambda tensor=tensor, record=record, chunk=chunk: _prepare(plan, tensor, record, chunk, source),  # type: ignore[misc]
+                    partial(_prepare, plan, tensor, record, chunk, source),
+                    partial(_read_ahead, source, groups, chunk, experts),
                 )
 
     return FileJob(file.name, file.nbytes, file.header, units)
+
+
+def _read_ahead(source: Source, groups: Sequence[TensorGroup], chunk: range, experts: int) -> None:
+    for group in groups:
+        for expert in chunk:
+            place = group.expert_range(expert, experts)
+            source.will_read(place.file, place.offset_bytes, place.nbytes)
 
 
 def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range, source: Source) -> UnitResult:

@@ -71,6 +71,10 @@ class Source(Protocol):
         """Fills ``buffer`` with the bytes from ``offset_bytes``; waits for the shard where it is not there yet."""
         ...
 
+    def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
+        """A hint that a range will be read soon; does not wait and does not fail."""
+        ...
+
     def release(self, shard: str) -> None:
         """Says that a scheduled shard is needed no more."""
         ...
@@ -208,6 +212,11 @@ class LocalSource:
                 except OSError as error:
                     raise SourceError(f"cannot be opened ({error.strerror})", where=file) from error
             return self._descriptors[file]
+
+    def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
+        """Starts the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
+        with suppress(OSError, SourceError):
+            os.posix_fadvise(self._descriptor(file), offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, shard: str) -> None:
         """Closes the shard's descriptor; reading it again opens it again."""

@@ -288,6 +288,9 @@ class HubSource:
             descriptor = shard.descriptor
         read_exactly(descriptor, file, offset_bytes, buffer)
 
+    def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
+        """Nothing: shards are downloaded ahead as a whole, and lie in the page cache then."""
+
     def release(self, shard: str) -> None:
         """Deletes the shard, unless it lies in the user's cache. Reading it again downloads it again."""
         with self._changed:

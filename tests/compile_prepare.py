@@ -24,11 +24,13 @@ from nvfp4_prep_kernels.triton_prepare import index_map, launch_constants
 LAYOUT, DIMS = MoeLayout.cutedsl(gated=True), MoeDims(384, 2048, 7168)
 
 
-def compile_one(tensor: PreparedTensor, arch: int, inverse: bool) -> tuple[int, int]:
+def compile_one(tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool) -> tuple[int, int]:
     mapping = index_map(LAYOUT, tensor, DIMS)
     constants, _, warps = launch_constants(mapping, tensor.is_scale, mapping.col_src, 16, inverse)
     kernel = kernels.scales if tensor.is_scale else kernels.codes
     signature = {"table": "*i64", "prepared": "*i32" if tensor.is_scale else "*i64", "dirty": "*i32"}
+    signature |= dict.fromkeys(("base_0", "stride_0", "base_1", "stride_1"), "i64")
+    constants = {"STACKED": stacked, **constants}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel,
@@ -49,4 +51,6 @@ if __name__ == "__main__":
     for tensor in PreparedTensor:
         for arch in (80, 90, 100):
             for inverse in (False, True):
-                print(tensor.value, arch, "inverse" if inverse else "forward", *compile_one(tensor, arch, inverse))
+                direction = "inverse" if inverse else "forward"
+                # one kind of source for each direction and architecture is enough
+                print(tensor.value, arch, direction, *compile_one(tensor, arch, inverse, stacked=arch != 90))

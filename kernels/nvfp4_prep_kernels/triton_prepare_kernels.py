@@ -5,6 +5,7 @@ accesses are aligned. Expert numbers become 64-bit before they meet a stride: w1
 """
 
 # Triton traces the arguments of device functions; they have no Python types.
+# ruff: noqa: SIM108 (compile-time branches are written as branches)
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
@@ -36,10 +37,32 @@ def _source_row(
 
 
 @triton.jit
+def _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES: tl.constexpr, STACKED: tl.constexpr):
+    """Address of an expert's matrix: a scalar for one projection, else one for each element of ``part``."""
+    if STACKED:
+        if HALVES == 1:
+            address = base_0 + expert * stride_0
+        else:
+            address = tl.where(part == 0, base_0 + expert * stride_0, base_1 + expert * stride_1)
+    else:
+        if HALVES == 1:
+            address = tl.load(table + expert)
+        else:
+            # rows beyond the end have no projection; what is read there is not used
+            address = tl.load(table + expert * 2 + tl.minimum(part, 1))
+    return address
+
+
+@triton.jit
 def codes(
     table,
     prepared,
     dirty,
+    base_0,
+    stride_0,
+    base_1,
+    stride_1,
+    STACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     HALVES: tl.constexpr,
     HALF_ROWS: tl.constexpr,
@@ -71,10 +94,12 @@ def codes(
         col, col_ok = c // COL_PAD * COL_SRC + c % COL_PAD, c % COL_PAD < COL_SRC
     inside = (n < ROWS)[:, None] & (c < COLS)[None, :]
     real = inside & row_ok[:, None] & col_ok[None, :]
-    address = tl.load(table + expert * HALVES + part, mask=n < ROWS, other=0)
+    address = _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES, STACKED)
     element: tl.constexpr = tl.int64 if UNIT == 8 else tl.uint8
     base = tl.multiple_of(address.to(tl.pointer_type(element)), UNIT * ALIGN)
-    source = base[:, None] + (row.to(tl.int64) * ROW_STRIDE)[:, None] + col[None, :]
+    if HALVES == 2:
+        base = base[:, None]
+    source = base + (row.to(tl.int64) * ROW_STRIDE)[:, None] + col[None, :]
     target = prepared + expert * (ROWS * COLS) + n.to(tl.int64)[:, None] * COLS + c[None, :]
     if INVERSE:
         value = tl.load(target, mask=inside, other=0)
@@ -92,6 +117,11 @@ def scales(
     table,
     prepared,
     dirty,
+    base_0,
+    stride_0,
+    base_1,
+    stride_1,
+    STACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     HALVES: tl.constexpr,
     HALF_ROWS: tl.constexpr,
@@ -118,7 +148,7 @@ def scales(
     line = tl.arange(0, 32)[None, :, None]
     k = tile % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     part, row, row_ok = _source_row(row_tile * 128 + quarter * 32 + line, BLOCK, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
-    address = tl.load(table + expert * HALVES + part)
+    address = _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES, STACKED)
     line_t = tl.arange(0, 32)[None, :, None]
     quarter_t = tl.arange(0, 4)[None, None, :]
     k_t = tile % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
@@ -135,7 +165,10 @@ def scales(
         src_words: tl.constexpr = COL_SRC // 4
         stride_words: tl.constexpr = ROW_STRIDE // 4
         real = inside & row_ok & (k % pad_words < src_words)
-        base = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), (ALIGN, ALIGN, ALIGN))
+        if HALVES == 1:
+            base = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), ALIGN)
+        else:
+            base = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), (ALIGN, ALIGN, ALIGN))
         source = base + row.to(tl.int64) * stride_words + (k // pad_words * src_words + k % pad_words)
         if INVERSE:
             tl.store(source, word, mask=real)

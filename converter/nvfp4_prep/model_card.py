@@ -1,54 +1,203 @@
-"""The model card (README.md) of a prepared checkpoint."""
+"""The model card (README.md) of a prepared checkpoint. A function of the manifest alone, so that it reproduces."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import Any
 
-from nvfp4_prep.manifest import Manifest
+import yaml  # a dependency of huggingface-hub, which reads the front matter with it too
 
-__all__ = ["make_model_card"]
+from nvfp4_prep.manifest import LayerRecord, Manifest
+from nvfp4_prep.units import format_nbytes
 
-_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
-_REPLACED = re.compile(r"^(base_model|base_model_relation)\s*:.*\n(?:[ \t-].*\n)*", re.MULTILINE)
+__all__ = ["front_matter", "make_model_card"]
+
+_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_NOT_CARRIED = (
+    "base_model",
+    "base_model_relation",
+    "library_name",
+    "model-index",
+    "new_version",
+    "widget",
+    "inference",
+)
+"""Keys of the source's card that would be wrong here: they describe the source, its results or how to load it."""
+_TAGS = ("nvfp4", "moe", "nvfp4-prep", "flashinfer", "vllm")
+_LINE = 20
+_WIDE = 10_000
 
 
 def make_model_card(manifest: Manifest) -> bytes:
-    """Front matter of the source's card with ``base_model``, then what was prepared and how to use it."""
-    source_card = manifest.texts.get("README.md", b"").decode("utf-8", "replace")
-    match = _FRONT_MATTER.match(source_card)
-    kept = _REPLACED.sub("", match[1] + "\n").strip("\n") if match else ""
-    lines = ["---", *([kept] if kept else [])]
-    if "/" in manifest.source:
-        lines += [f"base_model: {manifest.source}", "base_model_relation: quantized"]
-    lines += ["---", "", *_body(manifest)]
-    return ("\n".join(lines) + "\n").encode()
+    """Front matter that the Hub understands, what was prepared from what, what was verified, and how to use it."""
+    text = yaml.safe_dump(front_matter(manifest), sort_keys=False, allow_unicode=True, width=_WIDE)
+    return f"---\n{text}---\n\n{chr(10).join(_body(manifest))}\n".encode()
 
 
-def _body(manifest: Manifest) -> list[str]:
-    revision = f" at commit `{manifest.revision}`" if manifest.revision else ""
-    experts = sum(layer.layer.dims.experts for layer in manifest.layers)
-    options = manifest.options
-    return [
-        f"# {manifest.source}, prepared for FlashInfer's CuteDSL fused MoE",
-        "",
-        f"The NVFP4 expert weights of **{manifest.source}**{revision}, with scales swizzled and gate/up rows"
-        f" interleaved by nvfp4-prep {manifest.tool_version}, so that a server does not have to do it at every start."
-        " Everything else is unchanged, and `nvfp4-prep restore` gives the source back bit for bit.",
-        "",
-        f"- {len(manifest.layers)} MoE layers, {experts} experts, layout `{options.layout.value}`,"
-        f" gate/up block {options.gate_up_block}, gate/up scales `{options.gate_up_scales.value}`",
-        f"- tensor-parallel sizes that it serves: {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}",
-        *(f"- passed through unchanged: `{path}` ({reason})" for path, reason in list(manifest.passed.items())[:20]),
-        "",
-        "## Verified",
-        "",
-        *(f"- {check.get('check')}: {check.get('result')}" for check in manifest.verified),
-        "",
-        "## Use",
-        "",
-        "    pip install nvfp4-prep   # beside vLLM: the plugin that reads these files",
-        "    vllm serve <this checkpoint>",
-        "    nvfp4-prep verify <this checkpoint>",
-        "    nvfp4-prep restore <this checkpoint> <directory>",
-        "",
+def front_matter(manifest: Manifest) -> dict[str, Any]:
+    """The card's metadata: the source's (licence, languages, tags …) with its place in the family tree.
+
+    A source that came from a directory has no address: then the source's own ``base_model`` stays.
+    """
+    source = _source_metadata(manifest)
+    found = {key: value for key, value in source.items() if key not in _NOT_CARRIED}
+    tags = source.get("tags")
+    carried = [str(tag) for tag in tags] if isinstance(tags, list) else []
+    found["tags"] = list(dict.fromkeys([*carried, *_TAGS]))
+    found["library_name"] = "vllm"
+    if _is_hub_id(manifest):
+        found["base_model"] = [manifest.source]
+        found["base_model_relation"] = "quantized"
+    elif "base_model" in source:
+        found["base_model"] = source["base_model"]
+        found["base_model_relation"] = "quantized"
+    return found
+
+
+def _is_hub_id(manifest: Manifest) -> bool:
+    return manifest.revision is not None and manifest.source.count("/") == 1
+
+
+def _source_metadata(manifest: Manifest) -> dict[str, Any]:
+    """The source card's front matter; empty where there is none or the Hub could not read it either."""
+    match = _FRONT_MATTER.match(manifest.texts.get("README.md", b"").decode("utf-8", "replace"))
+    if match is None:
+        return {}
+    try:
+        value = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        return {}
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def _body(manifest: Manifest) -> Iterator[str]:
+    yield from _head(manifest)
+    yield from _what(manifest)
+    yield from _scales(manifest)
+    yield from _verified(manifest)
+    yield from _use(manifest)
+
+
+def _head(manifest: Manifest) -> Iterator[str]:
+    name = f"[{manifest.source}](https://huggingface.co/{manifest.source})" if _is_hub_id(manifest) else manifest.source
+    yield f"# {manifest.source}, prepared for FlashInfer's CuteDSL fused MoE"
+    yield ""
+    yield (
+        f"The NVFP4 expert weights of {name}, with block scales swizzled and gate/up rows interleaved offline, so that"
+        " a server reads them as its kernel wants them instead of preparing them at every start. Nothing was quantized"
+        " again: all other tensors and files are unchanged, and the source can be restored bit for bit."
+    )
+    yield ""
+
+
+def _what(manifest: Manifest) -> Iterator[str]:
+    options, layouts = manifest.options, {layer.layout for layer in manifest.layers}
+    alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
+    rows = [
+        ("source", f"{manifest.source}" + (f" at commit `{manifest.revision}`" if manifest.revision else "")),
+        ("made by", f"nvfp4-prep {manifest.tool_version}"),
+        ("layout", f"`{options.layout.value}`, gate/up block {options.gate_up_block}, scale swizzle 128x4"),
+        ("padding", "; ".join(f"hidden to {hidden}, intermediate to {inter}" for hidden, inter in alignment)),
+        ("tensor parallel", ", ".join(map(str, manifest.tp_sizes)) or "no size that all layers serve"),
+        *(("layers", text) for text in _layers(manifest.layers)),
     ]
+    yield "## What was prepared"
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    for key, value in rows:
+        yield f"| {key} | {value} |"
+    yield ""
+    passed = list(manifest.passed.items())
+    if passed:
+        yield "Experts that were passed through unchanged:"
+        yield ""
+        yield from (f"- `{path}`: {reason}" for path, reason in passed[:_LINE])
+        if len(passed) > _LINE:
+            yield f"- and {len(passed) - _LINE} more, listed in `nvfp4_prep.json`"
+        yield ""
+
+
+def _layers(layers: tuple[LayerRecord, ...]) -> Iterator[str]:
+    def shape(record: LayerRecord) -> tuple[object, ...]:
+        return (record.layer.dims, record.layer.gated, record.activation.spelled)
+
+    for (dims, gated, activation), members in groupby(layers, key=shape):
+        run = list(members)
+        first, last = run[0].layer.index, run[-1].layer.index
+        span = f"layer {first}" if len(run) == 1 else f"{len(run)} layers from {first} to {last}"
+        dims = run[0].layer.dims
+        yield (
+            f"{span}: {dims.experts} {'gated' if gated else 'non-gated'} experts, intermediate {dims.intermediate},"
+            f" hidden {dims.hidden}, {activation}"
+        )
+
+
+def _scales(manifest: Manifest) -> Iterator[str]:
+    differing = sum(layer.gate_up.differing for layer in manifest.layers)
+    if not differing:
+        return
+    worst = max(layer.gate_up.worst_ratio for layer in manifest.layers)
+    reconciled = sum(len(layer.gate_up.reconciled) for layer in manifest.layers)
+    yield "## Gate and up scales"
+    yield ""
+    yield (
+        f"In {differing} experts the gate and up projections have different global scales (up to a factor of"
+        f" {worst:.6g}), and the kernel takes one. Policy `{manifest.options.gate_up_scales.value}`: "
+        + (
+            f"the block scales of one side were rescaled in {reconciled} experts; the originals are kept for restore."
+            if reconciled
+            else "gate's is used for both, as vLLM does."
+        )
+    )
+    yield ""
+    figures = [figure for layer in manifest.layers if (figure := layer.gate_up.figures)]
+    worst_relative = [float(figure["worst_relative"]) for figure in figures if "worst_relative" in figure]
+    if worst_relative:
+        rounded = sum(int(figure.get("rounded", 0)) for figure in figures)
+        underflowed = sum(int(figure.get("underflowed", 0)) for figure in figures)
+        yield (
+            f"{rounded} block scales had to be rounded, {underflowed} of them to zero, the others by at most"
+            f" {max(worst_relative):.3g} of their value."
+        )
+        yield ""
+
+
+def _verified(manifest: Manifest) -> Iterator[str]:
+    yield "## What was verified"
+    yield ""
+    for check in manifest.verified:
+        figures = _figures(check)
+        yield f"- {check.get('check')}: {check.get('result')}" + (f" ({figures})" if figures else "")
+    yield "- not measured here: the model's quality. The weights are the source's, so see the source's card."
+    yield ""
+
+
+def _figures(check: Mapping[str, Any]) -> str:
+    parts = []
+    for key, value in check.items():
+        if key in ("check", "result") or isinstance(value, Mapping | list):
+            continue
+        parts.append(format_nbytes(value) if key == "nbytes" and isinstance(value, int) else f"{key} {value}")
+    return ", ".join(parts)
+
+
+def _use(manifest: Manifest) -> Iterator[str]:
+    sizes = manifest.tp_sizes
+    yield from (
+        "## Serve",
+        "",
+        "    pip install nvfp4-prep        # beside vLLM: its plugin reads these files; plain vLLM refuses them",
+        f"    vllm serve <this repository> --tensor-parallel-size {sizes[-1] if sizes else 1}",
+        "",
+        "Needs a GPU for which vLLM has FlashInfer's CuteDSL MoE backend (Blackwell, sm_100).",
+        "",
+        "## Check and restore",
+        "",
+        "    nvfp4-prep verify <this repository>                  # sizes and hashes, without a download",
+        "    hf download <this repository> --local-dir prepared",
+        "    nvfp4-prep verify prepared                           # every byte",
+        "    nvfp4-prep restore prepared source                   # the source, bit for bit",
+    )

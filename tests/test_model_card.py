@@ -1,0 +1,129 @@
+"""The model card: front matter that the Hub's own client reads, and a body that says what the manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from nvfp4_prep.conversion import convert
+from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.model_card import front_matter, make_model_card
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.sample import SampleModel, write_sample
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CARD = b"""---
+license: other
+license_name: nvidia-open
+license_link: LICENSE
+language: [en, "no"]
+library_name: Model Optimizer
+pipeline_tag: text-generation
+base_model:
+- org/original
+base_model_relation: quantized
+tags:
+- nvidia
+- nvfp4
+model-index:
+- name: x
+  results: []
+date: 2026-01-02
+title: "\xc3\xa4: b # c"
+---
+# Source card
+"""
+
+
+@pytest.fixture
+def manifest(sample_prepared: Path) -> Manifest:
+    return Manifest.from_bytes((sample_prepared / MANIFEST).read_bytes())
+
+
+def from_hub(manifest: Manifest, card: bytes = CARD) -> Manifest:
+    return replace(manifest, source="nvidia/Kimi-NVFP4", revision=COMMIT, texts={**manifest.texts, "README.md": card})
+
+
+def test_the_client_reads_the_front_matter(manifest: Manifest) -> None:
+    card = ModelCard(make_model_card(from_hub(manifest)).decode())
+    assert card.data.base_model == ["nvidia/Kimi-NVFP4"]
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "nvidia-open", "LICENSE")
+    assert card.data.library_name == "vllm"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["nvidia", "nvfp4", "moe", "nvfp4-prep", "flashinfer", "vllm"]
+    assert card.data.language == ["en", "no"]
+    assert card.data.to_dict()["title"] == "ä: b # c"
+    assert "model-index" not in card.data.to_dict()
+
+
+def test_a_directory_keeps_the_family_tree_of_its_source(manifest: Manifest) -> None:
+    local = replace(manifest, texts={"README.md": CARD})
+    assert front_matter(local)["base_model"] == ["org/original"]
+    assert "base_model" not in front_matter(replace(manifest, texts={}))
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"",
+        b"no front matter",
+        b"---\n- a list\n---\n",
+        b"---\na: [unclosed\n---\n",
+        b"---\na: b\n",
+        b"\xff\xfe---\na: b\n---\n",
+        b"---\n!!python/object/apply:os.system ['true']\n---\n",
+    ],
+)
+def test_a_card_that_cannot_be_read_does_no_harm(manifest: Manifest, card: bytes) -> None:
+    assert set(front_matter(from_hub(manifest, card))) == {"tags", "library_name", "base_model", "base_model_relation"}
+    ModelCard(make_model_card(from_hub(manifest, card)).decode())
+
+
+def test_windows_line_ends_and_byte_order_mark(manifest: Manifest) -> None:
+    windows = b"\xef\xbb\xbf" + CARD.replace(b"\n", b"\r\n")
+    assert front_matter(from_hub(manifest, windows)) == front_matter(from_hub(manifest))
+
+
+def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
+    text = make_model_card(from_hub(manifest)).decode()
+    assert f"nvidia/Kimi-NVFP4 at commit `{COMMIT}`" in text
+    assert "https://huggingface.co/nvidia/Kimi-NVFP4" in text
+    assert f"nvfp4-prep {manifest.tool_version}" in text
+    dims = manifest.layers[0].layer.dims
+    assert f"{dims.experts} gated experts, intermediate {dims.intermediate}, hidden {dims.hidden}" in text
+    assert f"| tensor parallel | {', '.join(map(str, manifest.tp_sizes))} |" in text
+    for check in manifest.verified:
+        assert f"{check['check']}: {check['result']} (" in text
+        assert f"experts {check['experts']}" in text
+    assert "nvfp4-prep restore" in text
+    assert "vllm serve" in text
+    assert yaml.safe_load(text.split("---")[1])["tags"]
+
+
+@pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+def test_differing_scales_are_told(tmp_path: Path, policy: GateUpPolicy) -> None:
+    write_sample(tmp_path / "source", SampleModel(differing=1.0))
+    made = convert(tmp_path / "source", tmp_path / "out", ConvertOptions(gate_up_scales=policy)).manifest
+    text = (tmp_path / "out" / "README.md").read_text()
+    differing = sum(layer.gate_up.differing for layer in made.layers)
+    assert differing > 0
+    assert f"In {differing} experts the gate and up projections have different global scales" in text
+    assert f"Policy `{policy.value}`" in text
+    assert ("block scales had to be rounded" in text) == (policy is GateUpPolicy.RECONCILE)
+    assert ("gate's is used for both" in text) == (policy is GateUpPolicy.VLLM)
+
+
+def test_agreeing_scales_are_not_mentioned(tmp_path: Path) -> None:
+    write_sample(tmp_path / "source", SampleModel())
+    convert(tmp_path / "source", tmp_path / "out")
+    assert "Gate and up scales" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_it_is_the_same_every_time(manifest: Manifest) -> None:
+    again = Manifest.from_bytes(manifest.to_bytes())
+    assert make_model_card(again) == make_model_card(manifest)

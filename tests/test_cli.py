@@ -143,3 +143,43 @@ def test_log_lines(interval: float, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2.00 GB of 4.00 GB (50 %)" in lines[1]
     assert lines[1].endswith("left, layer 1")
     assert lines[-1].startswith("convert: done in")
+
+
+def test_parts_and_join(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run("convert", sample_source, out, "--layers", "1/2", "-q")
+    assert first.exit_code == 0, first.output
+    assert "--join" in first.stderr
+    missing = run("convert", sample_source, out, "--join", "-q")
+    assert missing.exit_code == 13
+    assert "convert with --layers 2" in missing.stderr
+    part = json.loads(run("convert", sample_source, out, "--layers", "2", "--json", "-q").stdout)
+    assert part["layers"] == [2]
+    joined = run("convert", sample_source, out, "--join", "-q")
+    assert "2 MoE layers prepared" in joined.stdout
+    assert (out / "nvfp4_prep.json").read_bytes() == (sample_prepared / "nvfp4_prep.json").read_bytes()
+    assert "complete already" in run("convert", sample_source, out, "--layers", "1/2", "-q").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "1", "--join"], "Use one of them"),
+        (["--layers", "1", "--push-to", "a/b"], "nvfp4-prep push"),
+        (["--join", "--push-to", "a/b"], "nvfp4-prep push"),
+        (["--join", "--restart"], "Leave one of them out"),
+        (["--layers", "all"], "--layers 1-20"),
+        (["--private"], "Add --push-to"),
+    ],
+)
+def test_options_that_exclude_each_other(sample_source: Path, tmp_path: Path, options: list[str], words: str) -> None:
+    result = run("convert", sample_source, tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_of_every_command_teaches_by_example() -> None:
+    for name in cli.commands:
+        text = run(name, "--help").stdout
+        assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name

@@ -188,6 +188,7 @@ EXIT_CODES: dict[int, str] = {
             HubError,
             LoadError,
             ServingError,
+            PartsMissingError,
             ConversionInterrupted,
         )
     },

@@ -13,6 +13,7 @@ import click
 from nvfp4_prep import __version__
 from nvfp4_prep.cli.check import inspect, verify
 from nvfp4_prep.cli.convert import convert
+from nvfp4_prep.cli.doctor import completion, doctor
 from nvfp4_prep.cli.push import push
 from nvfp4_prep.cli.relayout import relayout
 from nvfp4_prep.cli.restore import restore
@@ -21,7 +22,7 @@ from nvfp4_prep.errors import EXIT_CODES
 
 __all__ = ["cli", "main"]
 
-_EXIT_CODES = "Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in sorted(EXIT_CODES.items())) + "."
+_EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in sorted(EXIT_CODES.items()))
 
 
 @click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -30,16 +31,22 @@ def cli() -> None:
     """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
 
     \b
-    nvfp4-prep inspect  ./DeepSeek-NVFP4               what is it, and can it be prepared?
-    nvfp4-prep convert  ./DeepSeek-NVFP4 ./out         prepare it
-    nvfp4-prep verify   ./out --source ./DeepSeek-NVFP4   check every byte
-    nvfp4-prep restore  ./out ./back                   and back again
+    nvfp4-prep doctor                                     what will work on this machine?
+    nvfp4-prep inspect  nvidia/Kimi-K2.5-NVFP4            what is it, and can it be prepared?
+    nvfp4-prep convert  nvidia/Kimi-K2.5-NVFP4 ./out      prepare it (a directory will do as well)
+    nvfp4-prep verify   ./out --source ./source           check every byte against its source
+    nvfp4-prep push     ./out me/Kimi-K2.5-NVFP4-prepared publish it
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
-    nvfp4-prep push     ./out me/DeepSeek-NVFP4-prepared  publish it
+    nvfp4-prep restore  ./out ./back                      and back again, bit for bit
+
+    vLLM with this package installed serves the result as it is: vllm serve ./out
+
+    Every command has --json and examples in its --help. Results go to stdout, progress and hints to stderr.
+    Ctrl-C and kills are harmless: the same command continues.
     """
 
 
-for _command in (inspect, convert, verify, restore, relayout, push, sample):
+for _command in (inspect, convert, verify, restore, relayout, push, sample, doctor, completion):
     cli.add_command(_command)
 
 

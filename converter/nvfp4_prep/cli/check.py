@@ -17,7 +17,14 @@ __all__ = ["inspect", "verify"]
 @click.argument("checkpoint")
 @common
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
-    """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it."""
+    """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it.
+
+    Reads headers and scalars only. CHECKPOINT is a directory or a Hub id.
+
+    \b
+    nvfp4-prep inspect ./DeepSeek-NVFP4
+    nvfp4-prep inspect nvidia/Kimi-K2.5-NVFP4 --json
+    """
     from nvfp4_prep import inspection
     from nvfp4_prep.hub import open_source
     from nvfp4_prep.reporting import inspection_text, inspection_value
@@ -36,6 +43,12 @@ def verify(checkpoint: str, source: str | None, quick: bool, threads: int | None
     """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
 
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
+    Exit code 6 if anything is wrong.
+
+    \b
+    nvfp4-prep verify ./out                             every byte against the manifest
+    nvfp4-prep verify ./out --source ./DeepSeek-NVFP4   and against the source
+    nvfp4-prep verify ./out --quick                     structure only, seconds
     """
     from nvfp4_prep import verification
     from nvfp4_prep.hub import open_ranges, parse_address, quiet_client

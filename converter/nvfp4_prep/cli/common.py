@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,13 +16,13 @@ import click
 from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError
 
 if TYPE_CHECKING:
-    from nvfp4_prep.options import ConvertOptions
+    from nvfp4_prep.hub.remote import PublishOptions
     from nvfp4_prep.progress import Progress
 
 __all__ = [
+    "Publishing",
     "common",
     "conversion_options",
-    "make_options",
     "make_progress",
     "publishing_options",
     "restart_option",
@@ -37,16 +39,22 @@ def common(command: _Command) -> _Command:
     @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
     @functools.wraps(command)
     def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
-        try:
+        with _errors_as_one_line(as_json):
             command(*args, as_json=as_json, **kwargs)
-        except NvfpPrepError as error:
-            _fail(error, as_json=as_json)
-        except KeyboardInterrupt:
-            _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return run  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _errors_as_one_line(as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except NvfpPrepError as error:
+        _fail(error, as_json=as_json)
+    except KeyboardInterrupt:
+        _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: NvfpPrepError, *, as_json: bool) -> None:
@@ -71,7 +79,18 @@ def restart_option(command: _Command) -> _Command:
 
 
 def conversion_options(command: _Command) -> _Command:
-    """The options that decide the output's bytes; :func:`make_options` takes their values."""
+    """The options that decide the output's bytes; the command gets them as one ``options``."""
+    from_names = {"layout": str, "gate_up_block": int, "gate_up_scales": str, "moe_tp": int}
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+
+        layout, block, scales, moe_tp = (kind(kwargs.pop(name)) for name, kind in from_names.items())
+        with _errors_as_one_line(kwargs["as_json"]):
+            options = ConvertOptions(LayoutName(layout), block, GateUpPolicy(scales), moe_tp)
+        command(*args, options=options, **kwargs)
+
     decorators = [
         click.option(
             "--layout",
@@ -102,28 +121,43 @@ def conversion_options(command: _Command) -> _Command:
             help="Tensor-parallel size to pad for, where padding depends on it.",
         ),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
-
-
-def make_options(layout: str, gate_up_block: str, gate_up_scales: str, moe_tp: int) -> ConvertOptions:
-    """The library's value of :func:`conversion_options`."""
-    from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-
-    return ConvertOptions(LayoutName(layout), int(gate_up_block), GateUpPolicy(gate_up_scales), moe_tp)
+    return _decorated(run, decorators)  # type: ignore[return-value]
 
 
 def publishing_options(command: _Command) -> _Command:
-    """Where and how to publish."""
+    """Where and how to publish; the command gets them as one :class:`Publishing`."""
+
+    @functools.wraps(command)
+    def run(*args: Any, private: bool, revision: str | None, create_pr: bool, **kwargs: Any) -> None:
+        command(*args, publishing=Publishing(private, revision, create_pr), **kwargs)
+
     decorators = [
         click.option("--private", is_flag=True, help="Make the repository a private one."),
         click.option("--revision", metavar="BRANCH", help="Branch to publish on; made if it does not exist."),
         click.option("--create-pr", is_flag=True, help="Publish as a pull request; an open one is continued."),
     ]
+    return _decorated(run, decorators)  # type: ignore[return-value]
+
+
+def _decorated(command: Callable[..., None], decorators: list[Callable[[_Command], _Command]]) -> Callable[..., None]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """How to publish, as the command line has it; the library's value needs the Hub's client."""
+
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+    def options(self) -> PublishOptions:
+        """The library's value. Raises :class:`UsageError` if the options exclude each other."""
+        from nvfp4_prep.hub.remote import PublishOptions
+
+        return PublishOptions(private=self.private, revision=self.revision, create_pr=self.create_pr)
 
 
 def make_progress(quiet: bool) -> Progress:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nvfp4_prep.cli.common import (
+    Publishing,
     common,
     conversion_options,
-    make_options,
     make_progress,
     publishing_options,
     restart_option,
@@ -21,7 +21,11 @@ from nvfp4_prep.cli.push import say_pushed
 from nvfp4_prep.errors import UsageError
 
 if TYPE_CHECKING:
+    from nvfp4_prep.conversion import ConvertResult
     from nvfp4_prep.hub.push import PushResult
+    from nvfp4_prep.hub.source import HubSource
+    from nvfp4_prep.options import ConvertOptions
+    from nvfp4_prep.progress import Progress
 
 __all__ = ["convert"]
 
@@ -31,6 +35,8 @@ __all__ = ["convert"]
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing; downloads headers only.")
 @click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
+@click.option("--layers", metavar="1-20|2/8", help="One machine's part: these layers, or the second of eight shares.")
+@click.option("--join", is_flag=True, help="Make the checkpoint of all parts.")
 @click.option("--push-to", metavar="USER/NAME", help="Publish each finished file on the Hub while the next is made.")
 @click.option("--stream-out", is_flag=True, help="With --push-to: delete each file here once it is published.")
 @publishing_options
@@ -41,17 +47,14 @@ __all__ = ["convert"]
 def convert(
     source: str,
     target: Path,
+    options: ConvertOptions,
     dry_run: bool,
     keep_source: bool,
+    layers: str | None,
+    join: bool,
     push_to: str | None,
     stream_out: bool,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    layout: str,
-    gate_up_block: str,
-    gate_up_scales: str,
-    moe_tp: int,
+    publishing: Publishing,
     threads: int | None,
     restart: bool,
     as_json: bool,
@@ -66,86 +69,175 @@ def convert(
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out --dry-run
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out
     nvfp4-prep convert nvidia/Kimi-K2.5-NVFP4 ./out --push-to me/Kimi-K2.5-NVFP4-prepared --stream-out
+
+    Several machines on one file system: each makes a part, then one joins them.
+
+    \b
+    nvfp4-prep convert /data/Kimi /data/out --layers 1/2        on one machine
+    nvfp4-prep convert /data/Kimi /data/out --layers 2/2        on another, at the same time
+    nvfp4-prep convert /data/Kimi /data/out --join              when both are done
     """
-    from nvfp4_prep import conversion
     from nvfp4_prep.hub import open_source
-    from nvfp4_prep.reporting import plan_text, plan_value, relative_error_text
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.part_folders import LayerSelection, part_folder
 
-    options = make_options(layout, gate_up_block, gate_up_scales, moe_tp)
-    _check_publishing(push_to, stream_out=stream_out, others=private or create_pr or revision is not None)
-    opened = open_source(source, target=target, keep_source=keep_source)
+    publishes = stream_out or publishing != Publishing()
+    _check_combination(layers, push_to, join=join, restart=restart, publishes=publishes)
+    progress = make_progress(quiet)
+    selection = None if layers is None else LayerSelection.parse(layers)
+    work = target if selection is None else part_folder(target, selection)
+    opened = open_source(source, target=work, keep_source=keep_source)
     if dry_run:
-        made = conversion.plan(opened, options)
-        room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
-        click.echo(json.dumps(plan_value(made, room)) if as_json else plan_text(made, room))
-        return
-    pushed: PushResult | None = None
-    if push_to is None:
-        result = conversion.convert(
-            opened, target, options, threads=threads, progress=make_progress(quiet), restart=restart
-        )
+        _show_plan(opened, options, as_json=as_json)
+    elif selection is not None:
+        _convert_part(opened, source, target, selection.text, options, threads, progress, restart, as_json)
     else:
-        from nvfp4_prep.hub import quiet_client
-        from nvfp4_prep.hub.remote import PublishOptions
-        from nvfp4_prep.hub.stream import convert_and_publish
+        if join:
+            from nvfp4_prep.parts import join_parts
 
-        quiet_client()
-        result, pushed = convert_and_publish(
-            opened,
-            target,
-            push_to,
-            options,
-            publish_options=PublishOptions(private=private, revision=revision, create_pr=create_pr),
-            stream_out=stream_out,
-            threads=threads,
-            progress=make_progress(quiet),
-            restart=restart,
-        )
-    manifest = result.manifest
-    if as_json:
-        value = {
-            "path": str(result.path),
-            "already_complete": result.already_complete,
-            "resumed": result.resumed,
-            "written_nbytes": result.written_nbytes,
-            "layers": len(manifest.layers),
-            "tp_sizes": list(manifest.tp_sizes),
-            "verified": [dict(check) for check in manifest.verified],
-            "pushed": None if pushed is None else pushed.to_dict(),
-        }
-        click.echo(json.dumps(value))
-        return
-    if pushed is not None:
-        say_pushed(pushed)
-    if result.already_complete:
-        click.echo(f"{result.path} is complete already: nothing to do. Check it with nvfp4-prep verify {target}")
-        return
-    differing = sum(layer.gate_up.differing for layer in manifest.layers)
-    click.echo(
-        f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
-        f"{' (continued)' if result.resumed else ''}"
-    )
-    click.echo(f"serves tensor-parallel sizes {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}")
-    if differing:
-        worst = max(
-            (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
-            key=lambda errors: float(errors[gate_up_scales]),
-        )
-        click.echo(
-            f"gate/up global scales differed in {differing} experts ({gate_up_scales}); worst layer's"
-            f" {relative_error_text(worst)}"
-        )
-        if gate_up_scales == "vllm":
-            click.echo("warning: up's own scales are ignored as vLLM does; reconcile keeps them", err=True)
-    for check in manifest.verified:
-        click.echo(f"verified: {check['check']}: {check['result']}")
-    click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)
+            result, pushed = join_parts(opened, target, options, threads=threads, progress=progress), None
+        else:
+            result, pushed = _convert_whole(
+                opened, target, options, push_to, publishing, stream_out, threads, progress, restart
+            )
+        click.echo(json.dumps(_value(result, pushed)) if as_json else _text(result, pushed, target))
+        if not as_json and not result.already_complete:
+            _hint(result, source, target)
 
 
-def _check_publishing(push_to: str | None, *, stream_out: bool, others: bool) -> None:
-    if push_to is None and (stream_out or others):
+def _check_combination(layers: str | None, push_to: str | None, *, join: bool, restart: bool, publishes: bool) -> None:
+    if push_to is None and publishes:
         raise UsageError(
             "--stream-out, --private, --revision and --create-pr say how to publish, but not where",
             next_step="Add --push-to USER/NAME.",
         )
+    if layers is not None and join:
+        raise UsageError("--layers makes one part, --join takes all", next_step="Use one of them.")
+    if push_to is not None and (join or layers is not None):
+        raise UsageError(
+            "--push-to publishes while one machine converts, parts come from several",
+            next_step="Join first, then use nvfp4-prep push.",
+        )
+    if join and restart:
+        raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
+
+
+def _show_plan(opened: str | HubSource, options: ConvertOptions, *, as_json: bool) -> None:
+    from nvfp4_prep.conversion import plan
+    from nvfp4_prep.reporting import plan_text, plan_value
+
+    made = plan(opened, options)
+    room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
+    click.echo(json.dumps(plan_value(made, room)) if as_json else plan_text(made, room))
+
+
+def _convert_part(
+    opened: str | HubSource,
+    source: str,
+    target: Path,
+    layers: str,
+    options: ConvertOptions,
+    threads: int | None,
+    progress: Progress,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    from nvfp4_prep.parts import convert_part
+    from nvfp4_prep.units import format_nbytes
+
+    part = convert_part(opened, target, layers, options, threads=threads, progress=progress, restart=restart)
+    if as_json:
+        value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
+        click.echo(json.dumps({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
+    elif part.joined:
+        click.echo(f"{target} is complete already: nothing to do")
+    else:
+        click.echo(
+            f"{part.path}: part of {len(part.layers)} MoE layers ({layers}), {format_nbytes(part.written_nbytes)}"
+            f" written{' (continued)' if part.resumed else ''}"
+        )
+        click.echo(f"next, when all parts are made: nvfp4-prep convert {source} {target} --join", err=True)
+
+
+def _convert_whole(
+    opened: str | HubSource,
+    target: Path,
+    options: ConvertOptions,
+    push_to: str | None,
+    publishing: Publishing,
+    stream_out: bool,
+    threads: int | None,
+    progress: Progress,
+    restart: bool,
+) -> tuple[ConvertResult, PushResult | None]:
+    if push_to is None:
+        from nvfp4_prep import conversion
+
+        return conversion.convert(opened, target, options, threads=threads, progress=progress, restart=restart), None
+    from nvfp4_prep.hub import quiet_client
+    from nvfp4_prep.hub.stream import convert_and_publish
+
+    quiet_client()
+    return convert_and_publish(
+        opened,
+        target,
+        push_to,
+        options,
+        publish_options=publishing.options(),
+        stream_out=stream_out,
+        threads=threads,
+        progress=progress,
+        restart=restart,
+    )
+
+
+def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
+    manifest = result.manifest
+    return {
+        "path": str(result.path),
+        "already_complete": result.already_complete,
+        "resumed": result.resumed,
+        "written_nbytes": result.written_nbytes,
+        "layers": len(manifest.layers),
+        "tp_sizes": list(manifest.tp_sizes),
+        "verified": [dict(check) for check in manifest.verified],
+        "pushed": None if pushed is None else pushed.to_dict(),
+    }
+
+
+def _text(result: ConvertResult, pushed: PushResult | None, target: Path) -> str:
+    from nvfp4_prep.reporting import relative_error_text
+    from nvfp4_prep.units import format_nbytes
+
+    manifest = result.manifest
+    if pushed is not None:
+        say_pushed(pushed)
+    if result.already_complete:
+        return f"{result.path} is complete already: nothing to do. Check it with nvfp4-prep verify {target}"
+    lines = [
+        f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
+        f"{' (continued)' if result.resumed else ''}",
+        f"serves tensor-parallel sizes {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}",
+    ]
+    differing = sum(layer.gate_up.differing for layer in manifest.layers)
+    if differing:
+        policy = manifest.options.gate_up_scales.value
+        worst = max(
+            (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
+            key=lambda errors: float(errors[policy]),
+        )
+        lines.append(
+            f"gate/up global scales differed in {differing} experts ({policy}); worst layer's"
+            f" {relative_error_text(worst)}"
+        )
+    lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
+    return "\n".join(lines)
+
+
+def _hint(result: ConvertResult, source: str, target: Path) -> None:
+    manifest = result.manifest
+    ignored = manifest.options.gate_up_scales.value == "vllm" and any(
+        layer.gate_up.differing for layer in manifest.layers
+    )
+    if ignored:
+        click.echo("warning: up's own scales are ignored as vLLM does; reconcile keeps them", err=True)
+    click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)

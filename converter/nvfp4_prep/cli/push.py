@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, publishing_options, threads_option
+from nvfp4_prep.cli.common import Publishing, common, make_progress, publishing_options, threads_option
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult
@@ -26,9 +26,7 @@ __all__ = ["push", "say_pushed"]
 def push(
     checkpoint: Path,
     repository: str,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
+    publishing: Publishing,
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -38,19 +36,24 @@ def push(
 
     What verify would not pass is refused; the files that make it loadable come last, after all others were compared
     with the manifest. Killed at any moment, the same command continues.
+
+    \b
+    nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared
+    nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared --private --full
     """
     from nvfp4_prep.hub import push as pushing
     from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.hub.remote import PublishOptions
 
     quiet_client()
-    options = PublishOptions(private=private, revision=revision, create_pr=create_pr)
+    options = publishing.options()
     pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))
     if as_json:
         click.echo(json.dumps(pushed.to_dict()))
         return
     say_pushed(pushed)
-    click.echo(f"next: nvfp4-prep verify {repository}{'' if not revision else '@' + revision}", err=True)
+    click.echo(
+        f"next: nvfp4-prep verify {repository}{'' if not publishing.revision else '@' + publishing.revision}", err=True
+    )
 
 
 def say_pushed(pushed: PushResult) -> None:

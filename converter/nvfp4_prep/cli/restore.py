@@ -19,7 +19,11 @@ __all__ = ["restore"]
 @restart_option
 @common
 def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, as_json: bool, quiet: bool) -> None:
-    """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was."""
+    """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was.
+
+    \b
+    nvfp4-prep restore ./out ./back
+    """
     from nvfp4_prep import restoration
     from nvfp4_prep.units import format_nbytes
 

@@ -38,7 +38,12 @@ def sample(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write a random NVFP4 MoE checkpoint to TARGET, in ModelOpt's format, to try things out."""
+    """Write a random NVFP4 MoE checkpoint to TARGET, in ModelOpt's format, to try things out.
+
+    \b
+    nvfp4-prep sample ./sample                  a few MB
+    nvfp4-prep sample ./layer --kimi-layer      one layer as large as Kimi-K2.5's
+    """
     from dataclasses import replace
 
     from nvfp4_prep.sample import KIMI_LAYER, SampleModel, write_sample

@@ -1,0 +1,226 @@
+"""Doctor: what is installed here, how fast the disk is, and what of this tool will work."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep import __version__
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.units import format_nbytes
+
+__all__ = ["PLUGIN_GROUP", "Ability", "Diagnosis", "DiskSpeed", "diagnose", "measure_disk"]
+
+PLUGIN_GROUP = "vllm.general_plugins"
+_DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "safetensors",
+    "huggingface-hub",
+    "flashinfer-python",
+    "nvidia-cutlass-dsl",
+    "vllm",
+    "ray",
+)
+_DISK_NBYTES = 512 * 2**20
+_BLOCK_NBYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Something that this tool does, whether it will work here, and why (not)."""
+
+    name: str
+    works: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """A directory's disk: rates of one sequential file of random bytes.
+
+    Attributes:
+        directory: where.
+        free_nbytes: room.
+        write_gb_per_s: 10^9 bytes a second, with the flush to disk in the time.
+        read_gb_per_s: read back past the page cache; ``None`` where the file system has no direct I/O.
+        locks: whether the file system has the locks that keep two runs apart.
+    """
+
+    directory: str
+    free_nbytes: int
+    write_gb_per_s: float
+    read_gb_per_s: float | None
+    locks: bool
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    Attributes:
+        versions: of this tool, Python and the packages; empty where a package is not installed.
+        machine: processors, memory and system.
+        cards: CUDA devices, one line each.
+        abilities: what will work.
+        disk: where a directory was given.
+    """
+
+    versions: dict[str, str]
+    machine: str
+    cards: tuple[str, ...]
+    abilities: tuple[Ability, ...]
+    disk: DiskSpeed | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether checkpoints can be converted here."""
+        return self.abilities[0].works
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def diagnose(directory: str | Path | None = None) -> Diagnosis:
+    """Looks at this machine. Needs no card and no optional package.
+
+    Args:
+        directory: measure the disk under it: 537 MB are written, read and deleted.
+
+    Raises:
+        UsageError: if the directory cannot be written.
+    """
+    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = {name: _version(name) for name in _DISTRIBUTIONS}
+    cards, no_torch = _cards()
+    return Diagnosis(
+        versions={"nvfp4-prep": __version__, "python": platform.python_version(), **found},
+        machine=f"{len(os.sched_getaffinity(0))} processors, {format_nbytes(memory_nbytes)} memory,"
+        f" {platform.system()} {platform.machine()}",
+        cards=cards,
+        abilities=(*_offline(no_torch), *_serving(cards, found["vllm"])),
+        disk=None if directory is None else measure_disk(Path(directory)),
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cards() -> tuple[tuple[str, ...], str]:
+    """CUDA devices; and why torch cannot be used, or an empty text."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch links is missing
+        return (), f"torch cannot be imported ({error})"
+    lines = []
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        lines.append(
+            f"{facts.name}, compute capability {facts.major}.{facts.minor}, {format_nbytes(facts.total_memory)}"
+        )
+    return tuple(lines), ""
+
+
+def _offline(no_torch: str) -> list[Ability]:
+    offline = Ability("convert, verify, restore, relayout", not no_torch, no_torch or "on the CPU, no card needed")
+    if no_torch:
+        return [offline]
+    from nvfp4_prep.smoke.backends import choose_backend
+
+    facts = choose_backend().facts
+    real = "the kernel that serves" if facts.real_kernel else f"not the kernel that serves ({facts.reason})"
+    return [offline, Ability("smoke run of the fused experts", True, f"{facts.name} on {facts.device}: {real}")]
+
+
+def _serving(cards: tuple[str, ...], vllm: str) -> list[Ability]:
+    visible = any(point.name == "nvfp4_prep" for point in importlib.metadata.entry_points(group=PLUGIN_GROUP))
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if not visible:
+        plugin = Ability("vLLM plugin", False, f"no entry point in {PLUGIN_GROUP}: install nvfp4-prep with pip here")
+    elif allowed is not None and "nvfp4_prep" not in allowed.split(","):
+        plugin = Ability("vLLM plugin", False, f"VLLM_PLUGINS={allowed} leaves nvfp4_prep out")
+    else:
+        plugin = Ability("vLLM plugin", True, "visible to vLLM" if vllm else "installed; vLLM is not")
+    missing = [] if plugin.works else ["the plugin is not visible"]
+    if not vllm:
+        missing.append("vLLM is not installed")
+    else:
+        from nvfp4_prep.vllm.versions import version_problem
+
+        missing += [problem] if (problem := version_problem(vllm)) else []
+    if not any("compute capability 10." in card for card in cards):
+        missing.append("the CuteDSL kernel needs a card of compute capability 10.x (B200, B300, GB200, GB300)")
+    return [plugin, Ability("serving with vLLM", not missing, "; ".join(missing) or f"vLLM {vllm}")]
+
+
+def measure_disk(directory: Path) -> DiskSpeed:
+    """Writes, flushes, reads and deletes one file of random bytes.
+
+    Raises:
+        UsageError: if the directory does not exist, cannot be written or has no room.
+    """
+    try:
+        free = shutil.disk_usage(directory).free
+        if free < 2 * _DISK_NBYTES:
+            raise UsageError(f"only {format_nbytes(free)} free: too little to measure", where=str(directory))
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".nvfp4-prep-doctor-") as file:
+            block = os.urandom(_BLOCK_NBYTES)
+            begin = time.perf_counter()
+            for _ in range(_DISK_NBYTES // _BLOCK_NBYTES):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            write_s = time.perf_counter() - begin
+            return DiskSpeed(
+                directory=str(directory),
+                free_nbytes=free,
+                write_gb_per_s=_DISK_NBYTES / write_s / 1e9,
+                read_gb_per_s=_read_rate(file.name),
+                locks=_has_locks(file.fileno()),
+            )
+    except OSError as error:
+        raise UsageError(f"cannot be measured ({error.strerror})", where=str(directory)) from error
+
+
+def _read_rate(path: str) -> float | None:
+    """10^9 bytes a second with direct I/O; ``None`` where the file system has none."""
+    import mmap
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        with contextlib.closing(mmap.mmap(-1, _BLOCK_NBYTES)) as buffer:  # page-aligned, as direct I/O wants it
+            begin = time.perf_counter()
+            done = 0
+            while done < _DISK_NBYTES:
+                done += os.preadv(descriptor, [buffer], done)
+            return _DISK_NBYTES / (time.perf_counter() - begin) / 1e9
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _has_locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.plan_data import Plan
+    from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
     from nvfp4_prep.verification import VerifyReport, verify
@@ -30,6 +31,7 @@ __all__ = [
     "LayoutName",
     "PartResult",
     "Plan",
+    "ReadyLayer",
     "RelayoutResult",
     "RestoreResult",
     "SampleModel",
@@ -39,6 +41,7 @@ __all__ = [
     "convert_part",
     "inspect",
     "join_parts",
+    "load_layer",
     "plan",
     "relayout",
     "restore",
@@ -54,6 +57,7 @@ _HOMES = {
     "LayoutName": "options",
     "PartResult": "parts",
     "Plan": "plan_data",
+    "ReadyLayer": "ready_layer",
     "RelayoutResult": "new_layout",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
@@ -62,6 +66,7 @@ _HOMES = {
     "convert_part": "parts",
     "inspect": "inspection",
     "join_parts": "parts",
+    "load_layer": "ready_layer",
     "plan": "conversion",
     "relayout": "new_layout",
     "restore": "restoration",

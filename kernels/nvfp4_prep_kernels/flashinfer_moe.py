@@ -19,7 +19,14 @@ import torch
 
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeTokens, MoeTrace, PreparedExperts
 
-__all__ = ["FlashInferMoe", "FlashInferUnavailableError", "bind_call", "find_entry_point", "mma_view"]
+__all__ = [
+    "FlashInferMoe",
+    "FlashInferUnavailableError",
+    "activation_arguments",
+    "bind_call",
+    "find_entry_point",
+    "mma_view",
+]
 
 OLDEST = (0, 6, 4)
 """The first version with the kernel."""
@@ -108,7 +115,7 @@ def bind_call(
         "output_dtype": out.dtype,
         "moe_output": out,
     }
-    call |= _activation_arguments(activation)
+    call |= activation_arguments(activation)
     missing = sorted(set(call) - set(parameters))
     if missing:
         raise FlashInferUnavailableError(
@@ -117,8 +124,8 @@ def bind_call(
     return call
 
 
-def _activation_arguments(activation: MoeActivation) -> dict[str, Any]:
-    """Only what differs from plain SwiGLU, the default of every version."""
+def activation_arguments(activation: MoeActivation) -> dict[str, Any]:
+    """The activation as keyword arguments: only what differs from plain SwiGLU, the default of every version."""
     if activation.function is ActivationFunction.RELU2:
         return {"activation_type": _RELU2}
     wanted: dict[str, Any] = {}

@@ -137,7 +137,10 @@ def rank_of(config: Any, rank: int = 0, world: int = 1, meeting: str | None = No
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from vllm.model_executor.models import utils
 
+    # vLLM remembers by id(model) which layers another pipeline rank has; ids come back once a model is gone.
+    utils._model_to_pp_missing_layer_names.clear()
     parallel = config.parallel_config
     with set_current_vllm_config(config):
         path = meeting or meeting_point()

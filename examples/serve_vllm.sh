@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Serves a prepared checkpoint with vLLM 0.33. No flag belongs to nvfp4-prep: the checkpoint's stamp is enough.
+#
+#   examples/serve_vllm.sh CHECKPOINT tp  8    tensor parallel on one host; every rank holds a share of each expert
+#   examples/serve_vllm.sh CHECKPOINT ep  8    tensor parallel attention, whole experts spread over the ranks
+#   examples/serve_vllm.sh CHECKPOINT dep 8    data parallel attention, whole experts spread over the ranks
+#
+# Needs GPUs of compute capability 10.0 or 10.3. Needs once: pip install nvfp4-prep vllm==0.33.0
+# FAST=1 adds --load-format nvfp4_prep: each rank reads its own bytes only.
+set -euo pipefail
+
+if [ $# -ne 3 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+checkpoint=$1 mode=$2 gpus=$3
+
+arguments=(serve "$checkpoint" --trust-remote-code)
+case $mode in
+    tp) arguments+=(--tensor-parallel-size "$gpus") ;;
+    ep) arguments+=(--tensor-parallel-size "$gpus" --enable-expert-parallel) ;;
+    dep) arguments+=(--data-parallel-size "$gpus" --enable-expert-parallel) ;;
+    *) echo "mode must be tp, ep or dep, not $mode" >&2; exit 2 ;;
+esac
+if [ "${FAST:-0}" = 1 ]; then
+    arguments+=(--load-format nvfp4_prep)
+fi
+
+echo "vllm ${arguments[*]}" >&2
+if [ "${DRY_RUN:-0}" = 1 ]; then
+    exit 0
+fi
+exec vllm "${arguments[@]}"

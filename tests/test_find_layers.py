@@ -246,6 +246,10 @@ def test_wrong_dtypes() -> None:
         for name, tensor in LAYER.tensors().items()
     }
     assert "weight_scale_2 is BF16 []" in refusal(made)
+    made = {name: torch.ones(2) if name.endswith("input_scale") else tensor for name, tensor in LAYER.tensors().items()}
+    assert "input_scale is F32 [2]" in refusal(made)
+    stacked = LAYER.llama4() | {f"{PATH}.down_proj_input_scale": torch.ones(2)}
+    assert "down_proj_input_scale is F32 [2]" in refusal(stacked)
 
 
 def test_wrong_ranks() -> None:

@@ -13,11 +13,19 @@ from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.plan_data import FileKind, Plan
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep.verification import VerifyReport
-from nvfp4_prep_kernels import LayoutError
+from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
 
 _COMMON_TP_SIZES = (1, 2, 4, 8)
 
-__all__ = ["inspection_text", "inspection_value", "plan_text", "plan_value", "relative_error_text", "verify_text"]
+__all__ = [
+    "inspection_text",
+    "inspection_value",
+    "plan_text",
+    "plan_value",
+    "relative_error_text",
+    "tp_lines",
+    "verify_text",
+]
 
 
 def plan_value(plan: Plan, download_nbytes: int = 0) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def plan_text(plan: Plan, download_nbytes: int = 0) -> str:
         f" {8 * len(plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
-    lines += [f"TP       {line}" for line in _tp_lines(plan)]
+    lines += [f"TP       {line}" for line in tp_lines((item.layout, item.layer.dims) for item in plan.layers)]
     lines += [f"passes   {passed} other tensors, {len(plan.side_files)} other files"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
     lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
@@ -116,14 +124,15 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
         )
 
 
-def _tp_lines(plan: Plan) -> Iterable[str]:
-    """Which tensor-parallel sizes the output serves, which it does not, and what would."""
-    served = set.intersection(*(set(item.layout.tp_sizes(item.layer.dims)) for item in plan.layers))
+def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
+    """Which tensor-parallel sizes a file with these layers serves, which it does not, and what would."""
+    known = list(dict.fromkeys(layers))
+    served = set.intersection(*(set(layout.tp_sizes(dims)) for layout, dims in known))
     yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}; expert parallelism always"
     for size in (size for size in _COMMON_TP_SIZES if size not in served):
         try:
-            for item in plan.layers:
-                item.layout.for_moe_tp(size).check(item.layer.dims)
+            for layout, dims in known:
+                layout.for_moe_tp(size).check(dims)
             yield f"cannot serve {size}: convert with --moe-tp {size} for that"
         except LayoutError as error:
             yield f"cannot serve {size}: {error}"

@@ -205,7 +205,7 @@ def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
 
 
 def _text(result: ConvertResult, pushed: PushResult | None, target: Path) -> str:
-    from nvfp4_prep.reporting import relative_error_text
+    from nvfp4_prep.reporting import relative_error_text, tp_lines
     from nvfp4_prep.units import format_nbytes
 
     manifest = result.manifest
@@ -216,7 +216,7 @@ def _text(result: ConvertResult, pushed: PushResult | None, target: Path) -> str
     lines = [
         f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
         f"{' (continued)' if result.resumed else ''}",
-        f"serves tensor-parallel sizes {', '.join(map(str, manifest.tp_sizes)) or 'none in common'}",
+        *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
     ]
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
     if differing:

@@ -41,6 +41,7 @@ def relayout(
     """
     from nvfp4_prep import new_layout
     from nvfp4_prep.options import LayoutName
+    from nvfp4_prep.reporting import tp_lines
     from nvfp4_prep.units import format_nbytes
 
     result = new_layout.relayout(
@@ -62,5 +63,6 @@ def relayout(
         f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"
         f" {options['gate_up_block']}, moe-tp {options['moe_tp']}, {format_nbytes(result.written_nbytes)} written"
     )
-    click.echo(f"serves tensor-parallel sizes {', '.join(map(str, sizes)) or 'none in common'}")
+    for line in tp_lines((record.layout, record.layer.dims) for record in result.manifest.layers):
+        click.echo(line)
     click.echo(f"next: nvfp4-prep verify {target}", err=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
 from nvfp4_prep.errors import (
@@ -17,6 +18,8 @@ from nvfp4_prep.errors import (
     UsageError,
     VerificationError,
 )
+from nvfp4_prep.safetensors_io import read_header
+from nvfp4_prep_kernels import PreparedTensor, Projection
 from tiny_checkpoints import TinyLayer, config, merged, others, write
 
 CHANGES: list[dict[str, Any]] = [
@@ -169,3 +172,31 @@ def test_continues_where_it_was_killed(tmp_path: Path) -> None:
     assert result.resumed
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_changed_rescaled_block_scale_is_found(tmp_path: Path) -> None:
+    """It turns back to no source tensor, so only the checksum of what was written can tell."""
+    (layer,) = convert(write(tmp_path / "s", TinyLayer(differing=True).tensors()), tmp_path / "old").manifest.layers
+    expert, side = layer.gate_up.reconciled[0]
+    path = tmp_path / "old" / layer.files[0]
+    tensor, dims = PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims
+    record = next(r for r in read_header(path).tensors if r.name.endswith(".w13_weight_scale"))
+    nbytes = layer.layout.expert_nbytes(tensor, dims)
+    begin = record.offset_bytes + expert * nbytes
+    data = bytearray(path.read_bytes())
+    stored = torch.frombuffer(data[begin : begin + nbytes], dtype=torch.uint8)
+    parts = dict(
+        zip(
+            layer.layout.projections(tensor),
+            (
+                part.clone()
+                for part in layer.layout.invert(tensor, stored.view(layer.layout.expert_shape(tensor, dims)), dims)
+            ),
+            strict=True,
+        )
+    )
+    parts[Projection(side)][3, 1] ^= 1
+    data[begin : begin + nbytes] = layer.layout.apply(tensor, *parts.values()).numpy().tobytes()
+    path.write_bytes(data)
+    with pytest.raises(VerificationError, match=f"bytes of expert {expert} differ from what was written"):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)

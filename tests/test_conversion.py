@@ -226,6 +226,7 @@ def test_terminated_run_says_how_to_continue(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, "convert", str(source), str(tmp_path / "out"), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out" / WORK_FOLDER / "journal.jsonl").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     output, messages = process.communicate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.execution import MADE_FILES, Execution
 from nvfp4_prep.index import CONFIG
@@ -63,6 +64,7 @@ def convert(
     progress: Progress | None = None,
     restart: bool = False,
     sink: FileSink | None = None,
+    device: str = "cpu",
 ) -> ConvertResult:
     """Converts a checkpoint.
 
@@ -78,6 +80,7 @@ def convert(
         progress: told how it goes.
         restart: discard an unfinished earlier run instead of continuing it.
         sink: takes every finished file, also those that an earlier run finished.
+        device: ``cpu`` or ``cuda``: where the layout is applied; does not change the output.
 
     Raises:
         SourceError, UnsupportedCheckpointError: as :func:`plan`.
@@ -85,6 +88,7 @@ def convert(
         VerificationError: if a prepared byte does not turn back into the source's.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
+    where = choose_device(device)
     opened = open_source(source)
     path = Path(target)
     try:
@@ -98,7 +102,7 @@ def convert(
         if complete is not None:
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
-            execution = Execution(made, opened, place, taker)
+            execution = Execution(made, opened, place, taker, where)
             written = execution.write(threads, progress or NoProgress())
             return ConvertResult(
                 path, execution.finish(), place.resumed, already_complete=False, written_nbytes=written

@@ -30,6 +30,7 @@ __all__ = ["MADE_FILES", "Execution"]
 README = "README.md"
 MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
 """Files that no source byte goes into as it is; written last."""
+_CPU = torch.device("cpu")
 _SMALL_FILES_NBYTES = 64_000_000
 """Room for manifest, configs and index beyond the planned files."""
 
@@ -37,12 +38,13 @@ _SMALL_FILES_NBYTES = 64_000_000
 class Execution:
     """One run of a plan, or of a part of it, on a target."""
 
-    def __init__(self, made: Plan, source: Source, target: Target, sink: FileSink) -> None:
+    def __init__(self, made: Plan, source: Source, target: Target, sink: FileSink, device: torch.device = _CPU) -> None:
         """``made`` may be a plan with fewer files than the whole: then :meth:`write` is all there is to do."""
         self._plan = made
         self._source = source
         self._target = target
         self._sink = sink
+        self._device = device
         self._results = {name: JobResult.from_entry(entry) for name, entry in target.done.items()}
         self._shards = _ShardUse(source)
         self._files = {file.name: file for file in made.files}
@@ -117,7 +119,7 @@ class Execution:
             return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
         layer = self._plan.layers[file.layer or 0]
         if file.kind is FileKind.EXPERTS:
-            return experts_job(layer, file, self._source)
+            return experts_job(layer, file, self._source, self._device)
         return source_block_scales_job(layer, file, self._source)
 
     def finish(self) -> Manifest:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
+from nvfp4_prep.device import apply_layout
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.gate_up_scales import Reconciled, measure, reconcile
@@ -54,8 +55,8 @@ def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor
     return tuple(torch.stack(parts) for parts in zip(*arranged, strict=True))
 
 
-def experts_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
-    """The job that writes a layer's file (or one of its parts)."""
+def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch.device) -> FileJob:
+    """The job that writes a layer's file (or one of its parts), prepared on ``device``."""
 
     def units() -> Iterator[Unit]:
         for tensor, record in zip(file.tensors, file.records, strict=True):
@@ -65,7 +66,7 @@ def experts_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
             for chunk in expert_chunks(experts, nbytes):
                 yield Unit(
                     len(chunk) * nbytes,
-                    partial(_prepare, plan, tensor, record, chunk, source),
+                    partial(_prepare, plan, tensor, record, chunk, source, device),
                     partial(_read_ahead, source, groups, chunk, experts),
                 )
 
@@ -79,7 +80,14 @@ def _read_ahead(source: Source, groups: Sequence[TensorGroup], chunk: range, exp
             source.will_read(place.file, place.offset_bytes, place.nbytes)
 
 
-def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range, source: Source) -> UnitResult:
+def _prepare(
+    plan: LayerPlan,
+    tensor: PreparedTensor,
+    record: TensorRecord,
+    chunk: range,
+    source: Source,
+    device: torch.device,
+) -> UnitResult:
     layer, layout = plan.layer, plan.layout
     groups = layer.groups_for(layout, tensor)
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
@@ -90,7 +98,7 @@ def _prepare(plan: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chun
         errors = _measure_chunk(plan, parts, chunk, source)
     if tensor is PreparedTensor.W13_WEIGHT_SCALE:
         parts, reconciled = _reconcile_chunk(plan, parts, chunk)
-    prepared = layout.apply(tensor, *parts).contiguous()
+    prepared = apply_layout(layout, tensor, layer.dims, parts, device)
     for before, after in zip(parts, layout.invert(tensor, prepared, layer.dims), strict=True):
         if not same_bytes(before, after):
             raise VerificationError(

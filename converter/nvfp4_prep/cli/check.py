@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import click
 
 from nvfp4_prep.cli.common import common, make_progress, threads_option
+from nvfp4_prep.cli.smoke import say_smoke, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 
 __all__ = ["inspect", "verify"]
@@ -37,9 +39,32 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
 @click.argument("checkpoint")
 @click.option("--source", help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.")
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
+@click.option("--smoke", is_flag=True, help="Also run random tokens through the prepared layers, on a GPU if possible.")
+@click.option("--layers", metavar="LIST", help="With --smoke: only these layers, for example 1,4-6.")
+@click.option("--sample", type=click.IntRange(1), help="With --smoke: only so many experts of each layer.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "flashinfer", "triton", "torch"]),
+    default="auto",
+    show_default=True,
+    help="With --smoke: what runs the layers.",
+)
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="With --smoke: write an HTML page.")
 @threads_option
 @common
-def verify(checkpoint: str, source: str | None, quick: bool, threads: int | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    checkpoint: str,
+    source: str | None,
+    quick: bool,
+    smoke: bool,
+    layers: str | None,
+    sample: int | None,
+    backend: str,
+    report: Path | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
 
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
@@ -55,18 +80,33 @@ def verify(checkpoint: str, source: str | None, quick: bool, threads: int | None
     from nvfp4_prep.reporting import verify_text
 
     address = parse_address(checkpoint)
+    smoke_report = None
+    if not smoke and (layers or sample or report or backend != "auto"):
+        raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
+    if smoke and address is not None:
+        raise UsageError("--smoke needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")
     if address is None:
         origin = None if source is None else open_ranges(source)
-        report = verification.verify(
+        found = verification.verify(
             checkpoint, source=origin, quick=quick, threads=threads, progress=make_progress(quiet)
         )
+        if smoke and found.ok:
+            again = None if source is None else open_ranges(source)
+            smoke_report = smoke_run(
+                checkpoint, again, layers=layers, sample=sample, backend=backend, page=report, quiet=quiet
+            )
     elif source is not None:
         raise UsageError("--source needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")
     else:
         from nvfp4_prep.hub.published import verify_published
 
         quiet_client()
-        report = verify_published(address)
-    click.echo(json.dumps(report.to_dict()) if as_json else verify_text(report))
-    if not report.ok:
+        found = verify_published(address)
+    if as_json:
+        value = found.to_dict() | ({"smoke": smoke_report and smoke_report.to_dict()} if smoke else {})
+        click.echo(json.dumps(value))
+    else:
+        click.echo(verify_text(found))
+        say_smoke(smoke_report)
+    if not found.ok or (smoke_report is not None and not smoke_report.passed):
         sys.exit(VerificationError.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from nvfp4_prep.cli.common import (
     threads_option,
 )
 from nvfp4_prep.cli.push import say_pushed
-from nvfp4_prep.errors import UsageError
+from nvfp4_prep.cli.smoke import say_smoke, smoke_after_convert
+from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult
@@ -38,6 +40,15 @@ __all__ = ["convert"]
 @click.option("--layers", metavar="1-20|2/8", help="One machine's part: these layers, or the second of eight shares.")
 @click.option("--join", is_flag=True, help="Make the checkpoint of all parts.")
 @click.option("--push-to", metavar="USER/NAME", help="Publish each finished file on the Hub while the next is made.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the layout is applied; the bytes are the same.",
+)
+@click.option("--no-smoke", is_flag=True, help="Leave out the fused-MoE smoke run at the end.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML page about the smoke run.")
 @click.option("--stream-out", is_flag=True, help="With --push-to: delete each file here once it is published.")
 @publishing_options
 @conversion_options
@@ -55,6 +66,9 @@ def convert(
     push_to: str | None,
     stream_out: bool,
     publishing: Publishing,
+    device: str,
+    no_smoke: bool,
+    report: Path | None,
     threads: int | None,
     restart: bool,
     as_json: bool,
@@ -82,6 +96,8 @@ def convert(
 
     publishes = stream_out or publishing != Publishing()
     _check_combination(layers, push_to, join=join, restart=restart, publishes=publishes)
+    if device != "cpu" and (join or layers is not None):
+        raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
     progress = make_progress(quiet)
     selection = None if layers is None else LayerSelection.parse(layers)
     work = target if selection is None else part_folder(target, selection)
@@ -97,9 +113,19 @@ def convert(
             result, pushed = join_parts(opened, target, options, threads=threads, progress=progress), None
         else:
             result, pushed = _convert_whole(
-                opened, target, options, push_to, publishing, stream_out, threads, progress, restart
+                opened, target, options, push_to, publishing, stream_out, threads, progress, restart, device
             )
-        click.echo(json.dumps(_value(result, pushed)) if as_json else _text(result, pushed, target))
+        smoke = None
+        if not (no_smoke or stream_out or result.already_complete):
+            # a source from the Hub may be gone by now: then the prepared tensors are turned back
+            smoke = smoke_after_convert(target, opened if isinstance(opened, str) else None, page=report, quiet=quiet)
+        if as_json:
+            click.echo(json.dumps(_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()}))
+        else:
+            click.echo(_text(result, pushed, target))
+            say_smoke(smoke)
+        if smoke is not None and not smoke.passed:
+            sys.exit(VerificationError.exit_code)
         if not as_json and not result.already_complete:
             _hint(result, source, target)
 
@@ -168,11 +194,15 @@ def _convert_whole(
     threads: int | None,
     progress: Progress,
     restart: bool,
+    device: str,
 ) -> tuple[ConvertResult, PushResult | None]:
     if push_to is None:
         from nvfp4_prep import conversion
 
-        return conversion.convert(opened, target, options, threads=threads, progress=progress, restart=restart), None
+        result = conversion.convert(
+            opened, target, options, threads=threads, progress=progress, restart=restart, device=device
+        )
+        return result, None
     from nvfp4_prep.hub import quiet_client
     from nvfp4_prep.hub.stream import convert_and_publish
 
@@ -187,6 +217,7 @@ def _convert_whole(
         threads=threads,
         progress=progress,
         restart=restart,
+        device=device,
     )
 
 

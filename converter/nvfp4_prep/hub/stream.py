@@ -195,13 +195,14 @@ def convert_and_publish(
     threads: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
+    device: str = "cpu",
     api: HfApi | None = None,
     patience: Patience | None = None,
 ) -> tuple[ConvertResult, PushResult]:
     """Converts and publishes at the same time; killed at any moment, the same call continues.
 
     Args:
-        source, target, options, threads, progress, restart: as for :func:`~nvfp4_prep.conversion.convert`.
+        source, target, options, threads, progress, restart, device: as for :func:`~nvfp4_prep.conversion.convert`.
         repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
@@ -212,7 +213,9 @@ def convert_and_publish(
     options_there = publish_options or PublishOptions()
     sink = StreamPublisher(repo_id, options_there, stream_out=stream_out, api=api, patience=patience)
     try:
-        result = convert(source, target, options, threads=threads, progress=progress, restart=restart, sink=sink)
+        result = convert(
+            source, target, options, threads=threads, progress=progress, restart=restart, sink=sink, device=device
+        )
         pushed = publish(Path(target), repo_id, options_there, progress=progress, remote=sink.remote)
     finally:
         sink.interrupt()

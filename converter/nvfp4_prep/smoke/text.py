@@ -1,0 +1,44 @@
+"""The smoke report for people at a terminal."""
+
+from __future__ import annotations
+
+from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+
+__all__ = ["layer_line", "smoke_text"]
+
+
+def smoke_text(report: SmokeReport) -> str:
+    """What ran, whether it passed, the worst figures and every problem."""
+    lines = [f"WRONG {layer.name}: {problem}" for layer in report.layers for problem in layer.problems]
+    backend = report.backend
+    if backend.real_kernel:
+        lines.append(f"smoke run: FlashInfer's CuteDSL fused-MoE kernel itself, on {backend.device}")
+    else:
+        lines.append(
+            f"smoke run: {backend.name} backend on {backend.device}; the real CuteDSL kernel did NOT run"
+            f" ({backend.reason})"
+        )
+    if report.reference == "restored":
+        lines.append("reference: the prepared tensors turned back, because the source is not at hand")
+    figures = [figure for layer in report.layers for figure in layer.figures]
+    total = sum(layer.experts_total for layer in report.layers)
+    lines.append(
+        f"smoke run {'passed' if report.passed else 'FAILED'}: {len(report.layers)} of {report.layers_total} layers,"
+        f" {len(figures)} of their {total} experts"
+        + (
+            f", lowest cosine {min(figure.errors.cosine for figure in figures):.6f}, worst element"
+            f" {max(figure.worst for figure in figures):.3g} of its tolerance"
+            if figures
+            else ""
+        )
+    )
+    return "\n".join(lines)
+
+
+def layer_line(layer: LayerReport, number: int, total: int) -> str:
+    """Progress: one line a layer."""
+    state = "ok" if layer.passed else "WRONG"
+    return (
+        f"smoke run {number}/{total}: {layer.name}: {state}, {layer.experts} experts, worst element"
+        f" {layer.worst_expert.worst:.3g} of its tolerance, {layer.seconds:.1f} s"
+    )

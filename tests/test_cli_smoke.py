@@ -1,0 +1,130 @@
+"""``verify --smoke``, the run at the end of ``convert``, and ``--device``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from nvfp4_prep import convert as convert_function
+from nvfp4_prep.cli import cli
+from nvfp4_prep.cli.smoke import parse_layers
+from nvfp4_prep.device import apply_layout, choose_device
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.safetensors_io import read_header
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def damage(prepared: Path) -> None:
+    """One zeroed block of the first expert of layer 1's w2."""
+    path = prepared / "experts-layer-00001.safetensors"
+    record = next(record for record in read_header(path).tensors if record.name.endswith(".w2_weight"))
+    with path.open("r+b") as stream:
+        stream.seek(record.offset_bytes)
+        stream.write(bytes(8))
+
+
+def test_verify_smoke_says_what_ran_and_writes_the_page(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    done = run("verify", sample_prepared, "--source", sample_source, "--smoke", "--sample", 2, "--report", page)
+    assert done.exit_code == 0, done.output
+    assert "smoke run passed: 2 of 2 layers, 4 of their 10 experts" in done.output
+    assert "did NOT run" in done.output
+    assert "Passed" in page.read_text()
+    value = json.loads(run("verify", sample_prepared, "--smoke", "--layers", "1", "--sample", 1, "--json", "-q").stdout)
+    assert value["smoke"]["passed"] is True and value["smoke"]["reference"] == "restored"
+    assert len(value["smoke"]["layers"]) == 1
+
+
+def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
+    assert run("verify", sample_prepared, "--layers", "1").exit_code == 2
+    assert run("verify", sample_prepared, "--smoke", "--layers", "one").exit_code == 2
+    assert run("verify", sample_prepared, "--smoke", "--layers", "9").exit_code == 2
+    if not torch.cuda.is_available():
+        refused = run("verify", sample_prepared, "--smoke", "--backend", "flashinfer")
+        assert refused.exit_code == 2 and "no CUDA card" in refused.output
+
+
+def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_function(sample_source, out)
+    damage(out)
+    done = run("verify", out, "--smoke", "--source", sample_source)
+    assert done.exit_code == 6 and "smoke run" not in done.output
+    quick = run("verify", out, "--quick", "--smoke", "--source", sample_source, "--layers", "1-1")
+    assert quick.exit_code == 6 and "smoke run FAILED" in quick.output and "second GEMM" in quick.output
+
+
+def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = run("convert", sample_source, tmp_path / "out", "-q", "--report", page)
+    assert done.exit_code == 0, done.output
+    assert "smoke run passed: 2 of 2 layers, 8 of their 10 experts" in done.output
+    assert page.is_file()
+    without = json.loads(run("convert", sample_source, tmp_path / "o2", "-q", "--no-smoke", "--json").stdout)
+    assert without["smoke"] is None
+    value = json.loads(run("convert", sample_source, tmp_path / "o3", "-q", "--json").stdout)
+    assert value["smoke"]["result"] == "passed" and value["smoke"]["real_kernel"] is False
+
+
+def test_convert_fails_if_the_smoke_run_does(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nvfp4_prep.conversion as conversion
+
+    real = conversion.convert
+
+    def broken(*arguments: object, **rest: object) -> object:
+        result = real(*arguments, **rest)  # type: ignore[arg-type]
+        damage(result.path)
+        return result
+
+    monkeypatch.setattr(conversion, "convert", broken)
+    done = run("convert", sample_source, tmp_path / "out", "-q")
+    assert done.exit_code == 6 and "smoke run FAILED" in done.output and "do not serve" in done.output
+    assert run("convert", sample_source, tmp_path / "o2", "-q", "--json").exit_code == 6
+
+
+def test_parse_layers() -> None:
+    assert parse_layers(None) is None
+    assert parse_layers("3,1, 5-7,6") == [1, 3, 5, 6, 7]
+    for text in ("", "a", "1-", "-2", "1-b"):
+        with pytest.raises(UsageError):
+            parse_layers(text)
+
+
+def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such device"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        done = run("convert", sample_source, tmp_path / "out", "--device", "cuda")
+        assert done.exit_code == 2 and "no CUDA card" in done.output and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_devices_give_the_same_bytes(tensor: PreparedTensor, device: torch.device) -> None:
+    """On a machine without a card this compares the CPU with itself; the card runs it by hand."""
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(7, 80, 272)
+    parts = [
+        torch.randint(0, 256, (3, *layout.source_shape(tensor, dims)), dtype=torch.uint8)
+        for _ in layout.projections(tensor)
+    ]
+    made = apply_layout(layout, tensor, dims, parts, device)
+    assert made.device.type == "cpu" and torch.equal(made, layout.apply(tensor, *parts))
+
+
+@pytest.mark.gpu
+def test_convert_on_the_card_gives_the_same_files(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", sample_source, out, "--device", "cuda", "-q").exit_code == 0
+    for path in sorted(sample_prepared.iterdir()):
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,20 @@ def test_a_changed_rescaled_block_scale_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(VerificationError, match=f"bytes of expert {expert} differ from what was written"):
         relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
+
+
+def test_a_forged_checksum_does_not_hide_another_expert(tmp_path: Path) -> None:
+    """Bytes and their checksum changed together: the digests of the source tensors still tell."""
+    (layer,) = convert(write(tmp_path / "s", TinyLayer().tensors()), tmp_path / "old").manifest.layers
+    path, tensor = tmp_path / "old" / layer.files[0], PreparedTensor.W2_WEIGHT
+    record = next(r for r in read_header(path).tensors if r.name.endswith(".w2_weight"))
+    nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+    flip(path, record.offset_bytes + nbytes)
+    manifest_path = tmp_path / "old" / "nvfp4_prep.json"
+    manifest = json.loads(manifest_path.read_text())
+    data = path.read_bytes()[record.offset_bytes :][nbytes : 2 * nbytes]
+    manifest["layers"][0]["expert_crc32"][tensor][1] = zlib.crc32(data)
+    manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match=r"down_proj\.weight is not what the source held"):
+        relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
+    assert not (tmp_path / "new" / "config.json").exists()

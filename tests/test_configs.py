@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from nvfp4_prep import ConvertOptions, plan
+from nvfp4_prep import ConvertOptions, convert, plan, restore, verify
 from nvfp4_prep.activation import ActivationKind
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.safetensors_io import TensorSpec, encode_header
 from nvfp4_prep.stamp import quantization_configs, stamped_config
 from nvfp4_prep_kernels import MoeDims
+from tiny_checkpoints import TinyLayer, write
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 NAMES = sorted(
@@ -170,6 +173,33 @@ def test_fewer_experts_than_the_config_promises(tmp_path: Path, model: Model) ->
     source = sparse_checkpoint(tmp_path / "source", model, experts=model.dims.experts - 1)
     with pytest.raises(UnsupportedCheckpointError, match=rf"experts 0 to {model.dims.experts - 2}, but config.json's"):
         plan(source)
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if "K2.6" not in m.name], ids=lambda model: model.name)
+def test_round_trip_under_the_real_config_and_names(tmp_path: Path, model: Model) -> None:
+    """The real number of experts and spelling, small random matrices."""
+    layer = TinyLayer(model.path, model.dims.experts, intermediate=32, hidden=64, names=model.projections)
+    conf, quant = read(model.name)
+    source = write(tmp_path / "source", layer.tensors(), conf, shards=2)
+    if quant is not None:
+        (source / "hf_quant_config.json").write_text(json.dumps(quant))
+    (made,) = convert(source, tmp_path / "out").manifest.layers
+    assert made.layer.experts_path == model.path
+    assert made.activation.kind is model.activation
+    assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+    assert verify(tmp_path / "out", source=source).ok
+    restore(tmp_path / "out", tmp_path / "back")
+    back = {
+        name: tensor for path in (tmp_path / "back").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    want = layer.tensors()
+    assert back.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(back[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+    for name in ("config.json", "hf_quant_config.json"):
+        assert (source / name).exists() == (tmp_path / "back" / name).exists()
+        if (source / name).exists():
+            assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -396,8 +396,8 @@ def test_wrong_inverse_is_caught_before_it_is_written(
 
     real = MoeLayout.apply
 
-    def faulty(self: MoeLayout, tensor: Any, *parts: torch.Tensor) -> torch.Tensor:
-        made = real(self, tensor, *parts).clone()
+    def faulty(self: MoeLayout, tensor: Any, *parts: torch.Tensor, **out: Any) -> torch.Tensor:
+        made = real(self, tensor, *parts, **out).clone()
         made.view(-1)[7] ^= 1
         return made
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.target import WORK_FOLDER, Target
 
@@ -88,3 +91,34 @@ def test_damaged_journal_head(tmp_path: Path) -> None:
     (tmp_path / "out" / WORK_FOLDER / "journal.jsonl").write_bytes(b"\x00garbage\n[1]\n")
     with Target(tmp_path / "out", IDENTITY) as target:
         assert target.done == {}
+
+
+def test_direct_and_buffered_writes_give_one_file(tmp_path: Path) -> None:
+    """Large aligned pieces, unaligned ones and tails in one file, on whatever file system the tests run on."""
+    pieces = [(0, 3 * 2**20), (3 * 2**20, 2**20 + 77), (4 * 2**20 + 77, 2**21), (6 * 2**20 + 77, 5)]
+    with Target(tmp_path / "out", IDENTITY) as target:
+        file = target.create("a", sum(nbytes for _, nbytes in pieces))
+        whole = b""
+        for offset, nbytes in pieces:
+            data = empty_bytes(nbytes).random_()
+            file.write(offset, byte_view(data))
+            whole += bytes(byte_view(data))
+        file.commit(None)
+    assert (tmp_path / "out" / "a").read_bytes() == whole
+
+
+def test_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def picky(descriptor: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", picky)
+    data = empty_bytes(2**21).random_()
+    with Target(tmp_path / "out", IDENTITY) as target:
+        file = target.create("a", 2**21)
+        file.write(0, byte_view(data))
+        file.commit(None)
+    assert (tmp_path / "out" / "a").read_bytes() == bytes(byte_view(data))

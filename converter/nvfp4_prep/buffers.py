@@ -6,12 +6,18 @@ import ctypes
 
 import torch
 
-__all__ = ["byte_view", "empty_bytes", "same_bytes"]
+__all__ = ["PAGE_NBYTES", "address_of", "byte_view", "empty_bytes", "same_bytes"]
+
+
+PAGE_NBYTES = 4096
+"""Alignment that direct I/O asks of memory, offsets and sizes."""
 
 
 def empty_bytes(nbytes: int) -> torch.Tensor:
-    """``uint8 [nbytes]`` of uninitialised memory."""
-    return torch.empty(nbytes, dtype=torch.uint8)
+    """``uint8 [nbytes]`` of uninitialised memory that starts at a page."""
+    memory = torch.empty(nbytes + PAGE_NBYTES - 1, dtype=torch.uint8)
+    begin = -memory.data_ptr() % PAGE_NBYTES
+    return memory[begin : begin + nbytes]
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
@@ -28,6 +34,11 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
     array._tensor = tensor  # type: ignore[attr-defined]
     return memoryview(array).cast("B")
+
+
+def address_of(view: memoryview) -> int:
+    """Memory address of a writable view's first byte."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -7,11 +7,13 @@ result is checked by other code on other hardware.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from nvfp4_prep.buffers import empty_bytes
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
@@ -50,7 +52,10 @@ def apply_layout(
         ``uint8 [n, rows, bytes per row]`` on the CPU, contiguous.
     """
     if device.type == "cpu":
-        return layout.apply(tensor, *parts).contiguous()
+        # Page-aligned, so that it can be written directly.
+        shape = (len(parts[0]), *layout.expert_shape(tensor, dims))
+        aligned = empty_bytes(math.prod(shape)).view(shape) if tensor is PreparedTensor.W13_WEIGHT else None
+        return layout.apply(tensor, *parts, out=aligned).contiguous()
     from nvfp4_prep_kernels.triton_prepare import prepare
 
     there = [part.contiguous().to(device) for part in parts]

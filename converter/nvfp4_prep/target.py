@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from nvfp4_prep.buffers import PAGE_NBYTES, address_of
 from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.units import format_nbytes
@@ -28,6 +29,7 @@ __all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile
 WORK_FOLDER = ".nvfp4_prep"
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+_DIRECT_MIN_NBYTES = 1 << 20
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
 PARTS_FOLDER = "parts"
@@ -51,6 +53,20 @@ def _free_nbytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def _open_direct(path: Path) -> int:
+    """A second descriptor for direct I/O, or -1 where the file system or the system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return -1
+
+
+def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
+    while len(view):
+        count = os.pwrite(descriptor, view, offset_bytes)
+        view, offset_bytes = view[count:], offset_bytes + count
+
+
 class TargetFile:
     """One file under its temporary name. Writes may come from several threads, at disjoint ranges."""
 
@@ -65,6 +81,7 @@ class TargetFile:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise translate_os_error(error, self._path) from error
+        self._direct = _open_direct(self._path)
         try:
             if nbytes:
                 os.posix_fallocate(self._descriptor, 0, nbytes)
@@ -73,20 +90,41 @@ class TargetFile:
             raise translate_os_error(error, self._path) from error
 
     def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`."""
+        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
+
+        Whole pages in page-aligned memory go past the page cache where the file system allows it: the copy into the
+        cache would cost more than everything else that a conversion does with the bytes but hashing them.
+        """
         view = memoryview(data)
         try:
-            while len(view):
-                count = os.pwrite(self._descriptor, view, offset_bytes)
-                view, offset_bytes = view[count:], offset_bytes + count
+            direct = self._write_direct(offset_bytes, view)
+            _write_all(self._descriptor, offset_bytes + direct, view[direct:])
         except OSError as error:
             raise translate_os_error(error, self._path) from error
+
+    def _write_direct(self, offset_bytes: int, view: memoryview) -> int:
+        """Writes whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
+        if self._direct < 0 or offset_bytes % PAGE_NBYTES or len(view) < _DIRECT_MIN_NBYTES or view.readonly:
+            return 0
+        if address_of(view) % PAGE_NBYTES:
+            return 0
+        try:
+            return os.pwrite(self._direct, view[: len(view) // PAGE_NBYTES * PAGE_NBYTES], offset_bytes)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a file system that wants another alignment
+                return 0
+            raise
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        if self._direct >= 0:
+            os.close(self._direct)
 
     def commit(self, entry: Mapping[str, Any] | None) -> None:
         """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            self._close()
             if entry is not None:
                 self._target.note({"file": self.name, "nbytes": self.nbytes, **entry})
             final = self._target.path / self.name
@@ -99,7 +137,7 @@ class TargetFile:
     def abandon(self) -> None:
         """Closes and deletes the temporary file."""
         with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+            self._close()
         self._path.unlink(missing_ok=True)
 
 

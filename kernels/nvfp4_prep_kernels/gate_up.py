@@ -16,16 +16,19 @@ import torch
 __all__ = ["deinterleave_gate_up", "interleave_gate_up", "join_alternating_rows", "split_alternating_rows"]
 
 
-def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor, block: int) -> torch.Tensor:
+def interleave_gate_up(
+    gate: torch.Tensor, up: torch.Tensor, block: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Interleaves the rows of two projections, up first, in blocks of ``block`` rows.
 
     Args:
         gate: ``[..., I, C]``, any dtype.
         up: same shape and dtype as ``gate``.
         block: rows in one block; must divide ``I``.
+        out: contiguous ``[..., 2*I, C]`` to write into.
 
     Returns:
-        ``[..., 2*I, C]``, contiguous.
+        ``[..., 2*I, C]``, contiguous; ``out`` where given.
 
     Raises:
         ValueError: if the shapes or dtypes differ or ``block`` does not divide ``I``.
@@ -36,7 +39,9 @@ def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor, block: int) -> torc
     if rows % block:
         raise ValueError(f"{rows} rows of a projection are not a multiple of the block height {block}")
     pair = torch.stack(
-        (up.reshape(*lead, rows // block, block, cols), gate.reshape(*lead, rows // block, block, cols)), dim=-3
+        (up.reshape(*lead, rows // block, block, cols), gate.reshape(*lead, rows // block, block, cols)),
+        dim=-3,
+        out=None if out is None else out.view(*lead, rows // block, 2, block, cols),
     )
     return pair.reshape(*lead, 2 * rows, cols)
 

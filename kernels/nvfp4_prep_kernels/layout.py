@@ -199,13 +199,14 @@ class MoeLayout:
 
         return tuple(size for size in range(1, limit + 1) if serves(size))
 
-    def apply(self, tensor: PreparedTensor, *parts: torch.Tensor) -> torch.Tensor:
+    def apply(self, tensor: PreparedTensor, *parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Source bytes of one expert to prepared bytes.
 
         Args:
             tensor: which prepared tensor to make.
             parts: one tensor for each of :meth:`projections`, ``uint8 [..., rows, bytes per row]`` as
                 :meth:`source_shape` gives them; row-major block scales for the scale tensors.
+            out: memory for interleaved codes, contiguous, in the shape of the result; everything else ignores it.
 
         Returns:
             ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input
@@ -222,7 +223,7 @@ class MoeLayout:
         if len(padded) == 1:
             fused = padded[0]
         elif self.interleaved:
-            fused = interleave_gate_up(padded[0], padded[1], self.gate_up_block)
+            fused = interleave_gate_up(padded[0], padded[1], self.gate_up_block, None if tensor.is_scale else out)
         else:
             fused = torch.cat(padded, dim=-2)
         return swizzle_scales(fused) if tensor.is_scale else fused

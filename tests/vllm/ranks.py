@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ class Ranks:
 
 def _serve(rank: int, end: Connection, path: list[str]) -> None:
     sys.path[:] = path
+    os.environ["RANK"] = str(rank)  # what a launcher sets, and vLLM's data parallelism reads
     import torch
 
     torch.set_num_threads(1)

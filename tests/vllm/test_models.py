@@ -69,6 +69,8 @@ LLAMA4 = FAMILIES["llama4"]
 UNSTACKED = replace(LLAMA4, stacked=False, one_scalar=True)
 QWEN, NEMOTRON, DEEPSEEK = FAMILIES["qwen3_moe"], FAMILIES["nemotron_h"], FAMILIES["deepseek_v3"]
 COMPRESSED = replace(QWEN, quant="compressed-tensors", ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
+# Our processes are launched from outside, as torchrun would: then vLLM takes rank and world as they are given.
+DP2 = {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"}
 ROUND_ROBIN = {**EP, "expert_placement_strategy": "round_robin"}
 
 CASES = [
@@ -78,6 +80,9 @@ CASES = [
     if (model is not LLAMA4 or "EPLB" not in name)
 ] + [
     Case(DEEPSEEK, "TP2 with EP, round robin", ROUND_ROBIN),
+    Case(DEEPSEEK, "DP2 with EP", DP2),
+    Case(QWEN, "DP2 with EP", DP2),
+    Case(NEMOTRON, "DP2 with EP", DP2),
     case(QWEN.with_sizes(8, 320, 96), "TP1", "I 96, H 320 padded"),
     case(QWEN.with_sizes(6, 336, 352), "TP2 with EP", "I 352, H 336 padded, 6 experts"),
     case(QWEN.with_sizes(8, 256, 192), "TP2", "I 192, --moe-tp 2", options=ConvertOptions(moe_tp=2)),

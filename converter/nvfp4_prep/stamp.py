@@ -45,6 +45,17 @@ def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str
     return found
 
 
+def _counting_config(configs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config that a server builds its methods from: the first, except for mixed precision without its list of
+    layers, which vLLM then reads from ``hf_quant_config.json`` (a prepared checkpoint does not have that file)."""
+    first: Mapping[str, Any] = next(iter(configs.values()), {})
+    legacy = configs.get(HF_QUANT_CONFIG)
+    if str(first.get("quant_algo", "")).upper() != "MIXED_PRECISION" or "quantized_layers" in first:
+        return first
+    has_layers = isinstance(legacy, Mapping) and "quantized_layers" in (legacy.get("quantization") or {})
+    return legacy if isinstance(legacy, Mapping) and has_layers else first
+
+
 def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: bool) -> dict[str, Any]:
     """The stamp for a checkpoint.
 
@@ -84,7 +95,7 @@ def stamped_config(
     stood (at the top if nowhere). Other keys keep their values and order.
     """
     configs = quantization_configs(source, hf_quant_config)
-    stamp = make_stamp(next(iter(configs.values()), {}), options, gated=gated)
+    stamp = make_stamp(_counting_config(configs), options, gated=gated)
     config = dict(source)
     places = 0
     for key in _NESTED:

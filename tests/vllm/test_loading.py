@@ -108,6 +108,25 @@ def state_of_open(directory: Path) -> dict[str, Any]:
         return experts_only(snapshot(load_model(config)))
 
 
+@pytest.mark.parametrize("model", [QWEN, NEMOTRON, DEEPSEEK.with_sizes(8, 320, 96)], ids=lambda model: model.family)
+def test_eplb_moves_experts_in_place(checkpoints: Checkpoints, model: TinyModel) -> None:
+    """After EPLB rearranged whole experts, the kernel's views and alphas are those of the moved experts."""
+    states = []
+    for directory, backend in zip(checkpoints.get(model), ("flashinfer_cutedsl", "auto"), strict=True):
+        config = make_vllm_config(directory, moe_backend=backend)
+        with rank_of(config):
+            loaded = load_model(config)
+            before = experts_only(snapshot(loaded))
+            for layer in routed_experts(loaded).values():
+                for weights in layer.get_expert_weights():
+                    assert weights.shape[0] == 8
+                    weights.copy_(weights.flip(0).clone())
+            states.append(experts_only(snapshot(loaded)))
+            changed = {name.split("/")[1] for name in differences(before, states[-1])}
+            assert {"w13_weight", "w2_weight", "kernel.w1_scale", "kernel.w2_scale", "kernel.g1_alphas"} <= changed
+    assert differences(*states) == []
+
+
 @pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("model", [QWEN, QWEN.with_sizes(4, 320, 96)], ids=["aligned", "padded"])
 def test_relayout_while_loading(

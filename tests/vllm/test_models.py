@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compare import Job, Outcome, run
 from results import TABLE, Checkpoints
 from tiny_models import FAMILIES, TinyModel
 
+from nvfp4_prep.conversion import convert
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 
 EP = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -93,6 +95,7 @@ CASES = [
     case(COMPRESSED, "TP2 with EP", "compressed-tensors, without input scales", input_scales=False),
     case(COMPRESSED, "TP2 with EP, EPLB, 2 redundant", "compressed-tensors"),
     case(replace(QWEN, quant="modelopt_mixed"), "TP1", "ModelOpt mixed precision"),
+    case(replace(QWEN, quant="modelopt_mixed_split"), "TP1", "mixed, layers in hf_quant_config.json"),
     case(replace(DEEPSEEK, quant="modelopt_legacy"), "TP1", "hf_quant_config.json"),
     case(
         replace(QWEN, equal_gate_up=False),
@@ -121,6 +124,33 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
         assert outcome.prepared.calls == 8 * outcome.layers
         experts = sum(1 for name, _ in row.model.tensors() if ".experts" in name)
         assert outcome.prepared.tensors == len(list(row.model.tensors())) - experts + 8 * len(row.model.layers)
+
+
+REAL = Path("/work/shared/checkpoints")
+IN_REPOSITORY = Path(__file__).parent.parent / "data" / "checkpoints"
+WHOLE = {  # written by real quantizers; with what vLLM needs beside the files
+    "modelopt-qwen3_moe-sharded": {},
+    "modelopt041-mixtral-default": {},
+    "modelopt041-deepseek_v3-mlp": {"topk_method": "noaux_tc"},  # transformers does not write it
+    "llmc-qwen3_moe": {},
+    "llmc09-mixtral": {},  # gate and up differ: policy vllm
+}
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize("name", WHOLE)
+def test_checkpoints_of_real_quantizers(name: str, tmp_path: Path) -> None:
+    """The repository has one of them whole; the others are there where the project's shared data is."""
+    source = REAL / name if (REAL / name).is_dir() else IN_REPOSITORY / name
+    if not (REAL / name).is_dir() and name != "modelopt-qwen3_moe-sharded":
+        pytest.skip("only one layer of it is in the repository")
+    convert(source, tmp_path / "prepared", ConvertOptions(gate_up_scales=GateUpPolicy.VLLM))
+    job = Job(str(source), str(tmp_path / "prepared"), options={"model": {"hf_overrides": WHOLE[name]}})
+    outcome = run(job)
+    assert (outcome.unsupported, outcome.differences) == (None, [])
+    assert outcome.layers == 2
+    row = {"model": name, "configuration": "TP1, real quantizer", "result": "bit-equal", "compared": outcome.compared}
+    TABLE.append({**row, "source": asdict(outcome.source), "prepared": asdict(outcome.prepared)})
 
 
 def record(row: Case, outcomes: Sequence[Outcome]) -> None:

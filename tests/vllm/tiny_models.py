@@ -38,7 +38,8 @@ class TinyModel:
         sizes: E, H, I.
         others: names of tensors besides the experts, with shapes; ``{n}`` stands for each MoE layer.
         sized: config keys of E, H and I; dots lead into sub-configs.
-        quant: "modelopt", "modelopt_legacy" (hf_quant_config.json), "modelopt_mixed" or "compressed-tensors".
+        quant: "modelopt", "modelopt_legacy" (hf_quant_config.json), "modelopt_mixed", "modelopt_mixed_split" (the
+            list of layers in hf_quant_config.json alone) or "compressed-tensors".
         ignore: modules that are not quantized.
         equal_gate_up: see SyntheticLayer.
         shards: number of files.
@@ -79,6 +80,16 @@ class TinyModel:
         directory.mkdir(parents=True)
         config = self._config()
         quant = self._quantization_config()
+        if self.quant == "modelopt_mixed_split":
+            legacy = {
+                "quant_algo": "MIXED_PRECISION",
+                "kv_cache_quant_algo": None,
+                "exclude_modules": list(self.ignore),
+            }
+            legacy["quantized_layers"] = quant.pop("quantized_layers")
+            producer = {"name": "modelopt", "version": "0.40.0"}
+            text = json.dumps({"producer": producer, "quantization": legacy})
+            (directory / "hf_quant_config.json").write_text(text)
         if self.quant == "modelopt_legacy":
             (directory / "hf_quant_config.json").write_text(json.dumps(quant))
         else:
@@ -159,7 +170,7 @@ class TinyModel:
                 "quantization": {**inner, "exclude_modules": list(self.ignore)},
             }
         flat = {"quant_method": "modelopt", "producer": {"name": "modelopt", "version": "0.47.0"}}
-        if self.quant == "modelopt_mixed":
+        if self.quant.startswith("modelopt_mixed"):
             quantized = {
                 self.experts_path.format(n=number): {"quant_algo": "NVFP4", "group_size": 16} for number in self.layers
             }

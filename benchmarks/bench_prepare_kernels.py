@@ -86,6 +86,12 @@ def bench(experts: int, repeats: int, vllm_files: Path | None) -> dict[str, Any]
     copy_to = torch.empty_like(outs[PreparedTensor.W13_WEIGHT])
     sides: dict[str, Callable[[], Any]] = {"copy": lambda: copy_to.copy_(outs[PreparedTensor.W13_WEIGHT])}
     moved = {"copy": 2 * sizes[PreparedTensor.W13_WEIGHT]}
+    for tensor in list(PreparedTensor)[1:]:
+        whole, size = outs[PreparedTensor.W13_WEIGHT].view(-1), sizes[tensor]
+        sides[f"copy of the size of {tensor.value}"] = lambda whole=whole, size=size: copy_to.view(-1)[:size].copy_(
+            whole[:size]
+        )  # type: ignore[misc]
+        moved[f"copy of the size of {tensor.value}"] = 2 * size
     for tensor in PreparedTensor:
         sides[f"prepare {tensor.value}"] = lambda tensor=tensor: prepare(  # type: ignore[misc]
             LAYOUT, tensor, dims, *parts[tensor], out=outs[tensor]
@@ -131,6 +137,10 @@ def bench(experts: int, repeats: int, vllm_files: Path | None) -> dict[str, Any]
                 "ms": [min(found[name]), statistics.median(found[name]), max(found[name])],
                 "tb_per_s": rates[name],
                 "share_of_copy": rates[name] / rates["copy"],
+                "share_of_copy_of_this_size": rates[name]
+                / rates.get(f"copy of the size of {name.split()[1]}", rates["copy"])
+                if name.split()[0] in ("prepare", "inverse")
+                else None,
             }
             for name in sides
         },
@@ -169,12 +179,12 @@ def sweep(experts: int) -> None:
 def show(result: dict[str, Any]) -> None:
     """Prints the table."""
     print(f"{result['card']}, torch {result['torch']}, {result['experts']} experts of Kimi-K2.5")
-    print(f"{'':48} {'GB':>7} {'min':>8} {'median':>8} {'max':>8} ms {'TB/s':>6} {'of copy':>8}")
+    print(f"{'':48} {'GB':>7} {'min':>8} {'median':>8} {'max':>8} ms {'TB/s':>6} {'of copy':>8} {'of its size':>12}")
     for name, row in result["rows"].items():
         low, middle, high = row["ms"]
         print(
             f"{name:48} {row['nbytes'] / 1e9:7.2f} {low:8.3f} {middle:8.3f} {high:8.3f}    {row['tb_per_s']:6.2f}"
-            f" {row['share_of_copy']:8.1%}"
+            f" {row['share_of_copy']:8.1%} {row['share_of_copy_of_this_size'] or 0:12.1%}"
         )
     for name, row in result["memory"].items():
         print(f"memory, {name}: peak {row['peak_nbytes'] / 1e9:.3f} GB, result {row['result_nbytes'] / 1e9:.3f} GB")

@@ -31,7 +31,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; m
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .grid { stroke: var(--line); } .bar { stroke: var(--bar); stroke-width: 3; } .dot { fill: var(--bar); }
 .wrong .bar { stroke: var(--bad); } .wrong .dot { fill: var(--bad); }
@@ -225,7 +226,7 @@ def _mark(passed: bool) -> str:
 
 
 def _number(value: float) -> str:
-    return "0" if value == 0 else f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3g}"
+    return "0" if value == 0 else f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _method(report: SmokeReport) -> str:

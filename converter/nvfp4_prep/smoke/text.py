@@ -27,7 +27,7 @@ def smoke_text(report: SmokeReport) -> str:
         f" {len(figures)} of their {total} experts"
         + (
             f", lowest cosine {min(figure.errors.cosine for figure in figures):.6f}, worst element"
-            f" {max(figure.worst for figure in figures):.3g} of its tolerance"
+            f" {max(figure.worst for figure in figures):.4g} of its tolerance"
             if figures
             else ""
         )
@@ -40,5 +40,5 @@ def layer_line(layer: LayerReport, number: int, total: int) -> str:
     state = "ok" if layer.passed else "WRONG"
     return (
         f"smoke run {number}/{total}: {layer.name}: {state}, {layer.experts} experts, worst element"
-        f" {layer.worst_expert.worst:.3g} of its tolerance, {layer.seconds:.1f} s"
+        f" {layer.worst_expert.worst:.4g} of its tolerance, {layer.seconds:.1f} s"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,17 @@ def made(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def run(hub: LoopbackHub, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def start(hub: LoopbackHub, folder: Path, *arguments: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_valid", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(folder / "hf-home"), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(hub: LoopbackHub, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    with start(hub, folder, *arguments) as process:
+        output, messages = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, messages)
 
 
 def test_convert_push_and_verify(hub: LoopbackHub, files: Files, tmp_path: Path) -> None:
@@ -79,6 +86,24 @@ def test_straight_through(hub: LoopbackHub, files: Files, tmp_path: Path) -> Non
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert len(list((tmp_path / "hf-home").rglob("snapshots/*/*.safetensors"))) == 8
     assert assert_never_half(hub.store.repositories[REPO]) == 1
+
+
+@pytest.mark.parametrize("skip", [0, 8], ids=["while planning", "while converting"])
+def test_termination_is_prompt_though_the_network_hangs(
+    hub: LoopbackHub, files: Files, tmp_path: Path, skip: int
+) -> None:
+    hub.store.publish(SOURCE, files)
+    hub.fault("/objects/", "slow", seconds=60, skip=skip, times=10**6)
+    process = start(hub, tmp_path, "convert", SOURCE, tmp_path / "out")
+    while len(hub.requests("GET", "/objects/")) <= skip:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    _, messages = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "continues" in messages
+    assert "Traceback" not in messages
 
 
 @pytest.mark.parametrize(
@@ -153,10 +178,10 @@ def test_verify_of_an_unfinished_push(hub: LoopbackHub, made: Path) -> None:
 def test_verify_against_a_source_on_the_hub(
     hub: LoopbackHub, files: Files, made: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
-    from nvfp4_prep.hub.source import RangeSource
+    from nvfp4_prep.hub.ranges import RangeSource
     from nvfp4_prep.verification import verify
 
-    monkeypatch.setattr("nvfp4_prep.hub.source._HEAD_NBYTES", 20_000)
+    monkeypatch.setattr("nvfp4_prep.hub.ranges._HEAD_NBYTES", 20_000)
     shard = "model-00004-of-00008.safetensors"
     changed = files[shard][:-1] + bytes([files[shard][-1] ^ 1])
     hub.store.publish(SOURCE, {**files, shard: changed} if damaged else files)

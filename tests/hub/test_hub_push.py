@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import LoopbackHub
+from hub_store import Blob
 from hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 from nvfp4_prep.conversion import convert
@@ -144,6 +145,27 @@ def test_somebody_elses_commit_in_between(hub: LoopbackHub, made: Path, monkeypa
     send(made)
     assert_published(hub, made)
     assert "somebody else's" in [commit.title for commit in hub.store.repositories[REPO].history()]
+
+
+def test_somebody_changes_weights_right_before_the_stamp(
+    hub: LoopbackHub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    original = HfApi.create_commit
+
+    def interfere(self: HfApi, *args: object, **options: object) -> object:
+        repository = hub.store.repositories[REPO]
+        tree = dict(repository.resolve("main").tree)
+        if str(options["commit_message"]).endswith(": stamp"):
+            victim = next(name for name in tree if name.startswith("experts-"))
+            repository.add_commit("main", "somebody else's", {**tree, victim: Blob(b"other weights", True)})
+        return original(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "create_commit", interfere)
+    with pytest.raises(VerificationError, match="published file has 13 bytes"):
+        send(made)
+    assert assert_never_half(hub.store.repositories[REPO]) == 0
 
 
 def test_an_expired_token_stops_and_a_new_one_continues(hub: LoopbackHub, made: Path) -> None:

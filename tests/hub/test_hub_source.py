@@ -107,7 +107,7 @@ def test_header_longer_than_the_first_request(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nvfp4_prep.hub.source._HEAD_NBYTES", 100)
+    monkeypatch.setattr("nvfp4_prep.hub.ranges._HEAD_NBYTES", 100)
     source = open_source(tmp_path)
     assert source.header("model-3.safetensors").tensors[0].nbytes == SIZE
     assert source.peek("model-3.safetensors", 5000, 77) == shards["model-3.safetensors"][5000:5077]

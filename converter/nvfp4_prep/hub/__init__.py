@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
+    from nvfp4_prep.hub.ranges import RangeSource
     from nvfp4_prep.hub.source import HubSource
 
 __all__ = ["HubAddress", "open_ranges", "open_source", "parse_address", "quiet_client"]
@@ -39,14 +40,14 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
     return HubSource(address, work_dir=work_dir, keep_source=keep_source)
 
 
-def open_ranges(text: str) -> str | HubSource:
+def open_ranges(text: str) -> str | RangeSource:
     """A Hub id as a source that is read by ranges and never downloaded, anything else as it is; errors as
     :func:`open_source`.
     """
     address = parse_address(text)
     if address is None:
         return text
-    from nvfp4_prep.hub.source import RangeSource
+    from nvfp4_prep.hub.ranges import RangeSource
 
     quiet_client()
     return RangeSource(address)

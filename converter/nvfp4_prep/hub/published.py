@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
-from nvfp4_prep.hub.source import HubSource, RangeSource
+from nvfp4_prep.hub.ranges import RangeSource
 from nvfp4_prep.manifest import Manifest
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
@@ -47,7 +47,7 @@ def verify_published(
         return VerifyReport(opened.path, opened.manifest, "published", problems.found, checks, files.received_nbytes)
 
 
-def _compare(files: HubSource, manifest: Manifest, problems: Problems) -> int:
+def _compare(files: RangeSource, manifest: Manifest, problems: Problems) -> int:
     listed = files.snapshot.files
     for name, record in manifest.files.items():
         remote = listed.get(name)

@@ -1,42 +1,34 @@
-"""A checkpoint on the Hub as a source: headers by range, shards ahead of their use, deleted after it."""
+"""A checkpoint on the Hub as a source of a conversion: shards ahead of their use, deleted after it."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience, hub_errors
-from nvfp4_prep.hub.download import Downloader, partial_path, remove_tree
-from nvfp4_prep.hub.files import RemoteFile, hash_matches, read_snapshot
-from nvfp4_prep.safetensors_io import ShardHeader, header_nbytes, parse_header
-from nvfp4_prep.source import SourceFile, read_exactly
+from nvfp4_prep.hub.download import partial_path, remove_tree
+from nvfp4_prep.hub.files import RemoteFile, hash_matches
+from nvfp4_prep.hub.ranges import RangeSource, is_small
+from nvfp4_prep.source import read_exactly
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["SHARDS_AHEAD", "HubSource", "RangeSource"]
+__all__ = ["SHARDS_AHEAD", "HubSource"]
 
-_log = logging.getLogger(__name__)
 SHARDS_AHEAD = 2
 """Room for downloads ahead of their use, in shards of the largest size."""
-_HEAD_NBYTES = 1 << 20
-"""First request of a shard: a header of Kimi-K2.5 (about 330 kB) and the scalars behind it fit."""
-_SMALL_NBYTES = 64 << 20
-_SMALL_KEPT = 4
-_HEADER_THREADS = 8
-_FIRST_CONTACT_S = 60.0
-"""Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
+_GRACE_S = 2.0
+"""How long closing waits for transfers to notice; they do when the next bytes arrive."""
 
 
 @dataclass
@@ -51,8 +43,8 @@ class _Shard:
     error: BaseException | None = None
 
 
-class HubSource:
-    """A repository at one commit.
+class HubSource(RangeSource):
+    """A repository at one commit, planned by ranges like its parent; shards are downloaded, and checked as a whole.
 
     Shards come strictly in the scheduled order and stay until :meth:`release`; a download starts when it fits beside
     those that are there. The room, :meth:`room_nbytes`, is what the plan needs at once plus :data:`SHARDS_AHEAD`. That
@@ -87,99 +79,17 @@ class HubSource:
         Raises:
             HubError: if the repository or the revision is missing or closed, or the Hub cannot be reached.
         """
-        from huggingface_hub import HfApi
-
-        patience = patience or Patience()
-        api = api or HfApi()
-        first = replace(patience, give_up_after_s=min(patience.give_up_after_s, _FIRST_CONTACT_S))
-        self.snapshot = read_snapshot(api, address.repo_id, address.revision, first)
-        self.label = address.repo_id
-        self.revision: str | None = self.snapshot.commit
+        super().__init__(address, patience=patience, api=api)
         self.work_dir = work_dir
         self.keep_source = keep_source
         self.ahead = max(ahead, 1)
-        self._stop = threading.Event()
-        self.downloader = Downloader(api, self.snapshot, patience, self._stop)
+        self._stop = self.downloader.stop
         self._changed = threading.Condition()
         self._slots = threading.Semaphore(self.ahead + 1)
         self._order: list[str] = []
         self._room = 0
         self._shards: dict[str, _Shard] = {}
         self._threads: list[threading.Thread] = []
-        self._small: OrderedDict[str, bytes] = OrderedDict()
-        self._heads: dict[str, Future[bytes]] = {}
-        self._seen: dict[str, dict[tuple[int, int], bytes]] = {}
-
-    @property
-    def received_nbytes(self) -> int:
-        """Bytes that came over the network so far (plain transfers only; Xet does not tell)."""
-        return self.downloader.received_nbytes
-
-    # ------------------------------------------------------------------ planning
-
-    def files(self) -> tuple[SourceFile, ...]:
-        """All files, sorted by name; hidden ones left out."""
-        return tuple(
-            SourceFile(file.name, file.nbytes, file.identity)
-            for name, file in sorted(self.snapshot.files.items())
-            if not any(part.startswith(".") for part in name.split("/"))
-        )
-
-    def header(self, file: str) -> ShardHeader:
-        """See :class:`nvfp4_prep.source.Source`. The first call asks for the heads of all shards at once."""
-        remote = self._remote(file)
-        prefix = self.peek(file, 0, min(8, remote.nbytes))
-        length = header_nbytes(file, prefix, remote.nbytes)
-        return parse_header(file, self.peek(file, 0, 8 + length), remote.nbytes)
-
-    def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
-        """See :class:`nvfp4_prep.source.Source`. What it gave is compared with the shard once that has arrived."""
-        remote = self._remote(file)
-        if _is_small(remote):
-            return self._whole(remote)[offset_bytes : offset_bytes + nbytes]
-        head = self._head(remote)
-        if offset_bytes + nbytes <= len(head):
-            data = head[offset_bytes : offset_bytes + nbytes]
-        else:
-            data = self._read_remote(remote, offset_bytes, nbytes)
-        self._seen.setdefault(file, {})[(offset_bytes, nbytes)] = hashlib.sha256(data).digest()
-        return data
-
-    def _read_remote(self, remote: RemoteFile, offset_bytes: int, nbytes: int) -> bytes:
-        local = self.downloader.cached(remote)
-        if local is None:
-            return self.downloader.read_range(remote, offset_bytes, nbytes)
-        with local.open("rb") as stream:
-            buffer = bytearray(nbytes)
-            read_exactly(stream.fileno(), remote.name, offset_bytes, memoryview(buffer))
-        return bytes(buffer)
-
-    def _head(self, remote: RemoteFile) -> bytes:
-        def fetch(file: RemoteFile) -> bytes:
-            return self._read_remote(file, 0, min(_HEAD_NBYTES, file.nbytes))
-
-        if remote.name not in self._heads:
-            shards = [file for name, file in self.snapshot.files.items() if name.endswith(".safetensors")]
-            wanted = [file for file in shards if "/" not in file.name and not self._heads] or [remote]
-            with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-                self._heads.update({file.name: pool.submit(fetch, file) for file in {*wanted, remote}})
-        return self._heads[remote.name].result()
-
-    def _whole(self, remote: RemoteFile) -> bytes:
-        with self._changed:
-            if remote.name not in self._small:
-                self._small[remote.name] = self.downloader.read_whole(remote)
-                while len(self._small) > _SMALL_KEPT:
-                    self._small.popitem(last=False)
-            return self._small[remote.name]
-
-    def _remote(self, file: str) -> RemoteFile:
-        try:
-            return self.snapshot.files[file]
-        except KeyError:
-            raise SourceError("no such file at this commit", where=f"{self.label}/{file}") from None
-
-    # ------------------------------------------------------------------ shards
 
     def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
         """Starts downloading, in this order; leftovers of an earlier run that are not in it are deleted."""
@@ -272,7 +182,7 @@ class HubSource:
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
         """See :class:`nvfp4_prep.source.Source`. Waits until the file has arrived and its hash is right."""
         remote = self._remote(file)
-        if file not in self._shards and _is_small(remote):
+        if file not in self._shards and is_small(remote):
             buffer[:] = self._whole(remote)[offset_bytes : offset_bytes + len(buffer)]
             return
         with self._changed:
@@ -321,8 +231,9 @@ class HubSource:
         when all were released, the work directory goes too.
         """
         self.interrupt()
+        until = time.monotonic() + _GRACE_S
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(max(0.0, until - time.monotonic()))
         with self._changed:
             for shard in self._shards.values():
                 if shard.descriptor >= 0:
@@ -333,23 +244,3 @@ class HubSource:
         if self.work_dir is not None:
             with suppress(OSError):
                 self.work_dir.rmdir()
-
-
-class RangeSource(HubSource):
-    """Reads by range requests (or in the user's cache, where the file is), without any disk: for looking and comparing.
-
-    The bytes are not compared with a hash, because no file is ever whole; use it only where wrong bytes cannot pass
-    unnoticed. Peak memory: 1 MiB for each file of weights, and what is being read.
-    """
-
-    def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
-        """See :class:`nvfp4_prep.source.Source`."""
-        remote = self._remote(file)
-        if _is_small(remote) or offset_bytes + len(buffer) <= _HEAD_NBYTES:
-            buffer[:] = self.peek(file, offset_bytes, len(buffer))
-        else:
-            buffer[:] = self._read_remote(remote, offset_bytes, len(buffer))
-
-
-def _is_small(file: RemoteFile) -> bool:
-    return file.nbytes <= _SMALL_NBYTES and not file.name.endswith(".safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep.buffers import byte_view, empty_bytes
-from nvfp4_prep.errors import ResumeConflictError, TargetError
+from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.target import WORK_FOLDER, Target
 
 IDENTITY = {"options": {"a": 1}, "files": {"x": [1, "t"]}}
@@ -122,3 +122,56 @@ def test_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pyt
         file.write(0, byte_view(data))
         file.commit(None)
     assert (tmp_path / "out" / "a").read_bytes() == bytes(byte_view(data))
+
+
+def test_killed_while_it_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is gone, the rest of the work folder is still there: the output is finished and nobody's to write."""
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "config.json", b"{}")
+
+        def killed(folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            target.finish()
+    assert (tmp_path / "out" / WORK_FOLDER).is_dir()
+    for restart in (False, True):
+        with pytest.raises(TargetError, match="not empty"):
+            Target(tmp_path / "out", {"another": "job"}, restart=restart)
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
+
+
+def test_restart_takes_away_what_makes_a_directory_a_checkpoint(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "a", b"123")
+        target.write_file("nvfp4_prep.json", b"{}")
+        target.write_file("config.json", b"{}")
+    with Target(tmp_path / "out", {"another": "job"}, restart=True):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [WORK_FOLDER]
+
+
+def test_work_folder_of_a_download_does_not_open_a_foreign_directory(tmp_path: Path) -> None:
+    (tmp_path / "out" / WORK_FOLDER / "source").mkdir(parents=True)
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(TargetError, match="not empty"):
+        Target(tmp_path / "out", IDENTITY)
+
+
+def test_failed_commit_does_not_close_somebody_elses_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        file = target.create("a", 1)
+
+        def full(entry: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(target, "note", full)
+        with pytest.raises(NoSpaceError):
+            file.commit({"sha256": "s"})
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]  # take the numbers that were closed
+        file.abandon()
+        for descriptor in others:
+            os.close(descriptor)
+    assert not list((tmp_path / "out" / WORK_FOLDER).glob("a*"))

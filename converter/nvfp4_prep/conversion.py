@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,7 +146,7 @@ def _check_parts(path: Path, *, restart: bool) -> None:
 
 def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     """The manifest, if the target is already what the plan would make."""
-    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or (path / WORK_FOLDER).exists():
+    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
     manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), str(path / MANIFEST))
     same = (manifest.options, manifest.source, manifest.revision, dict(manifest.texts)) == (
@@ -158,7 +160,12 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
         same = same and record is not None and record.nbytes == file.nbytes
         here = there.is_file() and there.stat().st_size == file.nbytes
         same = same and (here or (record is not None and sink.holds(file.name, record.nbytes, record.sha256)))
+    digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
+    for plan in made.layers:  # of the source's bytes only these were read: enough to tell one fine-tune from another
+        for key, raw in plan.scalars.raw.items():
+            same = same and digests.get(key) == hashlib.sha256(raw).hexdigest()
     if same:
+        shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)  # what a kill in the last moment left
         return manifest
     raise TargetError(
         "holds a finished conversion of something else or with other options",

@@ -27,6 +27,8 @@ from nvfp4_prep.units import format_nbytes
 __all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
 
 WORK_FOLDER = ".nvfp4_prep"
+LAST_FILES = ("config.json", "nvfp4_prep.json")
+"""Without these a directory is no checkpoint: every command writes them last."""
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
 _DIRECT_MIN_NBYTES = 1 << 20
@@ -116,9 +118,11 @@ class TargetFile:
             raise
 
     def _close(self) -> None:
-        os.close(self._descriptor)
-        if self._direct >= 0:
-            os.close(self._direct)
+        """Closes both descriptors, once: their numbers may belong to other files after that."""
+        descriptors, self._descriptor, self._direct = (self._descriptor, self._direct), -1, -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def commit(self, entry: Mapping[str, Any] | None) -> None:
         """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
@@ -185,6 +189,7 @@ class Target:
         except OSError as error:
             raise translate_os_error(error, self.work) from error
         try:
+            self.check_ours(path)  # again: another run may have finished before this one had the lock
             if restart:
                 self._forget()
             self.resumed = self._read_journal()
@@ -213,10 +218,10 @@ class Target:
         if not path.is_dir():
             raise TargetError("is no directory", where=str(path), next_step="Give another target.")
         try:
-            foreign = next((entry.name for entry in os.scandir(path)), None)
+            foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
         except OSError as error:
             raise translate_os_error(error, path) from error
-        if foreign is not None and not (path / WORK_FOLDER).is_dir():
+        if foreign is not None and not Target.has_journal(path):
             raise TargetError(
                 f"exists and is not empty (it has {foreign!r})",
                 where=str(path),
@@ -232,9 +237,14 @@ class Target:
             raise BusyError(
                 "another run writes to this target", where=str(self.path), next_step="Wait for it, or stop it."
             ) from error
+        if os.fstat(descriptor).st_nlink == 0:
+            os.close(descriptor)
+            raise BusyError("another run has just finished this target", where=str(self.path), next_step="Look at it.")
         return descriptor
 
     def _forget(self) -> None:
+        for name in LAST_FILES:  # before the files that they vouch for
+            (self.path / name).unlink(missing_ok=True)
         for entry in self._entries():
             (self.path / entry["file"]).unlink(missing_ok=True)
         (self.work / _JOURNAL).unlink(missing_ok=True)
@@ -355,9 +365,18 @@ class Target:
         file.commit(None)
 
     def finish(self) -> None:
-        """Removes journal and work folder: the directory is a finished output now."""
-        shutil.rmtree(self.work)
-        _sync_folder(self.path)
+        """Removes journal and work folder: the directory is a finished output now.
+
+        The journal goes first and at once: files beside a work folder without a journal are a finished output, so a
+        kill in between leaves nothing that another run would take for its own.
+        """
+        try:
+            (self.work / _JOURNAL).unlink(missing_ok=True)
+            _sync_folder(self.work)
+            shutil.rmtree(self.work)
+            _sync_folder(self.path)
+        except OSError as error:
+            raise translate_os_error(error, self.work) from error
 
 
 def _differences(old: object, new: object, path: str = "") -> Sequence[str]:

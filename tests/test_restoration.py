@@ -104,3 +104,21 @@ def test_damaged_checkpoint_is_not_restored(sample_prepared: Path, tmp_path: Pat
     with pytest.raises(VerificationError, match="bytes differ"):
         restore(copy, tmp_path / "back")
     assert not (tmp_path / "back" / "config.json").exists()
+
+
+@pytest.mark.parametrize("pattern", ["model-00001-of-*.safetensors", "tokenizer.json"])
+def test_damage_outside_the_experts_is_not_restored(sample_source: Path, tmp_path: Path, pattern: str) -> None:
+    """Bytes that are only copied are checked against the manifest too."""
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    (source / "tokenizer.json").write_text("{}  ")
+    copy = convert(source, tmp_path / "prepared").path
+    whole = Path(shutil.copytree(copy, tmp_path / "whole"))
+    victim = next(copy.glob(pattern))
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 4
+    victim.write_bytes(data)
+    with pytest.raises(VerificationError, match=rf"{victim.name}: bytes changed.*--restart"):
+        restore(copy, tmp_path / "back")
+    assert not (tmp_path / "back" / "config.json").exists()
+    shutil.copy(whole / victim.name, victim)
+    assert restore(copy, tmp_path / "back", restart=True).tensors == len(read_tensors(tmp_path / "back"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.records import make_index
-from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.safetensors_io import TensorRecord, encode_header
 from nvfp4_prep.structure import check_structure
 from nvfp4_prep.target import Target
 from nvfp4_prep_kernels import PreparedTensor
@@ -32,6 +32,7 @@ from nvfp4_prep_kernels import PreparedTensor
 __all__ = ["RestoreResult", "restore"]
 
 _SMALL_FILES_NBYTES = 64_000_000
+_DAMAGED = "The prepared checkpoint is damaged: run nvfp4-prep verify. Once it is repaired, restore with --restart."
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class RestoreResult:
 
 @dataclass(frozen=True)
 class _RestoredFile:
+    """A layer's file, or the copy of a file of passed-through tensors."""
+
     name: str
     header: bytes
     records: tuple[TensorRecord, ...]
     nbytes: int
     layer: LayerRecord | None
-    copies: tuple[TensorRecord, ...]
+    copy_of: str
 
 
 def restore(
@@ -66,8 +69,8 @@ def restore(
 
     Tensors are equal in name, dtype, shape and bytes; configs, model card and other files are byte-equal. Only the
     division into shards is our own: one file for each MoE layer, an index always. Every byte is checked on the way:
-    the prepared experts against their checksums, the restored tensors against the digests of the source. Can be
-    killed and continued.
+    the prepared experts against their checksums, the restored tensors against the digests of the source, files that are
+    copied against the manifest. Can be killed and continued.
 
     Args:
         checkpoint: a prepared checkpoint.
@@ -135,6 +138,18 @@ class _Restoration:
 
     def _check_digests(self) -> None:
         """The restored tensors are the source's; else nothing that looks whole is left."""
+        copied = {file.name: file.copy_of for file in self._files if file.copy_of} | {name: name for name in self._side}
+        for name, original in copied.items():
+            want = self._checkpoint.manifest.files[original].sha256
+            have = JobResult.from_entry(self._target.done[name]).sha256
+            if have != want:
+                raise VerificationError(
+                    "bytes changed since it was written",
+                    where=original,
+                    expected=f"sha256 {want}",
+                    actual=have,
+                    next_step=_DAMAGED,
+                )
         for file in self._files:
             if file.layer is None:
                 continue
@@ -146,19 +161,13 @@ class _Restoration:
                         where=f"{file.name}, {group.key}",
                         expected=f"sha256 {file.layer.source_sha256[group.key]}",
                         actual=digests[group.key],
-                        next_step="The prepared checkpoint is damaged: run nvfp4-prep verify.",
+                        next_step=_DAMAGED,
                     )
 
     def _job(self, file: _RestoredFile) -> FileJob:
         if file.layer is None:
-            ranges = [ByteRange(copy.file, copy.offset_bytes, copy.nbytes, copy.name) for copy in file.copies]
-            return FileJob(
-                file.name,
-                file.nbytes,
-                file.header,
-                lambda: copy_units(self._checkpoint.files, ranges, len(file.header)),
-                digest=False,
-            )
+            whole = ByteRange(file.copy_of, 0, file.nbytes, file.copy_of)
+            return FileJob(file.name, file.nbytes, b"", lambda: copy_units(self._checkpoint.files, [whole], 0))
         return FileJob(file.name, file.nbytes, file.header, lambda: self._layer_units(file), digest=False)
 
     def _layer_units(self, file: _RestoredFile) -> Iterator[Unit]:
@@ -234,20 +243,17 @@ def _plan_files(checkpoint: PreparedCheckpoint) -> list[_RestoredFile]:
     count = len(passed) + len(layers)
     files = []
     for number, name in enumerate(passed, 1):
-        copies = checkpoint.headers[name].tensors
-        specs = [TensorSpec(record.name, record.dtype, record.shape) for record in copies]
-        files.append(_restored_file(number, count, specs, None, copies))
+        header = checkpoint.headers[name]
+        records = tuple(replace(record, file=_file_name(number, count)) for record in header.tensors)
+        files.append(_RestoredFile(_file_name(number, count), b"", records, header.file_nbytes, None, name))
     for number, layer in enumerate(layers, len(passed) + 1):
         groups = sorted(layer.layer.groups, key=lambda group: group.leaf.is_scalar)
         specs = [spec for group in groups for spec in group.specs(layer.layer.dims.experts)]
-        files.append(_restored_file(number, count, specs, layer, ()))
+        header_bytes, records = encode_header(_file_name(number, count), specs, {"format": "pt"})
+        nbytes = len(header_bytes) + sum(spec.nbytes for spec in specs)
+        files.append(_RestoredFile(_file_name(number, count), header_bytes, records, nbytes, layer, ""))
     return files
 
 
-def _restored_file(
-    number: int, count: int, specs: list[TensorSpec], layer: LayerRecord | None, copies: tuple[TensorRecord, ...]
-) -> _RestoredFile:
-    name = f"model-{number:05d}-of-{count:05d}.safetensors"
-    header, records = encode_header(name, specs, {"format": "pt"})
-    nbytes = len(header) + sum(spec.nbytes for spec in specs)
-    return _RestoredFile(name, header, records, nbytes, layer, copies)
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -28,8 +28,14 @@ __all__ = [
 ]
 
 
-def plan_value(plan: Plan, download_nbytes: int = 0) -> dict[str, Any]:
-    """A plan for ``--json``; ``download_nbytes`` is the room that downloaded shards take at most."""
+def plan_value(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = None) -> dict[str, Any]:
+    """A plan for ``--json``.
+
+    Args:
+        plan: the plan.
+        download_nbytes: room that downloaded shards take at most.
+        target_nbytes: room that the output takes at most; by default its size.
+    """
     return {
         "source": plan.source_label,
         "revision": plan.source_revision,
@@ -60,12 +66,12 @@ def plan_value(plan: Plan, download_nbytes: int = 0) -> dict[str, Any]:
         "memory_nbytes": MEMORY_BUDGET_NBYTES,
         "peak_source_shards_nbytes": plan.peak_shards_nbytes,
         "download_nbytes": download_nbytes,
-        "peak_disk_nbytes": plan.output_nbytes + download_nbytes,
+        "peak_disk_nbytes": (plan.output_nbytes if target_nbytes is None else target_nbytes) + download_nbytes,
     }
 
 
-def plan_text(plan: Plan, download_nbytes: int = 0) -> str:
-    """A plan for people; ``download_nbytes`` is the room that downloaded shards take at most."""
+def plan_text(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = None) -> str:
+    """A plan for people; arguments as for :func:`plan_value`."""
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
@@ -89,17 +95,19 @@ def plan_text(plan: Plan, download_nbytes: int = 0) -> str:
     lines += [
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
-        *(
-            [
-                f"         downloads take at most {format_nbytes(download_nbytes)} on top,"
-                f" {format_nbytes(plan.output_nbytes + download_nbytes)} in all"
-            ]
-            if download_nbytes
-            else []
-        ),
+        *_room_lines(plan, download_nbytes, plan.output_nbytes if target_nbytes is None else target_nbytes),
         f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
     ]
     return "\n".join(lines)
+
+
+def _room_lines(plan: Plan, download_nbytes: int, target_nbytes: int) -> Iterable[str]:
+    if target_nbytes < plan.output_nbytes:
+        yield f"         at most {format_nbytes(target_nbytes)} of the output are here at once, the rest is published"
+    if download_nbytes:
+        yield f"         downloads take at most {format_nbytes(download_nbytes)} on top"
+    if download_nbytes or target_nbytes < plan.output_nbytes:
+        yield f"         peak {format_nbytes(target_nbytes + download_nbytes)}"
 
 
 def _layer_lines(plan: Plan) -> Iterable[str]:

@@ -61,6 +61,11 @@ def test_convert_push_and_verify(hub: LoopbackHub, files: Files, tmp_path: Path)
     assert plan["peak_disk_nbytes"] == plan["output_nbytes"] + plan["download_nbytes"]
     assert 0 < plan["download_nbytes"] < plan["source_nbytes"]
     assert not (tmp_path / "out").exists()
+    through = CliRunner().invoke(
+        cli, ["convert", SOURCE, str(tmp_path / "out"), "--dry-run", "--push-to", REPO, "--stream-out", "--json"]
+    )
+    assert json.loads(through.stdout)["peak_disk_nbytes"] < plan["peak_disk_nbytes"]
+    assert REPO not in hub.store.repositories
 
     made = run(hub, tmp_path, "convert", f"hf://{SOURCE}@main", tmp_path / "out", "--quiet")
     assert made.returncode == 0, made.stderr

@@ -20,13 +20,13 @@ from hub_support import (
     write_checkpoint,
 )
 
-from nvfp4_prep.conversion import ConvertResult, convert
+from nvfp4_prep.conversion import ConvertResult, convert, plan
 from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.push import PushResult
 from nvfp4_prep.hub.source import HubSource
-from nvfp4_prep.hub.stream import FILES_AT_ONCE, convert_and_publish
+from nvfp4_prep.hub.stream import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 from nvfp4_prep.source import Source
 
@@ -91,16 +91,20 @@ def test_stream_out_needs_room_for_a_few_files(hub: LoopbackHub, local: Path, ex
     assert assert_never_half(hub.store.repositories[REPO]) == 1
 
 
-def test_from_hub_to_hub_with_little_disk(hub: LoopbackHub, files: Files, tmp_path: Path) -> None:
+def test_from_hub_to_hub_within_the_planned_disk(hub: LoopbackHub, files: Files, tmp_path: Path) -> None:
     hub.store.publish(SOURCE, files)
     target = tmp_path / "out"
     source = HubSource(HubAddress(SOURCE), work_dir=target / ".nvfp4_prep" / "source", patience=QUICK)
+    made = plan(source)
+    sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
+    room = stream_room_nbytes(sizes) + source.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
     with PeakWatch(target) as watch:
         go(source, target, stream_out=True)
     tree = published(hub)
-    manifest = json.loads(tree["nvfp4_prep.json"])
-    assert manifest["source"]["name"] == SOURCE
-    assert watch.peak_nbytes < sum(map(len, tree.values()))
+    assert json.loads(tree["nvfp4_prep.json"])["source"]["name"] == SOURCE
+    on_top = 200_000  # journal, manifest, configs: the plan does not count them
+    assert watch.peak_nbytes <= room + on_top
+    assert room + on_top < sum(map(len, tree.values())) + sum(map(len, files.values()))
     assert assert_never_half(hub.store.repositories[REPO]) == 1
 
 

@@ -103,7 +103,7 @@ def convert(
     work = target if selection is None else part_folder(target, selection)
     opened = open_source(source, target=work, keep_source=keep_source)
     if dry_run:
-        _show_plan(opened, options, as_json=as_json)
+        _show_plan(opened, options, stream_out=stream_out, as_json=as_json)
     elif selection is not None:
         _convert_part(opened, source, target, selection.text, options, threads, progress, restart, as_json)
     else:
@@ -147,13 +147,19 @@ def _check_combination(layers: str | None, push_to: str | None, *, join: bool, r
         raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
 
 
-def _show_plan(opened: str | HubSource, options: ConvertOptions, *, as_json: bool) -> None:
+def _show_plan(opened: str | HubSource, options: ConvertOptions, *, stream_out: bool, as_json: bool) -> None:
     from nvfp4_prep.conversion import plan
     from nvfp4_prep.reporting import plan_text, plan_value
 
     made = plan(opened, options)
     room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
-    click.echo(json.dumps(plan_value(made, room)) if as_json else plan_text(made, room))
+    sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
+    here = made.output_nbytes
+    if stream_out:
+        from nvfp4_prep.hub.stream import stream_room_nbytes
+
+        here = stream_room_nbytes(sizes)
+    click.echo(json.dumps(plan_value(made, room, here)) if as_json else plan_text(made, room, here))
 
 
 def _convert_part(

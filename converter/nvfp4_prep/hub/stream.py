@@ -21,12 +21,19 @@ from nvfp4_prep.source import Source
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["FILES_AT_ONCE", "StreamPublisher", "convert_and_publish"]
+__all__ = ["FILES_AT_ONCE", "StreamPublisher", "convert_and_publish", "stream_room_nbytes"]
 
 _log = logging.getLogger(__name__)
 FILES_AT_ONCE = 3
 """With ``stream_out``, room for so many files of the largest size: one being made, one waiting, one on its way."""
 _BATCH_FILES = 50
+
+
+def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
+    """Room in the target that files of these sizes take at most with ``stream_out``."""
+    everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
+    return min(everything, FILES_AT_ONCE * largest + small)
 
 
 class StreamPublisher:
@@ -99,9 +106,7 @@ class StreamPublisher:
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
         """See :class:`~nvfp4_prep.sink.FileSink`."""
-        everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
-        small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
-        return min(everything, FILES_AT_ONCE * largest + small) if self._stream_out else everything
+        return stream_room_nbytes(sizes) if self._stream_out else sum(sizes.values())
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
         """See :class:`~nvfp4_prep.sink.FileSink`."""

@@ -1,0 +1,93 @@
+"""The documentation and the program say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from nvfp4_prep import errors
+from nvfp4_prep.cli import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), target
+
+
+def test_exit_codes_are_documented() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = {int(code): names for code, names in re.findall(r"^\| (\d+) \| ([^|]*)\|", text, re.MULTILINE)}
+    assert set(rows) == set(errors.EXIT_CODES)
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.NvfpPrepError)
+    ]
+    assert {kind.__name__ for kind in kinds} == set(errors.__all__) - {"EXIT_CODES"}
+    for kind in kinds:
+        assert f"`{kind.__name__}`" in rows[kind.exit_code]
+
+
+def test_commands_and_options_that_are_documented_exist() -> None:
+    known = {option for command in cli.commands.values() for item in command.params for option in item.opts}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = "\n".join(re.findall(r"^```.*?^```|^    .*$", text, re.MULTILINE | re.DOTALL))
+        lines = re.findall(r"^\s*nvfp4-prep .*$", blocks, re.MULTILINE) + re.findall("`nvfp4-prep [^`]*`", text)
+        for line in lines:
+            words = line.strip("` \n").split("#")[0].split()
+            if words[1].isalpha():
+                assert words[1] in cli.commands, line
+            elif words[1].startswith("-"):
+                assert words[1] in ("--help", "--version"), line
+            for word in words[2:]:
+                option = word.strip("`'\"[],.;:)").split("=")[0]
+                if re.fullmatch(r"--[a-z][a-z-]+", option):
+                    assert option in known | {"--help"}, f"{page.name}: {line}"
+
+
+def test_manifest_keys_are_documented(sample_prepared: Path) -> None:
+    text = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    manifest = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
+    stamp = json.loads((sample_prepared / "config.json").read_text())["quantization_config"]
+    layer = manifest["layers"][0]
+    keys: set[str] = {*manifest, *layer, *manifest["options"], *manifest["source"], *stamp, *stamp["layout"]}
+    keys |= {*layer["gate_up_scales"], *layer["activation"], *next(iter(manifest["files"].values()))}
+    for key in keys:
+        assert re.search(rf"`(?:[a-z]+\.)?{key}(?:\[\])?`", text), key
+
+
+def test_rooms_of_the_design_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rooms, kernels = text.split("## Rooms of `nvfp4_prep_kernels`")
+    for part, folder in (
+        (rooms.split("## Rooms of `nvfp4_prep`")[1], ROOT / "converter" / "nvfp4_prep"),
+        (kernels, ROOT / "kernels" / "nvfp4_prep_kernels"),
+    ):
+        named = [
+            name for row in re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE) for name in re.findall("`([^`]+)`", row)
+        ]
+        assert len(named) == len(set(named)) > 5
+        there = {path.name + "/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
+        there |= {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
+        assert set(named) == there
+
+
+def test_help_is_up_to_date_with_the_exit_codes() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    for code, meaning in errors.EXIT_CODES.items():
+        assert re.search(rf"^\s+{code}\s+{re.escape(meaning)}$", text, re.MULTILINE)
+
+
+def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> None:
+    manifest: dict[str, Any] = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# The prepared-checkpoint format, version {manifest['format_version']}\n")

@@ -1,0 +1,83 @@
+"""A prepared MTP layer in a draft model (its own loader), and configs that go to other processes."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare import Counts, counting, differences, experts_snapshot
+from results import Checkpoints
+from tiny_models import FAMILIES
+from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
+
+DEEPSEEK = FAMILIES["deepseek_v3"]
+MTP = replace(
+    DEEPSEEK,
+    family="deepseek_v3_mtp",
+    config={**DEEPSEEK.config, "num_nextn_predict_layers": 1},
+    layers=(1, 2, 3),
+    others={
+        **DEEPSEEK.others,
+        "model.layers.3.enorm.weight": ("H",),
+        "model.layers.3.hnorm.weight": ("H",),
+        "model.layers.3.embed_tokens.weight": (64, "H"),
+        "model.layers.3.shared_head.norm.weight": ("H",),
+        "model.layers.3.shared_head.head.weight": (64, "H"),
+    },
+    ignore=(*DEEPSEEK.ignore, "*eh_proj*", "*shared_head*", "*.head"),
+)
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+def draft_state(directory: Path, backend: str) -> dict[str, Any]:
+    """The draft model's expert layers, loaded as speculative decoding loads them."""
+    from vllm.config import SpeculativeConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    target = make_vllm_config(directory, moe_backend=backend)
+    speculative = SpeculativeConfig(
+        method="mtp",
+        num_speculative_tokens=1,
+        target_model_config=target.model_config,
+        target_parallel_config=target.parallel_config,
+    )
+    config = make_vllm_config(directory, moe_backend=backend, vllm={"speculative_config": speculative})
+    draft = speculative.draft_model_config
+    assert draft.quantization == config.model_config.quantization
+    with rank_of(config), counting(Counts()):
+        model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=draft)
+        layers = routed_experts(model)
+        assert len(layers) == 1
+        return {f"{name}/{key}": v for name, layer in layers.items() for key, v in experts_snapshot(layer).items()}
+
+
+def test_a_prepared_mtp_layer(checkpoints: Checkpoints) -> None:
+    source, prepared = checkpoints.get(MTP)
+    expected = draft_state(source, "flashinfer_cutedsl")
+    assert differences(expected, draft_state(prepared, "auto")) == []
+
+
+def test_the_target_of_an_mtp_checkpoint(checkpoints: Checkpoints) -> None:
+    """The target model skips the MTP layer's tensors, prepared or not."""
+    states = []
+    for directory, backend in zip(checkpoints.get(MTP), ("flashinfer_cutedsl", "auto"), strict=True):
+        config = make_vllm_config(directory, moe_backend=backend)
+        with rank_of(config):
+            layers = routed_experts(load_model(config))
+            states.append({f"{n}/{k}": v for n, layer in layers.items() for k, v in experts_snapshot(layer).items()})
+    assert differences(*states) == []
+
+
+@pytest.mark.parametrize("quant", ["modelopt", "modelopt_mixed", "compressed-tensors"])
+def test_the_configuration_goes_to_other_processes(checkpoints: Checkpoints, quant: str) -> None:
+    """vLLM pickles its configuration for engine and workers; the stamp must still be there."""
+    model = replace(FAMILIES["qwen3_moe"], quant=quant, ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
+    config = make_vllm_config(checkpoints.get(model)[1], moe_backend="auto")
+    again = pickle.loads(pickle.dumps(config))
+    assert type(again.quant_config) is type(config.quant_config)
+    assert again.quant_config.stamp == config.quant_config.stamp
+    assert again.model_config.hf_config.quantization_config["nvfp4_prep_stamp"]["layout"]["moe_tp"] == 1
+    assert again.compute_hash() == config.compute_hash()

@@ -1,0 +1,195 @@
+"""vLLM's load format ``nvfp4_prep``: prepared experts by the rank-exact loader, everything else as vLLM loads it.
+
+The files of prepared experts are taken out of vLLM's list of files. In their place the model gets tensors without data
+(:mod:`nvfp4_prep.load.handle`) under the same names, so that vLLM's own name mapping leads each to its parameter,
+whose loader queues the read of exactly the rank's bytes. The reads run while vLLM loads the rest; when it is done, the
+loader waits for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import ModelConfig, get_current_vllm_config_or_none
+from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.load import ExpertLoader, LoadOptions, PreparedCheckpoint, make_handle
+from nvfp4_prep.load.catalog import EXPERT_SCALES
+from nvfp4_prep.load.rate_log import RateLog
+from nvfp4_prep.manifest import MANIFEST
+from nvfp4_prep.safetensors_io import read_header
+
+__all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
+
+logger = init_logger(f"vllm.{__name__}")
+
+LOAD_FORMAT = "nvfp4_prep"
+_EXPERTS = "experts-layer-"
+_OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
+_OTHERS = "others"
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
+    """Loads a prepared checkpoint.
+
+    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions` (``threads``,
+    ``chunk_nbytes``, ``buffers``, ``direct_io``, ``verify``), ``others``: the load format of everything that is no
+    expert (``auto`` if left out), and that format's own options.
+
+    Attributes:
+        report: of the last load.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        """Raises :class:`ServingError` if ``others`` names this format itself."""
+        super().__init__(load_config)
+        extra = dict(load_config.model_loader_extra_config or {})
+        others = extra.pop(_OTHERS, "auto")
+        if others == LOAD_FORMAT:
+            raise ServingError(f"{_OTHERS} cannot be {LOAD_FORMAT}", next_step="Leave it out for vLLM's default.")
+        self._options = {name: extra.pop(name) for name in _OPTIONS & extra.keys()}
+        self._others: Any = get_model_loader(
+            dataclasses.replace(load_config, load_format=others, model_loader_extra_config=extra)
+        )
+        self.report: str | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """As the format of the others does."""
+        self._others.download_model(model_config)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Weights:
+        """All tensors with their data, as the format of the others reads them: what a reload asks for."""
+        yield from self._others.get_all_weights(model_config, model)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Loads everything.
+
+        Raises:
+            LoadError, VerificationError: if prepared experts cannot be read or are damaged.
+            ServingError: if the checkpoint is not prepared or not in a local directory.
+        """
+        options = LoadOptions(**{"threads": _threads(), **self._options})
+        device = _experts_device(model)
+        with ExpertLoader(device, options, progress=RateLog(logger.info)) as loader:
+            try:
+                with _experts_apart(self._others, loader):
+                    self._others.load_weights(model, model_config)
+            except BaseException:
+                loader.abandon()
+                raise
+            report = loader.finish()
+        if not report.nbytes:
+            raise ServingError(
+                f"--load-format {LOAD_FORMAT} found no prepared experts for this model",
+                where=str(model_config.model),
+                next_step="Leave --load-format out for a checkpoint that nvfp4-prep did not convert.",
+            )
+        self.report = str(report)
+        logger.info("Prepared experts: %s", report)
+
+
+class _experts_apart:
+    """While it is entered, vLLM's loader sees no files of prepared experts and yields handles for their tensors."""
+
+    def __init__(self, others: Any, loader: ExpertLoader) -> None:
+        self._others = others
+        self._loader = loader
+        self._files: list[Path] = []
+
+    def __enter__(self) -> None:
+        prepare, weights = self._others._prepare_weights, self._others.get_all_weights
+
+        def prepare_others(*args: Any, **kw: Any) -> Any:
+            found = prepare(*args, **kw)
+            if isinstance(found, list):
+                return self._set_apart(found)
+            return tuple(self._set_apart(part) if isinstance(part, list) else part for part in found)
+
+        def handles_and_others(model_config: ModelConfig, model: nn.Module) -> Weights:
+            others = weights(model_config, model)
+            first = next(others, None)  # now vLLM has listed its files
+            yield from self._handles(getattr(model, "is_unused_checkpoint_weight", None))
+            if first is not None:
+                yield first
+                yield from others
+
+        self._others._prepare_weights = prepare_others
+        self._others.get_all_weights = handles_and_others
+
+    def __exit__(self, *exception: object) -> None:
+        del self._others._prepare_weights, self._others.get_all_weights
+
+    def _set_apart(self, files: Sequence[str]) -> list[str]:
+        others = []
+        for file in files:
+            if not Path(file).name.startswith(_EXPERTS):
+                others.append(file)
+            elif "://" in file:
+                raise ServingError(
+                    f"--load-format {LOAD_FORMAT} reads local files",
+                    where=file,
+                    next_step="Use --load-format runai_streamer, or download the checkpoint.",
+                )
+            elif Path(file) not in self._files:
+                self._files.append(Path(file))
+        return others
+
+    def _handles(self, is_unused: Any) -> Weights:
+        crc32 = self._checksums() if self._loader.options.verify else {}
+        for path in sorted(self._files):
+            for record in read_header(path).tensors:
+                if is_unused is None or not is_unused(record.name):
+                    yield record.name, make_handle(self._loader, path, record, crc32.get(record.name))
+
+    def _checksums(self) -> dict[str, tuple[int, ...]]:
+        checksums: dict[str, tuple[int, ...]] = {}
+        for root in {path.parent for path in self._files}:
+            if not (root / MANIFEST).exists():
+                raise ServingError(
+                    f"verify needs {MANIFEST}", where=str(root), next_step="Download the whole checkpoint."
+                )
+            checkpoint = PreparedCheckpoint.open(root)
+            checkpoint.check_sha256(EXPERT_SCALES)
+            for layer in checkpoint.manifest.layers:
+                for name, values in layer.expert_crc32.items():
+                    checksums[layer.layer.prepared_name(name)] = values
+        return checksums
+
+
+def register_load_format() -> None:
+    """Teaches this vLLM process the load format. Safe to call more than once."""
+    from vllm.model_executor import model_loader
+
+    if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not PreparedModelLoader:
+        register_model_loader(LOAD_FORMAT)(PreparedModelLoader)
+
+
+def _experts_device(model: nn.Module) -> torch.device:
+    """Where the experts' parameters are; all of one rank are on one device."""
+    first = None
+    for name, parameter in model.named_parameters():
+        first = first or parameter.device
+        if name.endswith(".routed_experts.w13_weight"):
+            return parameter.device
+    return first or torch.device("cpu")
+
+
+def _threads() -> int:
+    """This process's part of the machine's cores: ranks of one host load at the same time."""
+    config = get_current_vllm_config_or_none()
+    ranks = 1 if config is None else int(config.parallel_config.world_size)
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(16, cores // max(1, min(ranks, devices))))

@@ -113,6 +113,23 @@ def test_without_mappings_the_runs_are_cut_out_of_reads(written: Written, monkey
     assert_share(load_layer(written.root, 1, tp=(1, 4), options=SMALL), written)
 
 
+def test_a_default_device_changes_nothing(written: Written) -> None:
+    with torch.device("meta"):
+        loaded = load_layer(written.root, 1, tp=(1, 2), device="cpu", options=SMALL)
+    assert_share(loaded, written)
+
+
+def test_direct_io_is_really_used_where_the_file_system_has_it(written: Written) -> None:
+    checkpoint = PreparedCheckpoint.open(written.root)
+    options = LoadOptions(threads=2, chunk_nbytes=1 << 21, direct_io=DirectIO.ALWAYS)
+    source = reader.FileReader(written.file(1), direct=True)
+    supported = source.direct
+    source.close()
+    with ExpertLoader("cpu", options) as loader:
+        _, report = load_layers(checkpoint, [checkpoint.layer(1)], RankShare(), loader)
+    assert (report.counts.direct_nbytes > 0) == supported
+
+
 def test_linear_placement_of_experts() -> None:
     shares = [RankShare.of(10, ep=(rank, 4)).experts for rank in range(4)]
     assert shares == [(0, 1, 2), (3, 4, 5), (6, 7), (8, 9)]
@@ -231,7 +248,7 @@ class TestFailures:
         with pytest.raises(UsageError, match="unusable staging buffer"):
             LoadOptions(chunk_nbytes=100_000)
         with pytest.raises(UsageError, match="threads"):
-            LoadOptions(buffers=0)
+            LoadOptions(buffers=-1)
 
     @pytest.mark.parametrize(
         "parameter",

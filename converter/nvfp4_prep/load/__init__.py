@@ -3,8 +3,9 @@
 from nvfp4_prep.load.catalog import PreparedCheckpoint
 from nvfp4_prep.load.handle import TensorHandle, handle_of, make_handle
 from nvfp4_prep.load.layers import LoadedLayer, RankShare, load_layer, load_layers
-from nvfp4_prep.load.loader import ExpertLoader, LoadReport
+from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import DirectIO, LoadOptions
+from nvfp4_prep.load.report import LoadReport
 
 __all__ = [
     "DirectIO",

@@ -11,8 +11,9 @@ import torch
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.errors import LoadError, UsageError
 from nvfp4_prep.load.catalog import EXPERT_SCALES, SCALE_VECTORS, PreparedCheckpoint
-from nvfp4_prep.load.loader import ExpertLoader, LoadReport
+from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import read_exactly
@@ -157,7 +158,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
 
 def _read_vector(path: Path, record: TensorRecord) -> torch.Tensor:
-    vector = torch.empty(record.shape, dtype=torch.float32)
+    vector = torch.empty(record.shape, dtype=torch.float32, device="cpu")
     with path.open("rb") as stream:
         read_exactly(stream.fileno(), str(path), record.offset_bytes, byte_view(vector))
     return vector

@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -15,9 +14,11 @@ import torch
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError
 from nvfp4_prep.load.options import DirectIO, LoadOptions
-from nvfp4_prep.load.plan import ALIGNMENT, plan_reads
+from nvfp4_prep.load.plan import ALIGNMENT, Task, plan_reads
 from nvfp4_prep.load.reader import FileReader, ReadCounts
-from nvfp4_prep.load.worker import Job, Worker, WorkerTimes, as_load_error
+from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.transfer import Transfer
+from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Times, as_load_error
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep_kernels import ExpertSlice
@@ -25,42 +26,12 @@ from nvfp4_prep_kernels import ExpertSlice
 __all__ = ["ExpertLoader", "LoadReport"]
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What one load did, from the first :meth:`ExpertLoader.submit` to the end of :meth:`ExpertLoader.finish`.
-
-    Attributes:
-        seconds: wall time.
-        nbytes: bytes of the parameters.
-        counts: bytes and system calls.
-        times: summed over the threads, in seconds.
-        threads: how many.
-    """
-
-    seconds: float
-    nbytes: int
-    counts: ReadCounts
-    times: WorkerTimes
-    threads: int
-
-    @property
-    def gb_per_s(self) -> float:
-        """Bytes of the parameters in 10^9 a second."""
-        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{format_nbytes(self.nbytes)} in {self.seconds:.2f} s ({self.gb_per_s:.1f} GB/s), "
-            f"{format_nbytes(self.counts.nbytes)} read in {self.counts.reads} reads"
-        )
-
-
 class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
-    memory for a GPU (144 MiB with the defaults on 16 cores); nothing on the device. A load that failed is void:
-    :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
+    memory for a GPU; nothing on the device. A load that failed is void: :meth:`finish` raises, and none of the
+    parameters submitted since the last one may be used.
     """
 
     def __init__(
@@ -75,7 +46,7 @@ class ExpertLoader:
         Args:
             device: CPU or CUDA device of the parameters.
             options: defaults for this machine if left out.
-            progress: called with numbers of bytes, from several threads.
+            progress: called with numbers of bytes that arrived, from several threads.
 
         Raises:
             LoadError: if the device is of another kind or staging memory is refused.
@@ -91,13 +62,21 @@ class ExpertLoader:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._state = threading.Condition()
         self._pending = 0
-        self._error: NvfpPrepError | None = None
         self._closed = False
+        self._error: NvfpPrepError | None = None
         self._begin()
-        self._workers = self._make_workers()
+        buffers = self._make_buffers()
+        self._transfer = (
+            Transfer(self.device, buffers, self._arrived, self._driver_failed) if self.device.type == "cuda" else None
+        )
+        filled = None if self._transfer is None else self._transfer.put
+        self._reading = [
+            Reading(buffers, self.options.buffer_nbytes, filled, lambda nbytes: self._arrived(1, nbytes))
+            for _ in range(self.options.thread_count)
+        ]
         self._threads = [
-            threading.Thread(target=self._work, args=(worker,), name=f"nvfp4-load-{number}", daemon=True)
-            for number, worker in enumerate(self._workers)
+            threading.Thread(target=self._work, args=(reading,), name=f"nvfp4-load-read-{number}", daemon=True)
+            for number, reading in enumerate(self._reading)
         ]
         for thread in self._threads:
             thread.start()
@@ -139,20 +118,28 @@ class ExpertLoader:
         if self._closed:
             raise LoadError("the loader is closed", where=record.name)
         self._check(record, part, experts, parameter)
-        reader = self._reader(path, record, experts)
-        checks = crc32 if self.options.verify else None
         if self.options.verify and crc32 is None:
             raise LoadError("the manifest has no checksums to verify against", where=f"{path}, tensor {record.name!r}")
+        reader = self._reader(path, record, experts)
+        checks = crc32 if self.options.verify else None
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
         tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks)
+        places = _places(target, tasks)
         with self._state:
-            if self._pending == 0 and self._submitted == 0:
+            if self._submitted == 0:
                 self._begun = time.perf_counter()
-            self._pending += len(tasks)
+            self._pending += sum(task.units for task in tasks)
             self._submitted += target.numel()
         for task in tasks:
-            self._jobs.put(Job(task, reader, target, ready))
+            self._jobs.put(
+                Job(
+                    task,
+                    reader,
+                    tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks),
+                    ready,
+                )
+            )
 
     def finish(self) -> LoadReport:
         """Waits for everything queued and says what it took.
@@ -163,20 +150,20 @@ class ExpertLoader:
         with self._state:
             while self._pending:
                 self._state.wait()
-        for worker in self._workers:
-            worker.finish()
         seconds = time.perf_counter() - self._begun
         error, submitted = self._error, self._submitted
-        counts, times = ReadCounts(), WorkerTimes()
-        for worker in self._workers:
-            counts.add(worker.counts)
-            times.add(worker.times)
-            worker.counts, worker.times = ReadCounts(), WorkerTimes()
+        counts, times = ReadCounts(), Times()
+        for reading in self._reading:
+            counts.add(reading.counts)
+            times.add(reading.times)
+            reading.counts, reading.times = ReadCounts(), Times()
+        if self._transfer is not None:
+            times.submit, self._transfer.submit_s = self._transfer.submit_s, 0.0
         self._begin()
         self._close_readers()
         if error is not None:
             raise error
-        return LoadReport(seconds if submitted else 0.0, submitted, counts, times, len(self._workers))
+        return LoadReport(seconds if submitted else 0.0, submitted, counts, times, len(self._reading))
 
     def abandon(self) -> None:
         """Drops what is still queued and waits for what is under way; the parameters submitted so far are void."""
@@ -196,57 +183,63 @@ class ExpertLoader:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+        if self._transfer is not None:
+            self._transfer.close()
         self._close_readers()
-        self._workers = []
+        self._reading = []
 
     def _begin(self) -> None:
         self._error = None
         self._submitted = 0
         self._begun = time.perf_counter()
 
-    def _make_workers(self) -> list[Worker]:
+    def _make_buffers(self) -> Buffers:
         options, pinned = self.options, self.device.type == "cuda"
         try:
-            slab = torch.empty(options.staging_nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
+            nbytes = options.staging_nbytes + ALIGNMENT
+            slab = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         except RuntimeError as error:
             raise LoadError(
                 f"{format_nbytes(options.staging_nbytes)} of {'pinned ' if pinned else ''}staging memory refused"
                 f" ({str(error).splitlines()[0]})",
-                next_step="Use fewer threads, fewer or smaller buffers.",
+                next_step="Use fewer or smaller buffers.",
             ) from error
         lead = -slab.data_ptr() % ALIGNMENT
-        size = options.buffers * options.buffer_nbytes
-        ends = range(lead + size, lead + options.staging_nbytes + 1, size)
-        return [Worker(self.device, options, slab[end - size : end], self._advance) for end in ends]
+        return Buffers(slab[lead : lead + options.staging_nbytes], options.buffer_nbytes)
 
-    def _advance(self, nbytes: int) -> None:
-        if self._progress is not None:
+    def _arrived(self, units: int, nbytes: int) -> None:
+        if self._progress is not None and nbytes:
             self._progress(nbytes)
+        with self._state:
+            self._pending -= units
+            if not self._pending:
+                self._state.notify_all()
 
-    def _work(self, worker: Worker) -> None:
-        started = False
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            failure: NvfpPrepError | None = None
+    def _driver_failed(self, error: BaseException, filled: Filled) -> None:
+        task = filled.job.task
+        failure = LoadError(f"copy to {self.device} failed ({error})", where=f"{task.path}, tensor {task.tensor!r}")
+        failure.__cause__ = error
+        with self._state:
+            self._error = self._error or failure
+
+    def _work(self, reading: Reading) -> None:
+        while (job := self._jobs.get()) is not None:
+            units = job.task.units
             if self._error is None:
                 before = time.thread_time()
                 try:
-                    if not started:
-                        worker.start()
-                        started = True
-                    worker.run(job)
+                    reading.run(job)
+                    units -= len(job.task.chunks)
                 except BaseException as error:
                     # Kept for finish(), which raises it in the caller's thread; the other tasks are dropped.
                     failure = as_load_error(error, job.task)
                     failure.__cause__ = failure.__cause__ or (None if failure is error else error)
-                worker.times.cpu += time.thread_time() - before
-            with self._state:
-                self._error = self._error or failure
-                self._pending -= 1
-                if not self._pending:
-                    self._state.notify_all()
+                    with self._state:
+                        self._error = self._error or failure
+                    units -= reading.chunks_done
+                reading.times.cpu += time.thread_time() - before
+            if units:
+                self._arrived(units, 0)
 
     def _reader(self, path: Path, record: TensorRecord, experts: Sequence[int]) -> FileReader:
         reader = self._readers.get(path)
@@ -298,3 +291,10 @@ class ExpertLoader:
                 expected=f"0 to {stored - 1}",
                 actual=", ".join(map(str, wrong[:8])),
             )
+
+
+def _places(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
+    """Where each chunk goes, by its offset: one call for all, instead of one in the way of the reading threads."""
+    chunks = sorted((chunk.destination_bytes, chunk.nbytes) for task in tasks for chunk in task.chunks if chunk.nbytes)
+    parts = target.split([nbytes for _, nbytes in chunks])
+    return {offset: part for (offset, _), part in zip(chunks, parts, strict=True)}

@@ -24,7 +24,7 @@ _PROT_READ, _MAP_SHARED = 1, 1
 _MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22
 _PAGE = 4096
 _PIECE_WORDS = 32768
-"""torch splits larger copies over its own thread pool; a pool for each of our threads would be far too many."""
+"""Largest copy that torch leaves in the calling thread."""
 
 
 @functools.cache
@@ -122,6 +122,7 @@ def gather_runs(
     width, step = run_nbytes // size, stride_bytes // size
     rows = span.as_strided((runs, width), (step, 1), span.storage_offset())
     out = target.view(runs, width)
+    # torch splits larger copies over a thread pool of its own; one for each of our threads would be far too many. All
+    # pieces in one call, because every call waits for the interpreter lock.
     block = max(1, _PIECE_WORDS // width)
-    for row in range(0, runs, block):
-        out[row : row + block].copy_(rows[row : row + block])
+    torch._foreach_copy_(out.split(block), rows.split(block))

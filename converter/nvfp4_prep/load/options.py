@@ -33,22 +33,21 @@ class LoadOptions:
     Attributes:
         threads: reading threads; 0 means one for each usable core, between 2 and 16.
         chunk_nbytes: size of one staging buffer, a multiple of 4096 and at least 64 KiB.
-        buffers: staging buffers of one thread. Pinned memory is ``threads * buffers * (chunk_nbytes + 8 KiB)``.
+        buffers: staging buffers in all; 0 means half as many again as threads. Pinned memory is
+            ``buffers * (chunk_nbytes + 8 KiB)``; more than the processor's caches hold makes loading slower.
         direct_io: see :class:`DirectIO`.
         verify: compare every expert's stored bytes with the manifest's checksums while they pass through memory.
     """
 
     threads: int = 0
-    chunk_nbytes: int = 4 * 1024 * 1024
-    buffers: int = 2
+    chunk_nbytes: int = 8 * 1024 * 1024
+    buffers: int = 0
     direct_io: DirectIO = DirectIO.AUTO
     verify: bool = False
 
     def __post_init__(self) -> None:
-        if self.threads < 0 or self.buffers < 1:
-            raise UsageError(
-                "loading needs threads and buffers", expected="threads >= 0, buffers >= 1", actual=str(self)
-            )
+        if self.threads < 0 or self.buffers < 0:
+            raise UsageError("threads and buffers cannot be negative", actual=str(self))
         if self.chunk_nbytes < LONG_RUN_NBYTES or self.chunk_nbytes % ALIGNMENT:
             raise UsageError(
                 "unusable staging buffer size",
@@ -63,9 +62,14 @@ class LoadOptions:
         return self.threads or _default_threads()
 
     @property
+    def buffer_count(self) -> int:
+        """Staging buffers, with the default resolved."""
+        return self.buffers or self.thread_count * 3 // 2
+
+    @property
     def staging_nbytes(self) -> int:
         """Pinned host memory that a loader for a GPU holds."""
-        return self.thread_count * self.buffers * self.buffer_nbytes
+        return self.buffer_count * self.buffer_nbytes
 
     @property
     def buffer_nbytes(self) -> int:

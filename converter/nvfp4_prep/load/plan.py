@@ -88,6 +88,11 @@ class Task:
         """Bytes of the parameter that it fills."""
         return sum(chunk.nbytes for chunk in self.chunks)
 
+    @property
+    def units(self) -> int:
+        """What is counted down until it is complete: its chunks, and the comparison of a checksum."""
+        return len(self.chunks) + (self.crc32 is not None)
+
 
 def plan_reads(
     path: Path,

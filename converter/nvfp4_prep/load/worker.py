@@ -1,8 +1,9 @@
-"""One reading thread with its staging buffers and its stream."""
+"""What one reading thread does with a task: fill buffers, or parameters in host memory, and say what is filled."""
 
 from __future__ import annotations
 
 import ctypes
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -10,126 +11,118 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError, VerificationError
-from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.plan import Chunk, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 
-__all__ = ["Job", "Worker", "WorkerTimes", "as_load_error"]
+__all__ = ["Buffers", "Filled", "Job", "Reading", "Times", "as_load_error"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A task and where its bytes go.
 
     Attributes:
         task: what to read.
         reader: the open file.
-        target: the whole parameter, flat ``uint8``, on its device.
+        targets: for each chunk its part of the parameter, flat ``uint8``; None where the chunk fills nothing.
         ready: event on the stream that owns the parameter's memory; None on the CPU.
     """
 
     task: Task
     reader: FileReader
-    target: torch.Tensor
+    targets: tuple[torch.Tensor | None, ...]
     ready: torch.cuda.Event | None
 
 
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A staging buffer with data: bytes from ``lead`` on go to ``target``, which may be nothing."""
+
+    buffer: int
+    lead: int
+    target: torch.Tensor | None
+    job: Job
+
+
 @dataclass
-class WorkerTimes:
-    """Where a thread's time went, in seconds.
+class Times:
+    """Where the threads' time went, in seconds, summed over the threads.
 
     Attributes:
-        read: in system calls and gathering.
-        wait: until a staging buffer was free again, which is the bus.
-        copy: handing copies to the driver.
-        cpu: processor time of the thread.
+        read: in system calls, gathering and checksums, and until Python ran again after them.
+        wait: until a staging buffer was free.
+        cpu: processor time.
+        submit: of the thread that hands copies to the driver.
     """
 
     read: float = 0.0
     wait: float = 0.0
-    copy: float = 0.0
     cpu: float = 0.0
+    submit: float = 0.0
 
-    def add(self, other: WorkerTimes) -> None:
+    def add(self, other: Times) -> None:
         """Adds another thread's times."""
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
-@dataclass
-class _Buffer:
-    bytes: torch.Tensor
-    event: torch.cuda.Event | None
-    busy: bool = False
+class Buffers:
+    """Staging memory in equal parts. Peak memory: ``slab``."""
+
+    def __init__(self, slab: torch.Tensor, nbytes: int) -> None:
+        """``slab``: ``uint8``, page-aligned; ``nbytes`` of one buffer."""
+        self.bytes = [slab[begin : begin + nbytes] for begin in range(0, len(slab) - nbytes + 1, nbytes)]
+        self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in range(len(self.bytes)):
+            self.free.put(number)
 
 
 @dataclass
-class Worker:
-    """State of one thread; :meth:`run` is called by that thread only.
+class Reading:
+    """One reading thread; :meth:`run` is called by that thread only.
 
     Attributes:
-        device: of the parameters.
-        staging: ``uint8``, pinned where the device is a GPU: ``options.buffers`` buffers.
-        progress: told the bytes that were handed on.
+        buffers: shared by all threads.
+        scratch_nbytes: size of this thread's pageable buffer for what is read but not loaded.
+        filled: takes what goes to a GPU; None for parameters in host memory.
+        done: told how many bytes of a parameter in host memory are complete, once for each chunk.
     """
 
-    device: torch.device
-    options: LoadOptions
-    staging: torch.Tensor
-    progress: Callable[[int], None]
+    buffers: Buffers
+    scratch_nbytes: int
+    filled: Callable[[Filled], None] | None
+    done: Callable[[int], None]
     counts: ReadCounts = field(default_factory=ReadCounts)
-    times: WorkerTimes = field(default_factory=WorkerTimes)
-
-    def __post_init__(self) -> None:
-        self._cuda = self.device.type == "cuda"
-        self._scratch: torch.Tensor | None = None
-        self._next = 0
-        self._ready: torch.cuda.Event | None = None
-        self._stream: torch.cuda.Stream | None = None
-        size = self.options.buffer_nbytes
-        self._buffers = [
-            _Buffer(self.staging[begin : begin + size], self._event()) for begin in range(0, len(self.staging), size)
-        ]
-
-    def _event(self) -> torch.cuda.Event | None:
-        # Threads that wait for the bus must not take the cores of those that read: blocking events.
-        return torch.cuda.Event(blocking=True) if self._cuda else None
-
-    def start(self) -> None:
-        """Makes this thread's stream its current one."""
-        if self._cuda:
-            torch.cuda.set_device(self.device)
-            self._stream = torch.cuda.Stream(self.device)
-            torch.cuda.set_stream(self._stream)
+    times: Times = field(default_factory=Times)
+    chunks_done: int = 0
+    _scratch: torch.Tensor | None = None
 
     def run(self, job: Job) -> None:
-        """Reads a task into its parameter.
+        """Reads a task. :attr:`chunks_done` says for how many of its chunks somebody else will account.
 
         Raises:
             LoadError: if the file cannot be read.
             VerificationError: if a checksum differs.
         """
-        if job.ready is not None and job.ready is not self._ready and self._stream is not None:
-            self._stream.wait_event(job.ready)
-            self._ready = job.ready
-        crc32 = 0
-        for chunk in job.task.chunks:
-            buffer = self._free_buffer() if self._staged(chunk, job) else None
-            target = job.target[chunk.destination_bytes : chunk.destination_bytes + chunk.nbytes]
-            into = target if buffer is None else buffer.bytes
-            begun = time.perf_counter()
-            if chunk.window is None:
-                lead = job.reader.fill(job.task.tensor, chunk, into, self._scratch_bytes(chunk), self.counts)
+        crc32 = self.chunks_done = 0
+        for chunk, target in zip(job.task.chunks, job.targets, strict=True):
+            buffer = self._buffer() if self._staged(chunk, job) else None
+            try:
+                lead, crc32 = self._fill(job, chunk, target, buffer, crc32)
+            except BaseException:
+                if buffer is not None:
+                    self.buffers.free.put(buffer)
+                raise
+            if self.filled is not None and buffer is not None:
+                self.filled(Filled(buffer, lead, target, job))
             else:
-                scratch = self._scratch_bytes(chunk)
-                crc32 = job.reader.fill_window(job.task.tensor, chunk, into, scratch, crc32, self.counts)
-                lead = 0
-            read = time.perf_counter()
-            self.times.read += read - begun
-            if buffer is not None and chunk.nbytes:
-                self._hand_on(buffer, lead, target, job)
-                self.times.copy += time.perf_counter() - read
-            self.progress(chunk.nbytes)
+                if buffer is not None and target is not None:
+                    source = self.buffers.bytes[buffer].data_ptr() + lead
+                    # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
+                    ctypes.memmove(target.data_ptr(), source, chunk.nbytes)
+                    self.buffers.free.put(buffer)
+                self.done(chunk.nbytes)
+            self.chunks_done += 1
         if job.task.crc32 is not None and crc32 != job.task.crc32:
             raise VerificationError(
                 f"expert {job.task.expert} does not have the bytes that were converted",
@@ -139,47 +132,38 @@ class Worker:
                 next_step="The file is damaged: download or convert it again.",
             )
 
-    def finish(self) -> None:
-        """Waits until everything handed on has arrived."""
-        if self._stream is not None:
-            self._stream.synchronize()
-        for buffer in self._buffers:
-            buffer.busy = False
-
     def _staged(self, chunk: Chunk, job: Job) -> bool:
         # A parameter in host memory is read into in place, but for direct I/O, which wants aligned memory.
-        return self._cuda or (job.reader.direct and chunk.window is None)
+        return self.filled is not None or (job.reader.direct and chunk.window is None)
 
-    def _free_buffer(self) -> _Buffer:
-        buffer = self._buffers[self._next]
-        self._next = (self._next + 1) % len(self._buffers)
-        if buffer.busy and buffer.event is not None:
-            begun = time.perf_counter()
-            buffer.event.synchronize()
-            self.times.wait += time.perf_counter() - begun
+    def _buffer(self) -> int:
+        begun = time.perf_counter()
+        buffer = self.buffers.free.get()
+        self.times.wait += time.perf_counter() - begun
         return buffer
 
-    def _hand_on(self, buffer: _Buffer, lead: int, target: torch.Tensor, job: Job) -> None:
-        if buffer.event is None:
-            # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
-            ctypes.memmove(target.data_ptr(), buffer.bytes.data_ptr() + lead, len(target))
-            return
-        try:
-            target.copy_(buffer.bytes[lead : lead + len(target)], non_blocking=True)
-            buffer.event.record(self._stream)
-            buffer.busy = True
-        except RuntimeError as error:
-            raise LoadError(
-                f"copy to {self.device} failed ({error})", where=f"{job.task.path}, tensor {job.task.tensor!r}"
-            ) from error
+    def _fill(
+        self, job: Job, chunk: Chunk, target: torch.Tensor | None, buffer: int | None, crc32: int
+    ) -> tuple[int, int]:
+        begun = time.perf_counter()
+        scratch = self._scratch_bytes(chunk)
+        into = self.buffers.bytes[buffer] if buffer is not None else target
+        into = scratch[:0] if into is None else into
+        lead = 0
+        if chunk.window is None:
+            lead = job.reader.fill(job.task.tensor, chunk, into, scratch, self.counts)
+        else:
+            crc32 = job.reader.fill_window(job.task.tensor, chunk, into, scratch, crc32, self.counts)
+        self.times.read += time.perf_counter() - begun
+        return lead, crc32
 
     def _scratch_bytes(self, chunk: Chunk) -> torch.Tensor:
-        """Pageable memory for what is read but not loaded; made when the first chunk needs it."""
+        """Made when the first chunk needs it."""
         if self._scratch is None:
             needed = chunk.window is not None or any(not segment.contiguous for segment in chunk.segments)
             if not needed:
-                return self.staging[:0]
-            self._scratch = torch.empty(self.options.buffer_nbytes, dtype=torch.uint8)
+                return self.buffers.bytes[0][:0]
+            self._scratch = torch.empty(self.scratch_nbytes, dtype=torch.uint8, device="cpu")
         return self._scratch
 
 

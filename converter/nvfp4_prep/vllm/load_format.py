@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, get_current_vllm_config_or_none
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config_or_none
 from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
@@ -63,7 +64,16 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         self._others: Any = get_model_loader(
             dataclasses.replace(load_config, load_format=others, model_loader_extra_config=extra)
         )
+        self._loader: Future[ExpertLoader] | None = None
         self.report: str | None = None
+
+    def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """As vLLM does it. Staging memory is pinned meanwhile: that takes 0.9 ms a MiB."""
+        loader = self._make_loader(torch.get_default_device())
+        with ThreadPoolExecutor(1) as pool:
+            self._loader = pool.submit(loader)
+            model: nn.Module = super().create_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        return model
 
     def download_model(self, model_config: ModelConfig) -> None:
         """As the format of the others does."""
@@ -80,9 +90,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
             LoadError, VerificationError: if prepared experts cannot be read or are damaged.
             ServingError: if the checkpoint is not prepared or not in a local directory.
         """
-        options = LoadOptions(**{"threads": _threads(), **self._options})
-        device = _experts_device(model)
-        with ExpertLoader(device, options, progress=RateLog(logger.info)) as loader:
+        with self._take_loader(_experts_device(model)) as loader:
             try:
                 with _experts_apart(self._others, loader):
                     self._others.load_weights(model, model_config)
@@ -98,6 +106,22 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
             )
         self.report = str(report)
         logger.info("Prepared experts: %s", report)
+
+    def _make_loader(self, device: torch.device) -> Callable[[], ExpertLoader]:
+        """Everything that depends on the calling thread is settled here; the result may run in another."""
+        options = LoadOptions(**{"threads": _threads(), **self._options})
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return lambda: ExpertLoader(device, options, progress=RateLog(logger.info))
+
+    def _take_loader(self, device: torch.device) -> ExpertLoader:
+        waiting, self._loader = self._loader, None
+        if waiting is not None:
+            loader = waiting.result()
+            if loader.device == device:
+                return loader
+            loader.close()
+        return self._make_loader(device)()
 
 
 class _experts_apart:

@@ -6,8 +6,8 @@ The real Python code of vLLM 0.33 (ModelConfig, model construction, DefaultModel
 weight loaders, process_weights_after_loading), once on the original checkpoint, once on the prepared one through the
 same loader, and once on the prepared one with --load-format nvfp4_prep. Replaced, because vLLM's compiled parts need
 not fit the machine: the platform (CpuPlatform), the subprocess that inspects models, the answer whether the experts'
-kernel supports the device, the packing of unquantized layers for a CPU, and the strided view of the scales
-(FlashInfer). Forward passes are not possible so.
+kernel supports the device, and the strided view of the scales (FlashInfer). Of process_weights_after_loading only the
+experts' method is called: attention would be packed for a CPU. Forward passes are not possible so.
 """
 
 from __future__ import annotations
@@ -91,12 +91,10 @@ def bring_up() -> None:
 
     platforms._current_platform = CpuPlatform()
     import vllm.model_executor.layers.fused_moe.oracle.nvfp4 as oracle
-    import vllm.model_executor.layers.utils as layer_utils
     import vllm.model_executor.models.registry as registry
     from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_moe import FlashInferCuteDSLExperts
 
     registry._run_in_subprocess = lambda fn: fn()
-    layer_utils.dispatch_cpu_unquantized_gemm = lambda *args, **kw: None
     oracle.nvfp4_swizzled_scale_to_cutedsl_mma_view = lambda scale: scale
     FlashInferCuteDSLExperts._supports_current_device = staticmethod(lambda: True)
     from nvfp4_prep.vllm import register
@@ -191,7 +189,6 @@ def load(config: Any, profile: bool) -> tuple[Any, dict[str, Any]]:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.utils import process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     clock = Clock()
@@ -216,7 +213,7 @@ def load(config: Any, profile: bool) -> tuple[Any, dict[str, Any]]:
             torch.cuda.synchronize()
             loaded = time.perf_counter()
             with set_default_torch_dtype(torch.bfloat16):
-                process_weights_after_loading(model, config.model_config, torch.device("cuda"))
+                experts.quant_method.process_weights_after_loading(experts)
             torch.cuda.synchronize()
             done = time.perf_counter()
     figures = {
@@ -279,6 +276,9 @@ def main() -> None:
                 _check(name, snapshot(experts), expected)
             else:
                 figures[name].append(got)
+                print(
+                    f"  {name}: load {got['load']:.4f} s, prepare {got['prepare']:.4f} s; {got['report']}", flush=True
+                )
             del experts
             gc.collect()
             torch.cuda.empty_cache()

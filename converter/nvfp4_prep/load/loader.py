@@ -205,7 +205,8 @@ class ExpertLoader:
                 next_step="Use fewer or smaller buffers.",
             ) from error
         lead = -slab.data_ptr() % ALIGNMENT
-        return Buffers(slab[lead : lead + options.staging_nbytes], options.buffer_nbytes)
+        staging = slab[lead : lead + options.staging_nbytes]
+        return Buffers(staging, options.buffer_nbytes, options.chunk_nbytes)
 
     def _arrived(self, units: int, nbytes: int) -> None:
         if self._progress is not None and nbytes:

@@ -161,6 +161,11 @@ class FileReader:
             _cut(chunk.segments, window, offset, target)
         return zlib.crc32(view, crc32)
 
+    def read(self, tensor: str, offset_bytes: int, view: memoryview, nbytes: int, counts: ReadCounts) -> None:
+        """Reads one range through the page cache into the first ``nbytes`` of ``view``; see :meth:`fill`."""
+        exact = view if len(view) == nbytes else view[:nbytes]
+        self._read(tensor, self._descriptor, offset_bytes, exact, nbytes, counts)
+
     def _open_direct(self) -> None:
         flag = getattr(os, "O_DIRECT", None)
         if flag is None:
@@ -198,7 +203,7 @@ class FileReader:
         done = 0
         while done < needed:
             try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
+                count = os.preadv(descriptor, [view[done:] if done else view], offset + done)
             except OSError as error:
                 raise self._failed(tensor, f"read failed at byte {offset + done} ({error.strerror})") from error
             if count == 0:

@@ -43,6 +43,7 @@ class Transfer:
         self._buffers = buffers
         self._done = done
         self._failed = failed
+        self._events: list[torch.cuda.Event] = []  # done with, to be used again
         self._filled: queue.SimpleQueue[Filled | None] = queue.SimpleQueue()
         self._copying: queue.SimpleQueue[tuple[torch.cuda.Event, Sequence[Filled]] | None] = queue.SimpleQueue()
         self._threads = [
@@ -74,7 +75,7 @@ class Transfer:
                 return
             begun = time.perf_counter()
             # A thread that waits must not take a core from those that read: a blocking event.
-            event = torch.cuda.Event(blocking=True)
+            event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
             try:
                 for item in batch:
                     if item.job.ready is not None and item.job.ready is not last:
@@ -104,10 +105,13 @@ class Transfer:
     def _copy(self, batch: Sequence[Filled]) -> None:
         sources, targets = [], []
         for item in batch:
-            if item.target is not None:
-                whole = self._buffers.bytes[item.buffer]
-                sources.append(whole[item.lead : item.lead + len(item.target)])
-                targets.append(item.target)
+            if item.target is None:
+                continue
+            source = self._buffers.chunks[item.buffer]
+            if item.lead or len(item.target) != len(source):
+                source = self._buffers.bytes[item.buffer][item.lead : item.lead + len(item.target)]
+            sources.append(source)
+            targets.append(item.target)
         if targets:
             torch._foreach_copy_(targets, sources, non_blocking=True)
 
@@ -119,6 +123,7 @@ class Transfer:
                 event.synchronize()
             except Exception as error:
                 self._failed(error, batch[0])
+            self._events.append(event)
             nbytes = 0
             for item in batch:
                 self._buffers.free.put(item.buffer)

@@ -10,7 +10,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Teaches this vLLM process the quantization method ``nvfp4_prep``. Safe to call more than once.
+    """Teaches this vLLM process quantization method and load format ``nvfp4_prep``. Safe to call more than once.
 
     In a vLLM outside the tested range nothing of vLLM is replaced; only opening a prepared checkpoint then fails, with
     the reason.
@@ -20,8 +20,10 @@ def register() -> None:
     problem = version_problem()
     if problem is None:
         from nvfp4_prep.vllm.config import register_configs
+        from nvfp4_prep.vllm.load_format import register_load_format
 
         register_configs()
+        register_load_format()
     else:
         from nvfp4_prep.vllm.refusal import register_refusal
 

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.stamp import QUANT_METHOD
 from nvfp4_prep.vllm.installed_layout import check_installed_layout
 from nvfp4_prep.vllm.loading import PreparedWeights
 from nvfp4_prep.vllm.placement import Placement
@@ -201,6 +202,10 @@ def _load_format() -> str | None:
 def _check_load_format(layer_name: str) -> None:
     load_format = _load_format()
     if load_format not in ("ipc_cache", "sharded_state", "tensorizer"):
+        if load_format not in (None, "dummy", QUANT_METHOD):
+            logger.info_once(
+                "--load-format nvfp4_prep reads each rank's share of the prepared experts only, and faster."
+            )
         return
     raise ServingError(
         f"--load-format {load_format} holds weights of a running engine, not a checkpoint's",

@@ -163,6 +163,8 @@ def main() -> None:
     print(f"files built in {time.perf_counter() - begun:.1f} s", flush=True)
     section("sweep", lambda: sweep(layers, share, arguments))
     print(f"options of the following tables: {arguments.options}", flush=True)
+    if arguments.sweep_only:
+        return
     with ExpertLoader("cuda", arguments.options) as loader:
         section("sides", lambda: all_sides(layers, compact, share, loader, arguments))
         section("shares", lambda: shares(layers, share, loader, arguments))
@@ -301,9 +303,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--buffers", type=int, default=LoadOptions().buffers)
     parser.add_argument(
         "--sweep",
-        default="4,8,8 8,4,16 8,8,12 8,8,16 10,8,16 12,8,18 12,8,24 12,4,24 16,4,32 16,8,24 16,8,32 10,16,12 12,16,16",
+        default="4,4,8 8,4,12 10,4,14 12,4,16 12,4,20 14,4,18 14,4,22 16,4,22 12,2,20 14,2,24 16,2,28 12,3,18 12,8,18",
         help="threads,chunk MiB,buffers of each point",
     )
+    parser.add_argument("--sweep-only", action="store_true", help="leave the other tables out")
     parser.add_argument("--best", action="store_true", help="use the fastest point of the sweep for the other tables")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -46,6 +46,7 @@ class Job:
         options: see ``make_vllm_config``; used for both.
         meetings: where the ranks meet, one for each load.
         input_scales: compare the input scales and what is made of them. Off where vLLM itself takes another maximum.
+        prepared_load: LoadConfig fields for the prepared directory only.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     meetings: tuple[str, str] | None = None
     input_scales: bool = True
+    prepared_load: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -202,7 +204,8 @@ class Comparison:
     def load_prepared(self) -> Outcome:
         """Loads the prepared checkpoint without any flag and compares."""
         job, outcome, meeting = self.job, self.outcome, (self.job.meetings or (None, None))[1]
-        config = make_vllm_config(Path(job.prepared), moe_backend="auto", **job.options)
+        options = {**job.options, "load": {**job.options.get("load", {}), **job.prepared_load}}
+        config = make_vllm_config(Path(job.prepared), moe_backend="auto", **options)
         with rank_of(config, self.rank, job.world, meeting), counting(outcome.prepared):
             model = load_model(config)
             actual = snapshot(model)

@@ -80,6 +80,7 @@ class ExpertLoader:
         ]
         for thread in self._threads:
             thread.start()
+        self._cpu = self._cpu_seconds()
 
     def __enter__(self) -> ExpertLoader:
         return self
@@ -157,6 +158,8 @@ class ExpertLoader:
             counts.add(reading.counts)
             times.add(reading.times)
             reading.counts, reading.times = ReadCounts(), Times()
+        before, self._cpu = self._cpu, self._cpu_seconds()
+        times.cpu = self._cpu - before
         if self._transfer is not None:
             times.submit, self._transfer.submit_s = self._transfer.submit_s, 0.0
         self._begin()
@@ -227,7 +230,6 @@ class ExpertLoader:
         while (job := self._jobs.get()) is not None:
             units = job.task.units
             if self._error is None:
-                before = time.thread_time()
                 try:
                     reading.run(job)
                     units -= len(job.task.chunks)
@@ -238,9 +240,15 @@ class ExpertLoader:
                     with self._state:
                         self._error = self._error or failure
                     units -= reading.chunks_done
-                reading.times.cpu += time.thread_time() - before
             if units:
                 self._arrived(units, 0)
+
+    def _cpu_seconds(self) -> float:
+        """Processor time of the reading threads so far; 0 where the system does not say."""
+        clock_of = getattr(time, "pthread_getcpuclockid", None)
+        if clock_of is None:
+            return 0.0
+        return sum(time.clock_gettime(clock_of(thread.ident)) for thread in self._threads if thread.ident is not None)
 
     def _reader(self, path: Path, record: TensorRecord, experts: Sequence[int]) -> FileReader:
         reader = self._readers.get(path)

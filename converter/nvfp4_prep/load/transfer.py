@@ -108,8 +108,8 @@ class Transfer:
             if item.target is None:
                 continue
             source = self._buffers.chunks[item.buffer]
-            if item.lead or len(item.target) != len(source):
-                source = self._buffers.bytes[item.buffer][item.lead : item.lead + len(item.target)]
+            if item.lead or item.nbytes != self._buffers.chunk_nbytes:
+                source = self._buffers.bytes[item.buffer][item.lead : item.lead + item.nbytes]
             sources.append(source)
             targets.append(item.target)
         if targets:
@@ -127,5 +127,5 @@ class Transfer:
             nbytes = 0
             for item in batch:
                 self._buffers.free.put(item.buffer)
-                nbytes += 0 if item.target is None else len(item.target)
+                nbytes += item.nbytes
             self._done(len(batch), nbytes)

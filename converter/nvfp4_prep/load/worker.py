@@ -45,10 +45,11 @@ class Job:
 
 
 class Filled(NamedTuple):
-    """A staging buffer with data: bytes from ``lead`` on go to ``target``, which may be nothing."""
+    """A staging buffer with data: ``nbytes`` bytes from ``lead`` on go to ``target``, which may be nothing."""
 
     buffer: int
     lead: int
+    nbytes: int
     target: torch.Tensor | None
     job: Job
 
@@ -80,6 +81,7 @@ class Buffers:
 
     Attributes:
         bytes: one tensor a buffer.
+        chunk_nbytes: size of a chunk.
         chunks: the same without what direct I/O needs around a chunk.
         views: the same for system calls. Made once: making one takes as long as reading 100 kB.
         free: numbers of the buffers that nobody uses.
@@ -88,6 +90,7 @@ class Buffers:
     def __init__(self, slab: torch.Tensor, nbytes: int, chunk_nbytes: int) -> None:
         """``slab``: ``uint8``, page-aligned; ``nbytes`` of one buffer and ``chunk_nbytes`` of one chunk."""
         self.bytes = [slab[begin : begin + nbytes] for begin in range(0, len(slab) - nbytes + 1, nbytes)]
+        self.chunk_nbytes = chunk_nbytes
         self.chunks = [buffer[:chunk_nbytes] for buffer in self.bytes]
         self.views = [byte_view(buffer) for buffer in self.bytes]
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -135,7 +138,7 @@ class Reading:
                     self.buffers.free.put(buffer)
                 raise
             if self.filled is not None and buffer is not None:
-                self.filled(Filled(buffer, lead, target, job))
+                self.filled(Filled(buffer, lead, chunk.nbytes, target, job))
             else:
                 if buffer is not None and target is not None:
                     source = self.buffers.bytes[buffer].data_ptr() + lead
@@ -166,7 +169,7 @@ class Reading:
             self.buffers.free.put(buffer)
             raise
         self.times.read += time.perf_counter() - begun
-        filled(Filled(buffer, 0, job.targets[0], job))
+        filled(Filled(buffer, 0, segment.run_nbytes, job.targets[0], job))
         self.chunks_done = 1
 
     def _staged(self, chunk: Chunk, job: Job) -> bool:

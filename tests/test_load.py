@@ -25,6 +25,7 @@ from nvfp4_prep.load import (
     make_handle,
     reader,
 )
+from nvfp4_prep.load.options import default_threads
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice, take_rank
 
 DIMS = MoeDims(experts=6, intermediate=512, hidden=512)
@@ -128,6 +129,13 @@ def test_direct_io_is_really_used_where_the_file_system_has_it(written: Written)
     with ExpertLoader("cpu", options) as loader:
         _, report = load_layers(checkpoint, [checkpoint.layer(1)], RankShare(), loader)
     assert (report.counts.direct_nbytes > 0) == supported
+
+
+def test_default_options_stay_small() -> None:
+    assert [default_threads(cores) for cores in (1, 2, 8, 16, 200)] == [2, 2, 6, 12, 12]
+    options = LoadOptions(threads=12)
+    assert options.buffer_count == 20 and options.staging_nbytes < 2**30
+    assert LoadOptions(threads=1).buffer_count == 2
 
 
 def test_linear_placement_of_experts() -> None:

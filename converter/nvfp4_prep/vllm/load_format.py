@@ -9,7 +9,6 @@ loader waits for them.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import ExpertLoader, LoadOptions, PreparedCheckpoint, make_handle
 from nvfp4_prep.load.catalog import EXPERT_SCALES
+from nvfp4_prep.load.options import default_threads, usable_cores
 from nvfp4_prep.load.rate_log import RateLog
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.safetensors_io import read_header
@@ -215,5 +215,4 @@ def _threads() -> int:
     config = get_current_vllm_config_or_none()
     ranks = 1 if config is None else int(config.parallel_config.world_size)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(16, cores // max(1, min(ranks, devices))))
+    return default_threads(usable_cores() // max(1, min(ranks, devices)))

@@ -72,6 +72,7 @@ class LoopbackHub:
         self.sent_nbytes: dict[str, int] = {}
         self.leaked_tokens: list[str] = []
         self.in_xet = False
+        self.ignored = ""
         self.victim = 0
         self.halt = threading.Event()
         self.errors: list[BaseException | None] = []
@@ -361,8 +362,9 @@ class _Api(_Handler):
         for wish in json.loads(body)["files"]:
             blob = tree.get(wish["path"])
             mode = "lfs" if self.hub.store.is_large(wish["path"], wish["size"]) else "regular"
+            ignored = bool(self.hub.ignored and re.search(self.hub.ignored, wish["path"]))
             oid = None if blob is None else (blob.sha256 if blob.lfs else blob.git_oid)
-            files.append({"path": wish["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            files.append({"path": wish["path"], "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return {"files": files}
 
     def lfs_batch(self, body: bytes, repo_id: str) -> dict[str, Any]:

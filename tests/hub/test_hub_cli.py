@@ -93,6 +93,19 @@ def test_straight_through(hub: LoopbackHub, files: Files, tmp_path: Path) -> Non
     assert assert_never_half(hub.store.repositories[REPO]) == 1
 
 
+def test_a_failed_smoke_run_keeps_the_stamp_back(
+    hub: LoopbackHub, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvfp4_prep.smoke import SmokeReport
+
+    hub.store.publish(SOURCE, files)
+    monkeypatch.setattr(SmokeReport, "passed", property(lambda report: False))
+    for _ in range(2):  # the second time, the conversion is complete already
+        failed = CliRunner().invoke(cli, ["convert", SOURCE, str(tmp_path / "out"), "--push-to", REPO])
+        assert failed.exit_code == 6, failed.output
+        assert assert_never_half(hub.store.repositories[REPO]) == 0
+
+
 @pytest.mark.parametrize("skip", [0, 8], ids=["while planning", "while converting"])
 def test_termination_is_prompt_though_the_network_hangs(
     hub: LoopbackHub, files: Files, tmp_path: Path, skip: int

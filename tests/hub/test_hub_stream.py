@@ -54,7 +54,7 @@ def expected(local: Path, tmp_path: Path) -> Files:
 
 def go(
     source: Path | Source, target: Path, patience: Patience = QUICK, **options: object
-) -> tuple[ConvertResult, PushResult]:
+) -> tuple[ConvertResult, PushResult | None]:
     return convert_and_publish(source, target, REPO, patience=patience, **options)  # type: ignore[arg-type]
 
 
@@ -69,9 +69,11 @@ def test_published_while_converting(hub: LoopbackHub, local: Path, expected: Fil
     assert read_folder(tmp_path / "out") == expected
     assert published(hub) == expected
     assert assert_never_half(hub.store.repositories[REPO]) == 1
+    assert pushed is not None
     assert pushed.commit == hub.store.repositories[REPO].heads["main"]
     again, pushed_again = go(local, tmp_path / "out")
     assert again.already_complete
+    assert pushed_again is not None
     assert pushed_again.commit == pushed.commit
 
 
@@ -183,6 +185,21 @@ def test_what_the_repository_lost_is_made_again(hub: LoopbackHub, local: Path, e
     result, _ = go(local, tmp_path / "out", stream_out=True)
     assert result.resumed
     assert published(hub) == expected
+
+
+def test_what_is_not_accepted_is_not_stamped(hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path) -> None:
+    _, pushed = go(local, tmp_path / "out", accept=lambda result: False)
+    assert pushed is None
+    assert "config.json" not in published(hub)
+    go(local, tmp_path / "out")
+    assert published(hub) == expected
+
+
+def test_a_file_that_the_hub_ignores_is_not_deleted_here(hub: LoopbackHub, local: Path, tmp_path: Path) -> None:
+    hub.ignored = r"experts-layer-00003"
+    with pytest.raises(HubError, match=r"published file is missing.*gitignore"):
+        go(local, tmp_path / "out", stream_out=True)
+    assert (tmp_path / "out" / "experts-layer-00003.safetensors").is_file()
 
 
 def test_rights_and_foreign_files_are_checked_before_converting(hub: LoopbackHub, local: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.progress import Progress
+    from nvfp4_prep.smoke import SmokeReport
 
 __all__ = ["convert"]
 
@@ -107,18 +109,36 @@ def convert(
     elif selection is not None:
         _convert_part(opened, source, target, selection.text, options, threads, progress, restart, as_json)
     else:
+        smoke: SmokeReport | None = None
+
+        def passes_smoke(result: ConvertResult) -> bool:
+            """Runs before anything is published in loadable form."""
+            nonlocal smoke
+            if no_smoke or stream_out or (result.already_complete and push_to is None):
+                return True
+            # a source from the Hub may be gone by now: then the prepared tensors are turned back
+            smoke = smoke_after_convert(target, opened if isinstance(opened, str) else None, page=report, quiet=quiet)
+            return smoke.passed
+
         if join:
             from nvfp4_prep.parts import join_parts
 
             result, pushed = join_parts(opened, target, options, threads=threads, progress=progress), None
+            passes_smoke(result)
         else:
             result, pushed = _convert_whole(
-                opened, target, options, push_to, publishing, stream_out, threads, progress, restart, device
+                opened,
+                target,
+                options,
+                push_to,
+                publishing,
+                stream_out,
+                threads,
+                progress,
+                restart,
+                device,
+                passes_smoke,
             )
-        smoke = None
-        if not (no_smoke or stream_out or result.already_complete):
-            # a source from the Hub may be gone by now: then the prepared tensors are turned back
-            smoke = smoke_after_convert(target, opened if isinstance(opened, str) else None, page=report, quiet=quiet)
         if as_json:
             click.echo(json.dumps(_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()}))
         else:
@@ -201,6 +221,7 @@ def _convert_whole(
     progress: Progress,
     restart: bool,
     device: str,
+    accept: Callable[[ConvertResult], bool],
 ) -> tuple[ConvertResult, PushResult | None]:
     if push_to is None:
         from nvfp4_prep import conversion
@@ -208,6 +229,7 @@ def _convert_whole(
         result = conversion.convert(
             opened, target, options, threads=threads, progress=progress, restart=restart, device=device
         )
+        accept(result)
         return result, None
     from nvfp4_prep.hub import quiet_client
     from nvfp4_prep.hub.stream import convert_and_publish
@@ -224,6 +246,7 @@ def _convert_whole(
         progress=progress,
         restart=restart,
         device=device,
+        accept=accept,
     )
 
 

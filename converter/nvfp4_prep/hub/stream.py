@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,9 +201,10 @@ def convert_and_publish(
     progress: Progress | None = None,
     restart: bool = False,
     device: str = "cpu",
+    accept: Callable[[ConvertResult], bool] = lambda result: True,
     api: HfApi | None = None,
     patience: Patience | None = None,
-) -> tuple[ConvertResult, PushResult]:
+) -> tuple[ConvertResult, PushResult | None]:
     """Converts and publishes at the same time; killed at any moment, the same call continues.
 
     Args:
@@ -211,6 +212,8 @@ def convert_and_publish(
         repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
+        accept: looks at the finished conversion before the stamp is published; if it says no, the repository stays
+            without a stamp, so that nobody can load it, and there is no second result.
 
     Raises:
         NvfpPrepError: as both of them.
@@ -221,7 +224,8 @@ def convert_and_publish(
         result = convert(
             source, target, options, threads=threads, progress=progress, restart=restart, sink=sink, device=device
         )
-        pushed = publish(Path(target), repo_id, options_there, progress=progress, remote=sink.remote)
+        if not accept(result):
+            return result, None
+        return result, publish(Path(target), repo_id, options_there, progress=progress, remote=sink.remote)
     finally:
         sink.interrupt()
-    return result, pushed

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import layout_oracle
 from checkpoint_files import file_digests, raw_bytes, read_tensors
@@ -245,6 +246,41 @@ def test_changed_options_are_refused_by_name(sample_source: Path, tmp_path: Path
     assert (
         convert(sample_source, out, ConvertOptions(gate_up_block=16), restart=True).manifest.options.gate_up_block == 16
     )
+
+
+class TouchShard(KeepFiles):
+    """A sink that changes a source file while the conversion runs."""
+
+    def __init__(self, victim: Path) -> None:
+        self._victim = victim
+
+    def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
+        os.utime(self._victim)
+
+
+def test_source_that_changes_meanwhile_leaves_nothing_that_looks_whole(sample_source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    victim = next(source.glob("*.safetensors"))
+    with pytest.raises(SourceError, match="changed while it was converted"):
+        convert(source, tmp_path / "out", sink=TouchShard(victim))
+    assert not {"config.json", "nvfp4_prep.json"} & {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ResumeConflictError, match=victim.name):
+        convert(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out", restart=True).manifest.layers
+
+
+def test_another_source_with_the_same_files_is_not_complete_already(sample_source: Path, tmp_path: Path) -> None:
+    """Another fine-tune: names, sizes and configs are alike, only the weights differ."""
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    convert(source, tmp_path / "out")
+    assert convert(source, tmp_path / "out").already_complete
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in [name for name in tensors if name.endswith("weight_scale_2")]:
+            tensors[name] = tensors[name] * 2
+        save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(TargetError, match="finished conversion of something else"):
+        convert(source, tmp_path / "out")
 
 
 def test_changed_source_is_refused_by_name(sample_source: Path, tmp_path: Path) -> None:

@@ -171,3 +171,25 @@ def test_fuzz_weight_map(tmp_path_factory: pytest.TempPathFactory, weight_map: d
     else:
         with pytest.raises(SourceError):
             index(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["model-00001-of-00002", "model-00002-of-00002"], None),
+        (["model-00000-of-00002", "model-00001-of-00002"], None),
+        (["model-00001-of-00003", "model-00003-of-00003"], "1 of 3 shards are missing: number 2"),
+        (["model-00001-of-00009", "model"], "8 of 9 shards are missing: number 2, 3, 4, 5, 6 …"),
+        (["model", "consolidated-00001-of-00002"], None),
+    ],
+)
+def test_missing_shard_without_an_index(tmp_path: Path, names: list[str], missing: str | None) -> None:
+    """Whole layers may be gone with it, so that what is left looks complete."""
+    (tmp_path / "config.json").write_text("{}")
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.zeros(4)}, tmp_path / f"{name}.safetensors")
+    if missing is None:
+        index(tmp_path)
+    else:
+        with pytest.raises(SourceError, match=missing):
+            index(tmp_path)

@@ -140,3 +140,25 @@ def test_file_that_vanished(folder: Path) -> None:
     with pytest.raises(SourceError, match="cannot be opened"):
         source.peek("config.json", 0, 1)
     source.close()
+
+
+@pytest.mark.parametrize("what", ["content", "size", "gone"])
+def test_file_that_changed_since_it_was_listed(folder: Path, what: str) -> None:
+    source = LocalSource(folder)
+    source.check_unchanged()
+    victim = folder / "model.safetensors"
+    if what == "content":
+        status = victim.stat()
+        os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    elif what == "size":
+        victim.write_bytes(b"short")
+    else:
+        victim.unlink()
+    with pytest.raises(SourceError, match=r"model.safetensors: (changed while|has gone)"):
+        source.check_unchanged()
+
+
+def test_name_that_no_manifest_can_hold(folder: Path) -> None:
+    (folder / "a\\b.txt").write_text("x")
+    with pytest.raises(SourceError, match="Rename the file"):
+        LocalSource(folder)

@@ -62,6 +62,7 @@ def test_hf_quant_config_counts_only_where_the_config_has_none() -> None:
 def test_text_survives() -> None:
     made = stamped_config({"name": "模型", "bad": "\ud800"}, None, ConvertOptions(), gated=True)
     assert "模型".encode() in made
+    assert json.loads(made.decode("utf-8"))["bad"] == "\ud800"
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -123,7 +123,12 @@ class Execution:
         return source_block_scales_job(layer, file, self._source)
 
     def finish(self) -> Manifest:
-        """Writes index, card, manifest and config, the last two last, and removes the work folder."""
+        """Writes index, card, manifest and config, the last two last, and removes the work folder.
+
+        Raises:
+            SourceError: if the source changed since it was planned; nothing that looks whole is left then.
+        """
+        self._source.check_unchanged()
         made = self._plan
         gated = any(plan.layer.gated for plan in made.layers)
         draft = Manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 _MAX_JSON_NBYTES = 256_000_000
+_NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
 _OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 
 
@@ -101,6 +103,7 @@ def _shards(files: Mapping[str, SourceFile], index: bytes | None) -> tuple[list[
         named = [name for name in top_level if name.startswith("model")]
         if not top_level:
             raise SourceError("no safetensors files", where="source", next_step="Is the download complete?")
+        _check_numbers(named or top_level)
         return (named or top_level), None
     weight_map = read_json_file(INDEX, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -123,6 +126,22 @@ def _shards(files: Mapping[str, SourceFile], index: bytes | None) -> tuple[list[
             next_step="Complete the download.",
         )
     return shards, weight_map
+
+
+def _check_numbers(names: list[str]) -> None:
+    """Without an index, the shards' own numbering is all that tells whether one is missing."""
+    numbered = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name))]
+    for stem, count in {(match["stem"], match["count"]) for match in numbered}:
+        there = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
+        # some writers number from 0
+        missing = sorted(set(range(0 if 0 in there else 1, int(count) + (0 not in there))) - there)
+        if missing:
+            raise SourceError(
+                f"{len(missing)} of {int(count)} shards are missing: number {', '.join(map(str, missing[:5]))}"
+                + (" …" if len(missing) > 5 else ""),
+                where=f"{stem}-*-of-{count}.safetensors",
+                next_step="Complete the download.",
+            )
 
 
 def _merge(headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | None) -> dict[str, TensorRecord]:

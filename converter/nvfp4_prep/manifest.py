@@ -165,7 +165,7 @@ class Manifest:
             )
         try:
             return cls._from_dict(value)
-        except (KeyError, ValueError, TypeError, AttributeError, LayoutError, UsageError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, LayoutError, UsageError) as error:
             raise CheckpointError(f"is malformed ({error!r})", where=where) from error
 
     @classmethod

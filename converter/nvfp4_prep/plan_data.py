@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from nvfp4_prep import __version__
 from nvfp4_prep.activation import Activation
 from nvfp4_prep.find_layers import LayerFinding
 from nvfp4_prep.index import CheckpointIndex
@@ -134,8 +135,9 @@ class Plan:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, object]:
-        """What a resumed conversion must find again: options, shard structures and files with their identities."""
+        """What a resumed conversion must find again: version, options, shard structures, files and their identities."""
         return {
+            "tool": __version__,
             "options": self.options.to_dict(),
             "source": self.source_label,
             "revision": self.source_revision,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nvfp4_prep.errors import SourceError
+from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.safetensors_io import ShardHeader, read_header
 
 __all__ = ["LocalSource", "Source", "SourceFile", "read_exactly"]
@@ -77,6 +78,10 @@ class Source(Protocol):
 
     def release(self, shard: str) -> None:
         """Says that a scheduled shard is needed no more."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises :class:`SourceError` if a file is not the one that was listed any more."""
         ...
 
     def interrupt(self) -> None:
@@ -159,12 +164,17 @@ class LocalSource:
                     raise SourceError("is a symbolic link to a directory", where=str(path), next_step="Replace it.")
                 yield from self._walk(path)
             elif path.is_file():
-                status = path.stat()
-                yield SourceFile(
-                    path.relative_to(self.root).as_posix(), status.st_size, f"mtime_ns={status.st_mtime_ns}"
-                )
+                yield self._file(path.relative_to(self.root).as_posix(), path.stat())
             else:
                 raise SourceError("is neither a file nor a directory", where=str(path), next_step="Remove it.")
+
+    @staticmethod
+    def _file(name: str, status: os.stat_result) -> SourceFile:
+        if not is_safe_name(name):
+            raise SourceError(
+                "file name cannot be kept in a manifest", where=repr(name), next_step="Rename the file, or remove it."
+            )
+        return SourceFile(name, status.st_size, f"mtime_ns={status.st_mtime_ns}")
 
     def _check_link(self, path: Path) -> None:
         target = path.resolve()
@@ -224,6 +234,22 @@ class LocalSource:
             descriptor = self._descriptors.pop(shard, None)
         if descriptor is not None:
             os.close(descriptor)
+
+    def check_unchanged(self) -> None:
+        """See :class:`Source`. Goes by size and modification time."""
+        for file in self._files:
+            try:
+                now = self._file(file.name, (self.root / file.name).stat())
+            except OSError as error:
+                raise SourceError(f"has gone meanwhile ({error.strerror})", where=file.name) from error
+            if now != file:
+                raise SourceError(
+                    "changed while it was converted",
+                    where=file.name,
+                    expected=f"{file.nbytes} bytes, {file.identity}",
+                    actual=f"{now.nbytes} bytes, {now.identity}",
+                    next_step="Let nothing write to the source, and convert again with --restart.",
+                )
 
     def interrupt(self) -> None:
         """Nothing waits here."""

@@ -7,6 +7,7 @@ no ``producer`` key, because vLLM rewrites the method of configs whose producer 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,4 +106,6 @@ def stamped_config(
             places += 1
     if "quantization_config" in config or not places:
         config["quantization_config"] = stamp
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate pair has no UTF-8: it stays escaped, as it must have been in the source
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode("utf-8")

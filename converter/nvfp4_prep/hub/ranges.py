@@ -174,6 +174,9 @@ class RangeSource:
     def release(self, shard: str) -> None:
         """Nothing is held."""
 
+    def check_unchanged(self) -> None:
+        """Nothing to check: the revision is a commit, which nobody can change."""
+
     def interrupt(self) -> None:
         """See :class:`nvfp4_prep.source.Source`."""
         self.downloader.stop.set()

@@ -220,6 +220,9 @@ class HubSource(RangeSource):
         if shard.is_ours and shard.path is not None:
             shard.path.unlink(missing_ok=True)
 
+    def check_unchanged(self) -> None:
+        """Nothing to check: the revision is a commit, which nobody can change."""
+
     def interrupt(self) -> None:
         """See :class:`nvfp4_prep.source.Source`."""
         self._stop.set()

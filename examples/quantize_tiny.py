@@ -29,8 +29,15 @@ PACKAGES = {
 }
 MODELS = {
     # quantizer: family -> shard size that spreads experts over shards
-    "modelopt": {"qwen3_moe": "300KB", "deepseek_v3": "5GB", "mixtral": "5GB"},
-    "llm-compressor": {"qwen3_moe": "5GB", "mixtral": "5GB"},
+    "modelopt": {
+        "qwen3_moe": "300KB",
+        "deepseek_v3": "5GB",
+        "mixtral": "5GB",
+        "minimax_m2": "5GB",
+        "glm4_moe": "5GB",
+        "llama4_text": "5GB",
+    },
+    "llm-compressor": {"qwen3_moe": "5GB", "mixtral": "5GB", "minimax_m2": "5GB"},
 }
 SIZES = {
     "hidden_size": 256,
@@ -44,6 +51,23 @@ SIZES = {
 FAMILIES = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 192, "intermediate_size": 256, "head_dim": 64},
     "mixtral": {"num_local_experts": 8, "intermediate_size": 128},
+    "minimax_m2": {"num_local_experts": 8, "intermediate_size": 128, "head_dim": 64},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 256,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "head_dim": 64,
+    },
+    "llama4_text": {
+        "num_local_experts": 8,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 256,
+        "num_experts_per_tok": 1,
+        "head_dim": 64,
+    },
     "deepseek_v3": {
         "n_routed_experts": 8,
         "moe_intermediate_size": 128,

@@ -62,6 +62,12 @@ def test_what_is_right_passes(case: str, backend: str) -> None:
 COMPUTED = {"outputs", "first GEMM", "quantization", "second GEMM", "routing"}
 
 
+def test_a_layer_of_one_expert() -> None:
+    layer = random_layer(MoeLayout.cutedsl(gated=True), MoeDims(1, 64, 256), MoeActivation(), DEVICE)
+    report = run_layer(replace(under_test(layer), top_k=1), TorchMoe(), SETTINGS)
+    assert report.passed and [case.name for case in report.cases] == ["every expert alone"]
+
+
 def caught(report: LayerReport, kinds: set[str]) -> bool:
     return any(problem.split(":")[0] in kinds for problem in report.problems)
 

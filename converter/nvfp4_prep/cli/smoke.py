@@ -44,14 +44,18 @@ def smoke_run(
     from nvfp4_prep.smoke.page import make_page
     from nvfp4_prep.smoke.text import layer_line
 
-    report = run_smoke(
-        checkpoint,
-        source,
-        layers=parse_layers(layers),
-        sample=sample,
-        backend=backend,
-        on_layer=None if quiet else lambda *layer: click.echo(layer_line(*layer), err=True),
-    )
+    try:
+        report = run_smoke(
+            checkpoint,
+            source,
+            layers=parse_layers(layers),
+            sample=sample,
+            backend=backend,
+            on_layer=None if quiet else lambda *layer: click.echo(layer_line(*layer), err=True),
+        )
+    finally:
+        if source is not None and not isinstance(source, str):
+            source.close()
     if page is not None:
         page.write_text(make_page(report), encoding="utf-8")
     return report

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
+    from nvfp4_prep.smoke import SmokeReport, run_smoke
     from nvfp4_prep.verification import VerifyReport, verify
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RelayoutResult",
     "RestoreResult",
     "SampleModel",
+    "SmokeReport",
     "VerifyReport",
     "__version__",
     "convert",
@@ -45,6 +47,7 @@ __all__ = [
     "plan",
     "relayout",
     "restore",
+    "run_smoke",
     "verify",
     "write_sample",
 ]
@@ -61,6 +64,7 @@ _HOMES = {
     "RelayoutResult": "new_layout",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
+    "SmokeReport": "smoke",
     "VerifyReport": "verification",
     "convert": "conversion",
     "convert_part": "parts",
@@ -70,6 +74,7 @@ _HOMES = {
     "plan": "conversion",
     "relayout": "new_layout",
     "restore": "restoration",
+    "run_smoke": "smoke",
     "verify": "verification",
     "write_sample": "sample",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,9 @@ class TestFailures:
         load = {**LOAD, "model_loader_extra_config": {"thread": 3}}
         with pytest.raises(ValueError, match="thread"):
             state_of(checkpoints.get(QWEN)[1], load=load)
+
+    def test_a_model_that_cannot_be_built_leaves_no_threads(self, checkpoints: Checkpoints) -> None:
+        load = {"load": LOAD, "moe_backend": "marlin"}
+        with pytest.raises(ServingError, match="another MoE backend"):
+            state_of(checkpoints.get(QWEN)[1], **load)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvfp4-load")]

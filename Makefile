@@ -65,6 +65,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_convert.py
+	$(BIN)/python benchmarks/bench_load_host.py
 
 clean:
 	rm -rf $(VENV) $(VENV1) $(DEMO) build dist

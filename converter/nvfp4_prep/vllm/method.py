@@ -104,7 +104,11 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         stays as it is, and only what was derived from the scales is brought up to date.
         """
         if is_weights_pre_processed():
-            raise ServingError("weights of another process cannot be taken over", where=self.layer_name)
+            raise ServingError(
+                "weights of another process cannot be taken over",
+                where=self.layer_name,
+                next_step="Load the prepared checkpoint itself, with --load-format auto.",
+            )
         weights: PreparedWeights = layer.nvfp4_prep
         if not self.dummy:
             weights.finish()
@@ -129,7 +133,11 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 next_step="Switch the fusion of shared experts off.",
             )
         if moe.num_experts < moe.num_logical_experts:
-            raise ServingError("substituted experts cannot be served from a prepared checkpoint", where=self.layer_name)
+            raise ServingError(
+                "substituted experts cannot be served from a prepared checkpoint",
+                where=self.layer_name,
+                next_step="Serve the source checkpoint (`nvfp4-prep restore` brings it back).",
+            )
         stored = EplbState.build_initial_global_physical_to_logical_map(
             moe.num_logical_experts, moe.num_experts - moe.num_logical_experts
         )

@@ -5,7 +5,7 @@
 Makes two throwaway environments under WORK (about 3 GB each, CPU builds), builds tiny mixture-of-experts models with
 random weights, quantizes them to NVFP4 with NVIDIA ModelOpt and with llm-compressor exactly as their documentation
 shows, and runs each checkpoint through the command line of this project, which must be installed in the environment
-that runs this script. A restored checkpoint must equal the quantizer's in every tensor. Takes about five minutes
+that runs this script. A restored checkpoint must equal the quantizer's in every tensor. Takes five to ten minutes
 after the downloads.
 
 WORK/envs/modelopt and WORK/envs/llm-compressor are used as they are where they exist.

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from nvfp4_prep import errors
+from nvfp4_prep import SampleModel, errors, write_sample
 from nvfp4_prep.cli import cli
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +42,9 @@ def test_commands_and_options_that_are_documented_exist() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = "\n".join(re.findall(r"^```.*?^```|^    .*$", text, re.MULTILINE | re.DOTALL))
-        lines = re.findall(r"^\s*nvfp4-prep .*$", blocks, re.MULTILINE) + re.findall("`nvfp4-prep [^`]*`", text)
+        lines = re.findall(r"^\s*(?:\$ )?nvfp4-prep .*$", blocks, re.MULTILINE) + re.findall("`nvfp4-prep [^`]*`", text)
         for line in lines:
-            words = line.strip("` \n").split("#")[0].split()
+            words = line.strip("`$ \n").split("#")[0].split()
             if words[1].isalpha():
                 assert words[1] in cli.commands, line
             elif words[1].startswith("-"):
@@ -91,3 +92,29 @@ def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> N
     manifest: dict[str, Any] = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
     assert page.startswith(f"# The prepared-checkpoint format, version {manifest['format_version']}\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows a machine without a card")
+def test_transcripts_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page shows is what the commands print, figures aside."""
+    monkeypatch.chdir(tmp_path)
+    write_sample(
+        Path("demo/source"),
+        SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000),
+    )
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed: list[str] = []
+    checked = 0
+    for line in "".join(re.findall("^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines():
+        if line.startswith("$ nvfp4-prep "):
+            result = CliRunner().invoke(cli, line.split()[2:])
+            assert result.exit_code == 0, result.output
+            printed = [_without_figures(item) for item in result.output.splitlines()]
+        elif line != "...":
+            assert _without_figures(line) in printed, line
+            checked += 1
+    assert checked > 10
+
+
+def _without_figures(line: str) -> str:
+    return re.sub(r"\d[\d.]*", "#", line)

@@ -170,5 +170,12 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
     raise TargetError(
         "holds a finished conversion of something else or with other options",
         where=str(path),
+        expected=_description(made.source_label, made.source_revision, made.options),
+        actual=_description(manifest.source, manifest.revision, manifest.options),
         next_step="Give another target, or remove it.",
     )
+
+
+def _description(source: str, revision: str | None, options: ConvertOptions) -> str:
+    values = ", ".join(f"{key} {value}" for key, value in options.to_dict().items())
+    return f"{source}{f'@{revision}' if revision else ''} with {values}"

@@ -69,7 +69,7 @@ class VerifyReport:
                 where=first.where,
                 expected=first.expected,
                 actual=first.actual,
-                next_step="Do not serve this checkpoint: convert again.",
+                next_step="Do not serve this checkpoint: remove it and convert again.",
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -108,5 +108,7 @@ def verify(
     else:
         click.echo(verify_text(found))
         say_smoke(smoke_report)
+        if not found.ok:
+            click.echo("next: do not serve it; remove it and convert again", err=True)
     if not found.ok or (smoke_report is not None and not smoke_report.passed):
         sys.exit(VerificationError.exit_code)

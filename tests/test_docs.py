@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +95,34 @@ def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> N
     assert page.startswith(f"# The prepared-checkpoint format, version {manifest['format_version']}\n")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the page shows a machine without a card")
-def test_transcripts_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the page shows is what the commands print, figures aside."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the pages show a machine without a card")
+@pytest.mark.parametrize("page", ["README.md", "docs/first-half-hour.md"])
+def test_transcripts(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pages show is what the commands print, figures aside."""
     monkeypatch.chdir(tmp_path)
-    write_sample(
-        Path("demo/source"),
-        SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000),
-    )
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    printed: list[str] = []
-    checked = 0
-    for line in "".join(re.findall("^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).splitlines():
-        if line.startswith("$ nvfp4-prep "):
-            result = CliRunner().invoke(cli, line.split()[2:])
-            assert result.exit_code == 0, result.output
-            printed = [_without_figures(item) for item in result.output.splitlines()]
-        elif line != "...":
-            assert _without_figures(line) in printed, line
-            checked += 1
-    assert checked > 10
+    demo = SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000)
+    write_sample(Path("demo/source"), demo)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = "".join(re.findall("^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    sessions = re.findall(r"^\$ ([^\n]*)\n((?:(?!\$ )[^\n]*\n)*)", shown, re.MULTILINE)
+    assert len(sessions) > 2
+    for command, lines in sessions:
+        printed, code = _run(command)
+        wanted = re.search(r"^\(exit code (\d+)\)$", lines, re.MULTILINE)
+        assert code == (int(wanted[1]) if wanted else 0), printed
+        known = [_without_figures(item) for item in printed.splitlines()]
+        for line in lines.splitlines():
+            if line not in ("", "...") and not line.startswith("(exit code"):
+                assert _without_figures(line) in known, line
+
+
+def _run(command: str) -> tuple[str, int]:
+    if command.startswith("nvfp4-prep "):
+        result = CliRunner().invoke(cli, command.split()[1:])
+        return result.output, result.exit_code
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr, done.returncode
 
 
 def _without_figures(line: str) -> str:
-    return re.sub(r"\d[\d.]*", "#", line)
+    return re.sub(r"\b[0-9a-f]{64}\b|\d[\d.]*", "#", line)

@@ -272,7 +272,10 @@ def _text(result: ConvertResult, pushed: PushResult | None, target: Path) -> str
     if pushed is not None:
         say_pushed(pushed)
     if result.already_complete:
-        return f"{result.path} is complete already: nothing to do. If nvfp4-prep verify finds it damaged, remove it first"
+        return (
+            f"{result.path} is complete already: nothing to do. If nvfp4-prep verify {target} finds damage,"
+            " remove it and convert again"
+        )
     lines = [
         f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
         f"{' (continued)' if result.resumed else ''}",

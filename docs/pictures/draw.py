@@ -277,9 +277,63 @@ def draw_data_path() -> Svg:
     return svg
 
 
+def measured_rows(heading: str) -> list[tuple[str, float]]:
+    """Label and median seconds of each row of the table under a heading of docs/loading.md."""
+    page = (Path(__file__).parents[1] / "loading.md").read_text(encoding="utf-8")
+    table = page.split(heading)[1].split("\n\n")[1]
+    rows = []
+    for line in table.splitlines()[2:]:
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        seconds = [float(cell.split(" ")[0].strip("*")) for cell in cells[1:] if cell[:1].isdigit()]
+        # a table with load, prepare and total seconds has the total third, one with a single time has it first
+        rows.append((cells[0].replace("`", ""), seconds[2] if len(seconds) > 3 else seconds[0]))
+    return rows
+
+
+def draw_loading() -> Svg:
+    """The tables of docs/loading.md as bars."""
+    charts = [
+        ("The whole load by vLLM 0.33: one layer of Kimi-K2.5, 9.51 GB", "**The whole load as vLLM"),
+        ("Weights alone, until ready to run: 192 experts of Kimi-K2.5, 4.76 GB", "**192 experts of Kimi-K2.5"),
+    ]
+    tables = [(title, measured_rows(heading)) for title, heading in charts]
+    svg = Svg(860, 110 + sum(56 + 24 * len(rows) for _, rows in tables), "Load times")
+    svg.text(430, 26, "Load times on one H200, files in memory, median seconds", anchor="middle", size=16)
+    y = 50.0
+    for title, rows in tables:
+        svg.text(20, y + 16, title, size=13)
+        longest = max(seconds for _, seconds in rows)
+        for number, (label, seconds) in enumerate(rows):
+            top = y + 28 + 24 * number
+            ours, limit = "nvfp4_prep" in label, label.startswith("pinned")
+            colour = UP[2] if ours else FAINT if label.startswith("original") else "#8c959f" if limit else GATE[1]
+            svg.text(330, top + 14, label, anchor="end", size=12)
+            svg.box(338, top + 2, 440 * seconds / longest, 17, colour)
+            svg.text(344 + 440 * seconds / longest, top + 15, f"{seconds:.3f}", size=12)
+        y += 56 + 24 * len(rows)
+    svg.text(
+        430,
+        y + 20,
+        "Figures and commands: docs/loading.md. Grey: original checkpoint; blue: prepared, other loaders;",
+        anchor="middle",
+        fill=FAINT,
+        size=12,
+    )
+    svg.text(
+        430,
+        y + 38,
+        "orange: prepared, the loader of this package; pale grey: copy of the same bytes from pinned memory.",
+        anchor="middle",
+        fill=FAINT,
+        size=12,
+    )
+    return svg
+
+
 PICTURES: dict[str, Callable[[], Svg]] = {
     "data-path.svg": draw_data_path,
     "interleave.svg": draw_interleave,
+    "loading.svg": draw_loading,
     "ranks.svg": draw_ranks,
     "swizzle.svg": draw_swizzle,
 }

@@ -154,7 +154,11 @@ class Manifest:
             value = json.loads(raw)
             version = value["format_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"is no manifest ({error!r})", where=where) from error
+            raise CheckpointError(
+                f"is no manifest ({error!r})",
+                where=where,
+                next_step="The file is damaged: download it again, or convert again.",
+            ) from error
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 "was written in another format",
@@ -166,7 +170,11 @@ class Manifest:
         try:
             return cls._from_dict(value)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, LayoutError, UsageError) as error:
-            raise CheckpointError(f"is malformed ({error!r})", where=where) from error
+            raise CheckpointError(
+                f"is malformed ({error!r})",
+                where=where,
+                next_step="The file is damaged: download it again, or convert again.",
+            ) from error
 
     @classmethod
     def _from_dict(cls, value: dict[str, Any]) -> Manifest:

@@ -104,7 +104,11 @@ def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryv
         try:
             count = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
         except OSError as error:
-            raise SourceError(f"read failed at byte {offset_bytes + done} ({error.strerror})", where=where) from error
+            raise SourceError(
+                f"read failed at byte {offset_bytes + done} ({error.strerror})",
+                where=where,
+                next_step="Check the disk; the same command continues.",
+            ) from error
         if count == 0:
             raise SourceError(
                 "file ended while it was read",
@@ -152,7 +156,9 @@ class LocalSource:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            raise SourceError(f"cannot be listed ({error.strerror})", where=str(folder)) from error
+            raise SourceError(
+                f"cannot be listed ({error.strerror})", where=str(folder), next_step="Check its permissions."
+            ) from error
         for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith("."):
@@ -187,7 +193,12 @@ class LocalSource:
                 next_step="Copy the file into the source directory, if you trust it.",
             )
         if not target.exists():
-            raise SourceError("symbolic link to a file that does not exist", where=str(path), actual=target)
+            raise SourceError(
+                "symbolic link to a file that does not exist",
+                where=str(path),
+                actual=target,
+                next_step="Complete the download, or remove the link.",
+            )
 
     def files(self) -> tuple[SourceFile, ...]:
         """All files, sorted by name; hidden ones left out."""
@@ -220,7 +231,9 @@ class LocalSource:
                 try:
                     self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    raise SourceError(f"cannot be opened ({error.strerror})", where=file) from error
+                    raise SourceError(
+                        f"cannot be opened ({error.strerror})", where=file, next_step="Check its permissions."
+                    ) from error
             return self._descriptors[file]
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:

@@ -47,7 +47,11 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
             where=str(path),
             next_step="Make room and run the same command again: finished files are kept.",
         )
-    return TargetError(f"cannot be written ({error.strerror})", where=str(path))
+    return TargetError(
+        f"cannot be written ({error.strerror})",
+        where=str(path),
+        next_step="Check the directory's permissions and the disk, or give another target.",
+    )
 
 
 def _free_nbytes(path: Path) -> int:

@@ -183,3 +183,20 @@ def test_help_of_every_command_teaches_by_example() -> None:
     for name in cli.commands:
         text = run(name, "--help").stdout
         assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name
+
+
+def test_interrupt_while_modules_are_imported_has_the_same_exit_code() -> None:
+    """click turns a Ctrl-C before the command's own code into exit code 1."""
+    script = (
+        "import os, signal, sys, types\n"
+        "from nvfp4_prep import cli\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "cli.main()\n"
+    )
+    for command in (["convert", "a", "b"], ["inspect", "a"]):
+        done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 130, done
+        assert "Traceback" not in done.stderr

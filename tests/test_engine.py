@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from nvfp4_prep import engine
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.target import Target
 
 HEADER = b"h" * 16
@@ -117,3 +120,27 @@ def test_empty_file(tmp_path: Path) -> None:
     with Target(tmp_path / "out", {}) as target:
         run_jobs([FileJob("empty", 0, b"", list)], target)
     assert (tmp_path / "out" / "empty").read_bytes() == b""
+
+
+@pytest.mark.parametrize("signals", [1, 3])
+def test_interrupt_waits_for_workers_in_the_middle_of_a_unit(signals: int) -> None:
+    """``Thread.join`` that is interrupted takes a running thread for a stopped one."""
+    inside, ended = threading.Event(), threading.Event()
+
+    def work() -> UnitResult:
+        inside.set()
+        time.sleep(0.6)
+        ended.set()
+        return UnitResult()
+
+    def press() -> None:
+        inside.wait()
+        for _ in range(signals):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    job = FileJob("a", 1, b"", lambda: [Unit(1, work)])
+    with pytest.raises(ConversionInterrupted):
+        run_jobs([job], None, threads=2)
+    assert ended.is_set()

@@ -220,6 +220,47 @@ class _Running:
         return result
 
 
+class _Crew:
+    """Threads that are waited for by events of our own.
+
+    ``Thread.join`` that an interrupt breaks off takes a running thread for a stopped one (CPython issue 90882): files
+    would be closed under a worker that still writes.
+    """
+
+    def __init__(self, work: Callable[[], None], count: int) -> None:
+        self._work = work
+        self._ended = [threading.Event() for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(ended,), name=f"nvfp4-prep-{number}")
+            for number, ended in enumerate(self._ended)
+        ]
+
+    def _run(self, ended: threading.Event) -> None:
+        try:
+            self._work()
+        finally:
+            ended.set()
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        """Until all that were started have ended."""
+        for thread, ended in zip(self._threads, self._ended, strict=True):
+            while thread.ident is not None and not ended.wait(0.1):
+                pass
+
+    def wait_through_interrupts(self) -> None:
+        """The same, whatever a second Ctrl-C wants: workers end with the unit that they have in hand."""
+        while True:
+            try:
+                self.wait()
+                return
+            except KeyboardInterrupt:
+                continue
+
+
 @dataclass(frozen=True)
 class _Hooks:
     """See :func:`run_jobs`."""
@@ -320,20 +361,15 @@ def run_jobs(
     run = _Run(target, progress or NoProgress(), _Hooks(on_done, before_file, on_stop))
     units = run.units(jobs)
     count = threads or default_threads()
-    workers = [threading.Thread(target=run.work, args=(units,), name=f"nvfp4-prep-{i}") for i in range(count)]
+    crew = _Crew(lambda: run.work(units), count)
     try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.1)
+        crew.start()
+        crew.wait()
     except KeyboardInterrupt:
         run.fail(ConversionInterrupted("interrupted", next_step="The same command continues."))
     finally:
         run.stop.set()
-        for worker in workers:
-            if worker.ident is not None:
-                worker.join()
+        crew.wait_through_interrupts()
         for running in run.open:
             if running.file is not None:
                 running.file.abandon()

@@ -7,6 +7,7 @@ they run, not by ``--help``.
 from __future__ import annotations
 
 import signal
+import sys
 
 import click
 
@@ -18,7 +19,7 @@ from nvfp4_prep.cli.push import push
 from nvfp4_prep.cli.relayout import relayout
 from nvfp4_prep.cli.restore import restore
 from nvfp4_prep.cli.sample import sample
-from nvfp4_prep.errors import EXIT_CODES
+from nvfp4_prep.errors import EXIT_CODES, ConversionInterrupted
 
 __all__ = ["cli", "main"]
 
@@ -50,11 +51,26 @@ for _command in (inspect, convert, verify, restore, relayout, push, sample, doct
     cli.add_command(_command)
 
 
+class _Interrupts:
+    """Ctrl-C and SIGTERM as one :class:`KeyboardInterrupt`, also while modules are imported."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of ``nvfp4-prep``."""
-    signal.signal(signal.SIGTERM, _terminate)
-    cli(prog_name="nvfp4-prep")
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    interrupts = _Interrupts()
+    try:
+        cli(prog_name="nvfp4-prep")
+    except SystemExit as exit_:
+        if interrupts.seen and exit_.code == 1:  # click's own exit, before the command had begun
+            sys.exit(ConversionInterrupted.exit_code)
+        raise

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,12 +50,22 @@ def common(command: _Command) -> _Command:
 def _errors_as_one_line(as_json: bool) -> Iterator[None]:
     try:
         yield
+    except ConversionInterrupted as error:
+        _ignore_signals()
+        _fail(error, as_json=as_json)
     except NvfpPrepError as error:
         _fail(error, as_json=as_json)
     except KeyboardInterrupt:
+        _ignore_signals()
         _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ignore_signals() -> None:
+    """Everything is cleaned up: another Ctrl-C could only break the message or Python's own end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(error: NvfpPrepError, *, as_json: bool) -> None:

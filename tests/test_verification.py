@@ -258,3 +258,46 @@ def test_what_is_no_prepared_checkpoint(sample_source: Path, tmp_path: Path) -> 
     (tmp_path / ".nvfp4_prep").mkdir()
     with pytest.raises(CheckpointError, match="unfinished"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value", "told"),
+    [
+        ((), "tp_sizes", [1, 2, 4, 8, 16], "tp_sizes does not follow"),
+        ((), "extra", 1, "extra does not follow"),
+        (("source",), "quantization", {}, "quantization configs"),
+        (("layers", 0), "padded_hidden", 8192, "layers.0.padded_hidden does not follow"),
+        (("layers", 0, "activation"), "kind", "swigluoai", "activation of"),
+        (("layers", 0, "activation"), "clamp", 7.0, "activation of"),
+        (("layers", 0, "gate_up_scales"), "differing", 77, "how many differ"),
+        (("layers", 0, "gate_up_scales"), "worst_ratio", 1.5, "worst ratio"),
+        (("options",), "gate_up_scales", "vllm", "reconciled experts"),
+    ],
+)
+def test_forged_manifest(copy: Path, where: tuple[Any, ...], key: str, value: object, told: str) -> None:
+    """Values that follow from others are worked out again, so that no lie passes that files and configs contradict."""
+    path = copy / "nvfp4_prep.json"
+    manifest = part = json.loads(path.read_text())
+    for step in where:
+        part = part[step]
+    part[key] = value
+    path.write_text(json.dumps(manifest))
+    assert told in problems(copy, quick=True)
+
+
+def test_forged_list_of_passed_through_layers(sample_source: Path, copy: Path) -> None:
+    path = copy / "nvfp4_prep.json"
+    manifest = json.loads(path.read_text())
+    manifest["passed_through_experts"] = {"model.layers.9.mlp.experts": "experts are bf16"}
+    path.write_text(json.dumps(manifest))
+    assert "pass through" in problems(copy, source=sample_source)
+
+
+@pytest.mark.parametrize("pattern", ["model-00001-of-*", "experts-layer-00001*", "source-block-scales-layer-00001*"])
+def test_missing_file_is_the_only_one_that_is_accused(sample_source: Path, copy: Path, pattern: str) -> None:
+    victim = next(copy.glob(pattern))
+    victim.unlink()
+    report = verify(copy, source=sample_source)
+    names = {path.name for path in copy.iterdir()}
+    assert (victim.name, "is missing") in [(problem.where, problem.what) for problem in report.problems]
+    assert not [problem for problem in report.problems if problem.where in names]

@@ -96,13 +96,25 @@ class PreparedCheckpoint:
         return sorted(name for name, file in self.manifest.files.items() if file.kind in wanted)
 
     @cached_property
-    def headers(self) -> Mapping[str, ShardHeader]:
-        """Headers of all safetensors files of the manifest, by name.
+    def _read_headers(self) -> tuple[dict[str, ShardHeader], dict[str, SourceError]]:
+        headers: dict[str, ShardHeader] = {}
+        errors: dict[str, SourceError] = {}
+        for name in self.names(*FileKind):
+            try:
+                headers[name] = self.files.header(name)
+            except SourceError as error:
+                errors[name] = error
+        return headers, errors
 
-        Raises:
-            SourceError: if one is missing or malformed.
-        """
-        return {name: self.files.header(name) for name in self.names(*FileKind)}
+    @property
+    def headers(self) -> Mapping[str, ShardHeader]:
+        """Headers of the manifest's safetensors files by name, those that can be read."""
+        return self._read_headers[0]
+
+    @property
+    def header_errors(self) -> Mapping[str, SourceError]:
+        """What is wrong with the others: missing or malformed."""
+        return self._read_headers[1]
 
     @cached_property
     def records(self) -> Mapping[str, TensorRecord]:
@@ -236,8 +248,6 @@ class PreparedCheckpoint:
             for spec in group.specs(layer.layer.dims.experts)
         }
         for name in self.names(FileKind.PASSTHROUGH):
-            try:
+            if name in self.headers:
                 names |= {record.name for record in self.headers[name].tensors}
-            except SourceError as error:
-                raise CheckpointError(str(error), where=name) from error
         return names

@@ -68,12 +68,6 @@ def _without_records(plan: LayerPlan) -> MoeLayer:
 def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
     outcomes = [item for fact in facts for item in fact["reconciled"]]
     differing = plan.scalars.differing
-    gate = plan.scalars.gate_scale_2 or ()
-    ratios = [
-        max(gate[e], plan.scalars.up_scale_2[e]) / low
-        for e in differing
-        if (low := min(gate[e], plan.scalars.up_scale_2[e])) > 0
-    ]
     figures: dict[str, Any] = {}
     if differing:
         # over the gate and up weights of the experts that differ; the others have no error under any policy
@@ -87,7 +81,7 @@ def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecor
         }
     return GateUpRecord(
         differing=len(differing),
-        worst_ratio=max(ratios, default=1.0),
+        worst_ratio=plan.scalars.worst_ratio,
         reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
         figures=figures,
     )

@@ -48,6 +48,12 @@ class LayerScalars:
         pairs = zip(self.gate_scale_2, self.up_scale_2, strict=True)
         return tuple(expert for expert, (gate, up) in enumerate(pairs) if gate != up)
 
+    @property
+    def worst_ratio(self) -> float:
+        """Largest ratio of an expert's two scales, the larger to the smaller; pairs with a 0 have none."""
+        pairs = zip(self.gate_scale_2 or (), self.up_scale_2, strict=self.gate_scale_2 is not None)
+        return max((max(pair) / min(pair) for pair in pairs if min(pair) > 0), default=1.0)
+
 
 def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalars]:
     """Reads the scalars of all layers with few, merged reads.

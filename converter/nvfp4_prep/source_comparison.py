@@ -10,8 +10,9 @@ import torch
 from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.index import read_index
-from nvfp4_prep.manifest import LayerRecord
+from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.moe_layers import TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import read_experts
@@ -33,6 +34,7 @@ class SourceComparison:
         self._problems = problems
         self._index = read_index(self._source)
         found = classify_layers(self._index)
+        self._passed = {finding.experts_path for finding in found.others}
         self._groups = {group.key: group for layer in found.layers for group in layer.groups}
         self.summary = f"{len(self._index.tensors)} tensors, configs and {len(self._index.side_files)} other files"
 
@@ -47,12 +49,18 @@ class SourceComparison:
             self._problems.add(name, "is in the source, but not in the prepared checkpoint")
         for name in sorted(have - want)[:20]:
             self._problems.add(name, "is in the prepared checkpoint, but not in the source")
+        if self._checkpoint.manifest.passed.keys() != self._passed:
+            self._problems.add(MANIFEST, "names other layers than the source's that pass through")
         texts = self._checkpoint.manifest.texts
         for name in sorted(texts.keys() | self._index.texts.keys()):
             if texts.get(name) != self._index.texts.get(name):
                 self._problems.add(name, "differs between source and manifest")
         for layer in self._checkpoint.manifest.layers:
-            scalars = self._checkpoint.scalars(layer)
+            try:
+                scalars = self._checkpoint.scalars(layer)
+            except NvfpPrepError as error:
+                self._problems.add_error(layer.layer.experts_path, error)
+                continue
             for group in layer.layer.groups:
                 source = self._groups.get(group.key)
                 if source is None or not group.leaf.is_scalar:
@@ -84,6 +92,8 @@ class SourceComparison:
         jobs = []
         records = self._checkpoint.records
         for name in self._checkpoint.names(FileKind.PASSTHROUGH):
+            if name not in self._checkpoint.headers:
+                continue  # a problem already
             pairs = [
                 (record, self._index.tensors[record.name])
                 for record in self._checkpoint.headers[name].tensors

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, INDEX, read_json_file
 from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.manifest_checks import changed_keys, check_manifest
 from nvfp4_prep.plan_data import SCALE_VECTORS, FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
@@ -36,9 +36,13 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     if not checkpoint.manifest.layers:
         problems.add(MANIFEST, "names no prepared layers")
     _check_files(checkpoint, problems)
+    for name, error in checkpoint.header_errors.items():
+        if name in checkpoint.sizes:
+            problems.add(name, error.what, error.expected, error.actual)
     _check_config(checkpoint, problems)
     if problems.found:
         return
+    check_manifest(checkpoint, problems)
     try:
         for layer in checkpoint.manifest.layers:
             for tensor in PreparedTensor:
@@ -73,23 +77,12 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         raw = checkpoint.read_file(CONFIG)
         expected = expected_config(checkpoint.manifest)
         if raw != expected:
-            changed = _changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
+            changed = changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
             problems.add(CONFIG, f"differs from what was converted in {', '.join(changed) or 'its formatting'}")
     except KeyError:
         problems.add(MANIFEST, f"does not hold the source's {CONFIG}")
     except NvfpPrepError as error:
         problems.add_error(CONFIG, error)
-
-
-def _changed_keys(expected: Mapping[str, Any], actual: Mapping[str, Any], path: str = "") -> list[str]:
-    found = []
-    for key in sorted({*expected, *actual}):
-        here, there = expected.get(key), actual.get(key)
-        if isinstance(here, Mapping) and isinstance(there, Mapping):
-            found += _changed_keys(here, there, f"{path}{key}.")
-        elif here != there or (key in expected) != (key in actual):
-            found.append(f"{path}{key}")
-    return found
 
 
 def _check_vectors(checkpoint: PreparedCheckpoint, name: Any, experts: int, problems: Problems) -> None:

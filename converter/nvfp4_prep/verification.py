@@ -18,7 +18,7 @@ import torch
 
 from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
-from nvfp4_prep.errors import NvfpPrepError, VerificationError
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.plan_data import FileKind
@@ -144,6 +144,7 @@ class _Verification:
         there = {file.name: file.nbytes for file in self._checkpoint.files.files()}
         whole = [name for name, file in manifest.files.items() if there.get(name) == file.nbytes]
         jobs = [job for name in whole if (job := self._file_job(name)) is not None]
+        digested = len(jobs)
         if self._comparison is not None:
             jobs += self._comparison.jobs()
         total = sum(job.nbytes for job in jobs)
@@ -160,7 +161,7 @@ class _Verification:
             self._check_scales(layer)
         experts = sum(layer.layer.dims.experts for layer in manifest.layers)
         self.checks += [
-            f"files: sha256 of {len(jobs)} files",
+            f"files: sha256 of {digested} files",
             f"experts: {experts} experts turned back; digests of the source's tensors, padding and checksums",
             f"scales: global and input scale vectors of {len(manifest.layers)} layers computed again",
         ]
@@ -225,11 +226,11 @@ class _Verification:
         result = UnitResult(pieces=[(0, data)])
         try:
             parts = checkpoint.source_parts(layer, tensor, chunk, prepared)
-        except ValueError as error:
+            if tensor is PreparedTensor.W13_WEIGHT_SCALE:
+                self._check_rescaled(layer, chunk, prepared)
+        except (ValueError, CheckpointError) as error:
             self._problems.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
             return result
-        if tensor is PreparedTensor.W13_WEIGHT_SCALE:
-            self._check_rescaled(layer, chunk, prepared)
         for group, raw in checkpoint.source_bytes(layer, tensor, parts):
             result.digests.append((group.key, byte_view(raw)))
             if self._comparison is not None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
-from nvfp4_prep.execution import MADE_FILES, Execution
+from nvfp4_prep.execution import Execution
 from nvfp4_prep.index import CONFIG
+from nvfp4_prep.made_files import MADE_FILES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.part_folders import discard_parts, list_parts

@@ -19,7 +19,8 @@ from typing import Any
 
 from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.progress import NoProgress, Progress
-from nvfp4_prep.target import Target, TargetFile
+from nvfp4_prep.target import Target
+from nvfp4_prep.target_file import TargetFile
 
 __all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult", "default_threads", "run_jobs"]
 

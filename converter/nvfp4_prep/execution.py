@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,24 +11,20 @@ import torch
 from nvfp4_prep import __version__
 from nvfp4_prep.copying import passthrough_job, side_file_job, values_job
 from nvfp4_prep.engine import FileJob, JobResult, run_jobs
-from nvfp4_prep.index import CONFIG, INDEX
-from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
-from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.made_files import MADE_FILES, write_made_files
+from nvfp4_prep.manifest import FileRecord, Manifest
 from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
 from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import Progress
-from nvfp4_prep.records import layer_record, make_index, reconciled_sides
+from nvfp4_prep.records import layer_record, reconciled_sides
 from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.sink import FileSink
 from nvfp4_prep.source import Source
-from nvfp4_prep.stamp import quantization_configs, stamped_config
+from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.target import Target
 
-__all__ = ["MADE_FILES", "Execution"]
+__all__ = ["Execution"]
 
-README = "README.md"
-MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
-"""Files that no source byte goes into as it is; written last."""
 _CPU = torch.device("cpu")
 _SMALL_FILES_NBYTES = 64_000_000
 """Room for manifest, configs and index beyond the planned files."""
@@ -130,7 +125,6 @@ class Execution:
         """
         self._source.check_unchanged()
         made = self._plan
-        gated = any(plan.layer.gated for plan in made.layers)
         draft = Manifest(
             tool_version=__version__,
             options=made.options,
@@ -150,24 +144,12 @@ class Execution:
                 },
             ),
         )
-        texts = {
-            INDEX: make_index(record for file in made.files if file.served for record in file.records),
-            README: make_model_card(draft),
-            CONFIG: stamped_config(made.index.config, made.index.hf_quant_config, made.options, gated=gated),
-        }
         files = {
             name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
             for name, result in sorted(self._results.items())
         }
-        for name, text in texts.items():
-            files[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made")
-        manifest = replace(draft, files=files)
-        for name in (INDEX, README):
-            self._target.write_file(name, texts[name])
-        self._target.write_file(MANIFEST, manifest.to_bytes())
-        self._target.write_file(CONFIG, texts[CONFIG])
-        self._target.finish()
-        return manifest
+        served = (record for file in made.files if file.served for record in file.records)
+        return write_made_files(self._target, replace(draft, files=files), served)
 
     def _kind(self, name: str) -> str:
         return self._files[name].kind.value if name in self._files else "side"

@@ -22,9 +22,8 @@ from nvfp4_prep.conversion import check_apart
 from nvfp4_prep.copying import side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
-from nvfp4_prep.index import CONFIG, INDEX
-from nvfp4_prep.manifest import MANIFEST, FileRecord, LayerRecord, Manifest
-from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.made_files import MADE_FILES, write_made_files
+from nvfp4_prep.manifest import FileRecord, LayerRecord, Manifest
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile
 from nvfp4_prep.planning import check_batched, layer_files
@@ -32,16 +31,13 @@ from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.progress import NoProgress, Progress
-from nvfp4_prep.records import make_index
 from nvfp4_prep.safetensors_io import TensorRecord
-from nvfp4_prep.structure import check_structure, expected_config
+from nvfp4_prep.structure import check_structure
 from nvfp4_prep.target import Target
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
 __all__ = ["RelayoutResult", "relayout"]
 
-README = "README.md"
-_MADE = (INDEX, README, MANIFEST, CONFIG)
 _SMALL_FILES_NBYTES = 64_000_000
 
 
@@ -157,7 +153,7 @@ class _Relayout:
 
     def run(self, threads: int | None, progress: Progress) -> RelayoutResult:
         target = self._target
-        target.check_names([*self._files, *self._copied, *_MADE])
+        target.check_names([*self._files, *self._copied, *MADE_FILES])
         jobs: list[FileJob] = [
             FileJob(file.name, file.nbytes, file.header, lambda file=file: self._units(file))  # type: ignore[misc]
             for name, file in self._files.items()
@@ -247,20 +243,8 @@ class _Relayout:
         served = {file.name: file.records for file in self._files.values()}
         kinds = (FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
         served |= {name: self._checkpoint.headers[name].tensors for name in self._checkpoint.names(*kinds)}
-        texts = {
-            INDEX: make_index(record for records in served.values() for record in records),
-            README: make_model_card(draft),
-            CONFIG: expected_config(draft),
-        }
-        for name, text in texts.items():
-            files[name] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made")
-        manifest = replace(draft, files=files)
-        for name in (INDEX, README):
-            self._target.write_file(name, texts[name])
-        self._target.write_file(MANIFEST, manifest.to_bytes())
-        self._target.write_file(CONFIG, texts[CONFIG])
-        self._target.finish()
-        return manifest
+        records = (record for records in served.values() for record in records)
+        return write_made_files(self._target, draft, records)
 
     def _verified(self) -> dict[str, Any]:
         return {

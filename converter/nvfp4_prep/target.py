@@ -7,7 +7,6 @@ into place. So a file under its final name is complete, and one that the journal
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -19,134 +18,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nvfp4_prep.buffers import PAGE_NBYTES, address_of
 from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.paths import is_safe_name
+from nvfp4_prep.target_file import TargetFile, free_nbytes, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
 
-__all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "TargetFile", "translate_os_error"]
+__all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target"]
 
 WORK_FOLDER = ".nvfp4_prep"
 LAST_FILES = ("config.json", "nvfp4_prep.json")
 """Without these a directory is no checkpoint: every command writes them last."""
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
-_DIRECT_MIN_NBYTES = 1 << 20
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
 PARTS_FOLDER = "parts"
 """In the work folder: targets of their own, one for each part of a conversion by several machines."""
-
-
-def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
-    """A write error as one of ours."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = format_nbytes(_free_nbytes(path))
-        return NoSpaceError(
-            f"no space left while writing ({free} free)",
-            where=str(path),
-            next_step="Make room and run the same command again: finished files are kept.",
-        )
-    return TargetError(
-        f"cannot be written ({error.strerror})",
-        where=str(path),
-        next_step="Check the directory's permissions and the disk, or give another target.",
-    )
-
-
-def _free_nbytes(path: Path) -> int:
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(existing).free
-
-
-def _open_direct(path: Path) -> int:
-    """A second descriptor for direct I/O, or -1 where the file system or the system has none."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except (OSError, AttributeError):
-        return -1
-
-
-def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
-    while len(view):
-        count = os.pwrite(descriptor, view, offset_bytes)
-        view, offset_bytes = view[count:], offset_bytes + count
-
-
-class TargetFile:
-    """One file under its temporary name. Writes may come from several threads, at disjoint ranges."""
-
-    def __init__(self, target: Target, name: str, nbytes: int) -> None:
-        self.name = name
-        self.nbytes = nbytes
-        self._target = target
-        # where the file system has no locks across machines, two of them still never write one file
-        self._path = target.work / f"{name}.{socket.gethostname()}-{os.getpid()}"
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise translate_os_error(error, self._path) from error
-        self._direct = _open_direct(self._path)
-        try:
-            if nbytes:
-                os.posix_fallocate(self._descriptor, 0, nbytes)
-        except OSError as error:
-            self.abandon()
-            raise translate_os_error(error, self._path) from error
-
-    def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
-
-        Whole pages in page-aligned memory go past the page cache where the file system allows it: the copy into the
-        cache would cost more than everything else that a conversion does with the bytes but hashing them.
-        """
-        view = memoryview(data)
-        try:
-            direct = self._write_direct(offset_bytes, view)
-            _write_all(self._descriptor, offset_bytes + direct, view[direct:])
-        except OSError as error:
-            raise translate_os_error(error, self._path) from error
-
-    def _write_direct(self, offset_bytes: int, view: memoryview) -> int:
-        """Writes whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
-        if self._direct < 0 or offset_bytes % PAGE_NBYTES or len(view) < _DIRECT_MIN_NBYTES or view.readonly:
-            return 0
-        if address_of(view) % PAGE_NBYTES:
-            return 0
-        try:
-            return os.pwrite(self._direct, view[: len(view) // PAGE_NBYTES * PAGE_NBYTES], offset_bytes)
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # a file system that wants another alignment
-                return 0
-            raise
-
-    def _close(self) -> None:
-        """Closes both descriptors, once: their numbers may belong to other files after that."""
-        descriptors, self._descriptor, self._direct = (self._descriptor, self._direct), -1, -1
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def commit(self, entry: Mapping[str, Any] | None) -> None:
-        """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
-        try:
-            os.fsync(self._descriptor)
-            self._close()
-            if entry is not None:
-                self._target.note({"file": self.name, "nbytes": self.nbytes, **entry})
-            final = self._target.path / self.name
-            final.parent.mkdir(parents=True, exist_ok=True)
-            self._path.rename(final)
-            _sync_folder(final.parent)
-        except OSError as error:
-            raise translate_os_error(error, self._path) from error
-
-    def abandon(self) -> None:
-        """Closes and deletes the temporary file."""
-        with contextlib.suppress(OSError):
-            self._close()
-        self._path.unlink(missing_ok=True)
 
 
 class Target:
@@ -339,7 +226,7 @@ class Target:
 
     def check_space(self, needed_nbytes: int) -> None:
         """Raises :class:`NoSpaceError` if the file system has less room than that."""
-        free = _free_nbytes(self.path)
+        free = free_nbytes(self.path)
         if needed_nbytes > free:
             raise NoSpaceError(
                 f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free)} free",
@@ -349,7 +236,11 @@ class Target:
 
     def create(self, name: str, nbytes: int) -> TargetFile:
         """A new file under its temporary name, with its space allocated."""
-        return TargetFile(self, name, nbytes)
+        # where the file system has no locks across machines, two of them still never write one file
+        temporary = self.work / f"{name}.{socket.gethostname()}-{os.getpid()}"
+        return TargetFile(
+            temporary, self.path / name, nbytes, lambda entry: self.note({"file": name, "nbytes": nbytes, **entry})
+        )
 
     def adopt(self, entry: Mapping[str, Any], path: Path) -> None:
         """Takes over a file that another target on this file system finished, with its journal entry."""
@@ -358,7 +249,7 @@ class Target:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             path.rename(final)
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
         except OSError as error:
             raise translate_os_error(error, final) from error
 
@@ -376,9 +267,9 @@ class Target:
         """
         try:
             (self.work / _JOURNAL).unlink(missing_ok=True)
-            _sync_folder(self.work)
+            sync_folder(self.work)
             shutil.rmtree(self.work)
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except OSError as error:
             raise translate_os_error(error, self.work) from error
 
@@ -395,11 +286,3 @@ def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

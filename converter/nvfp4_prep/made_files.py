@@ -1,0 +1,42 @@
+"""The files that no source byte goes into as it is: index, model card, manifest and config, written last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
+from nvfp4_prep.model_card import make_model_card
+from nvfp4_prep.records import make_index
+from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.structure import expected_config
+from nvfp4_prep.target import Target
+
+__all__ = ["MADE_FILES", "README", "write_made_files"]
+
+README = "README.md"
+MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
+"""In the order of writing: without the last two a directory is no checkpoint."""
+
+
+def write_made_files(target: Target, draft: Manifest, served: Iterable[TensorRecord]) -> Manifest:
+    """Writes the last files and finishes the target.
+
+    Args:
+        target: holds all other files.
+        draft: the manifest, with those files.
+        served: the tensors that the index lists.
+
+    Returns:
+        The manifest as it was written, with the made files in it.
+    """
+    texts = {INDEX: make_index(served), README: make_model_card(draft), CONFIG: expected_config(draft)}
+    made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made") for name, text in texts.items()}
+    manifest = replace(draft, files={**draft.files, **made})
+    texts[MANIFEST] = manifest.to_bytes()
+    for name in MADE_FILES:
+        target.write_file(name, texts[name])
+    target.finish()
+    return manifest

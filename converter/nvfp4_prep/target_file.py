@@ -1,0 +1,146 @@
+"""One file in work: allocated, written under a temporary name, flushed, and renamed into place when it is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep.buffers import PAGE_NBYTES, address_of
+from nvfp4_prep.errors import NoSpaceError, TargetError
+from nvfp4_prep.units import format_nbytes
+
+__all__ = ["TargetFile", "free_nbytes", "sync_folder", "translate_os_error"]
+
+_DIRECT_MIN_NBYTES = 1 << 20
+
+
+def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
+    """A write error as one of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = format_nbytes(free_nbytes(path))
+        return NoSpaceError(
+            f"no space left while writing ({free} free)",
+            where=str(path),
+            next_step="Make room and run the same command again: finished files are kept.",
+        )
+    return TargetError(
+        f"cannot be written ({error.strerror})",
+        where=str(path),
+        next_step="Check the directory's permissions and the disk, or give another target.",
+    )
+
+
+def free_nbytes(path: Path) -> int:
+    """Room on the file system that a path lies on, or will lie on."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _open_direct(path: Path) -> int:
+    """A second descriptor for direct I/O, or -1 where the file system or the system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return -1
+
+
+def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
+    while len(view):
+        count = os.pwrite(descriptor, view, offset_bytes)
+        view, offset_bytes = view[count:], offset_bytes + count
+
+
+class TargetFile:
+    """One file under its temporary name. Writes may come from several threads, at disjoint ranges."""
+
+    def __init__(self, temporary: Path, final: Path, nbytes: int, note: Callable[[Mapping[str, Any]], None]) -> None:
+        """Creates the file and allocates its space.
+
+        Args:
+            temporary: where it is written.
+            final: where it goes when it is whole.
+            nbytes: its size.
+            note: takes the journal's entry, before the file goes to its place.
+        """
+        self.nbytes = nbytes
+        self._path = temporary
+        self._final = final
+        self._note = note
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+        self._direct = _open_direct(self._path)
+        try:
+            if nbytes:
+                os.posix_fallocate(self._descriptor, 0, nbytes)
+        except OSError as error:
+            self.abandon()
+            raise translate_os_error(error, self._path) from error
+
+    def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
+        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
+
+        Whole pages in page-aligned memory go past the page cache where the file system allows it: the copy into the
+        cache would cost more than everything else that a conversion does with the bytes but hashing them.
+        """
+        view = memoryview(data)
+        try:
+            direct = self._write_direct(offset_bytes, view)
+            _write_all(self._descriptor, offset_bytes + direct, view[direct:])
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+
+    def _write_direct(self, offset_bytes: int, view: memoryview) -> int:
+        """Writes whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
+        if self._direct < 0 or offset_bytes % PAGE_NBYTES or len(view) < _DIRECT_MIN_NBYTES or view.readonly:
+            return 0
+        if address_of(view) % PAGE_NBYTES:
+            return 0
+        try:
+            return os.pwrite(self._direct, view[: len(view) // PAGE_NBYTES * PAGE_NBYTES], offset_bytes)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a file system that wants another alignment
+                return 0
+            raise
+
+    def _close(self) -> None:
+        """Closes both descriptors, once: their numbers may belong to other files after that."""
+        descriptors, self._descriptor, self._direct = (self._descriptor, self._direct), -1, -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def commit(self, entry: Mapping[str, Any] | None) -> None:
+        """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
+        try:
+            os.fsync(self._descriptor)
+            self._close()
+            if entry is not None:
+                self._note(entry)
+            self._final.parent.mkdir(parents=True, exist_ok=True)
+            self._path.rename(self._final)
+            sync_folder(self._final.parent)
+        except OSError as error:
+            raise translate_os_error(error, self._path) from error
+
+    def abandon(self) -> None:
+        """Closes and deletes the temporary file."""
+        with contextlib.suppress(OSError):
+            self._close()
+        self._path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a directory, so that renames in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

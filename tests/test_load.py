@@ -242,6 +242,15 @@ class TestFailures:
         with pytest.raises(CheckpointError, match=r"nvfp4_prep\.json: cannot be read"):
             load_layer(tmp_path / "nowhere", 1)
 
+    def test_a_whole_file_of_another_conversion(self, tmp_path: Path) -> None:
+        written = write_checkpoint(tmp_path, MoeDims(3, 128, 256))
+        raw = written.file(1).read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        padded = (length + 8).to_bytes(8, "little") + raw[8 : 8 + length] + b" " * 8 + raw[8 + length :]
+        written.file(1).write_bytes(padded)
+        with pytest.raises(CheckpointError, match=r"experts-layer-00001.*does not fit the manifest"):
+            load_layer(tmp_path, 1, options=SMALL)
+
     def test_wrong_requests(self, written: Written) -> None:
         with pytest.raises(UsageError, match="no prepared layer 7"):
             load_layer(written.root, 7)

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import __version__
 from nvfp4_prep.cli import cli
+from nvfp4_prep.cli.common import to_json
 from nvfp4_prep.errors import EXIT_CODES
 
 
@@ -200,3 +201,9 @@ def test_interrupt_while_modules_are_imported_has_the_same_exit_code() -> None:
         done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 130, done
         assert "Traceback" not in done.stderr
+
+
+def test_json_is_strict() -> None:
+    """NaN is no JSON, and a broken source can put one into a figure."""
+    value = {"a": [float("nan"), 1.5, (float("inf"),)], "b": "NaN", "c": None}
+    assert json.loads(to_json(value), parse_constant=pytest.fail) == {"a": [None, 1.5, [None]], "b": "NaN", "c": None}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, threads_option
+from nvfp4_prep.cli.common import common, make_progress, threads_option, to_json
 from nvfp4_prep.cli.smoke import say_smoke, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -32,7 +31,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep.reporting import inspection_text, inspection_value
 
     found = inspection.inspect(open_source(checkpoint))
-    click.echo(json.dumps(inspection_value(found)) if as_json else inspection_text(found))
+    click.echo(to_json(inspection_value(found)) if as_json else inspection_text(found))
 
 
 @click.command()
@@ -104,7 +103,7 @@ def verify(
         found = verify_published(address)
     if as_json:
         value = found.to_dict() | ({"smoke": smoke_report and smoke_report.to_dict()} if smoke else {})
-        click.echo(json.dumps(value))
+        click.echo(to_json(value))
     else:
         click.echo(verify_text(found))
         say_smoke(smoke_report)

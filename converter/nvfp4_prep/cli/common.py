@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ __all__ = [
     "publishing_options",
     "restart_option",
     "threads_option",
+    "to_json",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -70,9 +72,22 @@ def _ignore_signals() -> None:
 
 def _fail(error: NvfpPrepError, *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(error.to_dict()))
+        click.echo(to_json(error.to_dict()))
     click.echo(f"error: {error}", err=True)
     sys.exit(error.exit_code)
+
+
+def to_json(value: object) -> str:
+    """One line of strict JSON: what is no finite number (a broken source's NaN) becomes ``null``."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def threads_option(command: _Command) -> _Command:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from nvfp4_prep.cli.common import (
     publishing_options,
     restart_option,
     threads_option,
+    to_json,
 )
 from nvfp4_prep.cli.push import say_pushed
 from nvfp4_prep.cli.smoke import say_smoke, smoke_after_convert
@@ -140,7 +140,7 @@ def convert(
                 passes_smoke,
             )
         if as_json:
-            click.echo(json.dumps(_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()}))
+            click.echo(to_json(_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()}))
         else:
             click.echo(_text(result, pushed, target))
             say_smoke(smoke)
@@ -179,7 +179,7 @@ def _show_plan(opened: str | HubSource, options: ConvertOptions, *, stream_out: 
         from nvfp4_prep.hub.stream import stream_room_nbytes
 
         here = stream_room_nbytes(sizes)
-    click.echo(json.dumps(plan_value(made, room, here)) if as_json else plan_text(made, room, here))
+    click.echo(to_json(plan_value(made, room, here)) if as_json else plan_text(made, room, here))
 
 
 def _convert_part(
@@ -199,7 +199,7 @@ def _convert_part(
     part = convert_part(opened, target, layers, options, threads=threads, progress=progress, restart=restart)
     if as_json:
         value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
-        click.echo(json.dumps({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
+        click.echo(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
     elif part.joined:
         click.echo(f"{target} is complete already: nothing to do")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.common import common, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.doctor import Diagnosis
@@ -35,7 +34,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep import doctor as diagnosing
 
     found = diagnosing.diagnose(directory)
-    click.echo(json.dumps(found.to_dict()) if as_json else _text(found))
+    click.echo(to_json(found.to_dict()) if as_json else _text(found))
     if not found.ok:
         sys.exit(1)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import Publishing, common, make_progress, publishing_options, threads_option
+from nvfp4_prep.cli.common import Publishing, common, make_progress, publishing_options, threads_option, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult
@@ -48,7 +47,7 @@ def push(
     options = publishing.options()
     pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))
     if as_json:
-        click.echo(json.dumps(pushed.to_dict()))
+        click.echo(to_json(pushed.to_dict()))
         return
     say_pushed(pushed)
     click.echo(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option
+from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option, to_json
 
 __all__ = ["relayout"]
 
@@ -57,7 +56,7 @@ def relayout(
     options, sizes = result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
-        click.echo(json.dumps({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
+        click.echo(to_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
         return
     click.echo(
         f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"

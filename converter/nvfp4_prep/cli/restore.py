@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option
+from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option, to_json
 
 __all__ = ["restore"]
 
@@ -30,6 +29,6 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     result = restoration.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
-        click.echo(json.dumps({**value, "resumed": result.resumed}))
+        click.echo(to_json({**value, "resumed": result.resumed}))
         return
     click.echo(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")

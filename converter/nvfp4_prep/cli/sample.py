@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.common import common, to_json
 
 __all__ = ["sample"]
 
@@ -55,6 +54,4 @@ def sample(
     else:
         model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
     written = write_sample(target, model)
-    click.echo(
-        json.dumps({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}"
-    )
+    click.echo(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")

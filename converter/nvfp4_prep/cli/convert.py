@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,7 +20,7 @@ from nvfp4_prep.cli.common import (
     threads_option,
     to_json,
 )
-from nvfp4_prep.cli.push import say_pushed
+from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_next
 from nvfp4_prep.cli.smoke import say_smoke, smoke_after_convert
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -32,6 +33,18 @@ if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
 
 __all__ = ["convert"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every kind of conversion takes."""
+
+    opened: str | HubSource
+    target: Path
+    options: ConvertOptions
+    threads: int | None
+    progress: Progress
+    restart: bool
 
 
 @click.command()
@@ -100,14 +113,14 @@ def convert(
     _check_combination(layers, push_to, join=join, restart=restart, publishes=publishes)
     if device != "cpu" and (join or layers is not None):
         raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
-    progress = make_progress(quiet)
     selection = None if layers is None else LayerSelection.parse(layers)
     work = target if selection is None else part_folder(target, selection)
     opened = open_source(source, target=work, keep_source=keep_source)
+    job = _Job(opened, target, options, threads, make_progress(quiet), restart)
     if dry_run:
-        _show_plan(opened, options, stream_out=stream_out, as_json=as_json)
+        _show_plan(job, stream_out=stream_out, as_json=as_json)
     elif selection is not None:
-        _convert_part(opened, source, target, selection.text, options, threads, progress, restart, as_json)
+        _convert_part(job, selection.text, source, as_json=as_json)
     else:
         smoke: SmokeReport | None = None
 
@@ -123,31 +136,23 @@ def convert(
         if join:
             from nvfp4_prep.parts import join_parts
 
-            result, pushed = join_parts(opened, target, options, threads=threads, progress=progress), None
+            result, pushed = join_parts(opened, target, options, threads=threads, progress=job.progress), None
             passes_smoke(result)
+        elif push_to is None:
+            result, pushed = _convert_here(job, device, passes_smoke), None
         else:
-            result, pushed = _convert_whole(
-                opened,
-                target,
-                options,
-                push_to,
-                publishing,
-                stream_out,
-                threads,
-                progress,
-                restart,
-                device,
-                passes_smoke,
-            )
+            result, pushed = _convert_and_publish(job, push_to, publishing, device, passes_smoke, stream_out=stream_out)
         if as_json:
-            click.echo(to_json(_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()}))
+            click.echo(
+                to_json(conversion_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()})
+            )
         else:
-            click.echo(_text(result, pushed, target))
+            say_conversion(result, pushed, target)
             say_smoke(smoke)
         if smoke is not None and not smoke.passed:
             sys.exit(VerificationError.exit_code)
         if not as_json and not result.already_complete:
-            _hint(result, source, target)
+            say_next(result, source, target)
 
 
 def _check_combination(layers: str | None, push_to: str | None, *, join: bool, restart: bool, publishes: bool) -> None:
@@ -167,11 +172,12 @@ def _check_combination(layers: str | None, push_to: str | None, *, join: bool, r
         raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
 
 
-def _show_plan(opened: str | HubSource, options: ConvertOptions, *, stream_out: bool, as_json: bool) -> None:
+def _show_plan(job: _Job, *, stream_out: bool, as_json: bool) -> None:
     from nvfp4_prep.conversion import plan
     from nvfp4_prep.reporting import plan_text, plan_value
 
-    made = plan(opened, options)
+    opened = job.opened
+    made = plan(opened, job.options)
     room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
     sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
     here = made.output_nbytes
@@ -182,125 +188,71 @@ def _show_plan(opened: str | HubSource, options: ConvertOptions, *, stream_out: 
     click.echo(to_json(plan_value(made, room, here)) if as_json else plan_text(made, room, here))
 
 
-def _convert_part(
-    opened: str | HubSource,
-    source: str,
-    target: Path,
-    layers: str,
-    options: ConvertOptions,
-    threads: int | None,
-    progress: Progress,
-    restart: bool,
-    as_json: bool,
-) -> None:
+def _convert_part(job: _Job, layers: str, source: str, *, as_json: bool) -> None:
     from nvfp4_prep.parts import convert_part
     from nvfp4_prep.units import format_nbytes
 
-    part = convert_part(opened, target, layers, options, threads=threads, progress=progress, restart=restart)
+    part = convert_part(
+        job.opened,
+        job.target,
+        layers,
+        job.options,
+        threads=job.threads,
+        progress=job.progress,
+        restart=job.restart,
+    )
     if as_json:
         value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
         click.echo(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
     elif part.joined:
-        click.echo(f"{target} is complete already: nothing to do")
+        click.echo(f"{job.target} is complete already: nothing to do")
     else:
         click.echo(
             f"{part.path}: part of {len(part.layers)} MoE layers ({layers}), {format_nbytes(part.written_nbytes)}"
             f" written{' (continued)' if part.resumed else ''}"
         )
-        click.echo(f"next, when all parts are made: nvfp4-prep convert {source} {target} --join", err=True)
+        click.echo(f"next, when all parts are made: nvfp4-prep convert {source} {job.target} --join", err=True)
 
 
-def _convert_whole(
-    opened: str | HubSource,
-    target: Path,
-    options: ConvertOptions,
-    push_to: str | None,
+def _convert_here(job: _Job, device: str, accept: Callable[[ConvertResult], bool]) -> ConvertResult:
+    from nvfp4_prep import conversion
+
+    result = conversion.convert(
+        job.opened,
+        job.target,
+        job.options,
+        threads=job.threads,
+        progress=job.progress,
+        restart=job.restart,
+        device=device,
+    )
+    accept(result)
+    return result
+
+
+def _convert_and_publish(
+    job: _Job,
+    repository: str,
     publishing: Publishing,
-    stream_out: bool,
-    threads: int | None,
-    progress: Progress,
-    restart: bool,
     device: str,
     accept: Callable[[ConvertResult], bool],
+    *,
+    stream_out: bool,
 ) -> tuple[ConvertResult, PushResult | None]:
-    if push_to is None:
-        from nvfp4_prep import conversion
-
-        result = conversion.convert(
-            opened, target, options, threads=threads, progress=progress, restart=restart, device=device
-        )
-        accept(result)
-        return result, None
     from nvfp4_prep.hub import quiet_client
     from nvfp4_prep.hub.stream import convert_and_publish
 
     quiet_client()
     return convert_and_publish(
-        opened,
-        target,
-        push_to,
-        options,
+        job.opened,
+        job.target,
+        repository,
+        job.options,
         publish_options=publishing.options(),
         stream_out=stream_out,
-        threads=threads,
-        progress=progress,
-        restart=restart,
+        threads=job.threads,
+        progress=job.progress,
+        restart=job.restart,
         device=device,
         accept=accept,
     )
-
-
-def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
-    manifest = result.manifest
-    return {
-        "path": str(result.path),
-        "already_complete": result.already_complete,
-        "resumed": result.resumed,
-        "written_nbytes": result.written_nbytes,
-        "layers": len(manifest.layers),
-        "tp_sizes": list(manifest.tp_sizes),
-        "verified": [dict(check) for check in manifest.verified],
-        "pushed": None if pushed is None else pushed.to_dict(),
-    }
-
-
-def _text(result: ConvertResult, pushed: PushResult | None, target: Path) -> str:
-    from nvfp4_prep.reporting import relative_error_text, tp_lines
-    from nvfp4_prep.units import format_nbytes
-
-    manifest = result.manifest
-    if pushed is not None:
-        say_pushed(pushed)
-    if result.already_complete:
-        return (
-            f"{result.path} is complete already: nothing to do. If nvfp4-prep verify {target} finds damage,"
-            " remove it and convert again"
-        )
-    lines = [
-        f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
-        f"{' (continued)' if result.resumed else ''}",
-        *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
-    ]
-    differing = sum(layer.gate_up.differing for layer in manifest.layers)
-    if differing:
-        policy = manifest.options.gate_up_scales.value
-        worst = max(
-            (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
-            key=lambda errors: float(errors[policy]),
-        )
-        lines.append(
-            f"gate/up global scales differed in {differing} experts ({policy}); worst layer's"
-            f" {relative_error_text(worst)}"
-        )
-    lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
-    return "\n".join(lines)
-
-
-def _hint(result: ConvertResult, source: str, target: Path) -> None:
-    manifest = result.manifest
-    ignored = manifest.options.gate_up_scales.value == "vllm" and any(
-        layer.gate_up.differing for layer in manifest.layers
-    )
-    if ignored:
-        click.echo("warning: up's own scales are ignored as vLLM does; reconcile keeps them", err=True)
-    click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from nvfp4_prep import SampleModel, write_sample
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.smoke import parse_layers
@@ -92,7 +93,23 @@ def test_convert_fails_if_the_smoke_run_does(
     monkeypatch.setattr(conversion, "convert", broken)
     done = run("convert", sample_source, tmp_path / "out", "-q")
     assert done.exit_code == 6 and "smoke run FAILED" in done.output and "do not serve" in done.output
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "config.json.smoke-failed").exists()
+    assert run("convert", sample_source, tmp_path / "out", "-q").exit_code == 8  # never "complete already"
     assert run("convert", sample_source, tmp_path / "o2", "-q", "--json").exit_code == 6
+
+
+def test_expert_that_computes_zeros(tmp_path: Path) -> None:
+    """An expert whose global scales are zero is what the quantizer made of it, not a failure."""
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=3))
+    path = next((tmp_path / "source").glob("model-*.safetensors"))
+    data = bytearray(path.read_bytes())
+    for record in read_header(path).tensors:
+        if ".experts.1." in record.name and record.name.endswith("weight_scale_2"):
+            data[record.offset_bytes : record.offset_bytes + 4] = bytes(4)
+    path.write_bytes(data)
+    done = run("convert", tmp_path / "source", tmp_path / "out", "-q")
+    assert done.exit_code == 0 and "smoke run passed" in done.output
 
 
 def test_parse_layers() -> None:

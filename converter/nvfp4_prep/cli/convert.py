@@ -21,7 +21,7 @@ from nvfp4_prep.cli.common import (
     to_json,
 )
 from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_next
-from nvfp4_prep.cli.smoke import say_smoke, smoke_after_convert
+from nvfp4_prep.cli.smoke import say_smoke, set_aside, smoke_after_convert
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def convert(
             say_conversion(result, pushed, target)
             say_smoke(smoke)
         if smoke is not None and not smoke.passed:
+            if push_to is None:
+                set_aside(target)
             sys.exit(VerificationError.exit_code)
         if not as_json and not result.already_complete:
             say_next(result, source, target)

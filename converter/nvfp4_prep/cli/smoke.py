@@ -75,6 +75,15 @@ def smoke_after_convert(target: Path, source: str | Source | None, *, page: Path
     return smoke_run(target, source, layers=chosen, sample=4, page=page, quiet=quiet)
 
 
+def set_aside(target: Path) -> None:
+    """Takes the stamp from a checkpoint that failed: nothing can serve it, and no second run takes it for complete."""
+    from nvfp4_prep.index import CONFIG
+
+    kept = target / f"{CONFIG}.smoke-failed"
+    (target / CONFIG).rename(kept)
+    click.echo(f"error: {CONFIG} was set aside as {kept}, so that nothing serves this checkpoint", err=True)
+
+
 def say_smoke(report: SmokeReport | None) -> None:
     """The outcome on stdout, and what to do about a failure on stderr."""
     from nvfp4_prep.smoke.text import smoke_text

@@ -97,7 +97,11 @@ def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSetting
         rows = slice(position * settings.per_expert, (position + 1) * settings.per_expert)
         errors = wanted.judge(cases[0], outputs[0], backend.out_dtype, rows)
         stages = None if trace is None else _stages(layer, expert, result, trace, cases[0], outputs[0], rows)
-        figures.append(ExpertFigures(layer.experts[position], settings.per_expert, errors, result.doubtful, stages))
+        projections = (expert.gate, expert.up, expert.down)
+        zero = any(matrix is not None and matrix.global_scale == 0.0 for matrix in projections)
+        figures.append(
+            ExpertFigures(layer.experts[position], settings.per_expert, errors, result.doubtful, stages, zero)
+        )
     return LayerReport(
         name=layer.name,
         index=layer.index,
@@ -262,7 +266,7 @@ def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> E
     rms = want.square().mean().sqrt()
     return ErrorFigures(
         # float32 rounding may pass 1; NaN stays
-        cosine=float(torch.nn.functional.cosine_similarity(known.flatten(), want.flatten(), dim=0).clamp(max=1.0)),
+        cosine=_cosine(known, want),
         relative=float(error.norm() / size),
         relative_limit=float(tolerance.norm() / size),
         worst=float(ratio.flatten()[at]),
@@ -316,3 +320,10 @@ def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
                 f"{name} of {len(wrong)} experts, expert {layer.experts[first]}: {float(found[first])!r} instead of"
                 f" {float(expected[first])!r}"
             )
+
+
+def _cosine(outputs: torch.Tensor, reference: torch.Tensor) -> float:
+    """At most 1; 1 where both are exactly zero, as for an expert whose global scales are."""
+    if not bool(outputs.any()) and not bool(reference.any()):
+        return 1.0
+    return float(torch.nn.functional.cosine_similarity(outputs.flatten(), reference.flatten(), dim=0).clamp(max=1.0))

@@ -46,6 +46,11 @@ class ErrorFigures:
         return self.unwritten == 0 and self.worst <= 1.0 and self.meaningful
 
     @property
+    def exact(self) -> bool:
+        """Whether every element was written and equals the reference."""
+        return self.unwritten == 0 and self.worst == 0.0
+
+    @property
     def meaningful(self) -> bool:
         """Whether the reference is away from zero and the tolerance is small against it."""
         return self.reference_rms > 0.0 and self.relative_limit <= RELATIVE_LIMIT
@@ -80,6 +85,9 @@ class ExpertFigures:
         errors: from tokens to outputs.
         doubtful: elements of the intermediate whose rounding is in doubt, so that the outputs' tolerance is wide.
         stages: ``None`` where the backend shows nothing but its outputs.
+        zero: a global scale of the source is zero, so that the expert computes zeros: nothing else is right, and that
+        its
+            reference is zero proves nothing against it.
     """
 
     expert: int
@@ -87,19 +95,23 @@ class ExpertFigures:
     errors: ErrorFigures
     doubtful: int
     stages: StageFigures | None
+    zero: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong, in words that begin with the figure that says so."""
-        found = [] if self.errors.passed else [f"outputs: {_say(self.errors)}"]
+        found = [] if self._right(self.errors) else [f"outputs: {_say(self.errors)}"]
         if self.stages is not None:
-            if not self.stages.first.passed:
+            if not self._right(self.stages.first):
                 found.append(f"first GEMM: {_say(self.stages.first)}")
             if self.stages.misrounded:
                 found.append(f"quantization: {self.stages.misrounded} intermediate values wrong")
-            if not self.stages.second.passed:
+            if not self._right(self.stages.second):
                 found.append(f"second GEMM: {_say(self.stages.second)}")
         return tuple(found)
+
+    def _right(self, figures: ErrorFigures) -> bool:
+        return figures.passed or (self.zero and figures.exact)
 
     @property
     def worst(self) -> float:

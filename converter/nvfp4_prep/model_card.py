@@ -85,9 +85,9 @@ def _head(manifest: Manifest) -> Iterator[str]:
     yield f"# {manifest.source}, prepared for FlashInfer's CuteDSL fused MoE"
     yield ""
     yield (
-        f"The NVFP4 expert weights of {name}, with block scales swizzled and gate/up rows interleaved offline, so that"
-        " a server reads them as its kernel wants them instead of preparing them at every start. Nothing was quantized"
-        " again: all other tensors and files are unchanged, and the source can be restored bit for bit."
+        f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
+        " them instead of preparing them at every start. No code was changed: all other tensors and files are as they"
+        " were, and the source can be restored bit for bit."
     )
     yield ""
 
@@ -171,7 +171,13 @@ def _verified(manifest: Manifest) -> Iterator[str]:
     for check in manifest.verified:
         figures = _figures(check)
         yield f"- {check.get('check')}: {check.get('result')}" + (f" ({figures})" if figures else "")
-    yield "- not measured here: the model's quality. The weights are the source's, so see the source's card."
+    rescaled = any(layer.gate_up.reconciled for layer in manifest.layers)
+    weights = (
+        "The weights are the source's, but for the rescaled block scales above"
+        if rescaled
+        else ("The weights are the source's")
+    )
+    yield f"- not measured here: the model's quality. {weights}; see the source's card."
     yield ""
 
 

@@ -22,6 +22,7 @@ from nvfp4_prep.sink import FileSink
 from nvfp4_prep.source import Source
 from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.target import Target
+from nvfp4_prep.working import working
 
 __all__ = ["Execution"]
 
@@ -58,10 +59,7 @@ class Execution:
         target.check_space(room + _SMALL_FILES_NBYTES)
         self._shards.expect(order, at_once, first)
         total = made.output_nbytes
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the engine's workers are the parallelism
-        progress.start("convert", total, total - needed)
-        try:
+        with working(progress, "convert", total, total - needed):
             for name in target.done:
                 if (target.path / name).is_file():
                     self._give(self._results[name])
@@ -70,9 +68,6 @@ class Execution:
             last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
             self._run(last, 1, progress)
             self._sink.drain()
-        finally:
-            torch.set_num_threads(before)
-            progress.close()
         return needed
 
     def _run(self, jobs: Sequence[FileJob], threads: int | None, progress: Progress) -> None:

@@ -34,6 +34,7 @@ from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.structure import check_structure
 from nvfp4_prep.target import Target
+from nvfp4_prep.working import working
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
 __all__ = ["RelayoutResult", "relayout"]
@@ -168,14 +169,8 @@ class _Relayout:
         target.check_space(needed + _SMALL_FILES_NBYTES)
         total = sum(file.nbytes for file in self._files.values())
         total += sum(copied.nbytes for copied in self._copied.values())
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the engine's workers are the parallelism
-        progress.start("relayout", total, total - needed)
-        try:
+        with working(progress, "relayout", total, total - needed):
             run_jobs(jobs, target, threads=threads, progress=progress)
-        finally:
-            torch.set_num_threads(before)
-            progress.close()
         return RelayoutResult(target.path, self._finish(), needed, target.resumed)
 
     def _units(self, file: OutputFile) -> Iterator[Unit]:

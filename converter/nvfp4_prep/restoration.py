@@ -27,6 +27,7 @@ from nvfp4_prep.records import make_index
 from nvfp4_prep.safetensors_io import TensorRecord, encode_header
 from nvfp4_prep.structure import check_structure
 from nvfp4_prep.target import Target
+from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RestoreResult", "restore"]
@@ -118,16 +119,10 @@ class _Restoration:
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
         target.check_space(needed + _SMALL_FILES_NBYTES)
         total = sum(file.nbytes for file in self._files) + sum(file.nbytes for file in self._side.values())
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        progress.start("restore", total, total - needed)
-        try:
+        with working(progress, "restore", total, total - needed):
             jobs = [self._job(file) for file in pending]
             jobs += [side_file_job(file, self._checkpoint.files) for file in sides]
             run_jobs(jobs, target, threads=threads, progress=progress)
-        finally:
-            torch.set_num_threads(before)
-            progress.close()
         self._check_digests()
         target.write_file(INDEX, make_index(record for file in self._files for record in file.records))
         for name in sorted(texts.keys() - {INDEX, CONFIG}):

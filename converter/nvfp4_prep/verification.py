@@ -30,6 +30,7 @@ from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.source import Source
 from nvfp4_prep.source_comparison import SourceComparison
 from nvfp4_prep.structure import check_structure
+from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["VerifyReport", "verify"]
@@ -148,14 +149,8 @@ class _Verification:
         if self._comparison is not None:
             jobs += self._comparison.jobs()
         total = sum(job.nbytes for job in jobs)
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        progress.start("verify", total)
-        try:
+        with working(progress, "verify", total):
             run_jobs(jobs, None, threads=threads, progress=progress, on_done=self._file_done)
-        finally:
-            torch.set_num_threads(before)
-            progress.close()
         self._check_digests()
         for layer in manifest.layers:
             self._check_scales(layer)

@@ -1,0 +1,31 @@
+"""What every command that runs the engine does around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nvfp4_prep.progress import Progress
+
+__all__ = ["working"]
+
+
+@contextmanager
+def working(progress: Progress, title: str, total_nbytes: int, done_nbytes: int = 0) -> Iterator[None]:
+    """Starts and closes the progress, and keeps torch to one thread meanwhile: the engine's workers are the
+    parallelism.
+
+    Args:
+        progress: told of the start and of the end, however it comes.
+        title, total_nbytes, done_nbytes: see :meth:`Progress.start`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    progress.start(title, total_nbytes, done_nbytes)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        progress.close()

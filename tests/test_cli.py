@@ -89,6 +89,38 @@ def test_exit_codes_are_distinct_and_documented() -> None:
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
 
 
+def test_usage_errors_are_one_line_too() -> None:
+    for arguments, words in (
+        (("convert", "--json"), "Missing argument 'SOURCE'. See nvfp4-prep convert --help."),
+        (("convert", "a", "b", "--nope", "--json"), "See nvfp4-prep convert --help."),
+        (("conv", "--json"), "No such command 'conv'. "),
+        (("--json",), "No such option '--json'. "),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 2
+        assert words in done.stderr and len(done.stderr.splitlines()) == 1
+        assert json.loads(done.stdout)["exit_code"] == 2
+    assert run("conv").stdout == ""
+    assert "Commands:" in run().stderr
+
+
+def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
+    script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()"]
+    for arguments in (["inspect", str(sample_prepared)], ["--help"], ["completion", "bash"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*script, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (5, "error: stdout: No space left on device\n")
+
+
+def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    """What is printed must not land in the file that got the number of a closed stdout."""
+    script = "from nvfp4_prep.cli import main; main()"
+    command = f"{sys.executable} -c '{script}' convert {sample_source} {tmp_path / 'out'} -q >&- 2>&- <&-"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    for path in sample_prepared.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_usage() -> None:
     assert run("--version").output.strip().endswith(__version__)
     assert run("convert").exit_code == 2
@@ -125,8 +157,24 @@ def test_closed_pipe_is_no_traceback(sample_prepared: Path) -> None:
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
-    assert b"Traceback" not in process.stderr.read()
-    process.wait()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_a_reader_that_has_gone_does_not_hide_damage(sample_prepared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    (copy / "expert-scales.safetensors").unlink()
+    script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()", "verify", str(copy), "-q"]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Broken pipe" not in process.stderr.read()
+    assert process.returncode == 6
+
+
+def test_next_commands_can_be_typed(sample_source: Path, tmp_path: Path) -> None:
+    done = run("convert", sample_source, tmp_path / "an out", "-q", "--no-smoke")
+    assert f"next: nvfp4-prep verify '{tmp_path / 'an out'}' --source {sample_source}" in done.stderr
 
 
 @pytest.mark.parametrize("interval", [0.0])

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from nvfp4_prep import SampleModel, write_sample
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
-from nvfp4_prep.cli.smoke import parse_layers
 from nvfp4_prep.device import apply_layout, choose_device
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.part_folders import LayerSelection
 from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
@@ -50,6 +50,9 @@ def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
     assert run("verify", sample_prepared, "--layers", "1").exit_code == 2
     assert run("verify", sample_prepared, "--smoke", "--layers", "one").exit_code == 2
     assert run("verify", sample_prepared, "--smoke", "--layers", "9").exit_code == 2
+    assert run("verify", sample_prepared, "--smoke", "--layers", "0-99999999999").exit_code == 2
+    page = run("verify", sample_prepared, "--smoke", "--report", "nowhere/page.html")
+    assert page.exit_code == 2 and "nowhere: --report: its directory does not exist" in page.stderr
     if not torch.cuda.is_available():
         refused = run("verify", sample_prepared, "--smoke", "--backend", "flashinfer")
         assert refused.exit_code == 2 and "no CUDA card" in refused.output
@@ -112,12 +115,17 @@ def test_expert_that_computes_zeros(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "smoke run passed" in done.output
 
 
-def test_parse_layers() -> None:
-    assert parse_layers(None) is None
-    assert parse_layers("3,1, 5-7,6") == [1, 3, 5, 6, 7]
-    for text in ("", "a", "1-", "-2", "1-b"):
+def test_layers_that_are_run_exist() -> None:
+    assert LayerSelection.parse("3,1, 5-7,6").choose_present(range(10)) == (1, 3, 5, 6, 7)
+    assert LayerSelection.parse("2/2").choose_present([1, 2, 5, 7]) == (5, 7)
+    for text in ("", "a", "1-", "-2", "1-b", "²"):
         with pytest.raises(UsageError):
-            parse_layers(text)
+            LayerSelection.parse(text)
+    for text in ("9", "1-3", "0-99999999999"):
+        with pytest.raises(UsageError, match="layers among 1-2,7"):
+            LayerSelection.parse(text).choose_present([1, 2, 7])
+    with pytest.raises(UsageError, match="selects none"):
+        LayerSelection.parse("1/5").choose_present([1, 2])
 
 
 def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path, tmp_path: Path) -> None:

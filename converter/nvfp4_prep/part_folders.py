@@ -11,11 +11,14 @@ from typing import Self
 
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.target import PARTS_FOLDER, WORK_FOLDER, Target
+from nvfp4_prep.units import spans
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
 
-_RANGES = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
-_SHARE = re.compile(r"(\d+)/(\d+)")
+_RANGES = re.compile(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*")
+_SHARE = re.compile(r"([0-9]{1,18})/([0-9]{1,18})")
+_NAME_LENGTH = 200
+"""A folder name holds the text of the selection; file systems take 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class LayerSelection:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads ``1-20``, ``3,7-9`` or ``2/8``.
+        """Reads ``1-20``, ``3,7-9`` or ``2/8``; blanks around commas do not count.
 
         Raises:
             UsageError: if it is none of these, a range runs backwards or a share is not within its count.
         """
+        text = ",".join(item.strip() for item in text.split(","))
         share = _SHARE.fullmatch(text)
         if share is not None:
             number, count = int(share[1]), int(share[2])
@@ -60,7 +64,11 @@ class LayerSelection:
 
     @property
     def folder_name(self) -> str:
-        """A file name that :meth:`from_folder_name` reads."""
+        """A file name that :meth:`from_folder_name` reads; raises :class:`UsageError` where it would be too long."""
+        if len(self.text) > _NAME_LENGTH:
+            raise UsageError(
+                "--layers has too many numbers for one part", next_step="Write ranges (1-20) or shares (2/8)."
+            )
         return "share-" + self.text.replace("/", "-of-") if self.share else "layers-" + self.text
 
     @classmethod
@@ -76,6 +84,20 @@ class LayerSelection:
             number, count = self.share
             return tuple(present[(number - 1) * len(present) // count : number * len(present) // count])
         return tuple(layer for layer in present if any(first <= layer <= last for first, last in self.ranges))
+
+    def choose_present(self, layers: Iterable[int]) -> tuple[int, ...]:
+        """As :meth:`choose`; raises :class:`UsageError` where a number is no layer or nothing is selected."""
+        present = sorted(set(layers))
+        chosen = self.choose(present)
+        for first, last in self.ranges:
+            if sum(first <= layer <= last for layer in chosen) != last - first + 1:
+                raise UsageError(
+                    f"--layers {self.text}: not all of these are prepared layers",
+                    expected=f"layers among {spans(present)}",
+                )
+        if not chosen:
+            raise UsageError(f"--layers {self.text} selects none of the prepared layers", expected=f"{spans(present)}")
+        return chosen
 
 
 def part_folder(target: Path, selection: LayerSelection) -> Path:

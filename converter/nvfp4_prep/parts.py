@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.sink import KeepFiles
 from nvfp4_prep.source import Source
 from nvfp4_prep.target import Target
+from nvfp4_prep.units import count, spans
 
 __all__ = ["PartResult", "convert_part", "join_parts"]
 
@@ -95,7 +95,7 @@ def convert_part(
             raise UsageError(
                 f"--layers {selection.text} selects none of the MoE layers",
                 where=made.source_label,
-                next_step=f"They are {_spans(present)}.",
+                next_step=f"They are {spans(present)}.",
             )
         files = tuple(file for file in made.files if _layer_of(made, file) in chosen)
         folder = part_folder(path, selection)
@@ -206,16 +206,9 @@ def _check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Pat
     )
     if missing:
         raise PartsMissingError(
-            f"{len(missing)} of {len({plan.layer.index for plan in made.layers})} MoE layers are not made yet:"
-            f" {_spans(missing)}",
+            f"{len(missing)} of {count(len({plan.layer.index for plan in made.layers}), 'MoE layer')}"
+            f" {'is' if len(missing) == 1 else 'are'} not made yet:"
+            f" {spans(missing)}",
             where=str(path),
-            next_step=f"Run convert with --layers {_spans(missing)}, then join again.",
+            next_step=f"Run convert with --layers {spans(missing)}, then join again.",
         )
-
-
-def _spans(numbers: list[int]) -> str:
-    """``1-3,7`` for 1, 2, 3, 7; takes rising numbers."""
-    numbers = sorted(set(numbers))
-    starts = [numbers[0], *(b for a, b in pairwise(numbers) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(numbers) if b != a + 1), numbers[-1]]
-    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["format_duration", "format_nbytes"]
+from collections.abc import Iterable
+from itertools import pairwise
+
+__all__ = ["count", "format_duration", "format_nbytes", "spans"]
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -18,3 +21,18 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def count(number: int, what: str, *, plural: str | None = None) -> str:
+    """``1 file``, ``2 files``; the plural is given where it is more than an s."""
+    return f"{number} {what if number == 1 else plural or what + 's'}"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """``1-3,7`` for 1, 2, 3 and 7, in any order; empty for none."""
+    known = sorted(set(numbers))
+    if not known:
+        return ""
+    starts = [known[0], *(b for a, b in pairwise(known) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(known) if b != a + 1), known[-1]]
+    return ",".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, ends, strict=True))

@@ -1,32 +1,73 @@
 """The command line: a thin shell around the library's functions of the same names.
 
-One module for a command. Data goes to stdout, progress and hints to stderr. torch is imported by the commands when
-they run, not by ``--help``.
+One module for a command. Data goes to stdout, progress and hints to stderr; errors are one line, those of the command
+line itself too. torch is imported by the commands when they run, not by ``--help``.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
 from nvfp4_prep import __version__
-from nvfp4_prep.cli.check import inspect, verify
+from nvfp4_prep.cli.common import report_errors, stdout_failed
+from nvfp4_prep.cli.completion import completion
 from nvfp4_prep.cli.convert import convert
-from nvfp4_prep.cli.doctor import completion, doctor
+from nvfp4_prep.cli.doctor import doctor
+from nvfp4_prep.cli.inspect import inspect
 from nvfp4_prep.cli.push import push
 from nvfp4_prep.cli.relayout import relayout
 from nvfp4_prep.cli.restore import restore
 from nvfp4_prep.cli.sample import sample
-from nvfp4_prep.errors import EXIT_CODES, ConversionInterrupted
+from nvfp4_prep.cli.verify import verify
+from nvfp4_prep.errors import EXIT_CODES, UsageError
 
 __all__ = ["cli", "main"]
 
 _EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in sorted(EXIT_CODES.items()))
 
 
-@click.group(epilog=_EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """A group whose errors look like those of its commands."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
+        """As click's, but for the errors; always ends with :class:`SystemExit`."""
+        words = sys.argv[1:] if args is None else list(args)
+        with report_errors("--json" in words):
+            try:
+                code = super().main(words, prog_name, **{**extra, "standalone_mode": False})
+            except click.UsageError as error:
+                if not words:  # the help, not a complaint
+                    error.show()
+                    sys.exit(error.exit_code)
+                raise _usage_error(error) from error
+            except click.ClickException as error:
+                raise UsageError(error.format_message()) from error
+            except click.Abort as error:  # Ctrl-C before the command had begun
+                raise KeyboardInterrupt from error
+            except OSError as error:  # of --help and --version: a command's own do not come here
+                code = 0
+                stdout_failed(error)
+        sys.exit(code or 0)
+
+
+def _usage_error(error: click.UsageError) -> UsageError:
+    name = error.ctx.command_path if error.ctx is not None else "nvfp4-prep"
+    text, guess, known = " ".join(error.format_message().split()).rstrip(".").partition(" Did you mean ")
+    return UsageError(text.rstrip("."), next_step=f"{guess}{known} See {name} --help.".strip())
+
+
+@click.group(
+    "nvfp4-prep",
+    cls=_Commands,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="nvfp4-prep")
 def cli() -> None:
     """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
@@ -42,8 +83,8 @@ def cli() -> None:
 
     vLLM with this package installed serves the result as it is: vllm serve ./out
 
-    Every command has --json and examples in its --help. Results go to stdout, progress and hints to stderr.
-    Ctrl-C and kills are harmless: the same command continues.
+    Every command but completion has --json, and every --help has examples. Results go to stdout, progress and
+    hints to stderr. Ctrl-C and kills are harmless: the same command continues.
     """
 
 
@@ -51,26 +92,22 @@ for _command in (inspect, convert, verify, restore, relayout, push, sample, doct
     cli.add_command(_command)
 
 
-class _Interrupts:
-    """Ctrl-C and SIGTERM as one :class:`KeyboardInterrupt`, also while modules are imported."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point of ``nvfp4-prep``."""
-    interrupts = _Interrupts()
-    try:
-        cli(prog_name="nvfp4-prep")
-    except SystemExit as exit_:
-        if interrupts.seen and exit_.code == 1:  # click's own exit, before the command had begun
-            sys.exit(ConversionInterrupted.exit_code)
-        raise
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+            signal.signal(number, _interrupt)
+    _keep_standard_descriptors()
+    cli(prog_name="nvfp4-prep")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C and SIGTERM are the same, also while modules are imported."""
+    raise KeyboardInterrupt
+
+
+def _keep_standard_descriptors() -> None:
+    """Started with a closed stdin, stdout or stderr: no file that is opened later may take its number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)

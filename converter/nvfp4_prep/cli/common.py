@@ -1,21 +1,23 @@
-"""What the commands share: options, ``--json`` and ``--quiet``, errors as one line, exit codes."""
+"""What the commands share: options, ``--json`` and ``--quiet``, output, errors as one line, exit codes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.remote import PublishOptions
@@ -25,9 +27,15 @@ __all__ = [
     "Publishing",
     "common",
     "conversion_options",
+    "hint",
     "make_progress",
     "publishing_options",
+    "report_errors",
     "restart_option",
+    "say",
+    "say_next",
+    "shell_line",
+    "stdout_failed",
     "threads_option",
     "to_json",
 ]
@@ -42,14 +50,15 @@ def common(command: _Command) -> _Command:
     @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
     @functools.wraps(command)
     def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
-        with _errors_as_one_line(as_json):
+        with report_errors(as_json):
             command(*args, as_json=as_json, **kwargs)
 
     return run  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def _errors_as_one_line(as_json: bool) -> Iterator[None]:
+def report_errors(as_json: bool) -> Iterator[None]:
+    """Errors as one line on stderr (and an object on stdout with ``--json``), and the exit code of their kind."""
     try:
         yield
     except ConversionInterrupted as error:
@@ -60,8 +69,8 @@ def _errors_as_one_line(as_json: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         _ignore_signals()
         _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _fail(_unforeseen(error), as_json=as_json)
 
 
 def _ignore_signals() -> None:
@@ -70,11 +79,54 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _fail(error: NvfpPrepError, *, as_json: bool) -> None:
+def _unforeseen(error: OSError) -> NvfpPrepError:
+    """Something that the operating system refused where no room expected it."""
+    kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NvfpPrepError
+    return kind(error.strerror or str(error), where=None if error.filename is None else os.fsdecode(error.filename))
+
+
+def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
     if as_json:
-        click.echo(to_json(error.to_dict()))
-    click.echo(f"error: {error}", err=True)
+        with contextlib.suppress(NvfpPrepError):  # the exit code and stderr still say what happened
+            say(to_json(error.to_dict()))
+    hint(f"error: {error}")
     sys.exit(error.exit_code)
+
+
+def say(text: str) -> None:
+    """A result, on stdout. A reader that has gone (``| head``) changes neither the work nor the exit code.
+
+    Raises:
+        NvfpPrepError: if stdout takes nothing for another reason.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        stdout_failed(error)
+
+
+def stdout_failed(error: OSError) -> None:
+    """Sends what is left to nowhere, or Python's own end fails once more. Raises as :func:`say`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not isinstance(error, BrokenPipeError):
+        error.filename = "stdout"
+        raise _unforeseen(error) from error
+
+
+def hint(text: str) -> None:
+    """Anything else, on stderr; a stderr that takes nothing breaks no work."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True)
+
+
+def shell_line(*words: object) -> str:
+    """A command of ours as one types it, whatever is in the paths."""
+    return shlex.join(["nvfp4-prep", *map(str, words)])
+
+
+def say_next(*words: object) -> None:
+    """The command that comes next, on stderr."""
+    hint(f"next: {shell_line(*words)}")
 
 
 def to_json(value: object) -> str:
@@ -113,7 +165,7 @@ def conversion_options(command: _Command) -> _Command:
         from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 
         layout, block, scales, moe_tp = (kind(kwargs.pop(name)) for name, kind in from_names.items())
-        with _errors_as_one_line(kwargs["as_json"]):
+        with report_errors(kwargs["as_json"]):
             options = ConvertOptions(LayoutName(layout), block, GateUpPolicy(scales), moe_tp)
         command(*args, options=options, **kwargs)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from nvfp4_prep.cli.common import hint, say, shell_line
 from nvfp4_prep.cli.push import say_pushed
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult
     from nvfp4_prep.hub.push import PushResult
+    from nvfp4_prep.parts import PartResult
 
-__all__ = ["conversion_value", "say_conversion", "say_next"]
+__all__ = ["conversion_value", "say_conversion", "say_part", "warn_of_policy"]
 
 
 def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
     }
 
 
-def say_conversion(result: ConvertResult, pushed: PushResult | None, target: Path) -> None:
+def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
     from nvfp4_prep.reporting import relative_error_text, tp_lines
     from nvfp4_prep.units import format_nbytes
@@ -40,10 +40,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, target: Pat
     if pushed is not None:
         say_pushed(pushed)
     if result.already_complete:
-        click.echo(
-            f"{result.path} is complete already: nothing to do. If nvfp4-prep verify {target} finds damage,"
-            " remove it and convert again"
-        )
+        say(_complete_text(target, source))
         return
     lines = [
         f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
@@ -62,15 +59,33 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, target: Pat
             f" {relative_error_text(worst)}"
         )
     lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
-    click.echo("\n".join(lines))
+    say("\n".join(lines))
 
 
-def say_next(result: ConvertResult, source: str, target: Path) -> None:
-    """Warnings and the next command, on stderr."""
+def warn_of_policy(result: ConvertResult) -> None:
+    """On stderr, if scales were given up."""
     manifest = result.manifest
-    ignored = manifest.options.gate_up_scales.value == "vllm" and any(
-        layer.gate_up.differing for layer in manifest.layers
+    if manifest.options.gate_up_scales.value == "vllm" and any(layer.gate_up.differing for layer in manifest.layers):
+        hint("warning: up's own scales are ignored as vLLM does; reconcile keeps them")
+
+
+def say_part(part: PartResult, layers: str, source: str, target: Path) -> None:
+    """One machine's part, for people."""
+    from nvfp4_prep.units import format_nbytes
+
+    if part.joined:
+        say(_complete_text(target, source))
+        return
+    say(
+        f"{part.path}: part of {len(part.layers)} MoE layers ({layers}), {format_nbytes(part.written_nbytes)}"
+        f" written{' (continued)' if part.resumed else ''}"
     )
-    if ignored:
-        click.echo("warning: up's own scales are ignored as vLLM does; reconcile keeps them", err=True)
-    click.echo(f"next: nvfp4-prep verify {target} --source {source}", err=True)
+    hint(f"next, when all parts are made: {shell_line('convert', source, target, '--join')}")
+
+
+def _complete_text(target: Path, source: str) -> str:
+    """What a target that was there already is known to be, and how to know more."""
+    return (
+        f"{target} is complete already: files and sizes are right, their bytes were not read. To check those:"
+        f" {shell_line('verify', target, '--source', source)}"
+    )

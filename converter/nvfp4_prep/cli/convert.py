@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,11 +16,13 @@ from nvfp4_prep.cli.common import (
     make_progress,
     publishing_options,
     restart_option,
+    say,
+    say_next,
     threads_option,
     to_json,
 )
-from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_next
-from nvfp4_prep.cli.smoke import say_smoke, set_aside, smoke_after_convert
+from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
+from nvfp4_prep.cli.smoke import SmokeGate, check_page, say_smoke
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -29,22 +30,77 @@ if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
-    from nvfp4_prep.progress import Progress
-    from nvfp4_prep.smoke import SmokeReport
+    from nvfp4_prep.part_folders import LayerSelection
 
 __all__ = ["convert"]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What every kind of conversion takes."""
+    """One conversion, as the command line describes it."""
 
-    opened: str | HubSource
+    source: str
     target: Path
     options: ConvertOptions
+    publishing: Publishing
+    dry_run: bool
+    keep_source: bool
+    layers: str | None
+    join: bool
+    push_to: str | None
+    stream_out: bool
+    device: str
+    no_smoke: bool
+    report: Path | None
     threads: int | None
-    progress: Progress
     restart: bool
+    as_json: bool
+    quiet: bool
+
+    def check(self) -> None:
+        """Raises :class:`UsageError` for options that exclude each other."""
+        if self.push_to is None and (self.stream_out or self.publishing != Publishing()):
+            raise UsageError(
+                "--stream-out, --private, --revision and --create-pr say how to publish, but not where",
+                next_step="Add --push-to USER/NAME.",
+            )
+        if self.layers is not None and self.join:
+            raise UsageError("--layers makes one part, --join takes all", next_step="Use one of them.")
+        if self.push_to is not None and self.divided:
+            raise UsageError(
+                "--push-to publishes while one machine converts, parts come from several",
+                next_step="Join first, then use nvfp4-prep push.",
+            )
+        if self.join and self.restart:
+            raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
+        if self.device != "cpu" and self.divided:
+            raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
+        check_page(self.report)
+
+    @property
+    def divided(self) -> bool:
+        """Whether several machines share the conversion."""
+        return self.join or self.layers is not None
+
+    @property
+    def selection(self) -> LayerSelection | None:
+        """The layers of a part."""
+        from nvfp4_prep.part_folders import LayerSelection
+
+        return None if self.layers is None else LayerSelection.parse(self.layers)
+
+    def open(self) -> str | HubSource:
+        """The source; what is downloaded of it lies in the folder that the job works in."""
+        from nvfp4_prep.hub import open_source
+        from nvfp4_prep.part_folders import part_folder
+
+        part = self.selection
+        work = self.target if part is None else part_folder(self.target, part)
+        return open_source(self.source, target=work, keep_source=self.keep_source)
+
+    def arguments(self) -> dict[str, Any]:
+        """What every function that converts takes."""
+        return {"options": self.options, "threads": self.threads, "progress": make_progress(self.quiet)}
 
 
 @click.command()
@@ -70,25 +126,7 @@ class _Job:
 @threads_option
 @restart_option
 @common
-def convert(
-    source: str,
-    target: Path,
-    options: ConvertOptions,
-    dry_run: bool,
-    keep_source: bool,
-    layers: str | None,
-    join: bool,
-    push_to: str | None,
-    stream_out: bool,
-    publishing: Publishing,
-    device: str,
-    no_smoke: bool,
-    report: Path | None,
-    threads: int | None,
-    restart: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def convert(**given: Any) -> None:
     """Prepare the experts of SOURCE and write a checkpoint to TARGET.
 
     SOURCE is a directory or a Hub id: ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME. Killed at any moment, the same
@@ -106,155 +144,107 @@ def convert(
     nvfp4-prep convert /data/Kimi /data/out --layers 2/2        on another, at the same time
     nvfp4-prep convert /data/Kimi /data/out --join              when both are done
     """
-    from nvfp4_prep.hub import open_source
-    from nvfp4_prep.part_folders import LayerSelection, part_folder
-
-    publishes = stream_out or publishing != Publishing()
-    _check_combination(layers, push_to, join=join, restart=restart, publishes=publishes)
-    if device != "cpu" and (join or layers is not None):
-        raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
-    selection = None if layers is None else LayerSelection.parse(layers)
-    work = target if selection is None else part_folder(target, selection)
-    opened = open_source(source, target=work, keep_source=keep_source)
-    job = _Job(opened, target, options, threads, make_progress(quiet), restart)
-    if dry_run:
-        _show_plan(job, stream_out=stream_out, as_json=as_json)
-    elif selection is not None:
-        _convert_part(job, selection.text, source, as_json=as_json)
+    job = _Job(**given)
+    job.check()
+    if job.dry_run:
+        _show_plan(job)
+    elif (part := job.selection) is not None:
+        _make_part(job, part)
     else:
-        smoke: SmokeReport | None = None
-
-        def passes_smoke(result: ConvertResult) -> bool:
-            """Runs before anything is published in loadable form."""
-            nonlocal smoke
-            if no_smoke or stream_out or (result.already_complete and push_to is None):
-                return True
-            # a source from the Hub may be gone by now: then the prepared tensors are turned back
-            smoke = smoke_after_convert(target, opened if isinstance(opened, str) else None, page=report, quiet=quiet)
-            return smoke.passed
-
-        if join:
-            from nvfp4_prep.parts import join_parts
-
-            result, pushed = join_parts(opened, target, options, threads=threads, progress=job.progress), None
-            passes_smoke(result)
-        elif push_to is None:
-            result, pushed = _convert_here(job, device, passes_smoke), None
-        else:
-            result, pushed = _convert_and_publish(job, push_to, publishing, device, passes_smoke, stream_out=stream_out)
-        if as_json:
-            click.echo(
-                to_json(conversion_value(result, pushed) | {"smoke": None if smoke is None else smoke.summary()})
-            )
-        else:
-            say_conversion(result, pushed, target)
-            say_smoke(smoke)
-        if smoke is not None and not smoke.passed:
-            if push_to is None:
-                set_aside(target)
-            sys.exit(VerificationError.exit_code)
-        if not as_json and not result.already_complete:
-            say_next(result, source, target)
+        _make_checkpoint(job)
 
 
-def _check_combination(layers: str | None, push_to: str | None, *, join: bool, restart: bool, publishes: bool) -> None:
-    if push_to is None and publishes:
-        raise UsageError(
-            "--stream-out, --private, --revision and --create-pr say how to publish, but not where",
-            next_step="Add --push-to USER/NAME.",
-        )
-    if layers is not None and join:
-        raise UsageError("--layers makes one part, --join takes all", next_step="Use one of them.")
-    if push_to is not None and (join or layers is not None):
-        raise UsageError(
-            "--push-to publishes while one machine converts, parts come from several",
-            next_step="Join first, then use nvfp4-prep push.",
-        )
-    if join and restart:
-        raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
-
-
-def _show_plan(job: _Job, *, stream_out: bool, as_json: bool) -> None:
+def _show_plan(job: _Job) -> None:
     from nvfp4_prep.conversion import plan
     from nvfp4_prep.reporting import plan_text, plan_value
 
-    opened = job.opened
+    opened = job.open()
     made = plan(opened, job.options)
     room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
-    sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
     here = made.output_nbytes
-    if stream_out:
+    if job.stream_out:
         from nvfp4_prep.hub.stream import stream_room_nbytes
 
-        here = stream_room_nbytes(sizes)
-    click.echo(to_json(plan_value(made, room, here)) if as_json else plan_text(made, room, here))
-
-
-def _convert_part(job: _Job, layers: str, source: str, *, as_json: bool) -> None:
-    from nvfp4_prep.parts import convert_part
-    from nvfp4_prep.units import format_nbytes
-
-    part = convert_part(
-        job.opened,
-        job.target,
-        layers,
-        job.options,
-        threads=job.threads,
-        progress=job.progress,
-        restart=job.restart,
-    )
-    if as_json:
-        value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
-        click.echo(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
-    elif part.joined:
-        click.echo(f"{job.target} is complete already: nothing to do")
-    else:
-        click.echo(
-            f"{part.path}: part of {len(part.layers)} MoE layers ({layers}), {format_nbytes(part.written_nbytes)}"
-            f" written{' (continued)' if part.resumed else ''}"
+        here = stream_room_nbytes(
+            {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
         )
-        click.echo(f"next, when all parts are made: nvfp4-prep convert {source} {job.target} --join", err=True)
+    say(to_json(plan_value(made, room, here)) if job.as_json else plan_text(made, room, here))
 
 
-def _convert_here(job: _Job, device: str, accept: Callable[[ConvertResult], bool]) -> ConvertResult:
-    from nvfp4_prep import conversion
+def _make_part(job: _Job, selection: LayerSelection) -> None:
+    from nvfp4_prep.parts import convert_part
 
-    result = conversion.convert(
-        job.opened,
+    part = convert_part(job.open(), job.target, selection, restart=job.restart, **job.arguments())
+    if job.as_json:
+        value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
+        say(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
+    else:
+        say_part(part, selection.text, job.source, job.target)
+
+
+def _make_checkpoint(job: _Job) -> None:
+    opened = job.open()
+    gate = SmokeGate(
         job.target,
-        job.options,
-        threads=job.threads,
-        progress=job.progress,
-        restart=job.restart,
-        device=device,
+        opened if isinstance(opened, str) else None,  # a source from the Hub may be gone by then
+        skip=job.no_smoke or job.stream_out,
+        again=job.push_to is not None,
+        page=job.report,
+        quiet=job.quiet,
     )
-    accept(result)
+    pushed: PushResult | None = None
+    if job.push_to is not None:
+        result, pushed = _convert_and_publish(job, opened, job.push_to, gate)
+    elif job.join:
+        result = _join(job, opened, gate)
+    else:
+        result = _convert_here(job, opened, gate)
+    if job.as_json:
+        smoke = None if gate.report is None else gate.report.summary()
+        say(to_json(conversion_value(result, pushed) | {"smoke": smoke}))
+    else:
+        say_conversion(result, pushed, job.source, job.target)
+        say_smoke(gate.report)
+    if gate.failed:
+        if job.push_to is None:
+            gate.set_aside()
+        sys.exit(VerificationError.exit_code)
+    if not job.as_json and not result.already_complete:
+        warn_of_policy(result)
+        say_next("verify", job.target, "--source", job.source)
+
+
+def _convert_here(job: _Job, opened: str | HubSource, gate: SmokeGate) -> ConvertResult:
+    from nvfp4_prep.conversion import convert
+
+    result = convert(opened, job.target, restart=job.restart, device=job.device, **job.arguments())
+    gate.passes(result)
+    return result
+
+
+def _join(job: _Job, opened: str | HubSource, gate: SmokeGate) -> ConvertResult:
+    from nvfp4_prep.parts import join_parts
+
+    result = join_parts(opened, job.target, **job.arguments())
+    gate.passes(result)
     return result
 
 
 def _convert_and_publish(
-    job: _Job,
-    repository: str,
-    publishing: Publishing,
-    device: str,
-    accept: Callable[[ConvertResult], bool],
-    *,
-    stream_out: bool,
+    job: _Job, opened: str | HubSource, repository: str, gate: SmokeGate
 ) -> tuple[ConvertResult, PushResult | None]:
     from nvfp4_prep.hub import quiet_client
     from nvfp4_prep.hub.stream import convert_and_publish
 
     quiet_client()
     return convert_and_publish(
-        job.opened,
+        opened,
         job.target,
         repository,
-        job.options,
-        publish_options=publishing.options(),
-        stream_out=stream_out,
-        threads=job.threads,
-        progress=job.progress,
+        publish_options=job.publishing.options(),
+        stream_out=job.stream_out,
         restart=job.restart,
-        device=device,
-        accept=accept,
+        device=job.device,
+        accept=gate.passes,
+        **job.arguments(),
     )

@@ -1,4 +1,4 @@
-"""``nvfp4-prep doctor`` and ``nvfp4-prep completion``."""
+"""``nvfp4-prep doctor``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from nvfp4_prep.cli.common import common, to_json
+from nvfp4_prep.cli.common import common, say, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.doctor import Diagnosis
 
-__all__ = ["completion", "doctor"]
-
-_CLASSES: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+__all__ = ["doctor"]
 
 
 @click.command()
@@ -34,7 +31,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep import doctor as diagnosing
 
     found = diagnosing.diagnose(directory)
-    click.echo(to_json(found.to_dict()) if as_json else _text(found))
+    say(to_json(found.to_dict()) if as_json else _text(found))
     if not found.ok:
         sys.exit(1)
 
@@ -54,18 +51,3 @@ def _text(found: Diagnosis) -> str:
         )
     lines += ["", *(f"{'yes' if item.works else 'NO':4}{item.name}: {item.reason}" for item in found.abilities)]
     return "\n".join(lines)
-
-
-@click.command()
-@click.argument("shell", type=click.Choice(list(_CLASSES)))
-@click.pass_context
-def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script of a SHELL.
-
-    \b
-    nvfp4-prep completion bash > ~/.local/share/bash-completion/completions/nvfp4-prep
-    nvfp4-prep completion zsh  > ~/.zfunc/_nvfp4-prep        (a folder in $fpath)
-    nvfp4-prep completion fish > ~/.config/fish/completions/nvfp4-prep.fish
-    """
-    complete = _CLASSES[shell](context.find_root().command, {}, "nvfp4-prep", "_NVFP4_PREP_COMPLETE")
-    click.echo(complete.source_template % complete.source_vars())

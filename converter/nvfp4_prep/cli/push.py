@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import Publishing, common, make_progress, publishing_options, threads_option, to_json
+from nvfp4_prep.cli.common import (
+    Publishing,
+    common,
+    make_progress,
+    publishing_options,
+    say,
+    say_next,
+    threads_option,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult
@@ -47,19 +56,17 @@ def push(
     options = publishing.options()
     pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))
     if as_json:
-        click.echo(to_json(pushed.to_dict()))
+        say(to_json(pushed.to_dict()))
         return
     say_pushed(pushed)
-    click.echo(
-        f"next: nvfp4-prep verify {repository}{'' if not publishing.revision else '@' + publishing.revision}", err=True
-    )
+    say_next("verify", f"{repository}@{publishing.revision}" if publishing.revision else repository)
 
 
 def say_pushed(pushed: PushResult) -> None:
     from nvfp4_prep.units import format_nbytes
 
-    click.echo(
+    say(
         f"{pushed.page}: {pushed.files} files, {format_nbytes(pushed.nbytes)}, compared with the manifest"
         f" at commit {pushed.commit}"
     )
-    click.echo(f"serve it: {pushed.serve}")
+    say(f"serve it: {pushed.serve}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option, to_json
+from nvfp4_prep.cli.common import common, make_progress, restart_option, say, say_next, threads_option, to_json
 
 __all__ = ["relayout"]
 
@@ -56,12 +56,12 @@ def relayout(
     options, sizes = result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
-        click.echo(to_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
+        say(to_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
         return
-    click.echo(
+    say(
         f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"
         f" {options['gate_up_block']}, moe-tp {options['moe_tp']}, {format_nbytes(result.written_nbytes)} written"
     )
     for line in tp_lines((record.layout, record.layer.dims) for record in result.manifest.layers):
-        click.echo(line)
-    click.echo(f"next: nvfp4-prep verify {target}", err=True)
+        say(line)
+    say_next("verify", target)

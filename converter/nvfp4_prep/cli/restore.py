@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, threads_option, to_json
+from nvfp4_prep.cli.common import common, make_progress, restart_option, say, threads_option, to_json
 
 __all__ = ["restore"]
 
@@ -29,6 +29,6 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     result = restoration.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
-        click.echo(to_json({**value, "resumed": result.resumed}))
+        say(to_json({**value, "resumed": result.resumed}))
         return
-    click.echo(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")
+    say(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, to_json
+from nvfp4_prep.cli.common import common, say, to_json
 
 __all__ = ["sample"]
 
@@ -54,4 +54,4 @@ def sample(
     else:
         model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
     written = write_sample(target, model)
-    click.echo(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")
+    say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")

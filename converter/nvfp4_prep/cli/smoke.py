@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nvfp4_prep.errors import UsageError
+from nvfp4_prep.cli.common import hint, say, shell_line
+from nvfp4_prep.errors import ConversionInterrupted, UsageError
 
 if TYPE_CHECKING:
+    from nvfp4_prep.conversion import ConvertResult
     from nvfp4_prep.smoke import SmokeReport
     from nvfp4_prep.source import Source
 
-__all__ = ["parse_layers", "say_smoke", "smoke_after_convert", "smoke_run"]
+__all__ = ["SmokeGate", "SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_run"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def parse_layers(text: str | None) -> list[int] | None:
-    """``1,4-6`` to ``[1, 4, 5, 6]``; raises :class:`UsageError` for anything else."""
-    if text is None:
-        return None
-    found: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError("--layers takes numbers and ranges", expected="for example 1,4-6", actual=text)
-        found |= set(range(int(first), int(last or first) + 1))
-    return sorted(found)
+@dataclass(frozen=True)
+class SmokeOptions:
+    """What is run: ``verify``'s options.
+
+    Attributes:
+        layers: as :meth:`~nvfp4_prep.part_folders.LayerSelection.parse` takes it; all without.
+        sample: experts of each layer.
+        backend: what runs the layers.
+        page: HTML page to write.
+    """
+
+    layers: str | None = None
+    sample: int | None = None
+    backend: str = "auto"
+    page: Path | None = None
+
+
+def smoke_options(command: _Command) -> _Command:
+    """``--smoke`` and what belongs to it; the command gets ``smoke``, a flag, and one ``smoke_options``."""
+
+    @functools.wraps(command)
+    def run(*args: Any, layers: str | None, sample: int | None, backend: str, report: Path | None, **rest: Any) -> None:
+        command(*args, smoke_options=SmokeOptions(layers, sample, backend, report), **rest)
+
+    decorators = [
+        click.option("--smoke", is_flag=True, help="Also run random tokens through the layers, on a GPU if possible."),
+        click.option("--layers", metavar="LIST", help="With --smoke: only these layers, for example 1,4-6."),
+        click.option("--sample", type=click.IntRange(1), help="With --smoke: only so many experts of each layer."),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "flashinfer", "triton", "torch"]),
+            default="auto",
+            show_default=True,
+            help="With --smoke: what runs the layers.",
+        ),
+        click.option(
+            "--report", type=click.Path(path_type=Path, dir_okay=False), help="With --smoke: write an HTML page."
+        ),
+    ]
+    for decorator in reversed(decorators):
+        run = decorator(run)
+    return run  # type: ignore[return-value]
+
+
+def check_page(page: Path | None) -> None:
+    """Raises :class:`UsageError` before the work begins if the page could not be written after it."""
+    if page is not None and not os.access(page.parent, os.W_OK):
+        there = "cannot be written" if page.parent.is_dir() else "does not exist"
+        raise UsageError(f"--report: its directory {there}", where=str(page.parent), next_step="Give another path.")
 
 
 def smoke_run(
-    checkpoint: str | Path,
-    source: str | Source | None,
-    *,
-    layers: str | None = None,
-    sample: int | None = None,
-    backend: str = "auto",
-    page: Path | None = None,
-    quiet: bool = False,
+    checkpoint: str | Path, source: str | Source | None, options: SmokeOptions, *, quiet: bool = False
 ) -> SmokeReport:
     """Runs it, tells of each layer on stderr, and writes the page."""
     from nvfp4_prep.smoke import run_smoke
@@ -48,40 +87,90 @@ def smoke_run(
         report = run_smoke(
             checkpoint,
             source,
-            layers=parse_layers(layers),
-            sample=sample,
-            backend=backend,
-            on_layer=None if quiet else lambda *layer: click.echo(layer_line(*layer), err=True),
+            layers=_choose_layers(checkpoint, options.layers),
+            sample=options.sample,
+            backend=options.backend,
+            on_layer=None if quiet else lambda *layer: hint(layer_line(*layer)),
         )
     finally:
         if source is not None and not isinstance(source, str):
             source.close()
-    if page is not None:
-        page.write_text(make_page(report), encoding="utf-8")
+    if options.page is not None:
+        options.page.write_text(make_page(report), encoding="utf-8")
     return report
 
 
-def smoke_after_convert(target: Path, source: str | Source | None, *, page: Path | None, quiet: bool) -> SmokeReport:
-    """The run that ends a conversion: everything on a card, a few layers and experts on a CPU."""
+def _choose_layers(checkpoint: str | Path, text: str | None) -> list[int] | None:
+    from nvfp4_prep.part_folders import LayerSelection
+
+    return None if text is None else list(LayerSelection.parse(text).choose_present(_layer_numbers(checkpoint)))
+
+
+def _layer_numbers(checkpoint: str | Path) -> list[int]:
     from nvfp4_prep.prepared import PreparedCheckpoint
-    from nvfp4_prep.smoke.backends import choose_backend
-    from nvfp4_prep.smoke.run import spread
 
-    if choose_backend().device.type == "cuda":
-        return smoke_run(target, source, page=page, quiet=quiet)
-    with PreparedCheckpoint(target) as checkpoint:
-        numbers = sorted(record.layer.index for record in checkpoint.manifest.layers)
-    chosen = ",".join(str(numbers[position]) for position in spread(len(numbers), 3))
-    return smoke_run(target, source, layers=chosen, sample=4, page=page, quiet=quiet)
+    with PreparedCheckpoint(checkpoint) as opened:
+        return sorted({record.layer.index for record in opened.manifest.layers})
 
 
-def set_aside(target: Path) -> None:
-    """Takes the stamp from a checkpoint that failed: nothing can serve it, and no second run takes it for complete."""
-    from nvfp4_prep.index import CONFIG
+class SmokeGate:
+    """The run that ends a conversion, before anything is published in loadable form.
 
-    kept = target / f"{CONFIG}.smoke-failed"
-    (target / CONFIG).rename(kept)
-    click.echo(f"error: {CONFIG} was set aside as {kept}, so that nothing serves this checkpoint", err=True)
+    Attributes:
+        report: the run's, once there was one.
+    """
+
+    def __init__(self, target: Path, source: str | None, *, skip: bool, again: bool, page: Path | None, quiet: bool):
+        """Runs nothing yet.
+
+        Args:
+            target: what is made.
+            source: directory to compare with; without it the prepared tensors are turned back.
+            skip: let everything pass.
+            again: run also on a checkpoint that was complete already.
+            page: HTML page to write.
+            quiet: tell nothing on stderr.
+        """
+        self.report: SmokeReport | None = None
+        self._target, self._source = target, source
+        self._skip, self._again = skip, again
+        self._page, self._quiet = page, quiet
+
+    def passes(self, result: ConvertResult) -> bool:
+        """Whether the conversion may go out: everything is run on a card, a few layers and experts on a CPU."""
+        if self._skip or (result.already_complete and not self._again):
+            return True
+        try:
+            self.report = smoke_run(self._target, self._source, self._options(), quiet=self._quiet)
+        except KeyboardInterrupt as error:
+            raise ConversionInterrupted(
+                "interrupted in the smoke run: the conversion is complete, but was not tried",
+                where=str(self._target),
+                next_step=f"Run: {shell_line('verify', self._target, '--smoke')}",
+            ) from error
+        return self.report.passed
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run found something wrong."""
+        return self.report is not None and not self.report.passed
+
+    def set_aside(self) -> None:
+        """Takes the stamp from a failed checkpoint: nothing can serve it, and no second run finds it complete."""
+        from nvfp4_prep.index import CONFIG
+
+        kept = self._target / f"{CONFIG}.smoke-failed"
+        (self._target / CONFIG).rename(kept)
+        hint(f"error: {CONFIG} was set aside as {kept}, so that nothing serves this checkpoint")
+
+    def _options(self) -> SmokeOptions:
+        from nvfp4_prep.smoke.backends import choose_backend
+
+        if choose_backend().device.type == "cuda":
+            return SmokeOptions(page=self._page)
+        numbers = _layer_numbers(self._target)
+        few = sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]})
+        return SmokeOptions(layers=",".join(map(str, few)), sample=4, page=self._page)
 
 
 def say_smoke(report: SmokeReport | None) -> None:
@@ -90,6 +179,6 @@ def say_smoke(report: SmokeReport | None) -> None:
 
     if report is None:
         return
-    click.echo(smoke_text(report))
+    say(smoke_text(report))
     if not report.passed:
-        click.echo("error: the smoke run failed: do not serve this checkpoint, report it", err=True)
+        hint("error: the smoke run failed: do not serve this checkpoint, report it")

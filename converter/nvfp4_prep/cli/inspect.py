@@ -1,0 +1,29 @@
+"""``nvfp4-prep inspect``."""
+
+from __future__ import annotations
+
+import click
+
+from nvfp4_prep.cli.common import common, say, to_json
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("checkpoint")
+@common
+def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
+    """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it.
+
+    Reads headers and scalars only. CHECKPOINT is a directory or a Hub id.
+
+    \b
+    nvfp4-prep inspect ./DeepSeek-NVFP4
+    nvfp4-prep inspect nvidia/Kimi-K2.5-NVFP4 --json
+    """
+    from nvfp4_prep import inspection
+    from nvfp4_prep.hub import open_source
+    from nvfp4_prep.reporting import inspection_text, inspection_value
+
+    found = inspection.inspect(open_source(checkpoint))
+    say(to_json(inspection_value(found)) if as_json else inspection_text(found))

@@ -1,0 +1,102 @@
+"""``nvfp4-prep verify``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from nvfp4_prep.cli.common import common, hint, make_progress, say, threads_option, to_json
+from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
+from nvfp4_prep.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from nvfp4_prep.hub import HubAddress
+    from nvfp4_prep.smoke import SmokeReport
+    from nvfp4_prep.verification import VerifyReport
+
+__all__ = ["verify"]
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--source", help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.")
+@click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
+@smoke_options
+@threads_option
+@common
+def verify(
+    checkpoint: str,
+    source: str | None,
+    quick: bool,
+    smoke: bool,
+    smoke_options: SmokeOptions,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
+
+    A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
+    Exit code 6 if anything is wrong.
+
+    \b
+    nvfp4-prep verify ./out                             every byte against the manifest
+    nvfp4-prep verify ./out --source ./DeepSeek-NVFP4   and against the source
+    nvfp4-prep verify ./out --quick                     structure only, seconds
+    nvfp4-prep verify ./out --smoke --layers 1,4-6      and run random tokens through three layers
+    """
+    from nvfp4_prep import verification
+    from nvfp4_prep.hub import open_ranges, parse_address
+
+    address = parse_address(checkpoint)
+    _check_combination(checkpoint, source, smoke_options, smoke=smoke, published=address is not None)
+    ran: SmokeReport | None = None
+    if address is not None:
+        found = _verify_published(address)
+    else:
+        origin = None if source is None else open_ranges(source)
+        found = verification.verify(
+            checkpoint, source=origin, quick=quick, threads=threads, progress=make_progress(quiet)
+        )
+        if smoke and found.ok:
+            again = None if source is None else open_ranges(source)
+            ran = smoke_run(checkpoint, again, smoke_options, quiet=quiet)
+    if as_json:
+        say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
+    else:
+        _say_verified(found, ran)
+    if not found.ok or (ran is not None and not ran.passed):
+        sys.exit(VerificationError.exit_code)
+
+
+def _check_combination(
+    checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
+) -> None:
+    if not smoke and options != SmokeOptions():
+        raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
+    if published and (smoke or source is not None):
+        raise UsageError(
+            f"{'--smoke' if smoke else '--source'} needs the bytes of CHECKPOINT",
+            where=checkpoint,
+            next_step="Download it first.",
+        )
+    check_page(options.page)
+
+
+def _verify_published(address: HubAddress) -> VerifyReport:
+    from nvfp4_prep.hub import quiet_client
+    from nvfp4_prep.hub.published import verify_published
+
+    quiet_client()
+    return verify_published(address)
+
+
+def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
+    from nvfp4_prep.reporting import verify_text
+
+    say(verify_text(found))
+    say_smoke(ran)
+    if not found.ok:
+        hint("next: do not serve it; remove it and convert again")

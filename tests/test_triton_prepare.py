@@ -83,9 +83,14 @@ def test_columns_that_are_apart_are_copied_first() -> None:
     assert torch.equal(prepare(layout, PreparedTensor.W13_WEIGHT, dims, list(transposed), list(up)), expected)
 
 
+@pytest.mark.parametrize(
+    ("moe_tp", "dims"),
+    [(2, MoeDims(2, 160, 272)), (1, MoeDims(2, 192, 320))],
+    ids=["scales byte by byte", "scales word by word"],
+)
 @pytest.mark.parametrize("tensor", list(PreparedTensor))
-def test_dirty_padding_is_found_on_the_way_back(tensor: PreparedTensor) -> None:
-    layout, dims = MoeLayout.cutedsl(gated=True, moe_tp=2), MoeDims(2, 160, 272)
+def test_dirty_padding_is_found_on_the_way_back(tensor: PreparedTensor, moe_tp: int, dims: MoeDims) -> None:
+    layout = MoeLayout.cutedsl(gated=True, moe_tp=moe_tp)
     prepared = prepare(layout, tensor, dims, *stacked_parts(layout, tensor, dims))
     holes = (prepared == 0).nonzero()
     for hole in (holes[0], holes[len(holes) // 2], holes[-1]):

@@ -2,6 +2,11 @@
 
 Every size is a ``constexpr``: a model has few shapes, and with known sizes the compiler proves that 16-byte
 accesses are aligned. Expert numbers become 64-bit before they meet a stride: w13 of one Kimi layer passes 2^31 bytes.
+
+Both kernels compute, for each place of ``prepared``, the place in the source, and copy one to the other: forward from
+the source, ``INVERSE`` to it. The source is ``table`` or, if ``STACKED``, ``base_*`` and ``stride_*`` (see
+:func:`_address`); ``dirty int32 [1]`` becomes 1 if a prepared byte without a source is not zero. The constants are
+made and explained by ``triton_prepare``'s ``IndexMap`` and ``launch_constants``.
 """
 
 # Triton traces the arguments of device functions; they have no Python types.
@@ -14,6 +19,22 @@ import triton
 import triton.language as tl
 
 __all__ = ["codes", "scales"]
+
+
+@triton.jit
+def _tile(ROW_TILES: tl.constexpr, COL_TILES: tl.constexpr):
+    """What this program moves: (expert, row of tiles, column of tiles)."""
+    pid = tl.program_id(0)
+    expert = (pid // (ROW_TILES * COL_TILES)).to(tl.int64)
+    tile = pid % (ROW_TILES * COL_TILES)
+    return expert, tile // COL_TILES, tile % COL_TILES
+
+
+@triton.jit
+def _unpadded(place, PAD: tl.constexpr, SRC: tl.constexpr):
+    """Place in ranks of ``PAD``, of which the first ``SRC`` have a source -> (place in the source, has a source)."""
+    inner = place % PAD
+    return place // PAD * SRC + inner, inner < SRC
 
 
 @triton.jit
@@ -32,13 +53,16 @@ def _source_row(
     else:
         part = n * 0
         padded = n
-    inner = padded % ROW_PAD
-    return part, padded // ROW_PAD * ROW_SRC + inner, inner < ROW_SRC
+    row, row_ok = _unpadded(padded, ROW_PAD, ROW_SRC)
+    return part, row, row_ok
 
 
 @triton.jit
 def _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES: tl.constexpr, STACKED: tl.constexpr):
-    """Address of an expert's matrix: a scalar for one projection, else one for each element of ``part``."""
+    """Address of an expert's matrix: a scalar for one projection, else one for each element of ``part``.
+
+    ``STACKED``: address of expert 0 and bytes to the next one, for each projection; else ``table [experts, HALVES]``.
+    """
     if STACKED:
         if HALVES == 1:
             address = base_0 + expert * stride_0
@@ -51,6 +75,13 @@ def _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES: tl
             # rows beyond the end have no projection; what is read there is not used
             address = tl.load(table + expert * 2 + tl.minimum(part, 1))
     return address
+
+
+@triton.jit
+def _flag(dirty, bad):
+    """Sets ``dirty`` if any element is bad."""
+    worst = tl.max(bad.to(tl.int32))
+    tl.atomic_max(dirty, worst, mask=worst != 0)
 
 
 @triton.jit
@@ -80,18 +111,14 @@ def codes(
     BLOCK_C: tl.constexpr,
 ):
     """Copies rows of codes between source and prepared order; columns in units of ``UNIT`` bytes."""
-    col_tiles: tl.constexpr = (COLS + BLOCK_C - 1) // BLOCK_C
-    row_tiles: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
-    pid = tl.program_id(0)
-    expert = (pid // (row_tiles * col_tiles)).to(tl.int64)
-    tile = pid % (row_tiles * col_tiles)
-    n = tile // col_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tile % col_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    expert, row_tile, col_tile = _tile((ROWS + BLOCK_R - 1) // BLOCK_R, (COLS + BLOCK_C - 1) // BLOCK_C)
+    n = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = col_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     part, row, row_ok = _source_row(n, BLOCK, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
     if COL_PAD == COLS:
         col, col_ok = c, c < COL_SRC
     else:
-        col, col_ok = c // COL_PAD * COL_SRC + c % COL_PAD, c % COL_PAD < COL_SRC
+        col, col_ok = _unpadded(c, COL_PAD, COL_SRC)
     inside = (n < ROWS)[:, None] & (c < COLS)[None, :]
     real = inside & row_ok[:, None] & col_ok[None, :]
     address = _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES, STACKED)
@@ -105,11 +132,69 @@ def codes(
         value = tl.load(target, mask=inside, other=0)
         tl.store(source, value, mask=real)
         if ROW_PAD != ROW_SRC or COL_PAD != COL_SRC:
-            bad = tl.max(tl.max(((value != 0) & inside & (real == 0)).to(tl.int32), axis=1), axis=0)
-            tl.atomic_max(dirty, bad, mask=bad != 0)
+            _flag(dirty, (value != 0) & ~real)
     else:
         value = tl.load(source, mask=real, other=0)
         tl.store(target, value, mask=inside)
+
+
+@triton.jit
+def _move_words(
+    word,
+    address,
+    row,
+    row_ok,
+    k,
+    ROW_STRIDE: tl.constexpr,
+    COL_PAD: tl.constexpr,
+    COL_SRC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """Reads ``word [4, 32, BLOCK_K]`` from the source or, ``INVERSE``, writes it there; the sizes are in words.
+
+    Returns (the words, which of them have no source and are not zero).
+    """
+    col, col_ok = _unpadded(k, COL_PAD, COL_SRC)
+    real = row_ok & col_ok
+    base = address.to(tl.pointer_type(tl.int32))
+    if base.type.is_block():
+        base = tl.multiple_of(base, (ALIGN, ALIGN, ALIGN))
+    else:
+        base = tl.multiple_of(base, ALIGN)
+    source = base + row.to(tl.int64) * ROW_STRIDE + col
+    if INVERSE:
+        tl.store(source, word, mask=real)
+    else:
+        word = tl.load(source, mask=real, other=0)
+    return word, (word != 0) & ~real
+
+
+@triton.jit
+def _move_bytes(
+    word,
+    address,
+    row,
+    row_ok,
+    k,
+    ROW_STRIDE: tl.constexpr,
+    COL_PAD: tl.constexpr,
+    COL_SRC: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """:func:`_move_words` byte by byte, where words straddle the end of a row or are not aligned; sizes in bytes."""
+    base = address.to(tl.pointer_type(tl.uint8)) + row.to(tl.int64) * ROW_STRIDE
+    bad = tl.zeros(word.shape, tl.int1)
+    for i in tl.static_range(4):
+        col, col_ok = _unpadded(4 * k + i, COL_PAD, COL_SRC)
+        real = row_ok & col_ok
+        if INVERSE:
+            byte = (word >> (8 * i)) & 0xFF
+            tl.store(base + col, byte.to(tl.uint8), mask=real)
+            bad = bad | ((byte != 0) & ~real)
+        else:
+            word = word | (tl.load(base + col, mask=real, other=0).to(tl.int32) << (8 * i))
+    return word, bad
 
 
 @triton.jit
@@ -137,60 +222,30 @@ def scales(
     BLOCK_K: tl.constexpr,
 ):
     """Moves block scales between row-major source and swizzled order, 128 rows by ``BLOCK_K`` words a program."""
-    k_tiles: tl.constexpr = (ROW_WORDS + BLOCK_K - 1) // BLOCK_K
     row_tiles: tl.constexpr = HALF_ROWS * HALVES // 128
-    pid = tl.program_id(0)
-    expert = (pid // (row_tiles * k_tiles)).to(tl.int64)
-    tile = pid % (row_tiles * k_tiles)
-    row_tile = tile // k_tiles
+    expert, row_tile, k_tile = _tile(row_tiles, (ROW_WORDS + BLOCK_K - 1) // BLOCK_K)
     # source side: [4 (m // 32), 32 (m % 32), word]; prepared side: [word, 32, 4], which lies in memory as it stands
     quarter = tl.arange(0, 4)[:, None, None]
     line = tl.arange(0, 32)[None, :, None]
-    k = tile % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
     part, row, row_ok = _source_row(row_tile * 128 + quarter * 32 + line, BLOCK, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
     address = _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES, STACKED)
-    line_t = tl.arange(0, 32)[None, :, None]
     quarter_t = tl.arange(0, 4)[None, None, :]
-    k_t = tile % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
-    tile_words = expert * (row_tiles * 128 * ROW_WORDS) + (row_tile.to(tl.int64) * ROW_WORDS + k_t) * 128
-    target = prepared + tile_words + line_t * 4 + quarter_t
-    inside_t = (k_t < ROW_WORDS) & (line_t >= 0) & (quarter_t >= 0)
-    inside = (k < ROW_WORDS) & (row >= 0)
+    k_t = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]
+    first_word = expert * (row_tiles * 128 * ROW_WORDS) + (row_tile.to(tl.int64) * ROW_WORDS + k_t) * 128
+    target = prepared + first_word + line * 4 + quarter_t
+    row_ok = row_ok & (k < ROW_WORDS)
     if INVERSE:
-        word = tl.permute(tl.load(target, mask=inside_t, other=0), (2, 1, 0))
+        word = tl.permute(tl.load(target, mask=k_t < ROW_WORDS, other=0), (2, 1, 0))
     else:
         word = tl.zeros((4, 32, BLOCK_K), tl.int32)
     if WORDS:
-        pad_words: tl.constexpr = COL_PAD // 4
-        src_words: tl.constexpr = COL_SRC // 4
-        stride_words: tl.constexpr = ROW_STRIDE // 4
-        real = inside & row_ok & (k % pad_words < src_words)
-        if HALVES == 1:
-            base = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), ALIGN)
-        else:
-            base = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), (ALIGN, ALIGN, ALIGN))
-        source = base + row.to(tl.int64) * stride_words + (k // pad_words * src_words + k % pad_words)
-        if INVERSE:
-            tl.store(source, word, mask=real)
-            bad = ((word != 0) & inside & (real == 0)).to(tl.int32)
-        else:
-            word = tl.load(source, mask=real, other=0)
+        word, bad = _move_words(
+            word, address, row, row_ok, k, ROW_STRIDE // 4, COL_PAD // 4, COL_SRC // 4, ALIGN, INVERSE
+        )
     else:
-        bad = tl.zeros((4, 32, BLOCK_K), tl.int32)
-        base = address.to(tl.pointer_type(tl.uint8)) + row.to(tl.int64) * ROW_STRIDE
-        for i in tl.static_range(4):
-            c = 4 * k + i
-            real = inside & row_ok & (c % COL_PAD < COL_SRC)
-            source = base + (c // COL_PAD * COL_SRC + c % COL_PAD)
-            if INVERSE:
-                byte = (word >> (8 * i)) & 0xFF
-                tl.store(source, byte.to(tl.uint8), mask=real)
-                bad = bad | ((byte != 0) & inside & (real == 0)).to(tl.int32)
-            else:
-                word = word | (tl.load(source, mask=real, other=0).to(tl.int32) << (8 * i))
-    if INVERSE:
-        if ROW_PAD != ROW_SRC or COL_PAD != COL_SRC:
-            worst = tl.max(tl.max(tl.max(bad, axis=2), axis=1), axis=0)
-            tl.atomic_max(dirty, worst, mask=worst != 0)
-    else:
-        tl.store(target, tl.permute(word, (2, 1, 0)), mask=inside_t)
+        word, bad = _move_bytes(word, address, row, row_ok, k, ROW_STRIDE, COL_PAD, COL_SRC, INVERSE)
+    if not INVERSE:
+        tl.store(target, tl.permute(word, (2, 1, 0)), mask=k_t < ROW_WORDS)
+    elif ROW_PAD != ROW_SRC or COL_PAD != COL_SRC:
+        _flag(dirty, bad)

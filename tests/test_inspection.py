@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import tiny_checkpoints as tiny
-from nvfp4_prep import inspect
+from nvfp4_prep import convert, inspect, plan, relayout
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.reporting import inspection_text
+from nvfp4_prep.reporting import inspection_text, plan_text
+from nvfp4_prep.units import count, spans
 
 
 def test_source(sample_source: Path) -> None:
@@ -40,17 +41,65 @@ def test_what_convert_refuses(tmp_path: Path) -> None:
     assert "1.up_proj.weight_scale" in found.refusal
     assert found.layers[0].status == "refused"
     assert "convert would refuse" in inspection_text(found)
-    weight_only = tiny.without(layer.tensors(), lambda name: name.endswith("input_scale"))
-    assert "W4A16" in inspect(tiny.write(tmp_path / "w4a16", weight_only)).refusal
+    only_weights = tiny.without(layer.tensors(), lambda name: name.endswith("input_scale"))
+    all_w4a16 = inspect(tiny.write(tmp_path / "w4a16", only_weights))
+    assert "W4A16" in all_w4a16.refusal
+    assert [found.status for found in all_w4a16.layers] == ["cannot be prepared"]
+    assert "passes through" not in inspection_text(all_w4a16)
     dense = inspect(tiny.write(tmp_path / "dense", {"model.norm.weight": torch.ones(4)}))
     assert dense.layers == ()
     assert dense.refusal
 
 
+def weight_only(path: str) -> tiny.Tensors:
+    return tiny.without(tiny.TinyLayer(path=path).tensors(), lambda name: name.endswith("input_scale"))
+
+
+def test_layers_pass_through_only_where_others_are_prepared(tmp_path: Path) -> None:
+    whole = tiny.TinyLayer(path="model.layers.1.mlp.experts").tensors()
+    mixed = inspect(tiny.write(tmp_path / "mixed", whole | weight_only("model.layers.2.mlp.experts")))
+    assert mixed.refusal == ""
+    assert [layer.status for layer in mixed.layers] == ["passes through", "can be prepared"]
+    incomplete = tiny.without(whole, lambda name: name.endswith(".1.up_proj.weight_scale"))
+    refused = inspect(tiny.write(tmp_path / "refused", incomplete | weight_only("model.layers.2.mlp.experts")))
+    assert refused.refusal
+    assert {layer.status for layer in refused.layers} == {"refused", "cannot be prepared"}
+
+
+def test_without_a_gate_nothing_is_said_of_gate_and_up(tmp_path: Path) -> None:
+    tensors = tiny.TinyLayer(names=("up_proj", "down_proj")).tensors()
+    source = tiny.write(tmp_path / "source", tensors, tiny.config(hidden_act="relu2"))
+    found = inspect(source)
+    assert (found.layers[0].status, found.layers[0].differing) == ("can be prepared", None)
+    made = convert(source, tmp_path / "out")
+    prepared = inspect(tmp_path / "out")
+    assert prepared.layers[0].differing is None
+    new = relayout(tmp_path / "out", tmp_path / "wide", moe_tp=2)
+    assert new.manifest.options.moe_tp == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    shown = [inspection_text(found), inspection_text(prepared), plan_text(plan(source)), card]
+    for text in shown:
+        assert "gate/up" not in text and "gate and up" not in text.lower()
+    assert len(made.manifest.layers) == 1
+
+
+def test_plurals_and_spans(tmp_path: Path) -> None:
+    tensors = tiny.TinyLayer(path="model.layers.1.mlp.experts").tensors()
+    tensors |= tiny.TinyLayer(path="model.layers.3.mlp.experts").tensors()
+    source = tiny.write(tmp_path / "source", tensors)
+    text = plan_text(plan(source))
+    assert "in 1 shard\n" in text and "2 MoE layers to prepare" in text
+    assert "layers 1,3: E 3" in text
+    assert "passes   0 other tensors, 0 other files" in text
+    assert ", 1 safetensors file, " in inspection_text(inspect(source))
+    assert [spans(numbers) for numbers in ([], [4], [3, 1, 2], [1, 2, 2, 7])] == ["", "4", "1-3", "1-2,7"]
+    assert (count(1, "file"), count(0, "file"), count(2, "file")) == ("1 file", "0 files", "2 files")
+
+
 def test_differing_scales_are_counted(tmp_path: Path) -> None:
-    for differing, count in ((False, 0), (True, 3)):
+    for differing, number in ((False, 0), (True, 3)):
         tensors = tiny.TinyLayer(differing=differing).tensors()
-        assert inspect(tiny.write(tmp_path / str(differing), tensors)).layers[0].differing == count
+        assert inspect(tiny.write(tmp_path / str(differing), tensors)).layers[0].differing == number
 
 
 def test_hub_cache_snapshot(sample_source: Path, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
         assert f"experts {check['experts']}" in text
     assert "nvfp4-prep restore" in text
     assert "vllm serve" in text
+    assert "pip install" not in text  # nothing is published on PyPI
     assert yaml.safe_load(text.split("---")[1])["tags"]
 
 

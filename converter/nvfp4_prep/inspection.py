@@ -9,8 +9,10 @@ from typing import Any
 from nvfp4_prep.activation import Activation, find_activation
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.index import read_index
+from nvfp4_prep.find_layers import LayerFinding
+from nvfp4_prep.index import CheckpointIndex, read_index
 from nvfp4_prep.manifest import MANIFEST
+from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepared import PreparedCheckpoint
@@ -27,13 +29,15 @@ class InspectedLayer:
 
     Attributes:
         experts_path: module path.
-        status: ``can be prepared``, ``prepared``, ``passes through`` or ``refused``.
+        status: ``can be prepared``; ``prepared``; ``passes through``: convert leaves it as it is (or has left it) while
+            it prepares others; ``refused``: the reason for which convert would refuse the checkpoint; ``cannot be
+            prepared``: it would pass through, but there is nothing to prepare or something is refused.
         reason: why not, where not.
         experts, intermediate, hidden: E, I and H, where known.
         gated: gate and up, or up alone.
         format: quantization format.
         activation: kind, and limit where it is clamped.
-        differing: experts whose gate and up global scales differ.
+        differing: experts whose gate and up global scales differ; ``None`` where there is no gate.
         tp_sizes: tensor-parallel sizes that the prepared layer serves (or would, with the default options).
         gate_up_figures: of a prepared layer, what bringing differing scales together cost.
     """
@@ -106,57 +110,113 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
 def _inspect_source(source: Source, path: str) -> Inspection:
     index = read_index(source)
     found = classify_layers(index)
-    layers = [
-        InspectedLayer(
-            other.experts_path,
-            "refused" if other.refused else "passes through",
-            f"{other.reason}. {other.instead}" if other.refused else other.reason,
-        )
-        for other in found.others
-    ]
-    for layer in found.layers:
-        layout = ConvertOptions().layout_for(gated=layer.gated)
-        try:
-            differing: int | None = len(read_scalars(source, [layer])[0].differing)
-            status, reason = "can be prepared", ""
-            layout.check(layer.dims)
-        except (NvfpPrepError, ValueError) as error:
-            status, reason, differing = "refused", str(error), None
-        layers.append(
-            InspectedLayer(
-                layer.experts_path,
-                status,
-                reason,
-                layer.dims.experts,
-                layer.dims.intermediate,
-                layer.dims.hidden,
-                layer.gated,
-                layer.format,
-                _activation_text(find_activation(index.config, gated=layer.gated, layer=layer.index)),
-                differing,
-                layout.tp_sizes(layer.dims),
-            )
-        )
-    refusal = ""
-    try:
-        make_plan(source)
-    except NvfpPrepError as error:
-        refusal = str(error)
+    refusal = _refusal(source)
+    others = [_other(finding, refused=bool(refusal)) for finding in found.others]
+    layers = [_preparable(source, layer, index) for layer in found.layers]
     configs = quantization_configs(index.config, index.hf_quant_config)
-    architectures = index.config.get("architectures")
     return Inspection(
+        **_facts(index),
         path=path,
         prepared=False,
-        model_type=str(index.config.get("model_type", "")),
-        architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         quantization=_short(next(iter(configs.values()), {})),
-        layers=tuple(layers),
-        tensors=len(index.tensors),
-        shards=len(index.headers),
-        nbytes=sum(header.file_nbytes for header in index.headers.values()),
+        layers=(*others, *layers),
         left_out=index.left_out,
         refusal=refusal,
     )
+
+
+def _refusal(source: Source) -> str:
+    """What convert would say with its default options; empty if it would convert."""
+    try:
+        make_plan(source)
+    except NvfpPrepError as error:
+        return str(error)
+    return ""
+
+
+def _other(finding: LayerFinding, *, refused: bool) -> InspectedLayer:
+    """A layer that is not prepared, of a checkpoint that convert refuses or not."""
+    if finding.refused:
+        status, reason = "refused", f"{finding.reason}. {finding.instead}"
+    else:
+        status, reason = "cannot be prepared" if refused else "passes through", finding.reason
+    return InspectedLayer(experts_path=finding.experts_path, status=status, reason=reason)
+
+
+def _preparable(source: Source, layer: MoeLayer, index: CheckpointIndex) -> InspectedLayer:
+    layout = ConvertOptions().layout_for(gated=layer.gated)
+    status, reason, differing = "can be prepared", "", None
+    try:
+        scalars = read_scalars(source, [layer])[0]
+        layout.check(layer.dims)
+        differing = len(scalars.differing) if layer.gated else None
+    except (NvfpPrepError, ValueError) as error:
+        status, reason = "refused", str(error)
+    return InspectedLayer(
+        **_shape(layer),
+        status=status,
+        reason=reason,
+        activation=_activation_text(find_activation(index.config, gated=layer.gated, layer=layer.index)),
+        differing=differing,
+        tp_sizes=layout.tp_sizes(layer.dims),
+    )
+
+
+def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
+    with checkpoint as opened:
+        manifest = opened.manifest
+        layers = tuple(
+            InspectedLayer(
+                **_shape(record.layer),
+                status="prepared",
+                activation=_activation_text(record.activation),
+                differing=record.gate_up.differing if record.layer.gated else None,
+                tp_sizes=record.tp_sizes,
+                gate_up_figures=dict(record.gate_up.figures),
+            )
+            for record in manifest.layers
+        )
+        passed = tuple(
+            InspectedLayer(experts_path=where, status="passes through", reason=reason)
+            for where, reason in manifest.passed.items()
+        )
+        return Inspection(
+            **_facts(read_index(opened.files)),
+            path=str(opened.path),
+            prepared=True,
+            quantization=_short(next(iter(manifest.quantization.values()), {})),
+            layers=layers + passed,
+            prepared_as={
+                "options": manifest.options.to_dict(),
+                "tool_version": manifest.tool_version,
+                "source": manifest.source,
+                "revision": manifest.revision,
+                "tp_sizes": list(manifest.tp_sizes),
+            },
+        )
+
+
+def _facts(index: CheckpointIndex) -> dict[str, Any]:
+    """What is read in the same way of every checkpoint."""
+    architectures = index.config.get("architectures")
+    return {
+        "model_type": str(index.config.get("model_type", "")),
+        "architectures": tuple(map(str, architectures)) if isinstance(architectures, list) else (),
+        "tensors": len(index.tensors),
+        "shards": len(index.headers),
+        "nbytes": sum(header.file_nbytes for header in index.headers.values()),
+    }
+
+
+def _shape(layer: MoeLayer) -> dict[str, Any]:
+    return {
+        "experts_path": layer.experts_path,
+        "experts": layer.dims.experts,
+        "intermediate": layer.dims.intermediate,
+        "hidden": layer.dims.hidden,
+        "gated": layer.gated,
+        "format": layer.format,
+    }
 
 
 def _activation_text(activation: Activation) -> str:
@@ -169,46 +229,3 @@ def _short(config: dict[str, Any]) -> dict[str, Any]:
     flat = {**config, **nested} if isinstance(nested, dict) else dict(config)
     keys = ("quant_method", "quant_algo", "format", "group_size", "kv_cache_quant_algo", "producer")
     return {key: flat[key] for key in keys if key in flat}
-
-
-def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
-    with checkpoint as opened:
-        manifest = opened.manifest
-        layers = tuple(
-            InspectedLayer(
-                record.layer.experts_path,
-                "prepared",
-                "",
-                record.layer.dims.experts,
-                record.layer.dims.intermediate,
-                record.layer.dims.hidden,
-                record.layer.gated,
-                record.layer.format,
-                _activation_text(record.activation),
-                record.gate_up.differing,
-                record.tp_sizes,
-                dict(record.gate_up.figures),
-            )
-            for record in manifest.layers
-        )
-        passed = tuple(InspectedLayer(where, "passes through", reason) for where, reason in manifest.passed.items())
-        index = read_index(opened.files)
-        architectures = index.config.get("architectures")
-        return Inspection(
-            path=str(opened.path),
-            prepared=True,
-            model_type=str(index.config.get("model_type", "")),
-            architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
-            quantization=_short(next(iter(manifest.quantization.values()), {})),
-            layers=layers + passed,
-            tensors=len(index.tensors),
-            shards=len(index.headers),
-            nbytes=sum(header.file_nbytes for header in index.headers.values()),
-            prepared_as={
-                "options": manifest.options.to_dict(),
-                "tool_version": manifest.tool_version,
-                "source": manifest.source,
-                "revision": manifest.revision,
-                "tp_sizes": list(manifest.tp_sizes),
-            },
-        )

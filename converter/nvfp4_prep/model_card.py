@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # a dependency of huggingface-hub, which reads the front matter with it too
 
 from nvfp4_prep.manifest import LayerRecord, Manifest
-from nvfp4_prep.units import format_nbytes
+from nvfp4_prep.units import count, format_nbytes, spans
 
 __all__ = ["front_matter", "make_model_card"]
 
@@ -95,10 +95,11 @@ def _head(manifest: Manifest) -> Iterator[str]:
 def _what(manifest: Manifest) -> Iterator[str]:
     options, layouts = manifest.options, {layer.layout for layer in manifest.layers}
     alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
+    gate_up = f"gate/up block {options.gate_up_block}, " if any(layer.layer.gated for layer in manifest.layers) else ""
     rows = [
         ("source", f"{manifest.source}" + (f" at commit `{manifest.revision}`" if manifest.revision else "")),
         ("made by", f"nvfp4-prep {manifest.tool_version}"),
-        ("layout", f"`{options.layout.value}`, gate/up block {options.gate_up_block}, scale swizzle 128x4"),
+        ("layout", f"`{options.layout.value}`, {gate_up}block scales in tiles of 128x4"),
         ("padding", "; ".join(f"hidden to {hidden}, intermediate to {inter}" for hidden, inter in alignment)),
         ("tensor parallel", ", ".join(map(str, manifest.tp_sizes)) or "no size that all layers serve"),
         *(("layers", text) for text in _layers(manifest.layers)),
@@ -124,14 +125,12 @@ def _layers(layers: tuple[LayerRecord, ...]) -> Iterator[str]:
     def shape(record: LayerRecord) -> tuple[object, ...]:
         return (record.layer.dims, record.layer.gated, record.activation.spelled)
 
-    for (dims, gated, activation), members in groupby(layers, key=shape):
+    for (_, gated, activation), members in groupby(layers, key=shape):
         run = list(members)
-        first, last = run[0].layer.index, run[-1].layer.index
-        span = f"layer {first}" if len(run) == 1 else f"{len(run)} layers from {first} to {last}"
-        dims = run[0].layer.dims
+        dims, numbers = run[0].layer.dims, spans(record.layer.index for record in run)
         yield (
-            f"{span}: {dims.experts} {'gated' if gated else 'non-gated'} experts, intermediate {dims.intermediate},"
-            f" hidden {dims.hidden}, {activation}"
+            f"{count(len(run), 'layer')} ({numbers}): {dims.experts} {'gated' if gated else 'non-gated'} experts,"
+            f" intermediate {dims.intermediate}, hidden {dims.hidden}, {activation}"
         )
 
 
@@ -144,10 +143,11 @@ def _scales(manifest: Manifest) -> Iterator[str]:
     yield "## Gate and up scales"
     yield ""
     yield (
-        f"In {differing} experts the gate and up projections have different global scales (up to a factor of"
+        f"In {count(differing, 'expert')} the gate and up projections have different global scales (up to a factor of"
         f" {worst:.6g}), and the kernel takes one. Policy `{manifest.options.gate_up_scales.value}`: "
         + (
-            f"the block scales of one side were rescaled in {reconciled} experts; the originals are kept for restore."
+            f"the block scales of one side were rescaled in {count(reconciled, 'expert')}; the originals are kept for"
+            " restore."
             if reconciled
             else "gate's is used for both, as vLLM does."
         )
@@ -159,7 +159,7 @@ def _scales(manifest: Manifest) -> Iterator[str]:
         rounded = sum(int(figure.get("rounded", 0)) for figure in figures)
         underflowed = sum(int(figure.get("underflowed", 0)) for figure in figures)
         yield (
-            f"{rounded} block scales had to be rounded, {underflowed} of them to zero, the others by at most"
+            f"{count(rounded, 'block scale')} had to be rounded, {underflowed} of them to zero, the others by at most"
             f" {max(worst_relative):.3g} of their value."
         )
         yield ""
@@ -172,12 +172,8 @@ def _verified(manifest: Manifest) -> Iterator[str]:
         figures = _figures(check)
         yield f"- {check.get('check')}: {check.get('result')}" + (f" ({figures})" if figures else "")
     rescaled = any(layer.gate_up.reconciled for layer in manifest.layers)
-    weights = (
-        "The weights are the source's, but for the rescaled block scales above"
-        if rescaled
-        else ("The weights are the source's")
-    )
-    yield f"- not measured here: the model's quality. {weights}; see the source's card."
+    but = ", but for the rescaled block scales above" if rescaled else ""
+    yield f"- not measured here: the model's quality. The weights are the source's{but}; see the source's card."
     yield ""
 
 
@@ -195,7 +191,7 @@ def _use(manifest: Manifest) -> Iterator[str]:
     yield from (
         "## Serve",
         "",
-        "    pip install nvfp4-prep        # beside vLLM: its plugin reads these files; plain vLLM refuses them",
+        "    # nvfp4-prep must be installed beside vLLM: its plugin reads these files, plain vLLM refuses them",
         f"    vllm serve <this repository> --tensor-parallel-size {sizes[-1] if sizes else 1}",
         "",
         "Needs a GPU for which vLLM has FlashInfer's CuteDSL MoE backend (Blackwell, sm_100).",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.plan_data import FileKind, Plan
-from nvfp4_prep.units import format_nbytes
+from nvfp4_prep.units import count, format_nbytes, spans
 from nvfp4_prep.verification import VerifyReport
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
 
@@ -20,6 +20,7 @@ _COMMON_TP_SIZES = (1, 2, 4, 8)
 __all__ = [
     "inspection_text",
     "inspection_value",
+    "layout_text",
     "plan_text",
     "plan_value",
     "relative_error_text",
@@ -76,21 +77,23 @@ def plan_text(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = 
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
     expert_tensors = sum(len(group.records) for item in plan.layers for group in item.layer.groups)
+    gated = any(item.layer.gated for item in plan.layers)
     lines = [
         f"source   {plan.source_label}{'@' + plan.source_revision if plan.source_revision else ''}: "
-        f"{format_nbytes(plan.source_nbytes)} in {len(plan.index.headers)} shards",
-        f"layout   {plan.options.layout.value}, gate/up block {plan.options.gate_up_block}, gate/up scales"
-        f" {plan.options.gate_up_scales.value}, moe-tp {plan.options.moe_tp}",
-        f"layers   {len(plan.layers)} MoE layers to prepare, {expert_tensors} expert tensors become"
+        f"{format_nbytes(plan.source_nbytes)} in {count(len(plan.index.headers), 'shard')}",
+        f"layout   {layout_text(plan.options.to_dict(), gated=gated)}",
+        f"layers   {count(len(plan.layers), 'MoE layer')} to prepare, {count(expert_tensors, 'expert tensor')} become"
         f" {8 * len(plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
     lines += [f"TP       {line}" for line in tp_lines((item.layout, item.layer.dims) for item in plan.layers)]
-    lines += [f"passes   {passed} other tensors, {len(plan.side_files)} other files"]
+    lines += [f"passes   {count(passed, 'other tensor')}, {count(len(plan.side_files), 'other file')}"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
     lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
     lines += [
-        f"writes   {kinds[kind]} {kind.value} files, {format_nbytes(sizes[kind])}" for kind in FileKind if kinds[kind]
+        f"writes   {count(kinds[kind], f'{kind.value} file')}, {format_nbytes(sizes[kind])}"
+        for kind in FileKind
+        if kinds[kind]
     ]
     lines += [
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
@@ -122,14 +125,20 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
         inter, hidden = first.layout.padded_intermediate(dims.intermediate), first.layout.padded_hidden(dims.hidden)
         padding = "" if (inter, hidden) == (dims.intermediate, dims.hidden) else f", padded to I {inter}, H {hidden}"
         differing = len(first.scalars.differing)
-        span = _span([item.layer.index for item in members])
         yield (
-            f"{span}: E {dims.experts}, I {dims.intermediate}, H {dims.hidden},"
+            f"{_layers(item.layer.index for item in members)}: E {dims.experts}, I {dims.intermediate},"
+            f" H {dims.hidden},"
             f" {'gated' if first.layer.gated else 'not gated'}, {first.layer.format}{padding},"
             f" {format_nbytes(first.prepared_nbytes)} each, serves TP"
             f" {', '.join(map(str, first.layout.tp_sizes(dims)))}"
-            + (f", gate/up scales differ in {differing} experts" if differing else "")
+            + (f", gate/up scales differ in {count(differing, 'expert')}" if differing else "")
         )
+
+
+def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
+    """Conversion options as the manifest has them; what concerns gate and up only where there is a gate."""
+    gate_up = f"gate/up block {options['gate_up_block']}, gate/up scales {options['gate_up_scales']}, " if gated else ""
+    return f"{options['layout']}, {gate_up}moe-tp {options['moe_tp']}"
 
 
 def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
@@ -146,8 +155,9 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
             yield f"cannot serve {size}: {error}"
 
 
-def _span(numbers: Sequence[int]) -> str:
-    return f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}"
+def _layers(numbers: Iterable[int]) -> str:
+    text = spans(numbers)
+    return f"layer {text}" if text.isdigit() else f"layers {text}"
 
 
 def inspection_value(found: Inspection) -> dict[str, Any]:
@@ -161,7 +171,7 @@ def inspection_text(found: Inspection) -> str:
     lines = [
         f"{found.path}: {'prepared' if found.prepared else 'source'} checkpoint,"
         f" {', '.join(found.architectures) or found.model_type or 'unknown model'}",
-        f"{found.tensors} tensors, {found.shards} safetensors files, {format_nbytes(found.nbytes)}",
+        f"{count(found.tensors, 'tensor')}, {count(found.shards, 'safetensors file')}, {format_nbytes(found.nbytes)}",
         f"quantization: {quantization or 'none in the config'}",
     ]
     if found.prepared:
@@ -169,8 +179,7 @@ def inspection_text(found: Inspection) -> str:
         lines += [
             f"prepared by nvfp4-prep {made['tool_version']} from {made['source']}"
             + (f" at {made['revision']}" if made["revision"] else ""),
-            f"layout {options['layout']}, gate/up block {options['gate_up_block']}, gate/up scales"
-            f" {options['gate_up_scales']}, moe-tp {options['moe_tp']}",
+            f"layout {layout_text(options, gated=any(layer.gated for layer in found.layers))}",
             f"serves tensor-parallel sizes {', '.join(map(str, made['tp_sizes'])) or 'none in common'}",
         ]
     lines += [_inspected_line(layer) for layer in found.layers]
@@ -187,7 +196,9 @@ def _inspected_line(layer: InspectedLayer) -> str:
         text += f", {'gated' if layer.gated else 'not gated'} {layer.activation}"
         if layer.differing is not None:
             text += (
-                ", gate/up scales agree" if not layer.differing else f", gate/up differ in {layer.differing} experts"
+                f", gate/up scales differ in {count(layer.differing, 'expert')}"
+                if layer.differing
+                else ", gate/up scales agree"
             )
         text += f", TP {', '.join(map(str, layer.tp_sizes))}"
         if "relative_error" in layer.gate_up_figures:
@@ -205,7 +216,7 @@ def verify_text(report: VerifyReport) -> str:
     lines = [f"checked {line}" for line in report.checks]
     lines += [f"WRONG {problem}" for problem in report.problems[:50]]
     if len(report.problems) > 50:
-        lines.append(f"… and {len(report.problems) - 50} more problems")
-    state = "verified" if report.ok else f"NOT what it claims to be: {len(report.problems)} problems"
+        lines.append(f"… and {count(len(report.problems) - 50, 'more problem')}")
+    state = "verified" if report.ok else f"NOT what it claims to be: {count(len(report.problems), 'problem')}"
     lines.append(f"{report.path}: {state} ({report.depth}, {format_nbytes(report.checked_nbytes)} read)")
     return "\n".join(lines)

@@ -23,9 +23,9 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def count(number: int, what: str, *, plural: str | None = None) -> str:
-    """``1 file``, ``2 files``; the plural is given where it is more than an s."""
-    return f"{number} {what if number == 1 else plural or what + 's'}"
+def count(number: int, what: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -34,7 +34,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
 def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
     from nvfp4_prep.reporting import relative_error_text, tp_lines
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.units import count, format_nbytes
 
     manifest = result.manifest
     if pushed is not None:
@@ -43,8 +43,8 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
         say(_complete_text(target, source))
         return
     lines = [
-        f"{result.path}: {len(manifest.layers)} MoE layers prepared, {format_nbytes(result.written_nbytes)} written"
-        f"{' (continued)' if result.resumed else ''}",
+        f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
+        f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
         *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
     ]
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
@@ -55,7 +55,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
             key=lambda errors: float(errors[policy]),
         )
         lines.append(
-            f"gate/up global scales differed in {differing} experts ({policy}); worst layer's"
+            f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
             f" {relative_error_text(worst)}"
         )
     lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
@@ -71,13 +71,13 @@ def warn_of_policy(result: ConvertResult) -> None:
 
 def say_part(part: PartResult, layers: str, source: str, target: Path) -> None:
     """One machine's part, for people."""
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.units import count, format_nbytes
 
     if part.joined:
         say(_complete_text(target, source))
         return
     say(
-        f"{part.path}: part of {len(part.layers)} MoE layers ({layers}), {format_nbytes(part.written_nbytes)}"
+        f"{part.path}: part of {count(len(part.layers), 'MoE layer')} ({layers}), {format_nbytes(part.written_nbytes)}"
         f" written{' (continued)' if part.resumed else ''}"
     )
     hint(f"next, when all parts are made: {shell_line('convert', source, target, '--join')}")

@@ -15,7 +15,8 @@ __all__ = ["inspect"]
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it.
 
-    Reads headers and scalars only. CHECKPOINT is a directory or a Hub id.
+    Reads headers and scalars only. CHECKPOINT is a directory or a Hub id. What convert would refuse is described, not
+    refused: the exit code is 0 then too, and --json has the reason as "refusal".
 
     \b
     nvfp4-prep inspect ./DeepSeek-NVFP4

@@ -63,10 +63,10 @@ def push(
 
 
 def say_pushed(pushed: PushResult) -> None:
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.units import count, format_nbytes
 
     say(
-        f"{pushed.page}: {pushed.files} files, {format_nbytes(pushed.nbytes)}, compared with the manifest"
+        f"{pushed.page}: {count(pushed.files, 'file')}, {format_nbytes(pushed.nbytes)}, compared with the manifest"
         f" at commit {pushed.commit}"
     )
     say(f"serve it: {pushed.serve}")

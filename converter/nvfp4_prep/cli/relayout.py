@@ -40,8 +40,8 @@ def relayout(
     """
     from nvfp4_prep import new_layout
     from nvfp4_prep.options import LayoutName
-    from nvfp4_prep.reporting import tp_lines
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.reporting import layout_text, tp_lines
+    from nvfp4_prep.units import count, format_nbytes
 
     result = new_layout.relayout(
         checkpoint,
@@ -53,15 +53,16 @@ def relayout(
         progress=make_progress(quiet),
         restart=restart,
     )
-    options, sizes = result.manifest.options.to_dict(), result.manifest.tp_sizes
+    layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
         say(to_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
         return
     say(
-        f"{result.path}: {len(result.manifest.layers)} MoE layers in layout {options['layout']}, gate/up block"
-        f" {options['gate_up_block']}, moe-tp {options['moe_tp']}, {format_nbytes(result.written_nbytes)} written"
+        f"{result.path}: {count(len(layers), 'MoE layer')} in layout"
+        f" {layout_text(options, gated=any(record.layer.gated for record in layers))},"
+        f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}"
     )
-    for line in tp_lines((record.layout, record.layer.dims) for record in result.manifest.layers):
+    for line in tp_lines((record.layout, record.layer.dims) for record in layers):
         say(line)
     say_next("verify", target)

@@ -24,11 +24,14 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     nvfp4-prep restore ./out ./back
     """
     from nvfp4_prep import restoration
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep.units import count, format_nbytes
 
     result = restoration.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
         say(to_json({**value, "resumed": result.resumed}))
         return
-    say(f"{result.path}: {result.tensors} tensors restored, {format_nbytes(result.written_nbytes)} written")
+    say(
+        f"{result.path}: {count(result.tensors, 'tensor')} restored, {format_nbytes(result.written_nbytes)} written"
+        f"{' (continued)' if result.resumed else ''}"
+    )

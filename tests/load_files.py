@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from nvfp4_prep.activation import Activation, ActivationKind
-from nvfp4_prep.load.catalog import SCALE_VECTORS
 from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, LayoutName
-from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 from moe_cases import Layer, random_layer
 from mutations import MUTATIONS, PADDING_MUTATIONS
-from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, compare, run_layer
+from nvfp4_prep.smoke.figures import compare
+from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport
 from nvfp4_prep.smoke.tokens import random_tokens, routings
 from nvfp4_prep_kernels import MoeDims, MoeLayout

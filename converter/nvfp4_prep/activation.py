@@ -8,9 +8,11 @@ read in vLLM 0.33's model files; each entry names them.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from nvfp4_prep.model_config import text_configs
 
 __all__ = ["Activation", "ActivationKind", "alternating_stacks", "find_activation"]
 
@@ -42,7 +44,6 @@ class Activation:
     clamp: float | None = None
 
 
-_NESTED = ("text_config", "llm_config", "language_config")
 _KEYS = ("mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "act_fn")
 _KINDS = {
     "silu": ActivationKind.SILU,
@@ -81,12 +82,9 @@ def find_activation(config: Mapping[str, Any], *, gated: bool, layer: int = 0) -
     model_types = _model_types(config)
     kind = next((_IN_CODE[model_type] for model_type in model_types if model_type in _IN_CODE), kind)
     limit = _limit(config, layer)
-    if (
-        kind is ActivationKind.SILU
-        and limit is not None
-        and any(kind_.startswith(_STEP_TYPES) for kind_ in model_types)
-    ):
-        return Activation(ActivationKind.SWIGLUSTEP, spelled, limit)
+    is_step = any(model_type.startswith(_STEP_TYPES) for model_type in model_types)
+    if is_step and kind is ActivationKind.SILU and limit is not None:
+        kind = ActivationKind.SWIGLUSTEP
     return Activation(kind, spelled, limit)
 
 
@@ -105,7 +103,7 @@ def alternating_stacks(config: Mapping[str, Any]) -> bool | None:
 
 
 def _spelled(config: Mapping[str, Any], gated: bool) -> tuple[ActivationKind, str]:
-    for part in _text_configs(config):
+    for part in text_configs(config):
         for key in _KEYS:
             spelled = part.get(key)
             if isinstance(spelled, str):
@@ -114,20 +112,12 @@ def _spelled(config: Mapping[str, Any], gated: bool) -> tuple[ActivationKind, st
     return ActivationKind.SILU if gated else ActivationKind.UNKNOWN, ""
 
 
-def _text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for key in _NESTED:
-        nested = config.get(key)
-        if isinstance(nested, Mapping):
-            yield nested
-    yield config
-
-
 def _model_types(config: Mapping[str, Any]) -> list[str]:
-    return [str(part["model_type"]).lower() for part in _text_configs(config) if part.get("model_type")]
+    return [str(part["model_type"]).lower() for part in text_configs(config) if part.get("model_type")]
 
 
 def _limit(config: Mapping[str, Any], layer: int) -> float | None:
-    for part in _text_configs(config):
+    for part in text_configs(config):
         for key in _LAYER_LIMITS:
             limits = part.get(key)
             if isinstance(limits, list) and layer < len(limits):

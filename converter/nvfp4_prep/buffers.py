@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 
 import torch
 
-__all__ = ["PAGE_NBYTES", "address_of", "byte_view", "empty_bytes", "same_bytes"]
+__all__ = ["PAGE_NBYTES", "address_of", "byte_view", "crc32_each", "empty_bytes", "same_bytes"]
 
 
 PAGE_NBYTES = 4096
@@ -41,9 +42,14 @@ def address_of(view: memoryview) -> int:
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
 
 
+def crc32_each(experts: torch.Tensor) -> list[int]:
+    """The CRC-32 of each expert's bytes: ``uint8 [n, ...]``, contiguous, on the CPU."""
+    data, nbytes = byte_view(experts), experts[0].numel()
+    return [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(experts))]
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two ``uint8`` tensors of one shape are equal; compares words where it can, which is several times
-    faster."""
+    """Whether two ``uint8`` tensors of one shape are equal; by words where it can, which is several times faster."""
     if a.shape != b.shape or not (a.is_contiguous() and b.is_contiguous()) or a.numel() % 8:
         return torch.equal(a, b)
     if a.storage_offset() % 8 or b.storage_offset() % 8:

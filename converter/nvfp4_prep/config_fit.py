@@ -9,6 +9,7 @@ from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import CheckpointIndex
+from nvfp4_prep.model_config import text_configs
 from nvfp4_prep.moe_layers import MoeLayer
 
 __all__ = ["classify_layers", "fit_config"]
@@ -65,7 +66,7 @@ def _not_computed(layer: MoeLayer, config: Mapping[str, Any], *, refused: bool) 
 
 def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
     """A layer whose last experts are missing looks whole by its names; only the config knows better."""
-    said = {key: part[key] for part in _parts(config) for key in _COUNT_KEYS if type(part.get(key)) is int}
+    said = {key: part[key] for part in text_configs(config) for key in _COUNT_KEYS if type(part.get(key)) is int}
     if not said or layer.dims.experts >= min(said.values()):
         return None
     key = min(said, key=lambda key: said[key])
@@ -76,8 +77,3 @@ def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
         "Complete the download, or correct config.json.",
         True,
     )
-
-
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    nested = [config.get(key) for key in ("text_config", "llm_config", "language_config")]
-    return [config, *(part for part in nested if isinstance(part, Mapping))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
@@ -35,8 +36,7 @@ def copy_units(source: Source, ranges: Iterable[ByteRange], offset_bytes: int) -
 
 def _copy_unit(source: Source, ranges: tuple[ByteRange, ...], offset_bytes: int, nbytes: int) -> Unit:
     def work() -> UnitResult:
-        data = empty_bytes(nbytes)
-        view = byte_view(data)
+        view = byte_view(empty_bytes(nbytes))
         position = 0
         for part in ranges:
             source.read_into(part.file, part.offset_bytes, view[position : position + part.nbytes])
@@ -64,6 +64,6 @@ def values_job(file: OutputFile, values: dict[str, bytes]) -> FileJob:
     def units() -> Iterator[Unit]:
         for record in file.records:
             data = memoryview(values[record.name])
-            yield Unit(len(data), lambda data=data, at=record.offset_bytes: UnitResult(pieces=[(at, data)]))  # type: ignore[misc]
+            yield Unit(len(data), partial(UnitResult, [(record.offset_bytes, data)]))
 
     return FileJob(file.name, file.nbytes, file.header, units)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvfp4_prep.crew import Budget, Crew, Stopped, Turnstile
 from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.target import Target
@@ -38,9 +39,8 @@ class UnitResult:
     """What a unit made.
 
     Attributes:
-        pieces: bytes to write, with their offset in the file. In the file's order, without gaps, where the job has a
-        file
-            digest.
+        pieces: bytes to write, with their offset in the file. In the file's order and without gaps where the job wants
+            the file's digest.
         digests: bytes that go into the digest of that key.
         fact: JSON value for the job's result, in the order of the units.
     """
@@ -106,54 +106,6 @@ def default_threads() -> int:
     return min(16, len(os.sched_getaffinity(0)) + 1)
 
 
-class _Stopped(Exception):
-    """Another worker failed."""
-
-
-class _Turnstile:
-    """Lets numbers 0, 1, 2, … through one after the other."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self._next = 0
-        self._stop = stop
-        self._condition = threading.Condition()
-
-    def wait(self, number: int) -> None:
-        with self._condition:
-            while self._next != number:
-                if self._stop.is_set():
-                    raise _Stopped
-                self._condition.wait(0.2)
-
-    def leave(self) -> None:
-        with self._condition:
-            self._next += 1
-            self._condition.notify_all()
-
-
-class _Budget:
-    """Bytes that units in work may hold together; one unit may always start."""
-
-    def __init__(self, nbytes: int, stop: threading.Event) -> None:
-        self._limit = nbytes
-        self._held = 0
-        self._stop = stop
-        self._condition = threading.Condition()
-
-    def take(self, nbytes: int) -> None:
-        with self._condition:
-            while self._held and self._held + nbytes > self._limit:
-                if self._stop.is_set():
-                    raise _Stopped
-                self._condition.wait(0.2)
-            self._held += nbytes
-
-    def give(self, nbytes: int) -> None:
-        with self._condition:
-            self._held -= nbytes
-            self._condition.notify_all()
-
-
 class _Running:
     """A job in work."""
 
@@ -164,8 +116,8 @@ class _Running:
         self._work_nbytes = max(1, sum(unit.nbytes for unit in units))
         self._work_done = 0
         self._lock = threading.Lock()
-        self._in_turn = _Turnstile(stop)
-        self._out_turn = _Turnstile(stop)
+        self._in_turn = Turnstile(stop)
+        self._out_turn = Turnstile(stop)
         self._digests: dict[str, Any] = {}
         self._facts: list[Any] = []
         self._sha256 = hashlib.sha256(job.header) if job.digest else None
@@ -221,47 +173,6 @@ class _Running:
         return result
 
 
-class _Crew:
-    """Threads that are waited for by events of our own.
-
-    ``Thread.join`` that an interrupt breaks off takes a running thread for a stopped one (CPython issue 90882): files
-    would be closed under a worker that still writes.
-    """
-
-    def __init__(self, work: Callable[[], None], count: int) -> None:
-        self._work = work
-        self._ended = [threading.Event() for _ in range(count)]
-        self._threads = [
-            threading.Thread(target=self._run, args=(ended,), name=f"nvfp4-prep-{number}")
-            for number, ended in enumerate(self._ended)
-        ]
-
-    def _run(self, ended: threading.Event) -> None:
-        try:
-            self._work()
-        finally:
-            ended.set()
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def wait(self) -> None:
-        """Until all that were started have ended."""
-        for thread, ended in zip(self._threads, self._ended, strict=True):
-            while thread.ident is not None and not ended.wait(0.1):
-                pass
-
-    def wait_through_interrupts(self) -> None:
-        """The same, whatever a second Ctrl-C wants: workers end with the unit that they have in hand."""
-        while True:
-            try:
-                self.wait()
-                return
-            except KeyboardInterrupt:
-                continue
-
-
 @dataclass(frozen=True)
 class _Hooks:
     """See :func:`run_jobs`."""
@@ -277,7 +188,7 @@ class _Run:
         self.progress = progress
         self.hooks = hooks
         self.stop = threading.Event()
-        self.budget = _Budget(MEMORY_BUDGET_NBYTES, self.stop)
+        self.budget = Budget(MEMORY_BUDGET_NBYTES, self.stop)
         self.failure: BaseException | None = None
         self.open: list[_Running] = []
         self._dispatch = threading.Lock()
@@ -310,7 +221,7 @@ class _Run:
                     self._do(*item)
                 finally:
                     self.budget.give(_FOOTPRINT * item[2].nbytes)
-        except _Stopped:
+        except Stopped:
             return
         except BaseException as error:
             self.fail(error)
@@ -362,7 +273,7 @@ def run_jobs(
     run = _Run(target, progress or NoProgress(), _Hooks(on_done, before_file, on_stop))
     units = run.units(jobs)
     count = threads or default_threads()
-    crew = _Crew(lambda: run.work(units), count)
+    crew = Crew(lambda: run.work(units), count)
     try:
         crew.start()
         crew.wait()

@@ -27,8 +27,6 @@ from nvfp4_prep.working import working
 __all__ = ["Execution"]
 
 _CPU = torch.device("cpu")
-_SMALL_FILES_NBYTES = 64_000_000
-"""Room for manifest, configs and index beyond the planned files."""
 
 
 class Execution:
@@ -56,7 +54,7 @@ class Execution:
         order, at_once = made.shard_order(first), made.peak_shards_nbytes
         sizes = {file.name: file.nbytes for file in pending} | {file.name: file.nbytes for file in sides}
         room = self._sink.room_nbytes(sizes) + self._source.room_nbytes(order, at_once)
-        target.check_space(room + _SMALL_FILES_NBYTES)
+        target.check_space(room)
         self._shards.expect(order, at_once, first)
         total = made.output_nbytes
         with working(progress, "convert", total, total - needed):

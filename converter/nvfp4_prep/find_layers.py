@@ -21,7 +21,7 @@ from nvfp4_prep.layer_checks import (
     check_numbers,
     find_dims,
     is_transposed,
-    pass_,
+    pass_through,
     refuse,
 )
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
@@ -171,15 +171,17 @@ def _format_of(members: _Tensors, formats: Mapping[str, QuantFormat]) -> QuantFo
 
 def _other_kind(spelled: set[str], dtypes: set[str]) -> NotPrepared:
     if dtypes and dtypes <= set(_FLOATS):
-        return pass_(_FLOATS[min(dtypes)], f"experts are {', '.join(sorted(_FLOATS[kind] for kind in dtypes))}", _SERVE)
+        kinds = sorted(_FLOATS[kind] for kind in dtypes)
+        return pass_through(kinds[0], f"experts are {', '.join(kinds)}", _SERVE)
     if dtypes & _FP8:
         mx = dtypes & {"U8", "F8_E8M0"}
-        return pass_("mxfp8" if mx else "fp8", f"experts are {'MXFP8' if mx else 'FP8'}", _SERVE)
+        return pass_through("mxfp8" if mx else "fp8", f"experts are {'MXFP8' if mx else 'FP8'}", _SERVE)
     if "F8_E8M0" in dtypes or dtypes == {"U8"} or any("blocks" in spelling for spelling in spelled):
-        return pass_("mxfp4", "experts are MXFP4 (e8m0 scales of 32, no global scale)", _SERVE)
+        return pass_through("mxfp4", "experts are MXFP4 (e8m0 scales of 32, no global scale)", _SERVE)
     if dtypes & {"I32", "I8"}:
-        return pass_("integer", "experts are quantized to integers", _SERVE)
-    return pass_("unknown", f"experts are of an unknown kind (leaves {', '.join(sorted(spelled))[:200]})", _SERVE)
+        return pass_through("integer", "experts are quantized to integers", _SERVE)
+    leaves = ", ".join(sorted(spelled))[:200]
+    return pass_through("unknown", f"experts are of an unknown kind (leaves {leaves})", _SERVE)
 
 
 def _group(leaf: Leaf, entries: _Tensors, alternating: bool | None) -> TensorGroup:

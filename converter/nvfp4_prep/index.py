@@ -9,18 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvfp4_prep.errors import SourceError
+from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.source import Source, SourceFile
 
-__all__ = ["CONFIG", "HF_QUANT_CONFIG", "INDEX", "CheckpointIndex", "read_index", "read_json_file"]
+__all__ = [
+    "CONFIG",
+    "HF_QUANT_CONFIG",
+    "INDEX",
+    "README",
+    "WEIGHT_SUFFIXES",
+    "CheckpointIndex",
+    "read_index",
+    "read_json_file",
+]
 
 CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
+README = "README.md"
 _MAX_JSON_NBYTES = 256_000_000
 _NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
-_OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+"""Files of weights, in whatever format, end so."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,7 @@ def read_index(source: Source) -> CheckpointIndex:
             f"has no {CONFIG}", where=source.label, next_step="Give the directory of a Hugging Face checkpoint."
         )
     texts = {
-        name: _read_small(source, files[name])
-        for name in (CONFIG, HF_QUANT_CONFIG, INDEX, "README.md")
-        if name in files
+        name: _read_small(source, files[name]) for name in (CONFIG, HF_QUANT_CONFIG, INDEX, README) if name in files
     }
     shards, weight_map = _shards(files, texts.get(INDEX))
     headers = {name: source.header(name) for name in shards}
@@ -168,13 +178,12 @@ def _merge(headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | N
 
 
 def _side_files(files: Mapping[str, SourceFile], shards: list[str]) -> tuple[tuple[SourceFile, ...], tuple[str, ...]]:
-    replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, "README.md", "nvfp4_prep.json", *shards}
+    replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, README, MANIFEST, *shards}
     side, left_out = [], []
     for name, file in files.items():
         if name in replaced:
             continue
-        is_weights = name.endswith((".safetensors", ".safetensors.index.json", *_OTHER_WEIGHT_SUFFIXES))
-        if is_weights:
+        if name.endswith((*WEIGHT_SUFFIXES, ".safetensors.index.json")):
             left_out.append(name)
         else:
             side.append(file)

@@ -20,7 +20,7 @@ __all__ = [
     "check_numbers",
     "find_dims",
     "is_transposed",
-    "pass_",
+    "pass_through",
     "refuse",
 ]
 
@@ -38,7 +38,7 @@ def refuse(kind: str, reason: str, instead: str) -> NotPrepared:
     return NotPrepared(kind, reason, instead, refused=True)
 
 
-def pass_(kind: str, reason: str, instead: str) -> NotPrepared:
+def pass_through(kind: str, reason: str, instead: str) -> NotPrepared:
     """The layer is of another kind and passes through unchanged."""
     return NotPrepared(kind, reason, instead, refused=False)
 
@@ -84,7 +84,7 @@ def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, for
     wanted = (Projection.GATE, Projection.UP, Projection.DOWN) if gated else (Projection.UP, Projection.DOWN)
     have = {(projection, group.leaf): group for group in groups for projection in group.projections}
     if all(leaf is not Leaf.INPUT_SCALE for _, leaf in have):
-        raise pass_(
+        raise pass_through(
             "w4a16",
             "experts are weight-only NVFP4 (W4A16: no input scales), but the kernel quantizes activations too",
             "Serve the source as it is, or quantize the model again with activations (W4A4).",

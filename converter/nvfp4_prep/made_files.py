@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.index import CONFIG, INDEX, README
 from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
 from nvfp4_prep.model_card import make_model_card
 from nvfp4_prep.records import make_index
@@ -14,9 +14,8 @@ from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.structure import expected_config
 from nvfp4_prep.target import Target
 
-__all__ = ["MADE_FILES", "README", "write_made_files"]
+__all__ = ["MADE_FILES", "write_made_files"]
 
-README = "README.md"
 MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
 """In the order of writing: without the last two a directory is no checkpoint."""
 

@@ -66,7 +66,6 @@ class LayerRecord:
         gate_up: see :class:`GateUpRecord`.
         source_sha256: by group key, the digest of the source tensors' bytes in the order of the experts.
         expert_crc32: for each of the four tensors, one CRC-32 for each expert's stored bytes.
-        tp_sizes: tensor-parallel sizes that can be served bit-exactly.
     """
 
     layer: MoeLayer

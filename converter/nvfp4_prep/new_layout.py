@@ -8,16 +8,14 @@ every tensor file.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nvfp4_prep import __version__
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep.buffers import byte_view, crc32_each
 from nvfp4_prep.conversion import check_apart
 from nvfp4_prep.copying import side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
@@ -27,19 +25,16 @@ from nvfp4_prep.manifest import FileRecord, LayerRecord, Manifest
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile
 from nvfp4_prep.planning import check_batched, layer_files
-from nvfp4_prep.prepare import expert_chunks
+from nvfp4_prep.prepare import expert_chunks, prepare_and_prove
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import Problems
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.safetensors_io import TensorRecord
-from nvfp4_prep.structure import check_structure
+from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
 __all__ = ["RelayoutResult", "relayout"]
-
-_SMALL_FILES_NBYTES = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -85,14 +80,7 @@ def relayout(
     with PreparedCheckpoint(checkpoint) as opened:
         check_apart(opened.files, path)
         options = _new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))
-        problems = Problems()
-        check_structure(opened, problems)
-        if problems.found:
-            raise VerificationError(
-                f"is damaged: {problems.found[0]}",
-                where=str(checkpoint),
-                next_step="Run nvfp4-prep verify for all problems.",
-            )
+        require_sound(opened)
         made = _plan(opened, options)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
@@ -156,7 +144,7 @@ class _Relayout:
         target = self._target
         target.check_names([*self._files, *self._copied, *MADE_FILES])
         jobs: list[FileJob] = [
-            FileJob(file.name, file.nbytes, file.header, lambda file=file: self._units(file))  # type: ignore[misc]
+            FileJob(file.name, file.nbytes, file.header, partial(self._units, file))
             for name, file in self._files.items()
             if name not in target.done
         ]
@@ -166,7 +154,7 @@ class _Relayout:
             if name not in target.done
         ]
         needed = sum(job.nbytes for job in jobs)
-        target.check_space(needed + _SMALL_FILES_NBYTES)
+        target.check_space(needed)
         total = sum(file.nbytes for file in self._files.values())
         total += sum(copied.nbytes for copied in self._copied.values())
         with working(progress, "relayout", total, total - needed):
@@ -179,42 +167,27 @@ class _Relayout:
         for tensor, record in zip(file.tensors, file.records, strict=True):
             nbytes = new.layout.expert_nbytes(tensor, new.layer.dims)
             for chunk in expert_chunks(new.layer.dims.experts, nbytes):
-                yield Unit(
-                    len(chunk) * nbytes,
-                    lambda tensor=tensor, record=record, chunk=chunk: self._prepare(old, new, tensor, record, chunk),  # type: ignore[misc]
-                )
+                yield Unit(len(chunk) * nbytes, partial(self._prepare, old, new, tensor, record, chunk))
 
     def _prepare(
         self, old: LayerRecord, new: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range
     ) -> UnitResult:
         where = f"{new.layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
         stored = self._checkpoint.read_prepared(old, tensor, chunk)
-        for row, expert in enumerate(chunk):
-            if zlib.crc32(byte_view(stored[row])) != old.expert_crc32[tensor.value][expert]:
-                raise _damaged(f"bytes of expert {expert} differ from what was written", where)
+        for expert in self._checkpoint.damaged_experts(old, tensor, chunk, stored):
+            raise _damaged(f"bytes of expert {expert} differ from what was written", where)
         try:
             parts = old.layout.invert(tensor, stored, new.layer.dims)
             source = self._checkpoint.source_parts(old, tensor, chunk, stored)
         except ValueError as error:
             raise _damaged(str(error), where) from error
-        prepared = new.layout.apply(tensor, *parts).contiguous()
-        for before, after in zip(parts, new.layout.invert(tensor, prepared, new.layer.dims), strict=True):
-            if not torch.equal(before, after):
-                raise VerificationError(
-                    "the new layout does not turn back",
-                    where=where,
-                    next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
-                )
+        prepared = prepare_and_prove(new.layout, tensor, new.layer.dims, parts, where)
         raws = self._checkpoint.source_bytes(old, tensor, source)
-        data = byte_view(prepared)
-        nbytes = new.layout.expert_nbytes(tensor, new.layer.dims)
+        begin = record.offset_bytes + chunk.start * new.layout.expert_nbytes(tensor, new.layer.dims)
         return UnitResult(
-            pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
+            pieces=[(begin, byte_view(prepared))],
             digests=[(group.key, byte_view(raw)) for group, raw in raws],
-            fact={
-                "tensor": tensor.value,
-                "crc32": [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(chunk))],
-            },
+            fact={"tensor": tensor.value, "crc32": crc32_each(prepared)},
         )
 
     def _finish(self) -> Manifest:

@@ -24,10 +24,14 @@ from nvfp4_prep.scalars import LayerScalars
 from nvfp4_prep.source import SourceFile
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
-__all__ = ["SCALE_VECTORS", "FileKind", "LayerPlan", "OutputFile", "Plan"]
+__all__ = ["EXPERTS_PREFIX", "EXPERT_SCALES", "SOURCE_SCALES", "FileKind", "LayerPlan", "OutputFile", "Plan"]
 
-SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
-"""The float32 ``[E]`` tensors of a prepared layer."""
+EXPERTS_PREFIX = "experts-layer-"
+"""Files that hold the four big tensors of a layer begin so."""
+EXPERT_SCALES = "expert-scales.safetensors"
+"""The file of all layers' scale vectors (:data:`nvfp4_prep_kernels.SCALE_VECTORS`)."""
+SOURCE_SCALES = "source-scales.safetensors"
+"""The file of the source's scalars, for restore."""
 
 
 class FileKind(enum.StrEnum):

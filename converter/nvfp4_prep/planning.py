@@ -11,11 +11,19 @@ from nvfp4_prep.find_layers import FoundLayers, LayerFinding
 from nvfp4_prep.index import CheckpointIndex, read_index
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-from nvfp4_prep.plan_data import SCALE_VECTORS, FileKind, LayerPlan, OutputFile, Plan
+from nvfp4_prep.plan_data import (
+    EXPERT_SCALES,
+    EXPERTS_PREFIX,
+    SOURCE_SCALES,
+    FileKind,
+    LayerPlan,
+    OutputFile,
+    Plan,
+)
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
 from nvfp4_prep.source import Source
-from nvfp4_prep_kernels import LayoutError, PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan"]
 
@@ -36,7 +44,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     options = options or ConvertOptions()
     index = read_index(source)
     found = classify_layers(index)
-    refuse(source.label, index, found)
+    _check_supported(source.label, index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
@@ -56,7 +64,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     )
 
 
-def refuse(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
+def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
     """Raises :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
     nested = [index.config, *(value for value in index.config.values() if isinstance(value, Mapping))]
     stamped = [config.get("quantization_config") for config in nested]
@@ -135,7 +143,7 @@ def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
         parts = _split_tensors(plan)
         for number, tensors in enumerate(parts, 1):
             part = f"-part-{number:02d}-of-{len(parts):02d}" if len(parts) > 1 else ""
-            name = f"experts-layer-{labels[position]}{part}.safetensors"
+            name = f"{EXPERTS_PREFIX}{labels[position]}{part}.safetensors"
             specs = [
                 TensorSpec(
                     plan.layer.prepared_name(tensor),
@@ -237,8 +245,8 @@ def _scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
         if group.leaf.is_scalar
     ]
     return [
-        _file("expert-scales.safetensors", FileKind.EXPERT_SCALES, vectors, frozenset()),
-        _file("source-scales.safetensors", FileKind.SOURCE_SCALES, scalars, frozenset(), served=False),
+        _file(EXPERT_SCALES, FileKind.EXPERT_SCALES, vectors, frozenset()),
+        _file(SOURCE_SCALES, FileKind.SOURCE_SCALES, scalars, frozenset(), served=False),
     ]
 
 

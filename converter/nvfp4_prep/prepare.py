@@ -7,7 +7,6 @@ conversion before it is written. Peak memory of a unit: about four times its sou
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
+from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes, same_bytes
 from nvfp4_prep.device import apply_layout
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
@@ -24,9 +23,19 @@ from nvfp4_prep.moe_layers import TensorGroup
 from nvfp4_prep.plan_data import LayerPlan, OutputFile
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
-from nvfp4_prep_kernels import PreparedTensor, Projection
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
-__all__ = ["expert_chunks", "experts_job", "read_experts", "reconcile_expert", "source_block_scales_job"]
+__all__ = [
+    "arrange_experts",
+    "expert_chunks",
+    "experts_job",
+    "prepare_and_prove",
+    "read_experts",
+    "reconcile_expert",
+    "source_block_scales_job",
+]
+
+_CPU = torch.device("cpu")
 
 
 def expert_chunks(experts: int, expert_nbytes: int) -> Iterator[range]:
@@ -53,6 +62,39 @@ def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor
         return (raw.view(raw.shape[0], *group.shape[-2:]),)
     arranged = [group.arrange(row) for row in raw]
     return tuple(torch.stack(parts) for parts in zip(*arranged, strict=True))
+
+
+def prepare_and_prove(
+    layout: MoeLayout,
+    tensor: PreparedTensor,
+    dims: MoeDims,
+    parts: Sequence[torch.Tensor],
+    where: str,
+    device: torch.device = _CPU,
+) -> torch.Tensor:
+    """Applies a layout to some experts, and its inverse to the result.
+
+    Args:
+        layout, tensor, dims: what to make.
+        parts: one ``uint8 [n, rows, bytes per row]`` on the CPU for each of ``layout.projections(tensor)``.
+        where: for the error.
+        device: where the layout is applied; the inverse always runs on the CPU.
+
+    Returns:
+        ``uint8 [n, rows, bytes per row]`` on the CPU, contiguous.
+
+    Raises:
+        VerificationError: if the inverse does not give ``parts`` back.
+    """
+    prepared = apply_layout(layout, tensor, dims, parts, device)
+    for before, after in zip(parts, layout.invert(tensor, prepared, dims), strict=True):
+        if not same_bytes(before, after):
+            raise VerificationError(
+                "the inverse transform does not give the source bytes back",
+                where=where,
+                next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
+            )
+    return prepared
 
 
 def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch.device) -> FileJob:
@@ -98,19 +140,12 @@ def _prepare(
         errors = _measure_chunk(plan, parts, chunk, source)
     if tensor is PreparedTensor.W13_WEIGHT_SCALE:
         parts, reconciled = _reconcile_chunk(plan, parts, chunk)
-    prepared = apply_layout(layout, tensor, layer.dims, parts, device)
-    for before, after in zip(parts, layout.invert(tensor, prepared, layer.dims), strict=True):
-        if not same_bytes(before, after):
-            raise VerificationError(
-                "the inverse transform does not give the source bytes back",
-                where=f"{layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}",
-                next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
-            )
-    data = byte_view(prepared)
-    nbytes = layout.expert_nbytes(tensor, layer.dims)
-    crc32 = [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(chunk))]
+    where = f"{layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
+    prepared = prepare_and_prove(layout, tensor, layer.dims, parts, where, device)
+    begin = record.offset_bytes + chunk.start * layout.expert_nbytes(tensor, layer.dims)
+    crc32 = crc32_each(prepared)
     return UnitResult(
-        pieces=[(record.offset_bytes + chunk.start * nbytes, data)],
+        pieces=[(begin, byte_view(prepared))],
         digests=[(group.key, byte_view(raw)) for group, raw in zip(groups, raws, strict=True)],
         fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled, "errors": errors},
     )
@@ -178,6 +213,6 @@ def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -
     def units() -> Iterator[Unit]:
         nbytes = sum(group.expert_range(0, layer.dims.experts).nbytes for group in groups)
         for position, expert in enumerate(plan.reconciled):
-            yield Unit(nbytes, lambda position=position, expert=expert: work(position, expert))  # type: ignore[misc]
+            yield Unit(nbytes, partial(work, position, expert))
 
     return FileJob(file.name, file.nbytes, file.header, units)

@@ -10,7 +10,7 @@ from typing import Self
 
 import torch
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import TensorGroup
@@ -168,6 +168,15 @@ class PreparedCheckpoint:
         nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
         data = self.read(record, chunk.start * nbytes, len(chunk) * nbytes)
         return data.view(len(chunk), *layer.layout.expert_shape(tensor, layer.layer.dims))
+
+    def damaged_experts(
+        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor
+    ) -> list[int]:
+        """Those of some experts whose stored bytes, ``uint8 [len(chunk), rows, bytes per row]``, have another CRC-32
+        than when they were written."""
+        wanted = layer.expert_crc32[tensor.value][chunk.start : chunk.stop]
+        found = crc32_each(prepared)
+        return [expert for expert, want, have in zip(chunk, wanted, found, strict=True) if want != have]
 
     def scalars(self, layer: LayerRecord) -> LayerScalars:
         """The source's scalars of a layer.

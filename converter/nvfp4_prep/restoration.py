@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.conversion import check_apart
@@ -21,18 +19,16 @@ from nvfp4_prep.moe_layers import ByteRange, TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import Problems
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.records import make_index
 from nvfp4_prep.safetensors_io import TensorRecord, encode_header
-from nvfp4_prep.structure import check_structure
+from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RestoreResult", "restore"]
 
-_SMALL_FILES_NBYTES = 64_000_000
 _DAMAGED = "The prepared checkpoint is damaged: run nvfp4-prep verify. Once it is repaired, restore with --restart."
 
 
@@ -87,14 +83,7 @@ def restore(
     path = Path(target)
     with PreparedCheckpoint(checkpoint) as opened:
         check_apart(opened.files, path)
-        problems = Problems()
-        check_structure(opened, problems)
-        if problems.found:
-            raise VerificationError(
-                f"is damaged: {problems.found[0]}",
-                where=str(checkpoint),
-                next_step="Run nvfp4-prep verify for all problems.",
-            )
+        require_sound(opened)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         with Target(path, {"command": "restore", "manifest": digest}, restart=restart) as place:
             return _Restoration(opened, place).run(threads, progress or NoProgress())
@@ -117,7 +106,7 @@ class _Restoration:
         pending = [file for file in self._files if file.name not in target.done]
         sides = [file for name, file in self._side.items() if name not in target.done]
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        target.check_space(needed + _SMALL_FILES_NBYTES)
+        target.check_space(needed)
         total = sum(file.nbytes for file in self._files) + sum(file.nbytes for file in self._side.values())
         with working(progress, "restore", total, total - needed):
             jobs = [self._job(file) for file in pending]
@@ -163,27 +152,27 @@ class _Restoration:
         if file.layer is None:
             whole = ByteRange(file.copy_of, 0, file.nbytes, file.copy_of)
             return FileJob(file.name, file.nbytes, b"", lambda: copy_units(self._checkpoint.files, [whole], 0))
-        return FileJob(file.name, file.nbytes, file.header, lambda: self._layer_units(file), digest=False)
+        units = partial(self._layer_units, file, file.layer)
+        return FileJob(file.name, file.nbytes, file.header, units, digest=False)
 
-    def _layer_units(self, file: _RestoredFile) -> Iterator[Unit]:
-        layer = file.layer
-        if layer is None:
-            return
+    def _layer_units(self, file: _RestoredFile, layer: LayerRecord) -> Iterator[Unit]:
         places = {record.name: record for record in file.records}
         for tensor in PreparedTensor:
             nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
             for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
-                yield Unit(
-                    len(chunk) * nbytes,
-                    lambda tensor=tensor, chunk=chunk: self._restore(layer, tensor, chunk, places),  # type: ignore[misc]
-                )
-        yield Unit(1, lambda: self._restore_scalars(layer, places))
+                yield Unit(len(chunk) * nbytes, partial(self._restore, layer, tensor, chunk, places))
+        yield Unit(1, partial(self._restore_scalars, layer, places))
 
     def _restore(
         self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, places: dict[str, TensorRecord]
     ) -> UnitResult:
         prepared = self._checkpoint.read_prepared(layer, tensor, chunk)
-        self._check_crc32(layer, tensor, chunk, prepared)
+        for expert in self._checkpoint.damaged_experts(layer, tensor, chunk, prepared):
+            raise VerificationError(
+                f"expert {expert}: bytes differ from what was written",
+                where=layer.layer.prepared_name(tensor.value),
+                next_step=_DAMAGED,
+            )
         try:
             parts = self._checkpoint.source_parts(layer, tensor, chunk, prepared)
         except ValueError as error:
@@ -194,15 +183,6 @@ class _Restoration:
             result.pieces += _places(group, chunk, data, layer.layer.dims.experts, places)
             result.digests.append((group.key, data))
         return result
-
-    def _check_crc32(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor) -> None:
-        for row, expert in enumerate(chunk):
-            if zlib.crc32(byte_view(prepared[row])) != layer.expert_crc32[tensor.value][expert]:
-                raise VerificationError(
-                    f"expert {expert}: bytes differ from what was written",
-                    where=layer.layer.prepared_name(tensor.value),
-                    next_step="The prepared checkpoint is damaged: run nvfp4-prep verify.",
-                )
 
     def _restore_scalars(self, layer: LayerRecord, places: dict[str, TensorRecord]) -> UnitResult:
         scalars = self._checkpoint.scalars(layer)

@@ -15,7 +15,7 @@ from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import Projection
 
-__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "read_scalars", "scale_2_multipliers"]
+__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "read_scalars"]
 
 _MERGE_GAP_NBYTES = 1 << 16
 _MERGE_LIMIT_NBYTES = 1 << 24
@@ -26,10 +26,10 @@ class LayerScalars:
     """The scalars of one layer.
 
     Attributes:
-        raw: source bytes of each scalar group by :attr:`TensorGroup.key`, one float32 an expert (one in all where
-        shared). gate_scale_2, up_scale_2, w2_scale_2: multipliers, little-endian float32 ``[E]``; ``gate_scale_2`` is
-        ``None`` for
-            experts without gate.
+        raw: source bytes of each scalar group by :attr:`TensorGroup.key`, little-endian, one float32 an expert (one in
+            all where shared).
+        gate_scale_2, up_scale_2, w2_scale_2: global scales as multipliers, one an expert; ``gate_scale_2`` is ``None``
+            for experts without gate.
         w13_input_scale, w2_input_scale: multipliers, the maximum over the layer.
     """
 
@@ -60,7 +60,7 @@ def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalar
 
     Raises:
         UnsupportedCheckpointError: if a scale is negative, infinite or not a number, or all input scales of a layer
-        are 0.
+            are 0.
     """
     wanted = [record for layer in layers for group in layer.groups if group.leaf.is_scalar for record in group.records]
     data = _peek_merged(source, wanted)
@@ -75,9 +75,7 @@ def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalar
     return found
 
 
-def scale_2_multipliers(
-    layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projection: Projection
-) -> torch.Tensor | None:
+def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projection: Projection) -> torch.Tensor | None:
     """Multipliers ``float32 [E]`` of one scalar leaf, from the source's bytes; ``None`` where the layer has none.
 
     Reciprocal formats are inverted in float32 before anything else is done with the values.
@@ -98,8 +96,7 @@ def expert_scale_vectors(layer: MoeLayer, scalars: LayerScalars, sides: Mapping[
         layer: the layer.
         scalars: its scalars.
         sides: for each reconciled expert the side (``gate`` or ``up``) whose block scales changed; the other side's
-        global
-            scale is the common one. Where nothing was reconciled, gate's scale is taken, as vLLM does.
+            global scale is the common one. Where nothing was reconciled, gate's scale is taken, as vLLM does.
     """
     experts = layer.dims.experts
     gate = scalars.gate_scale_2 or scalars.up_scale_2
@@ -122,7 +119,7 @@ def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars
     """The multipliers of a layer from the source's scalars; raises as :func:`read_scalars`."""
 
     def values(leaf: Leaf, projection: Projection) -> torch.Tensor:
-        found = scale_2_multipliers(layer, raw, leaf, projection)
+        found = _multipliers(layer, raw, leaf, projection)
         if found is None:
             raise UnsupportedCheckpointError(f"no {leaf.value} of {projection.value}", where=layer.experts_path)
         bad = ~(found.isfinite() & (found >= 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,18 +101,18 @@ class SourceComparison:
                 if record.name in self._index.tensors and records.get(record.name) == record
             ]
             nbytes = sum(record.nbytes for record, _ in pairs)
-            jobs.append(FileJob(f"{name} (source)", nbytes, b"", lambda pairs=pairs: self._units(pairs), digest=False))  # type: ignore[misc]
+            jobs.append(self._job(name, nbytes, pairs))
         for file in self._index.side_files:
             here = TensorRecord(file.name, "U8", (file.nbytes,), file.name, 0, file.nbytes)
             there = self._checkpoint.manifest.files.get(file.name)
             if there is None or there.nbytes != file.nbytes:
                 self._problems.add(file.name, "is not as in the source")
                 continue
-            units = [(here, here)]
-            jobs.append(
-                FileJob(f"{file.name} (source)", file.nbytes, b"", lambda units=units: self._units(units), digest=False)  # type: ignore[misc]
-            )
+            jobs.append(self._job(file.name, file.nbytes, [(here, here)]))
         return jobs
+
+    def _job(self, name: str, nbytes: int, pairs: list[tuple[TensorRecord, TensorRecord]]) -> FileJob:
+        return FileJob(f"{name} (source)", nbytes, b"", partial(self._units, pairs), digest=False)
 
     def _units(self, pairs: list[tuple[TensorRecord, TensorRecord]]) -> Iterator[Unit]:
         for mine, source in pairs:
@@ -120,12 +121,7 @@ class SourceComparison:
                 continue
             for begin in range(0, mine.nbytes, UNIT_NBYTES):
                 nbytes = min(UNIT_NBYTES, mine.nbytes - begin)
-                yield Unit(
-                    nbytes,
-                    lambda mine=mine, source=source, begin=begin, nbytes=nbytes: self._compare(  # type: ignore[misc]
-                        mine, source, begin, nbytes
-                    ),
-                )
+                yield Unit(nbytes, partial(self._compare, mine, source, begin, nbytes))
 
     def _compare(self, mine: TensorRecord, source: TensorRecord, begin: int, nbytes: int) -> UnitResult:
         a, b = empty_bytes(nbytes), empty_bytes(nbytes)

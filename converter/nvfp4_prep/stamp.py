@@ -13,6 +13,7 @@ from typing import Any
 
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.manifest import FORMAT_VERSION
+from nvfp4_prep.model_config import NESTED_KEYS
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
@@ -26,7 +27,6 @@ LAYOUT_NAMES = {
 }
 """Layouts by the name that the stamp uses: that of vLLM's MoE backend."""
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
-_NESTED = ("text_config", "llm_config", "language_config")
 
 
 def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str
         hf_quant_config: ``hf_quant_config.json``, where there is one.
     """
     found: dict[str, Any] = {}
-    for place, part in (("", config), *((key, config.get(key)) for key in _NESTED)):
+    for place, part in (("", config), *((key, config.get(key)) for key in NESTED_KEYS)):
         if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
             where = f"{place}.quantization_config" if place else "quantization_config"
             found[f"{CONFIG}:{where}"] = part["quantization_config"]
@@ -99,7 +99,7 @@ def stamped_config(
     stamp = make_stamp(_counting_config(configs), options, gated=gated)
     config = dict(source)
     places = 0
-    for key in _NESTED:
+    for key in NESTED_KEYS:
         nested = config.get(key)
         if isinstance(nested, Mapping) and "quantization_config" in nested:
             config[key] = {**nested, "quantization_config": stamp}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.errors import NvfpPrepError, VerificationError
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, INDEX, read_json_file
-from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.manifest_checks import changed_keys, check_manifest
-from nvfp4_prep.plan_data import SCALE_VECTORS, FileKind
+from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.stamp import stamped_config
-from nvfp4_prep_kernels import PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
-__all__ = ["check_structure", "expected_config"]
+__all__ = ["check_structure", "expected_config", "require_sound"]
 
 _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 
@@ -49,11 +48,23 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
                 record = checkpoint.tensor_record(layer, tensor)
                 if record.file not in layer.files:
                     problems.add(record.file, f"tensor {record.name!r} is in the wrong file", ", ".join(layer.files))
-            _check_vectors(checkpoint, layer.layer.prepared_name, layer.layer.dims.experts, problems)
+            _check_vectors(checkpoint, layer, problems)
             checkpoint.scalars(layer)
         _check_index(checkpoint, problems)
     except NvfpPrepError as error:
         problems.add_error(str(checkpoint.path), error)
+
+
+def require_sound(checkpoint: PreparedCheckpoint) -> None:
+    """Raises :class:`VerificationError` with the first problem of :func:`check_structure`, before any work."""
+    problems = Problems()
+    check_structure(checkpoint, problems)
+    if problems.found:
+        raise VerificationError(
+            f"is damaged: {problems.found[0]}",
+            where=str(checkpoint.path),
+            next_step="Run nvfp4-prep verify for all problems.",
+        )
 
 
 def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
@@ -85,9 +96,10 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add_error(CONFIG, error)
 
 
-def _check_vectors(checkpoint: PreparedCheckpoint, name: Any, experts: int, problems: Problems) -> None:
+def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
+    experts = layer.layer.dims.experts
     for vector in SCALE_VECTORS:
-        record = checkpoint.record(name(vector))
+        record = checkpoint.record(layer.layer.prepared_name(vector))
         if (record.dtype, record.shape) != ("F32", (experts,)):
             problems.add(record.file, f"tensor {record.name!r} has the wrong dtype or shape", f"F32 [{experts}]")
 

@@ -19,6 +19,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
+from nvfp4_prep.index import CONFIG
+from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.target_file import TargetFile, free_nbytes, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
@@ -26,10 +28,12 @@ from nvfp4_prep.units import format_nbytes
 __all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target"]
 
 WORK_FOLDER = ".nvfp4_prep"
-LAST_FILES = ("config.json", "nvfp4_prep.json")
+LAST_FILES = (CONFIG, MANIFEST)
 """Without these a directory is no checkpoint: every command writes them last."""
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+_SMALL_FILES_NBYTES = 64_000_000
+"""Room for index, configs, card and manifest, whose sizes are not known beforehand."""
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
 PARTS_FOLDER = "parts"
@@ -225,11 +229,11 @@ class Target:
                 )
 
     def check_space(self, needed_nbytes: int) -> None:
-        """Raises :class:`NoSpaceError` if the file system has less room than that."""
-        free = free_nbytes(self.path)
-        if needed_nbytes > free:
+        """Raises :class:`NoSpaceError` if the file system has less room than that and the small files of the end."""
+        free, needed = free_nbytes(self.path), needed_nbytes + _SMALL_FILES_NBYTES
+        if needed > free:
             raise NoSpaceError(
-                f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free)} free",
+                f"not enough space: {format_nbytes(needed)} needed, {format_nbytes(free)} free",
                 where=str(self.path),
                 next_step="Make room, or give a target on another disk.",
             )

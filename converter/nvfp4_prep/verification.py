@@ -8,9 +8,9 @@ vectors. *with source*: also every tensor, config and side file against the sour
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,8 @@ class _Verification:
 
     def run(self, threads: int | None, progress: Progress) -> int:
         manifest = self._checkpoint.manifest
-        there = {file.name: file.nbytes for file in self._checkpoint.files.files()}
-        whole = [name for name, file in manifest.files.items() if there.get(name) == file.nbytes]
+        sizes = self._checkpoint.sizes
+        whole = [name for name, file in manifest.files.items() if sizes.get(name) == file.nbytes]
         jobs = [job for name in whole if (job := self._file_job(name)) is not None]
         digested = len(jobs)
         if self._comparison is not None:
@@ -165,14 +165,14 @@ class _Verification:
     def _file_job(self, name: str) -> FileJob | None:
         file = self._checkpoint.manifest.files[name]
         if file.kind != FileKind.EXPERTS.value:
-            return FileJob(name, file.nbytes, b"", lambda: self._plain_units(name, 0, file.nbytes))
+            return FileJob(name, file.nbytes, b"", partial(self._plain_units, name, 0, file.nbytes))
         try:
             header = self._checkpoint.files.header(name)
         except NvfpPrepError as error:
             self._problems.add_error(name, error)
             return None
         raw = self._checkpoint.files.peek(name, 0, header.data_start)
-        return FileJob(name, file.nbytes, raw, lambda: self._expert_units(name))
+        return FileJob(name, file.nbytes, raw, partial(self._expert_units, name))
 
     def _plain_units(self, name: str, begin: int, end: int) -> Iterator[Unit]:
         def work(offset: int, nbytes: int) -> UnitResult:
@@ -182,7 +182,7 @@ class _Verification:
 
         for offset in range(begin, end, UNIT_NBYTES):
             nbytes = min(UNIT_NBYTES, end - offset)
-            yield Unit(nbytes, lambda offset=offset, nbytes=nbytes: work(offset, nbytes))  # type: ignore[misc]
+            yield Unit(nbytes, partial(work, offset, nbytes))
 
     def _expert_units(self, name: str) -> Iterator[Unit]:
         """Units in the file's order. A file whose tensors are not those of its layer is only digested."""
@@ -204,21 +204,15 @@ class _Verification:
             tensor = by_name[record.name]
             nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
             for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
-                yield Unit(
-                    len(chunk) * nbytes,
-                    lambda tensor=tensor, chunk=chunk: self._check_experts(layer, tensor, chunk),  # type: ignore[misc]
-                )
+                yield Unit(len(chunk) * nbytes, partial(self._check_experts, layer, tensor, chunk))
 
     def _check_experts(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> UnitResult:
         checkpoint = self._checkpoint
         prepared = checkpoint.read_prepared(layer, tensor, chunk)
-        data = byte_view(prepared)
-        nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
         where = layer.layer.prepared_name(tensor.value)
-        for row, expert in enumerate(chunk):
-            if zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) != layer.expert_crc32[tensor.value][expert]:
-                self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
-        result = UnitResult(pieces=[(0, data)])
+        for expert in checkpoint.damaged_experts(layer, tensor, chunk, prepared):
+            self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
+        result = UnitResult(pieces=[(0, byte_view(prepared))])
         try:
             parts = checkpoint.source_parts(layer, tensor, chunk, prepared)
             if tensor is PreparedTensor.W13_WEIGHT_SCALE:

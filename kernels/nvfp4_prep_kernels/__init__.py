@@ -1,10 +1,19 @@
 """The CuteDSL NVFP4 fused-MoE weight layout: torch reference, rank slices and kernels. Needs torch alone."""
 
-from nvfp4_prep_kernels.layout import BLOCK_COLS, LayoutError, MoeDims, MoeLayout, PreparedTensor, Projection
+from nvfp4_prep_kernels.layout import (
+    BLOCK_COLS,
+    SCALE_VECTORS,
+    LayoutError,
+    MoeDims,
+    MoeLayout,
+    PreparedTensor,
+    Projection,
+)
 from nvfp4_prep_kernels.slices import ExpertSlice, rank_slice, take_rank
 
 __all__ = [
     "BLOCK_COLS",
+    "SCALE_VECTORS",
     "ExpertSlice",
     "LayoutError",
     "MoeDims",

@@ -21,10 +21,12 @@ from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
 from nvfp4_prep_kernels.padding import pad_matrix, roundup, unpad_matrix
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales, unswizzle_scales
 
-__all__ = ["BLOCK_COLS", "LayoutError", "MoeDims", "MoeLayout", "PreparedTensor", "Projection"]
+__all__ = ["BLOCK_COLS", "SCALE_VECTORS", "LayoutError", "MoeDims", "MoeLayout", "PreparedTensor", "Projection"]
 
 BLOCK_COLS = 16
 """Columns that share one block scale (NVFP4)."""
+SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
+"""The float32 ``[E]`` tensors of a prepared layer, beside the four big ones (:class:`PreparedTensor`)."""
 
 
 class LayoutError(ValueError):

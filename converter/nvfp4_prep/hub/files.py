@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.paths import is_safe_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -104,7 +105,7 @@ def read_snapshot(api: HfApi, repo_id: str, revision: str | None, patience: Pati
     with hub_errors(repo_id + (f"@{revision}" if revision else "")):
         snapshot = persist(ask, what=f"listing {repo_id}", patience=patience)
     for name in snapshot.files:
-        if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+        if not is_safe_name(name):
             raise SourceError("unsafe file name on the Hub", where=repo_id, actual=repr(name)[:200])
     return snapshot
 

@@ -15,7 +15,7 @@ from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import LocalFile, Snapshot
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
-from nvfp4_prep.index import CONFIG, INDEX
+from nvfp4_prep.index import CONFIG, INDEX, README, WEIGHT_SUFFIXES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.progress import NoProgress, Progress
@@ -23,13 +23,22 @@ from nvfp4_prep.progress import NoProgress, Progress
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["PushResult", "publication_title", "publish", "push", "refuse_foreign", "summary", "withdrawal"]
+__all__ = [
+    "BATCH_FILES",
+    "PushResult",
+    "publication_title",
+    "publish",
+    "push",
+    "refuse_foreign",
+    "summary",
+    "withdrawal",
+]
 
-_WITH_THE_STAMP = (CONFIG, INDEX, "README.md")
+_WITH_THE_STAMP = (CONFIG, INDEX, README)
 """Committed together with the manifest, last: what serving needs, and what describes the whole."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _BATCH_NBYTES = 20_000_000_000
-_BATCH_FILES = 50
+BATCH_FILES = 50
+"""Files of one commit at most."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,7 @@ class _Publication:
         batch: dict[str, LocalFile] = {}
         for name in sorted(set(missing) - self._stamp.keys()):
             batch[name] = self._files[name]
-            if len(batch) == _BATCH_FILES or sum(file.nbytes for file in batch.values()) >= _BATCH_NBYTES:
+            if len(batch) == BATCH_FILES or sum(file.nbytes for file in batch.values()) >= _BATCH_NBYTES:
                 yield batch
                 batch = {}
         if batch:
@@ -238,7 +247,7 @@ def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str,
     if MANIFEST in state.files:
         reader = Downloader(remote.api, state, remote.patience, threading.Event())
         old = frozenset(Manifest.from_bytes(reader.read_whole(state.files[MANIFEST]), MANIFEST).files)
-    strange = [name for name in state.files if name.endswith(_WEIGHTS) and name not in ours and name not in old]
+    strange = [name for name in state.files if name.endswith(WEIGHT_SUFFIXES) and name not in ours and name not in old]
     if CONFIG in state.files and MANIFEST not in state.files:
         strange.append(CONFIG)
     if strange:
@@ -251,6 +260,7 @@ def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str,
 
 
 def summary(batch: Mapping[str, LocalFile]) -> str:
+    """A commit's message."""
     first = next(iter(batch))
     return first if len(batch) == 1 else f"{first} and {len(batch) - 1} more"
 

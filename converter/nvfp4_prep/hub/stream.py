@@ -12,7 +12,15 @@ from nvfp4_prep.conversion import ConvertResult, convert
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.client import Patience, translate
 from nvfp4_prep.hub.files import LocalFile, Snapshot
-from nvfp4_prep.hub.push import PushResult, publication_title, publish, refuse_foreign, summary, withdrawal
+from nvfp4_prep.hub.push import (
+    BATCH_FILES,
+    PushResult,
+    publication_title,
+    publish,
+    refuse_foreign,
+    summary,
+    withdrawal,
+)
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.progress import Progress
@@ -26,7 +34,6 @@ __all__ = ["FILES_AT_ONCE", "StreamPublisher", "convert_and_publish", "stream_ro
 _log = logging.getLogger(__name__)
 FILES_AT_ONCE = 3
 """With ``stream_out``, room for so many files of the largest size: one being made, one waiting, one on its way."""
-_BATCH_FILES = 50
 
 
 def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
@@ -164,7 +171,7 @@ class StreamPublisher:
                 if self._stop.is_set():
                     return None
                 self._changed.wait(0.2)
-            names = list(self._waiting)[:_BATCH_FILES]
+            names = list(self._waiting)[:BATCH_FILES]
             self._sending = True
             return {name: self._waiting.pop(name) for name in names}
 

@@ -1,6 +1,6 @@
 """Loads one rank's share of a prepared checkpoint, reading exactly its bytes."""
 
-from nvfp4_prep.load.catalog import PreparedCheckpoint
+from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.handle import TensorHandle, handle_of, make_handle
 from nvfp4_prep.load.layers import LoadedLayer, RankShare, load_layer, load_layers
 from nvfp4_prep.load.loader import ExpertLoader
@@ -8,12 +8,12 @@ from nvfp4_prep.load.options import DirectIO, LoadOptions
 from nvfp4_prep.load.report import LoadReport
 
 __all__ = [
+    "Catalog",
     "DirectIO",
     "ExpertLoader",
     "LoadOptions",
     "LoadReport",
     "LoadedLayer",
-    "PreparedCheckpoint",
     "RankShare",
     "TensorHandle",
     "handle_of",

@@ -9,19 +9,16 @@ from pathlib import Path
 
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.plan_data import EXPERT_SCALES
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord, read_header
-from nvfp4_prep_kernels import PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
-__all__ = ["EXPERT_SCALES", "SCALE_VECTORS", "PreparedCheckpoint"]
-
-EXPERT_SCALES = "expert-scales.safetensors"
-SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
-"""The float32 ``[E]`` tensors of a prepared layer."""
+__all__ = ["Catalog"]
 
 
 @dataclass(frozen=True)
-class PreparedCheckpoint:
-    """A directory that ``convert`` wrote.
+class Catalog:
+    """The prepared tensors of a directory that ``convert`` wrote.
 
     Attributes:
         root: the directory.
@@ -32,7 +29,7 @@ class PreparedCheckpoint:
     manifest: Manifest
 
     @classmethod
-    def open(cls, root: Path | str) -> PreparedCheckpoint:
+    def open(cls, root: Path | str) -> Catalog:
         """Reads the manifest.
 
         Raises:

@@ -10,15 +10,16 @@ import torch
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.errors import LoadError, UsageError
-from nvfp4_prep.load.catalog import EXPERT_SCALES, SCALE_VECTORS, PreparedCheckpoint
+from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.manifest import LayerRecord
+from nvfp4_prep.plan_data import EXPERT_SCALES
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import read_exactly
 from nvfp4_prep.units import format_nbytes
-from nvfp4_prep_kernels import LayoutError, PreparedTensor, rank_slice
+from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
 
 __all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
@@ -95,18 +96,18 @@ def load_layer(
         UsageError: if the layer or the rank does not exist, or the file does not serve this tensor-parallel size.
         LoadError, VerificationError: if the load fails; nothing is returned then.
     """
-    checkpoint = PreparedCheckpoint.open(path)
-    record = checkpoint.layer(layer)
+    catalog = Catalog.open(path)
+    record = catalog.layer(layer)
     share = RankShare.of(record.layer.dims.experts, tp, ep)
     if experts is not None:
         share = RankShare(tuple(experts), *tp)
     with ExpertLoader(device, options) as loader:
-        loaded, _ = load_layers(checkpoint, [record], share, loader)
+        loaded, _ = load_layers(catalog, [record], share, loader)
     return loaded[0]
 
 
 def load_layers(
-    checkpoint: PreparedCheckpoint, layers: Sequence[LayerRecord], share: RankShare, loader: ExpertLoader
+    catalog: Catalog, layers: Sequence[LayerRecord], share: RankShare, loader: ExpertLoader
 ) -> tuple[list[LoadedLayer], LoadReport]:
     """Loads one rank's share of several layers with one loader.
 
@@ -114,9 +115,9 @@ def load_layers(
         As :func:`load_layer`.
     """
     if loader.options.verify:
-        checkpoint.check_sha256(EXPERT_SCALES)
+        catalog.check_sha256(EXPERT_SCALES)
     try:
-        loaded = [LoadedLayer(layer, share, dict(_submit(checkpoint, layer, share, loader))) for layer in layers]
+        loaded = [LoadedLayer(layer, share, dict(_submit(catalog, layer, share, loader))) for layer in layers]
     except BaseException:
         loader.abandon()
         raise
@@ -124,9 +125,9 @@ def load_layers(
 
 
 def _submit(
-    checkpoint: PreparedCheckpoint, layer: LayerRecord, share: RankShare, loader: ExpertLoader
+    catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    dims, records = layer.layer.dims, checkpoint.records(layer)
+    dims, records = layer.layer.dims, catalog.records(layer)
     experts = share.experts if share.experts is not None else tuple(range(dims.experts))
     for tensor in PreparedTensor:
         try:
@@ -137,11 +138,11 @@ def _submit(
         dtype = torch.float8_e4m3fn if tensor.is_scale else torch.uint8
         parameter = _allocate((len(experts), *part.shape), dtype, loader.device, record)
         loader.submit(
-            checkpoint.root / record.file, record, part, experts, parameter, layer.expert_crc32.get(tensor.value)
+            catalog.root / record.file, record, part, experts, parameter, layer.expert_crc32.get(tensor.value)
         )
         yield tensor.value, parameter
     for name in SCALE_VECTORS:
-        vector = _read_vector(checkpoint.root / records[name].file, records[name])
+        vector = _read_vector(catalog.root / records[name].file, records[name])
         yield name, vector[list(experts)].to(loader.device)
 
 

@@ -23,7 +23,7 @@ from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["ExpertLoader", "LoadReport"]
+__all__ = ["ExpertLoader"]
 
 
 class ExpertLoader:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nvfp4_prep.activation import Activation, ActivationKind
 from nvfp4_prep.errors import UnsupportedCheckpointError
+from nvfp4_prep.model_config import find_number
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation
 
 __all__ = ["moe_activation"]
@@ -34,20 +35,12 @@ def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: 
     if activation.kind is ActivationKind.RELU2:
         return MoeActivation.relu2()
     if activation.kind is ActivationKind.SITU:
-        beta = _number(config, "activation_situ_beta")
+        beta = find_number(config, ["activation_situ_beta"])
         if beta is not None:
-            linear = _number(config, "activation_situ_linear_beta")
+            linear = find_number(config, ["activation_situ_linear_beta"])
             return MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
     raise UnsupportedCheckpointError(
         f"no smoke run for the activation {activation.spelled or activation.kind.value!r}",
         where=where,
         expected="SwiGLU, SWIGLUOAI, SiTU (with activation_situ_beta in config.json) or relu2",
     )
-
-
-def _number(config: Mapping[str, Any], key: str) -> float | None:
-    for part in (config.get("text_config"), config.get("llm_config"), config):
-        value = part.get(key) if isinstance(part, Mapping) else None
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    return None

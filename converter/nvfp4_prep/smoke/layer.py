@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nvfp4_prep.smoke.figures import compare, in_tolerances
 from nvfp4_prep.smoke.report import (
     CaseFigures,
     ErrorFigures,
@@ -226,7 +227,7 @@ class _Expected:
         )
         first, second = self._evaluate(expert, x), self._evaluate(expert, x, order)
         difference = (second.out - first.out).abs()
-        worst = _ratio(difference, first.tolerance).max()
+        worst = in_tolerances(difference, first.tolerance).max()
         return float(difference.norm() / first.out.norm().clamp(min=1e-30)), float(worst)
 
     def judge(self, case: Routing, out: torch.Tensor, dtype: torch.dtype, rows: slice | None = None) -> ErrorFigures:
@@ -253,32 +254,6 @@ class _Expected:
             rows.append(token + case.first_token)
             weights.append(case.weights[token, slot])
         return torch.cat(rows), torch.cat(weights).unsqueeze(1)
-
-
-def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> ErrorFigures:
-    """Figures of outputs against a reference, all float32 of one shape."""
-    finite = out.isfinite()
-    known = torch.where(finite, out, 0.0)
-    error = (known - want).abs()
-    ratio = torch.where(finite, _ratio(error, tolerance), math.inf)
-    at = int(ratio.argmax())
-    size = want.norm().clamp(min=1e-30)
-    rms = want.square().mean().sqrt()
-    return ErrorFigures(
-        # float32 rounding may pass 1; NaN stays
-        cosine=_cosine(known, want),
-        relative=float(error.norm() / size),
-        relative_limit=float(tolerance.norm() / size),
-        worst=float(ratio.flatten()[at]),
-        worst_of_rms=float(error.flatten()[at] / rms.clamp(min=1e-30)),
-        unwritten=int((~finite).sum()),
-        reference_rms=float(rms),
-    )
-
-
-def _ratio(error: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
-    """Error in units of the tolerance; no error is no violation even where nothing is tolerated."""
-    return torch.where(error == 0, 0.0, error / tolerance)
 
 
 def _case_figures(case: Routing, experts: int, errors: ErrorFigures) -> CaseFigures:
@@ -320,10 +295,3 @@ def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
                 f"{name} of {len(wrong)} experts, expert {layer.experts[first]}: {float(found[first])!r} instead of"
                 f" {float(expected[first])!r}"
             )
-
-
-def _cosine(outputs: torch.Tensor, reference: torch.Tensor) -> float:
-    """At most 1; 1 where both are exactly zero, as for an expert whose global scales are."""
-    if not bool(outputs.any()) and not bool(reference.any()):
-        return 1.0
-    return float(torch.nn.functional.cosine_similarity(outputs.flatten(), reference.flatten(), dim=0).clamp(max=1.0))

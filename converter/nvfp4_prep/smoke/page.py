@@ -97,8 +97,7 @@ reference against itself with its sums in another order. Red tick: the largest r
 intermediate can explain. An error below both is as good as none; zero is drawn at the bottom.</p>"""
 
 _RESTORED = """<p>The source was not at hand: the reference was computed from the prepared tensors turned back. That
-checks
-how the bytes are read, not that they came from the source.</p>"""
+checks how the bytes are read, not that they came from the source.</p>"""
 
 
 def _facts(report: SmokeReport) -> str:
@@ -243,9 +242,8 @@ alone, one expert without tokens, one expert with all tokens.</p>
 <p>Two right implementations differ in the order of their additions and in approximate functions. Where that can decide
 the rounding of an intermediate value, its effect on each output element is added to that element's tolerance;
 everywhere else the tolerance is about 10<sup>-6</sup> of the output (plus bfloat16 rounding where the kernel writes
-bfloat16). One
-element beyond its tolerance fails the layer. A backend that shows its intermediate is also judged stage by stage,
-where no rounding is in doubt: the first GEMM, the quantization, and the second GEMM from the intermediate that it
-made; there a single wrong code shows. The noise floor is measured on some experts of each layer: the reference
+bfloat16). One element beyond its tolerance fails the layer. A backend that shows its intermediate is also judged stage
+by stage, where no rounding is in doubt: the first GEMM, the quantization, and the second GEMM from the intermediate
+that it made; there a single wrong code shows. The noise floor is measured on some experts of each layer: the reference
 against itself, sums in another order.</p>
 """

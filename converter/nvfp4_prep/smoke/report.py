@@ -86,8 +86,7 @@ class ExpertFigures:
         doubtful: elements of the intermediate whose rounding is in doubt, so that the outputs' tolerance is wide.
         stages: ``None`` where the backend shows nothing but its outputs.
         zero: a global scale of the source is zero, so that the expert computes zeros: nothing else is right, and that
-        its
-            reference is zero proves nothing against it.
+            its reference is zero proves nothing against it.
     """
 
     expert: int

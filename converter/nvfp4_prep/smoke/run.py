@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nvfp4_prep.smoke.reading import CheckpointReader
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 from nvfp4_prep.source import LocalSource, Source
 
-__all__ = ["CPU_SAMPLE", "run_smoke"]
+__all__ = ["CPU_SAMPLE", "choose_layers", "run_smoke", "spread"]
 
 CPU_SAMPLE = 8
 """Experts of each layer that are run without a card, unless told otherwise: each takes seconds on a CPU."""
@@ -51,31 +52,28 @@ def run_smoke(
         CheckpointError: if ``prepared`` is no complete prepared checkpoint.
         UsageError: if a layer does not exist or the backend cannot run here.
     """
-    root = Path(prepared)
-    with PreparedCheckpoint(root) as checkpoint:
-        manifest = checkpoint.manifest
-    chosen = choose_backend(backend)
-    records = choose_layers(manifest, layers)
-    opened = LocalSource(Path(source)) if isinstance(source, str | Path) else source
-    reader = CheckpointReader(root, manifest, opened, chosen.device)
-    if sample is None and chosen.device.type == "cpu":
-        sample = CPU_SAMPLE
     reports = []
-    try:
+    with contextlib.ExitStack() as held:
+        checkpoint = held.enter_context(PreparedCheckpoint(prepared))
+        chosen = choose_backend(backend)
+        records = choose_layers(checkpoint.manifest, layers)
+        opened = source
+        if isinstance(opened, str | Path):
+            opened = LocalSource(Path(opened))
+            held.callback(opened.close)
+        reader = CheckpointReader(checkpoint, opened, chosen.device)
+        if sample is None and chosen.device.type == "cpu":
+            sample = CPU_SAMPLE
         for number, record in enumerate(records, 1):
             report = _run_one(reader, record, chosen, sample, settings)
             reports.append(report)
             if on_layer is not None:
                 on_layer(report, number, len(records))
-    finally:
-        reader.close()
-        if isinstance(source, str | Path) and opened is not None:
-            opened.close()
     return SmokeReport(
-        checkpoint=manifest.source,
-        reference="restored" if opened is None else "source",
+        checkpoint=checkpoint.manifest.source,
+        reference="restored" if source is None else "source",
         backend=chosen.facts,
-        layers_total=len(manifest.layers),
+        layers_total=len(checkpoint.manifest.layers),
         layers=tuple(reports),
     )
 

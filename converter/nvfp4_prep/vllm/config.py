@@ -10,6 +10,7 @@ the stamp is there.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ __all__ = ["Nvfp4PrepConfig", "adopt_source", "register_configs"]
 logger = init_logger(f"vllm.{__name__}")
 
 
-class PreparedExperts:
+class PreparedExperts(ABC):
     """Mixed into a stock config class: prepared experts here, everything else from the stock class."""
 
     stamp: Stamp
@@ -63,9 +64,9 @@ class PreparedExperts:
             )
         return PreparedNvFp4MoEMethod(moe_config, layer.moe_config, self.stamp, prefix)
 
+    @abstractmethod
     def _nvfp4_config(self, layer: RoutedExperts, prefix: str) -> ModelOptNvFp4Config | None:
         """The ModelOpt NVFP4 config of a routed-experts layer, if the source has NVFP4 (W4A4) experts there."""
-        raise NotImplementedError
 
 
 class PreparedModelOptNvFp4Config(PreparedExperts, ModelOptNvFp4Config):  # type: ignore[misc]

@@ -23,11 +23,11 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import ExpertLoader, LoadOptions, PreparedCheckpoint, make_handle
-from nvfp4_prep.load.catalog import EXPERT_SCALES
+from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, make_handle
 from nvfp4_prep.load.options import default_threads, usable_cores
 from nvfp4_prep.load.rate_log import RateLog
 from nvfp4_prep.manifest import MANIFEST
+from nvfp4_prep.plan_data import EXPERT_SCALES, EXPERTS_PREFIX
 from nvfp4_prep.safetensors_io import read_header
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
@@ -35,7 +35,6 @@ __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 logger = init_logger(f"vllm.{__name__}")
 
 LOAD_FORMAT = "nvfp4_prep"
-_EXPERTS = "experts-layer-"
 _OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
 _OTHERS = "others"
 
@@ -163,7 +162,7 @@ class _ExpertsApart:
     def _set_apart(self, files: Sequence[str]) -> list[str]:
         others = []
         for file in files:
-            if not Path(file).name.startswith(_EXPERTS):
+            if not Path(file).name.startswith(EXPERTS_PREFIX):
                 others.append(file)
             elif "://" in file:
                 raise ServingError(
@@ -189,9 +188,9 @@ class _ExpertsApart:
                 raise ServingError(
                     f"verify needs {MANIFEST}", where=str(root), next_step="Download the whole checkpoint."
                 )
-            checkpoint = PreparedCheckpoint.open(root)
-            checkpoint.check_sha256(EXPERT_SCALES)
-            for layer in checkpoint.manifest.layers:
+            catalog = Catalog.open(root)
+            catalog.check_sha256(EXPERT_SCALES)
+            for layer in catalog.manifest.layers:
                 for name, values in layer.expert_crc32.items():
                     checksums[layer.layer.prepared_name(name)] = values
         return checksums

@@ -9,12 +9,10 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import handle_of
-from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
+from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
 
-__all__ = ["SCALE_VECTORS", "STORED_TENSORS", "Placement"]
+__all__ = ["STORED_TENSORS", "Placement"]
 
-SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
-"""The float32 ``[E]`` tensors of a prepared layer."""
 STORED_TENSORS = (*(tensor.value for tensor in PreparedTensor), *SCALE_VECTORS)
 """All tensors of a prepared layer."""
 _BIG = {tensor.value: tensor for tensor in PreparedTensor}

@@ -1,0 +1,43 @@
+"""Errors of outputs against a reference, in units of what may differ."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from nvfp4_prep.smoke.report import ErrorFigures
+
+__all__ = ["compare", "in_tolerances"]
+
+
+def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> ErrorFigures:
+    """Figures of outputs against a reference, all float32 of one shape."""
+    finite = out.isfinite()
+    known = torch.where(finite, out, 0.0)
+    error = (known - want).abs()
+    worst = torch.where(finite, in_tolerances(error, tolerance), math.inf)
+    at = int(worst.argmax())
+    size = want.norm().clamp(min=1e-30)
+    rms = want.square().mean().sqrt()
+    return ErrorFigures(
+        cosine=_cosine(known, want),
+        relative=float(error.norm() / size),
+        relative_limit=float(tolerance.norm() / size),
+        worst=float(worst.flatten()[at]),
+        worst_of_rms=float(error.flatten()[at] / rms.clamp(min=1e-30)),
+        unwritten=int((~finite).sum()),
+        reference_rms=float(rms),
+    )
+
+
+def in_tolerances(error: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
+    """Error in units of the tolerance; no error is no violation even where nothing is tolerated."""
+    return torch.where(error == 0, 0.0, error / tolerance)
+
+
+def _cosine(outputs: torch.Tensor, reference: torch.Tensor) -> float:
+    """At most 1, which float32 rounding may pass, or NaN; 1 where both are exactly zero (experts with scales of 0)."""
+    if not bool(outputs.any()) and not bool(reference.any()):
+        return 1.0
+    return float(torch.nn.functional.cosine_similarity(outputs.flatten(), reference.flatten(), dim=0).clamp(max=1.0))

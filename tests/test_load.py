@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from load_files import BATCHED, Written, write_checkpoint
 from nvfp4_prep.errors import CheckpointError, LoadError, NvfpPrepError, UsageError, VerificationError
 from nvfp4_prep.load import (
+    Catalog,
     DirectIO,
     ExpertLoader,
     LoadedLayer,
     LoadOptions,
-    PreparedCheckpoint,
     RankShare,
     handle_of,
     load_layer,
@@ -77,7 +77,7 @@ COMBINATIONS = [
 def test_reads_exactly_the_share(
     written: Written, tp: tuple[int, int], ep: tuple[int, int], direct_io: DirectIO
 ) -> None:
-    checkpoint = PreparedCheckpoint.open(written.root)
+    checkpoint = Catalog.open(written.root)
     share = RankShare.of(DIMS.experts, tp, ep)
     with ExpertLoader("cpu", LoadOptions(threads=2, chunk_nbytes=1 << 21, direct_io=direct_io)) as loader:
         layers, report = load_layers(checkpoint, [checkpoint.layer(1)], share, loader)
@@ -121,7 +121,7 @@ def test_a_default_device_changes_nothing(written: Written) -> None:
 
 
 def test_direct_io_is_really_used_where_the_file_system_has_it(written: Written) -> None:
-    checkpoint = PreparedCheckpoint.open(written.root)
+    checkpoint = Catalog.open(written.root)
     options = LoadOptions(threads=2, chunk_nbytes=1 << 21, direct_io=DirectIO.ALWAYS)
     source = reader.FileReader(written.file(1), direct=True)
     supported = source.direct
@@ -146,7 +146,7 @@ def test_linear_placement_of_experts() -> None:
 
 
 def test_several_layers_with_one_loader_and_progress(written: Written) -> None:
-    checkpoint = PreparedCheckpoint.open(written.root)
+    checkpoint = Catalog.open(written.root)
     seen: list[int] = []
     with ExpertLoader("cpu", SMALL, progress=seen.append) as loader:
         for _ in range(2):
@@ -164,7 +164,7 @@ def test_several_layers_with_one_loader_and_progress(written: Written) -> None:
 @pytest.mark.parametrize("position", [0, 5_000, -1])
 def test_verify_names_the_damaged_expert(tmp_path: Path, tp: tuple[int, int], position: int) -> None:
     written = write_checkpoint(tmp_path, MoeDims(3, 128, 256))
-    record = PreparedCheckpoint.open(tmp_path).records(written.manifest.layers[0])["w2_weight"]
+    record = Catalog.open(tmp_path).records(written.manifest.layers[0])["w2_weight"]
     each = record.nbytes // 3
     where = record.offset_bytes + each + position % each
     with written.file(1).open("r+b") as stream:
@@ -192,7 +192,7 @@ def test_verify_covers_the_scale_vectors(tmp_path: Path) -> None:
 
 
 def test_verify_reads_whole_experts_once(written: Written) -> None:
-    checkpoint = PreparedCheckpoint.open(written.root)
+    checkpoint = Catalog.open(written.root)
     for tp in (1, 4):
         with ExpertLoader("cpu", LoadOptions(threads=2, verify=True)) as loader:
             _, report = load_layers(checkpoint, [checkpoint.layer(1)], RankShare(tp_size=tp), loader)
@@ -209,7 +209,7 @@ class TestFailures:
     @pytest.mark.parametrize("tp", [(0, 1), (0, 2)])
     def test_truncated_while_it_is_read(self, tmp_path: Path, tp: tuple[int, int]) -> None:
         written = write_checkpoint(tmp_path, MoeDims(3, 128, 256))
-        checkpoint = PreparedCheckpoint.open(tmp_path)
+        checkpoint = Catalog.open(tmp_path)
         record = checkpoint.records(checkpoint.layer(1))["w2_weight"]
         part = rank_slice(written.layout, PreparedTensor.W2_WEIGHT, written.dims, *tp)
         parameter = torch.empty(3, *part.shape, dtype=torch.uint8)
@@ -225,7 +225,7 @@ class TestFailures:
         assert "w2_weight" in str(caught.value) and "experts-layer-00001" in str(caught.value)
 
     def test_vanished(self, written: Written, tmp_path: Path) -> None:
-        record = PreparedCheckpoint.open(written.root).records(written.manifest.layers[0])["w2_weight"]
+        record = Catalog.open(written.root).records(written.manifest.layers[0])["w2_weight"]
         part = rank_slice(written.layout, PreparedTensor.W2_WEIGHT, DIMS, 0, 1)
         parameter = torch.empty(DIMS.experts, *part.shape, dtype=torch.uint8)
         with (
@@ -276,7 +276,7 @@ class TestFailures:
         ],
     )
     def test_parameters_that_do_not_fit(self, written: Written, parameter: torch.Tensor) -> None:
-        record = PreparedCheckpoint.open(written.root).records(written.manifest.layers[0])["w2_weight"]
+        record = Catalog.open(written.root).records(written.manifest.layers[0])["w2_weight"]
         part = rank_slice(written.layout, PreparedTensor.W2_WEIGHT, DIMS, 0, 1)
         with ExpertLoader("cpu", SMALL) as loader, pytest.raises(LoadError, match="does not fit the rank's share"):
             loader.submit(written.file(1), record, part, range(6), parameter)
@@ -286,7 +286,7 @@ class TestFailures:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.75 GiB")
 
         with ExpertLoader("cpu", SMALL) as loader:
-            checkpoint = PreparedCheckpoint.open(written.root)
+            checkpoint = Catalog.open(written.root)
             monkeypatch.setattr(torch, "empty", refuse)
             with pytest.raises(LoadError, match=r"w13_weight'.*no memory for .* on cpu .*CUDA out of memory"):
                 load_layers(checkpoint, [checkpoint.layer(1)], RankShare(), loader)
@@ -297,7 +297,7 @@ class TestFailures:
             stream.seek(-1, os.SEEK_END)
             stream.write(b"\x00" if damaged.tensors[1]["w2_weight_scale"].view(torch.uint8).flatten()[-1] else b"\x01")
         options = LoadOptions(threads=2, chunk_nbytes=65536, verify=True)
-        bad, good = PreparedCheckpoint.open(tmp_path), PreparedCheckpoint.open(written.root)
+        bad, good = Catalog.open(tmp_path), Catalog.open(written.root)
         with ExpertLoader("cpu", options) as loader:
             with pytest.raises(NvfpPrepError):
                 load_layers(bad, [bad.layer(1)], RankShare(), loader)
@@ -306,7 +306,7 @@ class TestFailures:
 
     def test_leaving_the_loader_raises_what_failed(self, tmp_path: Path) -> None:
         written = write_checkpoint(tmp_path, MoeDims(3, 128, 256))
-        record = PreparedCheckpoint.open(tmp_path).records(written.manifest.layers[0])["w13_weight"]
+        record = Catalog.open(tmp_path).records(written.manifest.layers[0])["w13_weight"]
         part = rank_slice(written.layout, PreparedTensor.W13_WEIGHT, written.dims, 0, 1)
         parameter = torch.empty(3, *part.shape, dtype=torch.uint8)
         options = LoadOptions(threads=2, verify=True)
@@ -317,7 +317,7 @@ class TestFailures:
 
 
 def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None:
-    checkpoint = PreparedCheckpoint.open(written.root)
+    checkpoint = Catalog.open(written.root)
     record = checkpoint.records(checkpoint.layer(1))["w2_weight_scale"]
     part = rank_slice(written.layout, PreparedTensor.W2_WEIGHT_SCALE, DIMS, 1, 2)
     parameter = torch.zeros(2, *part.shape, dtype=torch.float8_e4m3fn)

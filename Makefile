@@ -3,7 +3,7 @@
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM on the CPU build of torch, and run the plugin's tests
-# make bench   host-side benchmarks
+# make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -64,8 +64,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_convert.py
-	$(BIN)/python benchmarks/bench_load_host.py
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(VENV1) $(DEMO) build dist

@@ -3,7 +3,7 @@
     python benchmarks/bench_convert.py --repetitions 5 --work /data/bench            # one full Kimi-K2.5 layer, 9.8 GB
     python benchmarks/bench_convert.py --experts 64 --repetitions 3                  # a sixth of it
 
-Needs three times the source's size on the disk of ``--work``. Writes a JSON file with every time beside the table.
+Needs three times the source's size on the disk of ``--work``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from page_cache import drop
 
 from nvfp4_prep.sample import KIMI_LAYER, write_sample
 
@@ -27,16 +30,6 @@ _CONVERT = (
     "nvfp4_prep.convert(sys.argv[1], sys.argv[2]);"
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 )
-
-
-def drop_cache(folder: Path) -> None:
-    """Asks the kernel to forget the files, so that every side reads from the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def timed_copy(source: Path, target: Path) -> float:
@@ -56,6 +49,10 @@ def timed_convert(source: Path, target: Path) -> tuple[float, int]:
     return time.perf_counter() - begin, int(done.stdout)
 
 
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=KIMI_LAYER.experts)
@@ -68,30 +65,44 @@ def main() -> None:
         nbytes = write_sample(folder / "source", replace(KIMI_LAYER, experts=options.experts))
         copies, converts, peaks = [], [], []
         for _ in range(options.repetitions):
-            drop_cache(folder / "source")
+            drop(files_of(folder / "source"))
             copies.append(timed_copy(folder / "source", folder / "copy"))
             shutil.rmtree(folder / "copy")
-            drop_cache(folder / "source")
+            drop(files_of(folder / "source"))
             seconds, peak = timed_convert(folder / "source", folder / "out")
             converts.append(seconds)
             peaks.append(peak)
             shutil.rmtree(folder / "out")
     finally:
         shutil.rmtree(folder)
-    report(nbytes, copies, converts, peaks, options.json)
+    figures = {
+        "experts": options.experts,
+        "nbytes": nbytes,
+        "repetitions": options.repetitions,
+        "copy": times(copies),
+        "convert": times(converts),
+        "ratio": statistics.median(converts) / statistics.median(copies),
+        "peak_nbytes": max(peaks),
+    }
+    report(figures)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def report(nbytes: int, copies: list[float], converts: list[float], peaks: list[int], target: Path | None) -> None:
-    print(f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} CPUs, {len(copies)} repetitions, interleaved, cold source")
+def times(seconds: list[float]) -> dict[str, Any]:
+    return {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds), "seconds": seconds}
+
+
+def report(figures: dict[str, Any]) -> None:
+    nbytes = figures["nbytes"]
+    print(
+        f"{nbytes / 1e9:.2f} GB, {os.cpu_count()} CPUs, {figures['repetitions']} repetitions, interleaved, cold source"
+    )
     print(f"{'':24s}{'min s':>8s}{'median s':>10s}{'max s':>8s}{'GB/s':>8s}")
-    for name, times in (("cp -r and sync", copies), ("convert and sync", converts)):
-        middle = statistics.median(times)
-        print(f"{name:24s}{min(times):8.2f}{middle:10.2f}{max(times):8.2f}{nbytes / middle / 1e9:8.2f}")
-    ratio = statistics.median(converts) / statistics.median(copies)
-    print(f"ratio of medians {ratio:.2f}; peak resident memory {max(peaks) / 1e9:.2f} GB")
-    if target is not None:
-        value = {"nbytes": nbytes, "copy_s": copies, "convert_s": converts, "peak_nbytes": peaks, "ratio": ratio}
-        target.write_text(json.dumps(value, indent=1) + "\n")
+    for name, row in (("cp -r and sync", figures["copy"]), ("convert and sync", figures["convert"])):
+        rate = nbytes / row["median"] / 1e9
+        print(f"{name:24s}{row['min']:8.2f}{row['median']:10.2f}{row['max']:8.2f}{rate:8.2f}")
+    print(f"ratio of medians {figures['ratio']:.2f}; peak resident memory {figures['peak_nbytes'] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

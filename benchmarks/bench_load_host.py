@@ -81,7 +81,9 @@ def main() -> None:
                         flush=True,
                     )
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps(rows, indent=1))
+            arguments.json.write_text(
+                json.dumps({"repetitions": 1, "experts": arguments.experts, "rows": rows}, indent=1) + "\n"
+            )
     finally:
         shutil.rmtree(base)
 

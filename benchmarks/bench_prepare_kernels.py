@@ -1,9 +1,9 @@
 """The preparation kernels at Kimi-K2.5 dimensions against the card's copy rate and against vLLM's own code.
 
-    PYTHONPATH=kernels python benchmarks/bench_prepare_kernels.py --experts 96 --vllm-files DIR --json out.json
+    python benchmarks/bench_prepare_kernels.py --experts 96 --json out.json
 
-Needs a CUDA card. Sides are interleaved; minimum, median and maximum are printed. Rates count bytes read and
-written. Random bytes.
+Needs a CUDA card; vLLM's side needs vLLM installed, or four of its files (vllm_functions.py). Sides are interleaved;
+minimum, median and maximum are printed. Rates count bytes read and written. Random bytes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from vllm_functions import load_vllm_preparation
+from vllm_functions import find_files, load_vllm_preparation
 
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, triton_prepare
 from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
@@ -25,6 +26,9 @@ _QUEUE_CYCLES = 4_000_000
 """About 2 ms of waiting on the card, so that a side's launches are queued before its first kernel starts: what is timed
 is the card's work, on all sides alike."""
 LAYOUT = MoeLayout.cutedsl(gated=True)
+MUST_MOVE = (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE, PreparedTensor.W2_WEIGHT_SCALE)
+"""Codes of w2 are in place already."""
+COPY, OURS, THEIRS = "copy of the size of w13_weight", "prepare: what has to move", "vLLM's preparation"
 
 
 def random_parts(tensor: PreparedTensor, dims: MoeDims) -> list[torch.Tensor]:
@@ -68,84 +72,143 @@ def extra_nbytes(run: Callable[[], Any]) -> tuple[int, int]:
     return peak, kept
 
 
+@dataclass
+class Layer:
+    """Random experts on the card and their prepared tensors; ``sizes`` in bytes, prepared."""
+
+    dims: MoeDims
+    parts: dict[PreparedTensor, list[torch.Tensor]]
+    outs: dict[PreparedTensor, torch.Tensor]
+    sizes: dict[PreparedTensor, int]
+
+    @classmethod
+    def random(cls, experts: int) -> Layer:
+        dims = MoeDims(experts, 2048, 7168)
+        parts = {tensor: random_parts(tensor, dims) for tensor in PreparedTensor}
+        outs = {tensor: prepare(LAYOUT, tensor, dims, *parts[tensor]) for tensor in PreparedTensor}
+        sizes = {tensor: experts * LAYOUT.expert_nbytes(tensor, dims) for tensor in PreparedTensor}
+        return cls(dims, parts, outs, sizes)
+
+    def check(self) -> None:
+        """Ends the program unless the bytes are the torch reference's, and turn back."""
+        for tensor in PreparedTensor:
+            same = torch.equal(self.outs[tensor][:4], LAYOUT.apply(tensor, *(part[:4] for part in self.parts[tensor])))
+            back = unprepare(LAYOUT, tensor, self.outs[tensor], self.dims)
+            same = same and all(torch.equal(a, b) for a, b in zip(back, self.parts[tensor], strict=True))
+            print(f"bytes {tensor.value}: {'as the torch reference, and back' if same else 'DIFFERENT'}", flush=True)
+            if not same:
+                raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One side: what runs, the bytes it has to move (read and written), the name of the copy of its size."""
+
+    run: Callable[[], Any]
+    nbytes: int
+    copy: str | None = None
+
+
+def copies(layer: Layer) -> dict[str, Timed]:
+    """Device-to-device copies, one of the size of each tensor."""
+    source = layer.outs[PreparedTensor.W13_WEIGHT].view(-1)
+    target = torch.empty_like(source)
+    return {
+        f"copy of the size of {tensor.value}": Timed(
+            lambda size=size: target[:size].copy_(source[:size]),  # type: ignore[misc]
+            2 * size,
+        )
+        for tensor, size in layer.sizes.items()
+    }
+
+
+def kernels(layer: Layer) -> dict[str, Timed]:
+    """Each kernel, both ways, and everything that has to move."""
+    sides: dict[str, Timed] = {}
+    dims, parts, outs = layer.dims, layer.parts, layer.outs
+    for tensor in PreparedTensor:
+        nbytes, copy = 2 * layer.sizes[tensor], f"copy of the size of {tensor.value}"
+
+        def forward(tensor: PreparedTensor = tensor) -> torch.Tensor:
+            return prepare(LAYOUT, tensor, dims, *parts[tensor], out=outs[tensor])
+
+        def back(tensor: PreparedTensor = tensor) -> Any:
+            return unprepare(LAYOUT, tensor, outs[tensor], dims)
+
+        sides[f"prepare {tensor.value}"] = Timed(forward, nbytes, copy)
+        sides[f"inverse {tensor.value}"] = Timed(back, nbytes, copy)
+    w13 = PreparedTensor.W13_WEIGHT
+    listed = [list(part.clone()) for part in parts[w13]]
+    sides["prepare w13_weight from one tensor an expert"] = Timed(
+        lambda: prepare(LAYOUT, w13, dims, *listed, out=outs[w13]), 2 * layer.sizes[w13], f"copy of the size of {w13}"
+    )
+    sides[OURS] = Timed(
+        lambda: [prepare(LAYOUT, tensor, dims, *parts[tensor]) for tensor in MUST_MOVE],
+        2 * sum(layer.sizes[tensor] for tensor in MUST_MOVE),
+    )
+    return sides
+
+
+def vllm_side(layer: Layer, folder: Path) -> Timed:
+    """vLLM's own preparation of the same tensors; ends the program if its bytes are others."""
+    theirs = load_vllm_preparation(folder)
+    parts = layer.parts
+    arguments = (
+        torch.cat(parts[PreparedTensor.W13_WEIGHT], dim=1),
+        torch.cat(parts[PreparedTensor.W13_WEIGHT_SCALE], dim=1).view(torch.float8_e4m3fn),
+        parts[PreparedTensor.W2_WEIGHT][0],
+        parts[PreparedTensor.W2_WEIGHT_SCALE][0].view(torch.float8_e4m3fn),
+    )
+    result = theirs(*arguments)
+    pairs = zip((0, 1, 5), MUST_MOVE, strict=True)
+    same = all(torch.equal(result[place].view(torch.uint8), layer.outs[tensor]) for place, tensor in pairs)
+    print(f"bytes against vLLM: {'equal' if same else 'DIFFERENT'}", flush=True)
+    if not same:
+        raise SystemExit(1)
+    return Timed(lambda: theirs(*arguments), 2 * sum(layer.sizes[tensor] for tensor in MUST_MOVE))
+
+
 def bench(experts: int, repeats: int, vllm_files: Path | None) -> dict[str, Any]:
     """All figures."""
-    dims = MoeDims(experts, 2048, 7168)
-    parts = {tensor: random_parts(tensor, dims) for tensor in PreparedTensor}
-    sizes = {tensor: experts * LAYOUT.expert_nbytes(tensor, dims) for tensor in PreparedTensor}
-    outs = {tensor: prepare(LAYOUT, tensor, dims, *parts[tensor]) for tensor in PreparedTensor}
-    for tensor in PreparedTensor:
-        reference = LAYOUT.apply(tensor, *(part[:4] for part in parts[tensor]))
-        same = torch.equal(outs[tensor][:4], reference)
-        back = unprepare(LAYOUT, tensor, outs[tensor], dims)
-        same = same and all(torch.equal(a, b) for a, b in zip(back, parts[tensor], strict=True))
-        print(f"bytes {tensor.value}: {'equal to the torch reference, and back' if same else 'DIFFERENT'}", flush=True)
-        if not same:
-            raise SystemExit(1)
-        del back
-    copy_to = torch.empty_like(outs[PreparedTensor.W13_WEIGHT])
-    sides: dict[str, Callable[[], Any]] = {"copy": lambda: copy_to.copy_(outs[PreparedTensor.W13_WEIGHT])}
-    moved = {"copy": 2 * sizes[PreparedTensor.W13_WEIGHT]}
-    for tensor in list(PreparedTensor)[1:]:
-        whole, size = outs[PreparedTensor.W13_WEIGHT].view(-1), sizes[tensor]
-        sides[f"copy of the size of {tensor.value}"] = lambda whole=whole, size=size: copy_to.view(-1)[:size].copy_(
-            whole[:size]
-        )  # type: ignore[misc]
-        moved[f"copy of the size of {tensor.value}"] = 2 * size
-    for tensor in PreparedTensor:
-        sides[f"prepare {tensor.value}"] = lambda tensor=tensor: prepare(  # type: ignore[misc]
-            LAYOUT, tensor, dims, *parts[tensor], out=outs[tensor]
-        )
-        sides[f"inverse {tensor.value}"] = lambda tensor=tensor: unprepare(LAYOUT, tensor, outs[tensor], dims)  # type: ignore[misc]
-        moved |= dict.fromkeys((f"prepare {tensor.value}", f"inverse {tensor.value}"), 2 * sizes[tensor])
-    listed = [list(part.clone()) for part in parts[PreparedTensor.W13_WEIGHT]]
-    name = "prepare w13_weight from one tensor an expert"
-    sides[name] = lambda: prepare(LAYOUT, PreparedTensor.W13_WEIGHT, dims, *listed, out=outs[PreparedTensor.W13_WEIGHT])
-    moved[name] = moved["prepare w13_weight"]
-    must_move = [PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE, PreparedTensor.W2_WEIGHT_SCALE]
-
-    def ours() -> list[torch.Tensor]:
-        return [prepare(LAYOUT, tensor, dims, *parts[tensor]) for tensor in must_move]
-
-    sides["prepare: what has to move"] = ours
-    moved["prepare: what has to move"] = 2 * sum(sizes[tensor] for tensor in must_move)
+    layer = Layer.random(experts)
+    layer.check()
+    sides = copies(layer) | kernels(layer)
     if vllm_files is not None:
-        theirs = load_vllm_preparation(vllm_files)
-        arguments = (
-            torch.cat(parts[PreparedTensor.W13_WEIGHT], dim=1),
-            torch.cat(parts[PreparedTensor.W13_WEIGHT_SCALE], dim=1).view(torch.float8_e4m3fn),
-            parts[PreparedTensor.W2_WEIGHT][0],
-            parts[PreparedTensor.W2_WEIGHT_SCALE][0].view(torch.float8_e4m3fn),
-        )
-        result = theirs(*arguments)
-        pairs = zip((0, 1, 5), must_move, strict=True)
-        same = all(torch.equal(result[place].view(torch.uint8), outs[tensor]) for place, tensor in pairs)
-        print(f"bytes against vLLM: {'equal' if same else 'DIFFERENT'}", flush=True)
-        del result
-        sides["vLLM's preparation"] = lambda: theirs(*arguments)
-        moved["vLLM's preparation"] = moved["prepare: what has to move"]
-    memory = {name: extra_nbytes(sides[name]) for name in list(sides)[-2:]}
-    found = times_ms(sides, repeats)
-    rates = {name: moved[name] / statistics.median(found[name]) / 1e9 for name in sides}
+        sides[THEIRS] = vllm_side(layer, vllm_files)
+    memory = {name: extra_nbytes(sides[name].run) for name in (OURS, THEIRS) if name in sides}
+    found = times_ms({name: side.run for name, side in sides.items()}, repeats)
+    rates = {name: side.nbytes / statistics.median(found[name]) / 1e9 for name, side in sides.items()}
     return {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "experts": experts,
+        "repetitions": repeats,
         "rows": {
             name: {
-                "nbytes": moved[name],
+                "nbytes": side.nbytes,
                 "ms": [min(found[name]), statistics.median(found[name]), max(found[name])],
                 "tb_per_s": rates[name],
-                "share_of_copy": rates[name] / rates["copy"],
-                "share_of_copy_of_this_size": rates[name]
-                / rates.get(f"copy of the size of {name.split()[1]}", rates["copy"])
-                if name.split()[0] in ("prepare", "inverse")
-                else None,
+                "share_of_copy": rates[name] / rates[COPY],
+                "share_of_copy_of_this_size": rates[name] / rates[side.copy] if side.copy else None,
             }
-            for name in sides
+            for name, side in sides.items()
         },
         "memory": {name: {"peak_nbytes": peak, "result_nbytes": kept} for name, (peak, kept) in memory.items()},
     }
+
+
+def tile_choices(tensor: PreparedTensor) -> list[dict[str, int]]:
+    """Constants of triton_prepare to try."""
+    if tensor.is_scale:
+        return [
+            {"SCALE_TILE_WORDS": words, "SCALE_WARPS": warps} for words in (8, 16, 32, 64) for warps in (1, 2, 4, 8)
+        ]
+    return [
+        {"CODE_TILE_COLS": cols, "CODE_TILE_UNITS": units, "CODE_WARPS": warps}
+        for cols in (32, 64, 128)
+        for units in (1024, 2048, 4096, 8192)
+        for warps in (4, 8)
+    ]
 
 
 def sweep(experts: int) -> None:
@@ -154,26 +217,14 @@ def sweep(experts: int) -> None:
     for tensor in PreparedTensor:
         parts = random_parts(tensor, dims)
         out = prepare(LAYOUT, tensor, dims, *parts)
-        nbytes = 2 * out.numel()
-        if tensor.is_scale:
-            choices = [(words, 0, warps) for words in (8, 16, 32, 64) for warps in (1, 2, 4, 8)]
-        else:
-            choices = [
-                (c, units, warps) for c in (32, 64, 128) for units in (1024, 2048, 4096, 8192) for warps in (4, 8)
-            ]
         rates = []
-        for first, units, warps in choices:
-            if tensor.is_scale:
-                triton_prepare.SCALE_TILE_WORDS, triton_prepare.SCALE_WARPS = first, warps
-            else:
-                triton_prepare.CODE_TILE_COLS, triton_prepare.CODE_TILE_UNITS = first, units
-                triton_prepare.CODE_WARPS = warps
+        for choice in tile_choices(tensor):
+            for name, value in choice.items():
+                setattr(triton_prepare, name, value)
             found = times_ms({"x": lambda: prepare(LAYOUT, tensor, dims, *parts, out=out)}, 7)["x"]  # noqa: B023
-            rates.append((nbytes / statistics.median(found) / 1e9, first, units, warps))
-        for rate, first, units, warps in sorted(rates, reverse=True)[:6]:
-            print(
-                f"sweep {tensor.value}: {rate:.2f} TB/s with {first} columns, {units} units, {warps} warps", flush=True
-            )
+            rates.append((2 * out.numel() / statistics.median(found) / 1e9, choice))
+        for rate, choice in sorted(rates, key=lambda item: -item[0])[:6]:
+            print(f"sweep {tensor.value}: {rate:.2f} TB/s with {choice}", flush=True)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -188,8 +239,8 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, row in result["memory"].items():
         print(f"memory, {name}: peak {row['peak_nbytes'] / 1e9:.3f} GB, result {row['result_nbytes'] / 1e9:.3f} GB")
-    ours = result["rows"]["prepare: what has to move"]["ms"][1]
-    theirs = result["rows"].get("vLLM's preparation")
+    ours = result["rows"][OURS]["ms"][1]
+    theirs = result["rows"].get(THEIRS)
     if theirs is not None:
         print(f"vLLM / ours: {theirs['ms'][1] / ours:.1f}")
 
@@ -199,7 +250,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--vllm-files", type=Path, help="folder with vLLM's preparation code, see vllm_functions.py")
+    parser.add_argument(
+        "--vllm-files", type=Path, default=find_files(), help="folder with vLLM's preparation code (default: installed)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes instead")
     arguments = parser.parse_args()

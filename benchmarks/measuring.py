@@ -1,15 +1,14 @@
-"""Interleaved repetitions of several sides, tables, JSON, peaks of memory: shared by the load benchmarks."""
+"""Interleaved repetitions of several sides, their tables and rows, peaks of memory: shared by the load benchmarks."""
 
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +16,84 @@ import torch
 
 from nvfp4_prep.load import LoadReport
 
-RESULTS: dict[str, Any] = {}
-
 
 @dataclass
 class Side:
-    """One way to load. ``run`` fills parameters that are there already; ``nbytes`` of parameters."""
+    """One way to load. ``run`` fills parameters that are there already; ``nbytes`` of parameters.
+
+    ``facts`` go into the side's row as they are.
+    """
 
     name: str
     nbytes: int
     run: Callable[[], LoadReport | None]
+    facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     report: LoadReport | None = None
+    failed: str = ""
+
+    def timed(self) -> None:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        self.report = self.run()
+        torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - begun)
+
+    def row(self) -> dict[str, Any]:
+        """For JSON: seconds, rate, and what the loader says it read in the last turn."""
+        if not self.seconds:
+            return {"side": self.name, "failed": self.failed, **self.facts}
+        row: dict[str, Any] = {"side": self.name, "nbytes": self.nbytes, **spread(self.seconds), **self.facts}
+        row["gb_per_s"] = self.nbytes / row["median"] / 1e9
+        if self.report is not None:
+            row |= {
+                "read_nbytes": self.report.counts.nbytes,
+                "parameter_nbytes": self.report.nbytes,
+                "counts": asdict(self.report.counts),
+                "thread_seconds": asdict(self.report.times),
+                "threads": self.report.threads,
+                "last": self.seconds[-1],
+            }
+        return row
 
 
-def timed(side: Side) -> None:
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    side.report = side.run()
-    torch.cuda.synchronize()
-    side.seconds.append(time.perf_counter() - begun)
+def spread(values: list[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def compare(title: str, sides: list[Side], repeats: int, before: Callable[[], None] | None = None) -> None:
-    """Runs all sides in turn, ``repeats`` times after one warm-up, and prints a table."""
-    failed: dict[str, str] = {}
+def compare(
+    title: str, sides: list[Side], repeats: int, before: Callable[[], None] | None = None
+) -> list[dict[str, Any]]:
+    """Runs all sides in turn, ``repeats`` times after one warm-up; prints a table and returns its rows."""
     for turn in range(repeats + 1):
         for side in sides:
-            if side.name in failed:
+            if side.failed:
                 continue
             if before is not None:
                 before()
             try:
-                timed(side)
-            except Exception:
-                failed[side.name] = traceback.format_exc().strip().splitlines()[-1]
+                side.timed()
+            except Exception as error:
+                side.failed = f"{type(error).__name__}: {error}"
+                side.seconds.clear()
                 traceback.print_exc()
             if turn == 0:
                 side.seconds.clear()
-    print(f"\n## {title}\n\n| side | min s | median s | max s | GB/s (median) | MB read / MB of parameters | reads |")
-    print("|---|---|---|---|---|---|---|")
-    rows = RESULTS.setdefault("tables", {}).setdefault(title, [])
-    for side in sides:
-        if not side.seconds:
-            print(f"| {side.name} | failed: {failed.get(side.name)} | | | | | |")
+    rows = [side.row() for side in sides]
+    print(f"\n## {title}\n\n| side | min s | median s | max s | GB/s (median) | MB read / MB of parameters |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        if "failed" in row:
+            print(f"| {row['side']} | failed: {row['failed']} | | | | |")
             continue
-        low, middle, high = min(side.seconds), statistics.median(side.seconds), max(side.seconds)
-        rate = side.nbytes / middle / 1e9
-        read, row = "", {"side": side.name, "min": low, "median": middle, "max": high, "gb_per_s": rate}
-        if side.report is not None:
-            report = side.report
-            read = f"{report.counts.nbytes / 1e6:.1f} / {report.nbytes / 1e6:.1f} | {report.counts.reads}"
-            row |= {"counts": vars(report.counts), "thread_seconds": vars(report.times), "threads": report.threads}
-        rows.append(row)
-        print(f"| {side.name} | {low:.4f} | {middle:.4f} | {high:.4f} | {rate:.1f} | {read or ' |'} |", flush=True)
+        read = f"{row['read_nbytes'] / 1e6:.1f} / {row['parameter_nbytes'] / 1e6:.1f}" if "counts" in row else ""
+        print(
+            f"| {row['side']} | {row['min']:.4f} | {row['median']:.4f} | {row['max']:.4f} | {row['gb_per_s']:.1f}"
+            f" | {read} |",
+            flush=True,
+        )
+    return rows
 
 
 class MemoryWatch:
@@ -108,26 +131,3 @@ class MemoryWatch:
             if line.startswith("RssAnon"):
                 return int(line.split()[1]) * 1024
         return 0
-
-
-def drop(paths: list[Path]) -> None:
-    """Takes files out of the page cache."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def section(name: str, run: Callable[[], None]) -> None:
-    begun = time.perf_counter()
-    try:
-        run()
-    except Exception:
-        print(f"\nsection {name} failed:\n{traceback.format_exc()}", flush=True)
-        RESULTS.setdefault("failed", []).append(name)
-    gc.collect()
-    torch.cuda.empty_cache()
-    print(f"({name}: {time.perf_counter() - begun:.1f} s)", flush=True)

@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-__all__ = ["FILES", "load_vllm_preparation"]
+__all__ = ["FILES", "find_files", "load_vllm_preparation"]
 
 _UTILS = "vllm.model_executor.layers.quantization.utils"
 FILES = ("flashinfer_fp4_moe.py", "flashinfer_utils.py", "nvfp4_utils.py", "quant_utils.py")
@@ -55,6 +55,15 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         """A stand-in needs no execution."""
+
+
+def find_files() -> Path | None:
+    """The folder of the files in an installed vLLM, which is not imported for that."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent.joinpath(*_UTILS.split(".")[1:])
+    return folder if all((folder / name).is_file() for name in FILES) else None
 
 
 def load_vllm_preparation(folder: Path) -> Callable[..., tuple[torch.Tensor, ...]]:

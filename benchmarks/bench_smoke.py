@@ -1,17 +1,19 @@
 """The smoke run of a whole Kimi-K2.5 layer on a card, and the table of mutations.
 
-    PYTHONPATH=kernels:converter:tests python benchmarks/gpu_smoke.py --mutation-experts 16 --page layer.html
+    PYTHONPATH=kernels:converter:tests python benchmarks/bench_smoke.py --mutation-experts 16 --page layer.html
 
-The layer is random, at full dimensions, prepared on the card by the Triton kernels. Without a card the mutation
-table is made at small dimensions with the torch backend.
+The layer is random, at full dimensions, prepared on the card by the Triton kernels. With the torch backend the
+mutation table is made at small dimensions, and no whole layer is run. Exit code 1 if a right layer fails or a mutation
+is not caught.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,23 +111,51 @@ def say(report: LayerReport) -> str:
     )
 
 
-def whole_layer(chosen: ChosenBackend, experts: int) -> LayerReport:
-    """One full layer."""
+def whole_layer(chosen: ChosenBackend, experts: int, repeats: int) -> tuple[LayerReport, dict[str, Any]]:
+    """One full layer, ``repeats`` times; the last report, and figures of all."""
     layer = random_layer(MoeDims(experts, 2048, 7168), chosen.device)
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    report = run_layer(layer, chosen.backend)
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    peak = torch.cuda.max_memory_allocated()
-    report = replace(report, seconds=seconds, peak_nbytes=peak)
-    print(f"layer of {experts} experts: {'PASSED' if report.passed else 'FAILED'} in {seconds:.2f} s, {say(report)}")
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        report = run_layer(layer, chosen.backend)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        peak = torch.cuda.max_memory_allocated()
+        passed = "PASSED" if report.passed else "FAILED"
+        print(f"layer of {experts} experts: {passed} in {seconds[-1]:.2f} s, {say(report)}", flush=True)
     print(f"memory: source and prepared layer {held / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
     for problem in report.problems:
         print("  ", problem)
-    return report
+    report = replace(report, seconds=seconds[-1], peak_nbytes=peak)
+    return report, {"seconds": seconds, "held_nbytes": held, "peak_nbytes": peak, **figures_of(report)}
+
+
+def figures_of(report: LayerReport) -> dict[str, Any]:
+    """The worst of a layer."""
+    errors = [figure.errors for figure in report.figures]
+    stages = [figure.stages for figure in report.figures if figure.stages is not None]
+    worst = max(errors, key=lambda error: error.relative)
+    return {
+        "passed": report.passed,
+        "problems": list(report.problems),
+        "experts": report.experts,
+        "cases": [asdict(case) for case in report.cases],
+        "lowest_cosine": min(error.cosine for error in errors),
+        "largest_relative": worst.relative,
+        "relative_limit": max(error.relative_limit for error in errors),
+        "worst_element": max(error.worst for error in errors),
+        "worst_routed": max(case.errors.worst for case in report.cases),
+        "noise_relative": report.noise.relative,
+        "noise_worst": report.noise.worst,
+        "first_gemm_worst": max((stage.first.worst for stage in stages), default=None),
+        "second_gemm_worst": max((stage.second.worst for stage in stages), default=None),
+        "misrounded": sum(stage.misrounded for stage in stages),
+        "doubtful": sum(figure.doubtful for figure in report.figures),
+        "intermediate_values": sum(figure.tokens for figure in report.figures) * 2048,
+    }
 
 
 def mutation_table(chosen: ChosenBackend, dims: MoeDims, padded: MoeDims) -> list[dict[str, Any]]:
@@ -136,56 +166,58 @@ def mutation_table(chosen: ChosenBackend, dims: MoeDims, padded: MoeDims) -> lis
         settings = SmokeSettings(noise_experts=1)
         clean = run_layer(layer, chosen.backend, settings)
         print(f"unchanged layer {group}: {'passed' if clean.passed else 'FAILED'}, {say(clean)}", flush=True)
-        rows.append({"mutation": "none", "dims": str(group), "caught": not clean.passed, "by": list(clean.problems)})
+        rows.append({"mutation": None, "dims": asdict(group), "caught": not clean.passed, "by": list(clean.problems)})
         for name, mutate in mutations.items():
             report = run_layer(replace(layer, prepared=mutate(layer.prepared)), chosen.backend, settings)
-            figures = {
-                "worst": report.worst_expert.worst,
-                "relative": max(figure.errors.relative for figure in report.figures),
-                "cosine": min(figure.errors.cosine for figure in report.figures),
-                "wrong_experts": sum(bool(figure.problems) for figure in report.figures),
-            }
-            by = sorted({problem.split(":")[0] for problem in report.problems})
-            verdict = f"caught by {', '.join(by)}" if by else "NOT CAUGHT"
+            rows.append({"mutation": name, "dims": asdict(group), **verdict(report)})
+            row = rows[-1]
             print(
-                f"{name:48} {verdict:62} worst element {figures['worst']:9.3g} x tolerance, relative"
-                f" {figures['relative']:9.3g}, cosine {figures['cosine']:9.6f}, {figures['wrong_experts']} of"
-                f" {group.experts} experts",
+                f"{name:48} {'caught by ' + ', '.join(row['by']) if row['by'] else 'NOT CAUGHT':62} worst element"
+                f" {row['worst']:9.3g} x tolerance, relative {row['relative']:9.3g}, cosine {row['cosine']:9.6f},"
+                f" {row['wrong_experts']} of {group.experts} experts",
                 flush=True,
             )
-            rows.append({"mutation": name, "dims": str(group), "caught": bool(by), "by": by, **figures})
     return rows
+
+
+def verdict(report: LayerReport) -> dict[str, Any]:
+    """What a report says against a layer."""
+    by = sorted({problem.split(":")[0] for problem in report.problems})
+    return {
+        "caught": bool(by),
+        "by": by,
+        "worst": report.worst_expert.worst,
+        "relative": max(figure.errors.relative for figure in report.figures),
+        "cosine": min(figure.errors.cosine for figure in report.figures),
+        "wrong_experts": sum(bool(figure.problems) for figure in report.figures),
+    }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="auto")
     parser.add_argument("--experts", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=3, help="of the whole layer")
     parser.add_argument("--mutation-experts", type=int, default=16)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    chosen = choose_backend()
+    chosen = choose_backend(arguments.backend)
     print(chosen.facts)
-    on_card = chosen.device.type == "cuda"
-    count = arguments.mutation_experts
-    dims, padded = (
-        (MoeDims(count, 2048, 7168), MoeDims(count, 1856, 2688))
-        if on_card
-        else (
-            MoeDims(8, 128, 256),
-            MoeDims(8, 80, 272),
-        )
-    )
-    result: dict[str, Any] = {"mutations": mutation_table(chosen, dims, padded)}
+    on_card, count = chosen.device.type == "cuda", arguments.mutation_experts
+    full = (MoeDims(count, 2048, 7168), MoeDims(count, 1856, 2688))
+    rows = mutation_table(chosen, *(full if on_card else (MoeDims(8, 128, 256), MoeDims(8, 80, 272))))
+    result: dict[str, Any] = {"backend": chosen.facts.name, "repetitions": arguments.repeats, "mutations": rows}
     if on_card:
-        layer = whole_layer(chosen, arguments.experts)
-        report = SmokeReport("a random layer at Kimi-K2.5 dimensions", "source", chosen.facts, 1, (layer,))
-        result["layer"] = report.summary()
+        layer, result["layer"] = whole_layer(chosen, arguments.experts, arguments.repeats)
         if arguments.page:
+            report = SmokeReport("a random layer at Kimi-K2.5 dimensions", "source", chosen.facts, 1, (layer,))
             arguments.page.write_text(make_page(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    right = all(row["caught"] == (row["mutation"] is not None) for row in rows)
+    sys.exit(not (right and result.get("layer", {"passed": True})["passed"]))
 
 
 if __name__ == "__main__":

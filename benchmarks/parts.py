@@ -1,0 +1,114 @@
+"""What `make bench` runs: each part is a program of this folder that writes its figures as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part.
+
+    Attributes:
+        name: of the part and of its file of results.
+        about: what it measures.
+        program: file of this folder; it takes ``--json FILE`` and ends with 0 if its figures count.
+        arguments: with ``{work}`` (a new folder on the disk) and ``{memory}`` (a new folder in memory).
+        small: the arguments instead of these with ``--small``.
+        needs: ``card``, ``vllm``, ``flashinfer``.
+        limit_s: seconds after which it is ended.
+        work_gb, memory_gb: free space that it needs there, in 10^9 bytes.
+    """
+
+    name: str
+    about: str
+    program: str
+    arguments: tuple[str, ...]
+    small: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    limit_s: int = 600
+    work_gb: float = 0.1
+    memory_gb: float = 0.0
+
+
+PARTS = (
+    Part(
+        "convert",
+        "a conversion against cp and sync of the same bytes",
+        "bench_convert.py",
+        ("--work", "{work}"),
+        ("--work", "{work}", "--experts", "1", "--repetitions", "1"),
+        limit_s=1200,
+        work_gb=31,
+    ),
+    Part(
+        "load-host",
+        "bytes and system calls of every rank's load",
+        "bench_load_host.py",
+        ("--directory", "{work}"),
+        ("--directory", "{work}", "--experts", "1"),
+        limit_s=300,
+        work_gb=1,
+    ),
+    Part(
+        "smoke-host",
+        "what the smoke run catches, torch backend",
+        "bench_smoke.py",
+        ("--backend", "torch"),
+        ("--backend", "torch"),
+    ),
+    Part(
+        "compile-flashinfer",
+        "FlashInfer's kernels compiled for sm_100a",
+        "bench_compile_flashinfer.py",
+        (),
+        (),
+        needs=("flashinfer",),
+    ),
+    Part(
+        "prepare-kernels",
+        "the preparation kernels, 96 experts",
+        "bench_prepare_kernels.py",
+        ("--experts", "96"),
+        ("--experts", "8", "--repeats", "3"),
+        needs=("card",),
+        limit_s=300,
+    ),
+    Part(
+        "prepare-kernels-layer",
+        "the preparation kernels, a layer of 384 experts",
+        "bench_prepare_kernels.py",
+        ("--experts", "384"),
+        ("--experts", "16", "--repeats", "3"),
+        needs=("card",),
+        limit_s=300,
+    ),
+    Part(
+        "smoke",
+        "the smoke run of a whole layer, and what it catches",
+        "bench_smoke.py",
+        (),
+        ("--experts", "16", "--mutation-experts", "4", "--repeats", "1"),
+        needs=("card",),
+    ),
+    Part(
+        "load",
+        "the loader against other loaders and the bus",
+        "bench_load.py",
+        ("--directory", "{memory}", "--disk", "{work}"),
+        ("--directory", "{memory}", "--disk", "{work}", "--layers", "1", "--repeats", "2", "--sweep", "4,4,8 12,4,20"),
+        needs=("card",),
+        work_gb=2,
+        memory_gb=26,
+    ),
+    Part(
+        "load-vllm",
+        "the whole load by vLLM's own code",
+        "bench_load_vllm.py",
+        ("--directory", "{memory}"),
+        ("--directory", "{memory}", "--experts", "32", "--repeats", "2"),
+        needs=("card", "vllm"),
+        memory_gb=20,
+    ),
+)
+"""Host parts first."""

@@ -1,6 +1,6 @@
 """One conversion by a Ray cluster: a task for each group of layers, then the join.
 
-    pip install 'nvfp4-prep[ray]'
+    pip install '.[ray]'                  # in a clone, on every node
     python examples/convert_with_ray.py SOURCE OUT [--layers-per-task 1] [--cpus-per-task 4] [--address auto]
 
 Source and target must be on a file system that all nodes see. Ray runs a task again whose node died; the task then
@@ -10,16 +10,18 @@ continues its own part. Run the script again after anything else: finished parts
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
-import ray
-
 import nvfp4_prep
+from nvfp4_prep.errors import NvfpPrepError
 
 
 def prepare(source: str, target: str, layers: str, threads: int) -> dict[str, Any]:
     """One task: a part of the conversion."""
+    import ray
+
     begin = time.perf_counter()
     part = nvfp4_prep.convert_part(source, target, layers, threads=threads)
     return {
@@ -30,15 +32,34 @@ def prepare(source: str, target: str, layers: str, threads: int) -> dict[str, An
     }
 
 
+def number(text: str) -> int:
+    """A count from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main() -> None:
-    """Plans, starts the tasks, joins and checks."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("target")
-    parser.add_argument("--layers-per-task", type=int, default=1)
-    parser.add_argument("--cpus-per-task", type=int, default=4)
+    parser.add_argument("source", help="directory of the source, seen by all nodes")
+    parser.add_argument("target", help="directory to write, seen by all nodes")
+    parser.add_argument("--layers-per-task", type=number, default=1)
+    parser.add_argument("--cpus-per-task", type=number, default=4)
     parser.add_argument("--address", help="of the cluster; without it a local one is started")
     args = parser.parse_args()
+    try:
+        convert(args)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}. Run in a clone: pip install '.[ray]'")
+    except NvfpPrepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Plans, starts the tasks, joins and checks."""
+    import ray
 
     ray.init(address=args.address)
     plan = nvfp4_prep.plan(args.source)

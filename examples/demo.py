@@ -1,10 +1,11 @@
 """The whole tool on a small Kimi-shaped checkpoint: sample, inspect, plan, convert, verify, damage, restore, compare.
 
-Usage: python examples/demo.py [DIRECTORY]    (made anew; a few MB)
+python examples/demo.py [DIRECTORY]    (by default demo; made anew, a few MB)
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -38,10 +39,14 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
-    if folder.exists():
-        shutil.rmtree(folder)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
+    folder = parser.parse_args().directory
     source, out, back = folder / "source", folder / "prepared", folder / "restored"
+    if folder.exists():
+        if not folder.is_dir() or {*folder.iterdir()} - {source, out, back}:
+            parser.error(f"{folder} holds something else than an earlier demo: give another directory")
+        shutil.rmtree(folder)
     model = nvfp4_prep.SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000)
     nvfp4_prep.write_sample(source, model)
     run("inspect", str(source))

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 import nvfp4_prep
+from nvfp4_prep.errors import NvfpPrepError, UsageError
 from nvfp4_prep_kernels import MoeDims
-from nvfp4_prep_kernels.flashinfer_moe import find_entry_point
+from nvfp4_prep_kernels.flashinfer_moe import FlashInferUnavailableError, find_entry_point
 from nvfp4_prep_kernels.moe_types import MoeTokens, PreparedExperts
 from nvfp4_prep_kernels.nvfp4 import encode_codes, quantize
 from nvfp4_prep_kernels.torch_moe import TorchMoe
@@ -30,6 +31,13 @@ def rank(text: str) -> tuple[int, int]:
     """ "1/8" to (1, 8)."""
     number, _, size = text.partition("/")
     return int(number), int(size)
+
+
+def number(text: str) -> int:
+    """A count from 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def make_tokens(ready: nvfp4_prep.ReadyLayer, count: int, top_k: int, device: torch.device) -> dict[str, Any]:
@@ -72,6 +80,17 @@ def reference(ready: nvfp4_prep.ReadyLayer, tokens: Mapping[str, Any]) -> torch.
     return out
 
 
+def call_kernel(version: str, function: Callable[..., Any], call: Mapping[str, Any]) -> None:
+    """Calls FlashInfer; an argument that the installed one does not know is an error, never left out."""
+    missing = sorted(set(call) - set(inspect.signature(function).parameters))
+    if missing:
+        raise FlashInferUnavailableError(
+            f"FlashInfer {version} cannot compute this layer (no parameter {', '.join(missing)}); run:"
+            " pip install 'flashinfer-python>=0.7.2'"
+        )
+    function(**call)
+
+
 def show(arguments: Mapping[str, Any]) -> None:
     """One line for each argument."""
     for name, value in arguments.items():
@@ -82,16 +101,27 @@ def show(arguments: Mapping[str, Any]) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--layer", type=int, required=True)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--tp", type=rank, default=(0, 1), help="rank/size")
-    parser.add_argument("--ep", type=rank, default=(0, 1), help="rank/size")
+    parser.add_argument("checkpoint", help="directory that nvfp4-prep convert wrote")
+    parser.add_argument("--layer", type=int, required=True, help="its number; nvfp4-prep inspect lists them")
+    parser.add_argument("--tokens", type=number, default=64)
+    parser.add_argument("--top-k", type=number, default=2, help="experts of each token")
+    parser.add_argument("--tp", type=rank, default=(0, 1), metavar="RANK/SIZE")
+    parser.add_argument("--ep", type=rank, default=(0, 1), metavar="RANK/SIZE")
     args = parser.parse_args()
+    try:
+        return run(args)
+    except (NvfpPrepError, FlashInferUnavailableError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, NvfpPrepError) else 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads, shows, computes, and calls the kernel where there is one."""
     able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 10
     device = torch.device("cuda" if able else "cpu")
     ready = nvfp4_prep.load_layer(args.checkpoint, args.layer, tp=args.tp, ep=args.ep, device=device)
+    if args.top_k > ready.arguments["num_local_experts"]:
+        raise UsageError(f"--top-k {args.top_k} is more than the rank's experts")
     tokens = make_tokens(ready, args.tokens, args.top_k, device)
     call = {**ready.arguments, **tokens}
     show(call)
@@ -101,8 +131,7 @@ def main() -> int:
         print("FlashInfer was not called: its kernel needs a GPU of compute capability 10.x")
         return 0
     version, function = find_entry_point()
-    known = inspect.signature(function).parameters
-    function(**{name: value for name, value in call.items() if name in known})
+    call_kernel(version, function, call)
     output = call["moe_output"].float().cpu()
     error = (output - expected).norm() / expected.norm()
     print(f"FlashInfer {version}: norm {output.norm():.4g}, relative distance to the reference {error:.3g}")

@@ -8,7 +8,7 @@ compares. The weights in the kernel are bit-equal (where gate and up share their
 scores differ only by the run-to-run noise of batched greedy decoding: the check fails if they differ by more than
 --tolerance (default 0.02, about two standard errors of 1,319 questions at 90 %).
 
-Needs GPUs of compute capability 10.0 or 10.3, and: pip install nvfp4-prep vllm==0.33.0 "lm-eval[api]"
+Needs GPUs of compute capability 10.0 or 10.3, and (in a clone): pip install . vllm==0.33.0 "lm-eval[api]"
 --dry-run prints the commands. Exit code 1: accuracy lost. It has not been run on such a GPU yet.
 """
 
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,8 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(argv[: argv.index("--")] if "--" in argv else argv)
     args.vllm = extra
-    source = accuracy(args.source, args, prepared=False)
-    prepared = accuracy(args.prepared, args, prepared=True)
+    missing = [program for program in ("vllm", "lm_eval") if shutil.which(program) is None]
+    if missing and not args.dry_run:
+        parser.error(f'not installed: {", ".join(missing)}. Run in a clone: pip install . vllm==0.33.0 "lm-eval[api]"')
+    try:
+        source = accuracy(args.source, args, prepared=False)
+        prepared = accuracy(args.prepared, args, prepared=True)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")
     if args.dry_run:
         return 0
     good, text = verdict(source, prepared, args.tolerance)

@@ -1,10 +1,11 @@
 """The library without the command line: sample, plan, convert, verify, read, restore.
 
-python examples/python_api.py WORK
+python examples/python_api.py [WORK]    (by default work, which must not hold an earlier run)
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +15,18 @@ from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 
 def main() -> None:
-    work = Path(sys.argv[1])
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("work"), help="directory to write")
+    try:
+        run(parser.parse_args().work)
+    except NvfpPrepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def run(work: Path) -> None:
+    """The library's functions, one after the other."""
     source, out, back = work / "source", work / "out", work / "back"
     nvfp4_prep.write_sample(source, nvfp4_prep.SampleModel(experts=4, differing=0.5))
 

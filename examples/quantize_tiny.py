@@ -200,7 +200,7 @@ def round_trip(source: Path, work: Path) -> None:
 def main() -> None:
     """Makes what is missing and runs everything through the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, help="directory for environments, checkpoints and logs")
     parser.add_argument("--make", nargs=3, metavar=("QUANTIZER", "FAMILY", "SHARD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.make:

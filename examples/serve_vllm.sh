@@ -5,15 +5,21 @@
 #   examples/serve_vllm.sh CHECKPOINT ep  8    tensor parallel attention, whole experts spread over the ranks
 #   examples/serve_vllm.sh CHECKPOINT dep 8    data parallel attention, whole experts spread over the ranks
 #
-# Needs GPUs of compute capability 10.0 or 10.3. Needs once: pip install nvfp4-prep vllm==0.33.0
-# FAST=1 adds --load-format nvfp4_prep: each rank reads its own bytes only.
+# Needs GPUs of compute capability 10.0 or 10.3. Needs once: pip install . vllm==0.33.0 (in a clone)
+# FAST=1 adds --load-format nvfp4_prep: each rank reads its own bytes only. DRY_RUN=1 prints the command only.
 set -euo pipefail
 
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
 if [ $# -ne 3 ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    usage >&2
     exit 2
 fi
 checkpoint=$1 mode=$2 gpus=$3
+if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
+    echo "the number of GPUs must be a number from 1, not $gpus" >&2
+    exit 2
+fi
 
 arguments=(serve "$checkpoint" --trust-remote-code)
 case $mode in

@@ -68,6 +68,50 @@ echo 42
     return folder
 
 
+SCRIPTS = sorted([*EXAMPLES.glob("*.py"), EXAMPLES / "serve_vllm.sh", EXAMPLES / "slurm" / "convert.sbatch"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_example_explains_itself(script: Path, tmp_path: Path) -> None:
+    program = sys.executable if script.suffix == ".py" else "bash"
+    text = run([program, script, "--help"])
+    assert script.name in text and len(text.splitlines()) > 4
+    assert "pip install nvfp4-prep" not in text + script.read_text()  # nothing is published on PyPI
+    wrong = subprocess.run(
+        [program, script, "a", "b", "c", "d", "--nope"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOTS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert wrong.returncode == 2 and wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_examples_are_one_line(source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all my work")
+    for script, arguments, words in (
+        ("python_api.py", [source.parent], "is not empty"),
+        ("demo.py", [mine], "something else than an earlier demo"),
+        ("flashinfer_direct.py", [source, "--layer", "1"], "Give a directory that `nvfp4-prep convert` finished"),
+        ("flashinfer_direct.py", [source, "--layer", "1", "--tokens", "0"], "invalid number value"),
+    ):
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / script, *arguments],
+            env={**os.environ, "PYTHONPATH": ROOTS},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert words in done.stderr and "Traceback" not in done.stderr
+    assert (mine / "thesis.txt").read_text() == "all my work"
+
+
 def test_slurm_array_and_join(source: Path, whole: dict[str, str], programs: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     run(

@@ -113,6 +113,18 @@ def write_source(directory: Path, layer: SyntheticLayer) -> Path:
     return directory
 
 
+def test_flashinfer_direct_leaves_nothing_out() -> None:
+    direct, called = load("flashinfer_direct"), []
+
+    def kernel(x: int, top_k: int) -> None:
+        called.append((x, top_k))
+
+    direct.call_kernel("0.6.4", kernel, {"x": 1, "top_k": 2})
+    with pytest.raises(RuntimeError, match=r"FlashInfer 0\.6\.4 .*no parameter situ_beta.*pip install"):
+        direct.call_kernel("0.6.4", kernel, {"x": 1, "top_k": 2, "situ_beta": 1.0})
+    assert called == [(1, 2)]
+
+
 @pytest.mark.parametrize("share", [[], ["--tp", "1/2"], ["--ep", "1/2"]], ids=["whole", "tp", "ep"])
 def test_flashinfer_direct_without_the_kernel(tmp_path: Path, share: list[str]) -> None:
     source = write_source(tmp_path / "source", SyntheticLayer(4, 256, 128))

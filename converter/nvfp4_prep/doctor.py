@@ -151,7 +151,8 @@ def _serving(cards: tuple[str, ...], vllm: str) -> list[Ability]:
     visible = any(point.name == "nvfp4_prep" for point in importlib.metadata.entry_points(group=PLUGIN_GROUP))
     allowed = os.environ.get("VLLM_PLUGINS")
     if not visible:
-        plugin = Ability("vLLM plugin", False, f"no entry point in {PLUGIN_GROUP}: install nvfp4-prep with pip here")
+        reason = f"no entry point in {PLUGIN_GROUP}: install nvfp4-prep here (pip install . in a clone of it)"
+        plugin = Ability("vLLM plugin", False, reason)
     elif allowed is not None and "nvfp4_prep" not in allowed.split(","):
         plugin = Ability("vLLM plugin", False, f"VLLM_PLUGINS={allowed} leaves nvfp4_prep out")
     else:

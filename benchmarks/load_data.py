@@ -15,11 +15,10 @@ import torch
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header
-from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor
 
 KIMI = MoeDims(experts=384, intermediate=2048, hidden=7168)
 PREFIX = "model.layers.{layer}.mlp.experts"
-SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 

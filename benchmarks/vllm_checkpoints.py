@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_data import SCALE_VECTORS, create, prepared_name, write_layer
+from load_data import create, prepared_name, write_layer
 from tiny_models import DEEPSEEK_V3
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.safetensors_io import TensorSpec, read_header
 from nvfp4_prep.stamp import make_stamp
-from nvfp4_prep_kernels import MoeDims
+from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims
 
 LAYER = 0
 _FOUR_BIT = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}

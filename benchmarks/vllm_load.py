@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from measuring import MemoryWatch
 
+from nvfp4_prep_kernels import SCALE_VECTORS
+
 DEVICE = torch.device("cuda")
 BIG = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
-VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
 
 
 def bring_up() -> None:
@@ -144,5 +145,5 @@ def load(config: Any, profile: bool) -> tuple[Any, dict[str, Any]]:
 
 def snapshot(experts: Any) -> dict[str, torch.Tensor]:
     """What the kernel reads, on the host."""
-    tensors = {name: getattr(experts, name).detach() for name in (*BIG, *VECTORS)}
+    tensors = {name: getattr(experts, name).detach() for name in (*BIG, *SCALE_VECTORS)}
     return {name: tensor.contiguous().view(torch.uint8).flatten().cpu() for name, tensor in tensors.items()}

@@ -66,6 +66,26 @@ def _spread(scales, GROUPS: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _tile_pairs(sorted_pairs, block_experts, BM: tl.constexpr):
+    """This program's tile of ``sort_pairs``: (expert, pairs ``[BM]``, which of them are real; the others are 0)."""
+    pair = tl.load(sorted_pairs + tl.program_id(0) * BM + tl.arange(0, BM))
+    expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
+    real = pair >= 0
+    return expert, tl.where(real, pair, 0).to(tl.int64), real
+
+
+@triton.jit
+def _token_tile(codes, scales, token, real, k, COLS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Even and odd columns of ``2 * BK`` columns from byte ``k`` of rows ``token [BM]``: two float16 ``[BM, BK]``."""
+    place = codes + token[:, None] * (COLS // 2) + (k + tl.arange(0, BK))[None, :]
+    byte = tl.load(place, mask=real[:, None], other=0)
+    group = k // 8 + tl.arange(0, BK // 8)
+    scale = tl.load(scales + token[:, None] * (COLS // 16) + group[None, :], mask=real[:, None], other=0)
+    scale = tl.trans(_spread(tl.trans(_e4m3(scale)), BK // 8, BM))
+    return _e2m1(byte) * scale, _e2m1(byte >> 4) * scale
+
+
+@triton.jit
 def _weight_tile(codes, scales, row, k, COLS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
     """Even and odd columns of ``2 * BK`` columns from byte ``k`` of rows ``row [BN]``: two float16 ``[BK, BN]``."""
     byte = tl.load(codes + (k + tl.arange(0, BK))[:, None] + row[None, :].to(tl.int64) * (COLS // 2))
@@ -76,8 +96,59 @@ def _weight_tile(codes, scales, row, k, COLS: tl.constexpr, BK: tl.constexpr, BN
 
 
 @triton.jit
+def _add_product(total, even, odd, codes, scales, row, k, COLS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+    """``total [BM, BN]`` plus the product of ``even`` and ``odd [BM, BK]`` with :func:`_weight_tile`."""
+    # both tiles before the first product: decoding between the two costs barriers on Hopper
+    w_even, w_odd = _weight_tile(codes, scales, row, k, COLS, BK, BN)
+    total = tl.dot(even, w_even, total)
+    return tl.dot(odd, w_odd, total)
+
+
+@triton.jit
+def _gate_up_rows(channel, INTER: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr):
+    """Rows of the prepared w13 that hold a channel: (gate row, up row), the same one without a gate."""
+    if not GATED:
+        up_row = channel
+        gate_row = channel
+    elif BLOCK > 0:
+        up_row = channel // BLOCK * (2 * BLOCK) + channel % BLOCK
+        gate_row = up_row + BLOCK
+    else:
+        gate_row = channel
+        up_row = channel + INTER
+    return gate_row, up_row
+
+
+@triton.jit
 def _sigmoid(value):
     return 1.0 / (1.0 + tl.exp(-value))
+
+
+@triton.jit
+def _activate(gate, up, alpha, beta, limit, situ_beta, situ_linear_beta, FUNCTION: tl.constexpr):
+    """``MoeActivation`` of float32 tiles; 0 as ``situ_linear_beta`` leaves ``up`` as it is."""
+    if FUNCTION == "relu2":
+        hidden = tl.where(up < 0, 0.0, up)
+        hidden = hidden * hidden
+    elif FUNCTION == "situ":
+        if situ_linear_beta > 0:
+            up = situ_linear_beta * (2.0 * _sigmoid(2.0 * up / situ_linear_beta) - 1.0)
+        hidden = situ_beta * (2.0 * _sigmoid(2.0 * gate / situ_beta) - 1.0) * _sigmoid(gate) * up
+    else:
+        # not tl.minimum and tl.maximum, which lose NaN
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+        hidden = gate * _sigmoid(alpha * gate) * (up + beta)
+    return hidden
+
+
+@triton.jit
+def _quantize(values, inverse_scale, BM: tl.constexpr, BN: tl.constexpr):
+    """Rounds float32 ``[BM, BN]`` to NVFP4 with a global scale: code * block scale, exact in float16."""
+    blocks = tl.reshape(values, (BM, BN // 16, 16))
+    scale = _round_e4m3(tl.max(tl.abs(blocks), axis=2) * (1.0 / 6.0) * inverse_scale)[:, :, None]
+    factor = tl.where(scale == 0, 0.0, inverse_scale / tl.where(scale == 0, 1.0, scale))
+    return tl.reshape(_round_e2m1(blocks * factor) * scale, (BM, BN)).to(tl.float16)
 
 
 @triton.jit
@@ -110,65 +181,32 @@ def gemm_gate_up(
 
     ``weight`` is the prepared w13 and ``weight_scales`` its swizzled scales, read as they lie. ``out`` takes code
     * block scale in float16, ``[pairs, 2, INTER/2]``: even channels, then odd ones, as the second GEMM reads them.
+    ``hidden_out`` takes the activation's output in float32, ``[pairs, INTER]``.
     """
     halves: tl.constexpr = 1 if FUNCTION == "relu2" else 2
+    expert, pair, real = _tile_pairs(sorted_pairs, block_experts, BM)
+    token = pair // TOP_K
     channel = tl.program_id(1) * BN + tl.arange(0, BN)
-    pair = tl.load(sorted_pairs + tl.program_id(0) * BM + tl.arange(0, BM))
-    expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
-    real = pair >= 0
-    token = tl.where(real, pair, 0).to(tl.int64) // TOP_K
+    gate_row, up_row = _gate_up_rows(channel, INTER, BLOCK, halves == 2)
     codes = weight + expert * (halves * INTER * (HIDDEN // 2))
     scales = weight_scales + expert * (halves * INTER * (HIDDEN // 16))
-    if halves == 1:
-        up_row = channel
-        gate_row = channel
-    elif BLOCK > 0:
-        up_row = channel // BLOCK * (2 * BLOCK) + channel % BLOCK
-        gate_row = up_row + BLOCK
-    else:
-        gate_row = channel
-        up_row = channel + INTER
     up = tl.zeros((BM, BN), tl.float32)
     gate = tl.zeros((BM, BN), tl.float32)
     for k in range(0, HIDDEN // 2, BK):
-        byte = tl.load(
-            x + token[:, None] * (HIDDEN // 2) + (k + tl.arange(0, BK))[None, :], mask=real[:, None], other=0
-        )
-        group = k // 8 + tl.arange(0, BK // 8)
-        x_scale = tl.load(x_scales + token[:, None] * (HIDDEN // 16) + group[None, :], mask=real[:, None], other=0)
-        x_scale = tl.trans(_spread(tl.trans(_e4m3(x_scale)), BK // 8, BM))
-        even, odd = _e2m1(byte) * x_scale, _e2m1(byte >> 4) * x_scale
-        w_even, w_odd = _weight_tile(codes, scales, up_row, k, HIDDEN, BK, BN)
-        up = tl.dot(even, w_even, up)
-        up = tl.dot(odd, w_odd, up)
+        even, odd = _token_tile(x, x_scales, token, real, k, HIDDEN, BM, BK)
+        up = _add_product(up, even, odd, codes, scales, up_row, k, HIDDEN, BK, BN)
         if halves == 2:
-            w_even, w_odd = _weight_tile(codes, scales, gate_row, k, HIDDEN, BK, BN)
-            gate = tl.dot(even, w_even, gate)
-            gate = tl.dot(odd, w_odd, gate)
+            gate = _add_product(gate, even, odd, codes, scales, gate_row, k, HIDDEN, BK, BN)
     alpha = tl.load(alphas + expert)
     up = up * alpha
     gate = gate * alpha
-    if FUNCTION == "relu2":
-        hidden = tl.where(up < 0, 0.0, up)
-        hidden = hidden * hidden
-    elif FUNCTION == "situ":
-        if situ_linear_beta > 0:
-            up = situ_linear_beta * (2.0 * _sigmoid(2.0 * up / situ_linear_beta) - 1.0)
-        hidden = situ_beta * (2.0 * _sigmoid(2.0 * gate / situ_beta) - 1.0) * _sigmoid(gate) * up
-    else:
-        gate = tl.where(gate > act_limit, act_limit, gate)
-        up = tl.where(up > act_limit, act_limit, tl.where(up < -act_limit, -act_limit, up))
-        hidden = gate * _sigmoid(act_alpha * gate) * (up + act_beta)
-    blocks = tl.reshape(hidden, (BM, BN // 16, 16))
-    inverse = tl.load(inverse_scale)
-    scale = _round_e4m3(tl.max(tl.abs(blocks), axis=2) * (1.0 / 6.0) * inverse)[:, :, None]
-    factor = tl.where(scale == 0, 0.0, inverse / tl.where(scale == 0, 1.0, scale))
-    value = tl.reshape(_round_e2m1(blocks * factor) * scale, (BM, BN))
-    place = channel % 2 * (INTER // 2) + channel // 2
-    target = out + tl.where(real, pair, 0).to(tl.int64)[:, None] * INTER + place[None, :]
+    hidden = _activate(gate, up, act_alpha, act_beta, act_limit, situ_beta, situ_linear_beta, FUNCTION)
+    quantized = _quantize(hidden, tl.load(inverse_scale), BM, BN)
+    line = (pair * INTER)[:, None]
     inside = real[:, None] & (channel < INTER)[None, :]
-    tl.store(target, value.to(tl.float16), mask=inside)
-    tl.store(hidden_out + tl.where(real, pair, 0).to(tl.int64)[:, None] * INTER + channel[None, :], hidden, mask=inside)
+    place = channel % 2 * (INTER // 2) + channel // 2
+    tl.store(out + line + place[None, :], quantized, mask=inside)
+    tl.store(hidden_out + line + channel[None, :], hidden, mask=inside)
 
 
 @triton.jit
@@ -188,20 +226,15 @@ def gemm_down(
     BK: tl.constexpr,
 ):
     """GEMM2 and the router's weight: ``BM`` pairs by ``BN`` output columns, float32 ``out [pairs, HIDDEN]``."""
+    expert, pair, real = _tile_pairs(sorted_pairs, block_experts, BM)
     row = tl.program_id(1) * BN + tl.arange(0, BN)
-    pair = tl.load(sorted_pairs + tl.program_id(0) * BM + tl.arange(0, BM))
-    expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
-    real = pair >= 0
-    line = tl.where(real, pair, 0).to(tl.int64)
     codes = weight + expert * (HIDDEN * (INTER // 2))
     scales = weight_scales + expert * (HIDDEN * (INTER // 16))
     result = tl.zeros((BM, BN), tl.float32)
     for k in range(0, INTER // 2, BK):
-        place = intermediate + line[:, None] * INTER + (k + tl.arange(0, BK))[None, :]
+        place = intermediate + pair[:, None] * INTER + (k + tl.arange(0, BK))[None, :]
         even = tl.load(place, mask=real[:, None], other=0.0)
         odd = tl.load(place + INTER // 2, mask=real[:, None], other=0.0)
-        w_even, w_odd = _weight_tile(codes, scales, row, k, INTER, BK, BN)
-        result = tl.dot(even, w_even, result)
-        result = tl.dot(odd, w_odd, result)
-    factor = tl.load(alphas + expert) * tl.load(router_weights + line, mask=real, other=0.0)
-    tl.store(out + line[:, None] * HIDDEN + row[None, :], result * factor[:, None], mask=real[:, None])
+        result = _add_product(result, even, odd, codes, scales, row, k, INTER, BK, BN)
+    factor = tl.load(alphas + expert) * tl.load(router_weights + pair, mask=real, other=0.0)
+    tl.store(out + pair[:, None] * HIDDEN + row[None, :], result * factor[:, None], mask=real[:, None])

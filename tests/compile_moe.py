@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nvfp4_prep_kernels import triton_moe_kernels as kernels
+from nvfp4_prep_kernels.triton_moe import DOWN_TILE, GATE_UP_TILE
 
 GATE_UP = {
     "x": "*u8",
@@ -41,14 +42,15 @@ DOWN = {
 
 
 def compile_one(kernel: object, signature: dict[str, str], constants: dict[str, object], arch: int) -> str:
-    """Compiles and names the tensor-core instructions that came out."""
+    """Compiles with ``constants``, ``num_warps`` among them, and names the tensor-core instructions that came out."""
+    warps = constants.pop("num_warps")
     names = kernel.arg_names  # type: ignore[attr-defined]
     source = ASTSource(
         fn=kernel,
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
     ptx = compiled.asm["ptx"]
     found = {kind for kind in ("wgmma.mma_async", "mma.sync", "tcgen05.mma") if kind in ptx}
     return f"{sorted(found)} shared={compiled.metadata.shared}"
@@ -56,8 +58,8 @@ def compile_one(kernel: object, signature: dict[str, str], constants: dict[str, 
 
 if __name__ == "__main__":
     for arch in (80, 90, 100):
-        tile = {"BM": 64, "HIDDEN": 7168, "INTER": 2048}
+        sizes = {"BM": 64, "HIDDEN": 7168, "INTER": 2048}
         for function, block in (("swiglu", 64), ("relu2", 0)):
-            gate_up = {**tile, "TOP_K": 8, "BLOCK": block, "FUNCTION": function, "BN": 64, "BK": 64}
+            gate_up = {**sizes, "TOP_K": 8, "BLOCK": block, "FUNCTION": function, **GATE_UP_TILE}
             print(arch, function, compile_one(kernels.gemm_gate_up, GATE_UP, gate_up, arch))
-        print(arch, "down", compile_one(kernels.gemm_down, DOWN, {**tile, "BN": 128, "BK": 32}, arch))
+        print(arch, "down", compile_one(kernels.gemm_down, DOWN, {**sizes, **DOWN_TILE}, arch))

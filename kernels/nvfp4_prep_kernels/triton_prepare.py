@@ -18,14 +18,13 @@ Triton is imported when a kernel is first used.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from nvfp4_prep_kernels.launching import on_device
 from nvfp4_prep_kernels.layout import BLOCK_COLS, LayoutError, MoeDims, MoeLayout, PreparedTensor
 
 __all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
@@ -261,16 +260,17 @@ def _launch(
     mapping: IndexMap, is_scale: bool, source: _Source, prepared: torch.Tensor, dirty: torch.Tensor | None
 ) -> None:
     """Runs one direction; with ``dirty`` the source is written, and the flag set where padding is not zero."""
+    from nvfp4_prep_kernels import triton_prepare_kernels as kernels
+
     inverse = dirty is not None
     constants, programs, warps = launch_constants(mapping, is_scale, source.row_stride, source.alignment, inverse)
-    kernels = _kernels()
     if is_scale:
         kernel, units = kernels.scales, prepared.view(torch.int32)
     else:
         wide = _code_unit(mapping, source.alignment) == 8
         kernel, units = kernels.codes, prepared.view(torch.int64) if wide else prepared
     bases = source.bases or ((0, 0),)
-    with _on(prepared.device):
+    with on_device(prepared.device):
         kernel[(programs * prepared.shape[0],)](
             # what a direction or a kind of source does not use is never touched: any tensor stands in for it
             prepared if source.table is None else source.table,
@@ -286,15 +286,3 @@ def _launch(
 
 def _pow2_up(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a card the current one; the interpreter has none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def _kernels() -> Any:
-    from nvfp4_prep_kernels import triton_prepare_kernels
-
-    return triton_prepare_kernels

@@ -1,0 +1,15 @@
+"""What every launch of a Triton kernel needs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+__all__ = ["on_device"]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a card the current one: Triton launches there, not where the tensors are. Its interpreter has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import DEEPSEEK_V3
 from load_data import create, prepared_name, write_layer
-from tiny_models import DEEPSEEK_V3
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.options import ConvertOptions

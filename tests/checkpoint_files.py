@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+IN_REPOSITORY = Path(__file__).parent / "data" / "checkpoints"
+"""Small real checkpoints, some of them cut down to one layer: see make_checkpoints.py."""
+WHOLE = Path(os.environ.get("NVFP4_PREP_CHECKPOINTS", Path(__file__).parents[2] / "shared" / "checkpoints"))
+"""The same checkpoints as their quantizers wrote them, where they are at hand; tests do without them."""
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -16,16 +22,24 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory's safetensors files; none of them twice."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        assert not found.keys() & tensors.keys()
+        found |= tensors
+    return found
+
+
 def read_tensors(folder: Path) -> Tensors:
     """Name to dtype, shape and bytes, over all safetensors files of a directory."""
-    found: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                assert name not in found
-                found[name] = (str(tensor.dtype), tuple(tensor.shape), raw_bytes(tensor))
-    return found
+    return as_bytes(load_tensors(folder))
+
+
+def as_bytes(tensors: dict[str, torch.Tensor]) -> Tensors:
+    """Name to dtype, shape and bytes, to compare with ``==``."""
+    return {name: (str(it.dtype), tuple(it.shape), raw_bytes(it)) for name, it in tensors.items()}
 
 
 def file_digests(folder: Path) -> dict[str, str]:

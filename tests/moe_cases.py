@@ -8,7 +8,26 @@ import torch
 
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
-from nvfp4_prep_kernels.moe_types import MoeActivation, PreparedExperts
+from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, PreparedExperts
+
+SITU = MoeActivation(ActivationFunction.SITU, situ_beta=4.0, situ_linear_beta=3.0)
+CASES = {
+    "kimi-like": (MoeLayout.cutedsl(gated=True), MoeDims(6, 128, 256), MoeActivation()),
+    "padded, 16-row blocks, oai": (
+        MoeLayout.cutedsl(gated=True, gate_up_block=16),
+        MoeDims(3, 80, 272),
+        MoeActivation.swigluoai(),
+    ),
+    "padded for two ranks, clamped": (
+        MoeLayout.cutedsl(gated=True, gate_up_block=32, moe_tp=2),
+        MoeDims(3, 160, 272),
+        MoeActivation(limit=0.5),
+    ),
+    "batched": (MoeLayout.cutedsl_batched(), MoeDims(3, 64, 256), MoeActivation()),
+    "relu2": (MoeLayout.cutedsl(gated=False), MoeDims(3, 80, 272), MoeActivation.relu2()),
+    "situ": (MoeLayout.cutedsl(gated=True), MoeDims(3, 64, 512), SITU),
+}
+"""Name to layout, dimensions and activation: each kind of layout, padded and not, each activation."""
 
 
 @dataclass(frozen=True)

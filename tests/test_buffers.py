@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
+from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes, same_bytes
 
 
 def test_view_shares_memory_and_keeps_the_tensor_alive() -> None:
@@ -44,3 +44,10 @@ def test_same_bytes(nbytes: int, position: int, shift: int, transposed: bool) ->
     b[position % b.shape[0], 0] ^= 1
     assert not same_bytes(a, b)
     assert not same_bytes(a, b[:-1])
+
+
+def test_crc32_of_each_expert() -> None:
+    """The check value of the CRC-32 that zlib and gzip use is that of the digits 1 to 9."""
+    digits = torch.tensor(list(b"123456789"), dtype=torch.uint8).reshape(3, 3)
+    assert crc32_each(torch.stack([digits, digits.flip(0)])) == [0xCBF43926, 0x93E97E0C]
+    assert crc32_each(torch.zeros(1, 4, dtype=torch.uint8)) == [0x2144DF1C]

@@ -14,7 +14,6 @@ from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
 from nvfp4_prep.device import apply_layout, choose_device
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.part_folders import LayerSelection
 from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
@@ -113,19 +112,6 @@ def test_expert_that_computes_zeros(tmp_path: Path) -> None:
     path.write_bytes(data)
     done = run("convert", tmp_path / "source", tmp_path / "out", "-q")
     assert done.exit_code == 0 and "smoke run passed" in done.output
-
-
-def test_layers_that_are_run_exist() -> None:
-    assert LayerSelection.parse("3,1, 5-7,6").choose_present(range(10)) == (1, 3, 5, 6, 7)
-    assert LayerSelection.parse("2/2").choose_present([1, 2, 5, 7]) == (5, 7)
-    for text in ("", "a", "1-", "-2", "1-b", "²"):
-        with pytest.raises(UsageError):
-            LayerSelection.parse(text)
-    for text in ("9", "1-3", "0-99999999999"):
-        with pytest.raises(UsageError, match="layers among 1-2,7"):
-            LayerSelection.parse(text).choose_present([1, 2, 7])
-    with pytest.raises(UsageError, match="selects none"):
-        LayerSelection.parse("1/5").choose_present([1, 2])
 
 
 def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 import nvfp4_prep
 from data.synthetic_layers import SyntheticLayer
+from data.synthetic_torch import to_torch
+from tiny_checkpoints import write
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -97,20 +99,7 @@ def test_serve_script(mode: str, flags: str) -> None:
 
 
 def write_source(directory: Path, layer: SyntheticLayer) -> Path:
-    import torch
-    from safetensors.torch import save_file
-
-    dtypes = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
-    tensors = {}
-    for name, made in layer.tensors():
-        flat = torch.frombuffer(bytearray(made.data), dtype=torch.uint8)
-        tensors[f"model.layers.3.mlp.experts.{name}"] = flat.view(dtypes[made.dtype]).reshape(made.shape)
-    directory.mkdir()
-    save_file(tensors, directory / "model.safetensors")
-    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
-    config = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_act": "silu", "quantization_config": quantization}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+    return write(directory, {f"model.layers.3.mlp.experts.{name}": to_torch(made) for name, made in layer.tensors()})
 
 
 def test_flashinfer_direct_leaves_nothing_out() -> None:

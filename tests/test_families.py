@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
+from checkpoint_files import IN_REPOSITORY, WHOLE, load_tensors, raw_bytes, read_tensors
 from data.synthetic_layers import LAYERS, SyntheticLayer
+from data.synthetic_torch import stacked_like_llama4, to_torch
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, inspect, restore, verify
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
 from tiny_checkpoints import Tensors, config, write
 
 DATA = Path(__file__).parent / "data"
-SHARED = Path("/work/shared/checkpoints")
-REAL = sorted((DATA / "checkpoints").iterdir()) + (sorted(SHARED.iterdir()) if SHARED.is_dir() else [])
+REAL = sorted(IN_REPOSITORY.iterdir()) + (sorted(WHOLE.iterdir()) if WHOLE.is_dir() else [])
 REFUSED = {
     "modelopt-gpt_oss-experts": r"experts have biases \(model\.layers\.0\.mlp\.experts\.down_proj_bias",
     "modelopt-qwen3_moe-w4a16": r"weight-only NVFP4 \(W4A16: no input scales\)",
@@ -43,36 +43,16 @@ def digests() -> dict[str, Any]:
     return found
 
 
-def contents(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    return found
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def assert_digest(tensor: torch.Tensor, record: dict[str, Any]) -> None:
     assert list(tensor.shape) == record["shape"]
     assert str(tensor.dtype) == f"torch.{record['dtype']}"
-    assert hashlib.sha256(raw(tensor)).hexdigest() == record["sha256"]
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    want, have = contents(one), contents(other)
-    assert want.keys() == have.keys()
-    for name, tensor in want.items():
-        assert (tensor.dtype, tensor.shape) == (have[name].dtype, have[name].shape), name
-        assert raw(tensor) == raw(have[name]), name
+    assert hashlib.sha256(raw_bytes(tensor)).hexdigest() == record["sha256"]
 
 
 @pytest.mark.parametrize("source", ACCEPTED, ids=label)
 def test_real_checkpoints_become_what_vllm_makes_of_them(tmp_path: Path, source: Path) -> None:
     made = convert(source, tmp_path / "out", VLLM).manifest
-    tensors = contents(tmp_path / "out")
+    tensors = load_tensors(tmp_path / "out")
     for layer in made.layers:
         record = digests()[f"{source.name}/{layer.layer.experts_path}"]["tensors"]
         prefix = f"{layer.layer.experts_path}.routed_experts"
@@ -88,7 +68,7 @@ def test_real_checkpoints_come_back_bit_for_bit(tmp_path: Path, source: Path) ->
     convert(source, tmp_path / "out")
     assert verify(tmp_path / "out", source=source).ok
     restore(tmp_path / "out", tmp_path / "back")
-    assert_same_tensors(source, tmp_path / "back")
+    assert read_tensors(source) == read_tensors(tmp_path / "back")
     for name in ("config.json", "hf_quant_config.json", "generation_config.json", "recipe.yaml"):
         assert (source / name).exists() == (tmp_path / "back" / name).exists()
         if (source / name).exists():
@@ -109,7 +89,7 @@ def test_real_checkpoints_that_must_be_refused(tmp_path: Path, source: Path) -> 
 
 def test_figures_of_the_policies_for_differing_scales(tmp_path: Path) -> None:
     """llm-compressor 0.9: all pairs differ. reconcile is within e4m3's rounding and far below vllm's error."""
-    source = DATA / "checkpoints" / "llmc09-mixtral"
+    source = IN_REPOSITORY / "llmc09-mixtral"
     for policy in (GateUpPolicy.RECONCILE, GateUpPolicy.VLLM):
         result = convert(source, tmp_path / policy.value, ConvertOptions(gate_up_scales=policy))
         (layer,) = result.manifest.layers
@@ -129,7 +109,7 @@ def test_figures_of_the_policies_for_differing_scales(tmp_path: Path) -> None:
 
 
 def test_policies_agree_where_the_scales_do(tmp_path: Path) -> None:
-    source = DATA / "checkpoints" / "modelopt041-deepseek_v3-mlp"
+    source = IN_REPOSITORY / "modelopt041-deepseek_v3-mlp"
     files = {}
     for policy in GateUpPolicy:
         convert(source, tmp_path / policy.value, ConvertOptions(gate_up_scales=policy))
@@ -137,58 +117,27 @@ def test_policies_agree_where_the_scales_do(tmp_path: Path) -> None:
     assert files[GateUpPolicy.RECONCILE] == files[GateUpPolicy.VLLM] == files[GateUpPolicy.ERROR]
 
 
-TORCH = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 LEAVES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 Arrangement = Callable[[SyntheticLayer], Tensors]
 
 
-def tensor(layer: SyntheticLayer, expert: int, projection: str, leaf: str) -> torch.Tensor:
-    made = layer.tensor(expert, projection, leaf)
-    return torch.frombuffer(bytearray(made.data), dtype=torch.uint8).view(TORCH[made.dtype]).reshape(made.shape)
-
-
 def per_expert(layer: SyntheticLayer, path: str = "model.layers.0.mlp.experts") -> Tensors:
-    return {
-        f"{path}.{expert}.{name}.{leaf}": tensor(layer, expert, name, leaf)
-        for expert in range(layer.experts)
-        for name in layer.projections
-        for leaf in LEAVES
-    }
-
-
-def stack(layer: SyntheticLayer, names: tuple[str, ...], leaf: str) -> torch.Tensor:
-    experts = [
-        torch.cat([tensor(layer, expert, name, leaf).view(torch.uint8) for name in names])
-        for expert in range(layer.experts)
-    ]
-    return torch.stack(experts)
+    return {f"{path}.{name}": to_torch(tensor) for name, tensor in layer.tensors()}
 
 
 def step(layer: SyntheticLayer) -> Tensors:
     """Step-3.5: stacks per projection, scalars ``[E]``."""
     made: Tensors = {}
     for name in layer.projections:
-        for leaf in ("weight", "weight_scale"):
-            made[f"model.layers.0.moe.{name}.{leaf}"] = stack(layer, (name,), leaf).view(
-                tensor(layer, 0, name, leaf).dtype
-            )
-        for leaf in ("weight_scale_2", "input_scale"):
-            each = [tensor(layer, expert, name, leaf) for expert in range(layer.experts)]
-            made[f"model.layers.0.moe.{name}.{leaf}"] = torch.stack(each)
+        for leaf in LEAVES:
+            each = [to_torch(layer.tensor(expert, name, leaf)) for expert in range(layer.experts)]
+            stack = torch.stack([tensor.view(torch.uint8) if tensor.dim() else tensor for tensor in each])
+            made[f"model.layers.0.moe.{name}.{leaf}"] = stack.view(each[0].dtype)
     return made
 
 
 def llama4(layer: SyntheticLayer) -> Tensors:
-    """Llama-4: gate and up in one, transposed, one scalar for all experts."""
-    path = "model.layers.0.feed_forward.experts"
-    made: Tensors = {}
-    for fused, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-        codes = stack(layer, names, "weight").transpose(1, 2).contiguous()
-        scales = stack(layer, names, "weight_scale").transpose(1, 2).contiguous()
-        made |= {f"{path}.{fused}": codes, f"{path}.{fused}_weight_scale": scales.view(torch.float8_e4m3fn)}
-        for leaf in ("weight_scale_2", "input_scale"):
-            made[f"{path}.{fused}_{leaf}"] = tensor(layer, 0, names[0], leaf)
-    return made
+    return dict(stacked_like_llama4(layer, "model.layers.0.feed_forward.experts"))
 
 
 GATED = [layer for layer in LAYERS if layer.gated and layer.hidden < 4096]
@@ -209,7 +158,7 @@ def test_synthetic_layers_become_what_vllm_makes_of_them(
     record = digests()[f"synthetic/{layer.name}"]
     assert made.layout.padded_hidden(layer.hidden) == record["padded_hidden"]
     assert made.layout.padded_intermediate(layer.intermediate) == record["padded_intermediate"]
-    tensors, prefix = contents(tmp_path / "out"), f"{made.layer.experts_path}.routed_experts"
+    tensors, prefix = load_tensors(tmp_path / "out"), f"{made.layer.experts_path}.routed_experts"
     for name in PreparedTensor:
         assert_digest(tensors[f"{prefix}.{name}"], record["tensors"][name])
     if kind != "llama4":  # one scalar for all experts is another model
@@ -217,7 +166,7 @@ def test_synthetic_layers_become_what_vllm_makes_of_them(
             assert_digest(tensors[f"{prefix}.{name}"], record["tensors"][name])
     assert verify(tmp_path / "out", source=source).ok
     restore(tmp_path / "out", tmp_path / "back")
-    assert_same_tensors(source, tmp_path / "back")
+    assert read_tensors(source) == read_tensors(tmp_path / "back")
 
 
 RANKS = [
@@ -248,7 +197,7 @@ def test_a_rank_of_a_file_made_for_its_size_gets_what_vllm_prepares(
         return
     (made,) = convert(source, tmp_path / "out", options).manifest.layers
     assert size in made.tp_sizes
-    tensors = contents(tmp_path / "out")
+    tensors = load_tensors(tmp_path / "out")
     layout: MoeLayout = made.layout
     dims = MoeDims(layer.experts, layer.intermediate, layer.hidden)
     for name in PreparedTensor:

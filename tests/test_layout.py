@@ -7,18 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layout_cases import layers, random_parts
 from layout_oracle import prepare_w2, prepare_w13, rows_of
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, Projection
 
 W13 = (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
 W2 = (PreparedTensor.W2_WEIGHT, PreparedTensor.W2_WEIGHT_SCALE)
-
-
-def random_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, seed: int = 0) -> list[torch.Tensor]:
-    """Non-zero random bytes, so that padding can never be taken for data."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = layout.source_shape(tensor, dims)
-    return [torch.randint(1, 256, shape, dtype=torch.uint8, generator=generator) for _ in layout.projections(tensor)]
 
 
 def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor]) -> tuple[int, int, bytes]:
@@ -41,26 +35,6 @@ def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor])
         align_i=layout.intermediate_alignment,
         align_h=layout.hidden_alignment,
     )
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims]:
-    """Any layout of the family with any layer it accepts, small enough for a byte-by-byte oracle."""
-    kind = draw(st.sampled_from(["standard", "relu2", "batched"]))
-    moe_tp = draw(st.integers(1, 3))
-    if kind == "batched":
-        dims = MoeDims(
-            draw(st.integers(1, 3)),
-            moe_tp * (64 if moe_tp == 1 else 128) * draw(st.integers(1, 2)),
-            128 * draw(st.integers(1, 2)),
-        )
-        return MoeLayout.cutedsl_batched(moe_tp=moe_tp), dims
-    gated = kind == "standard"
-    layout = MoeLayout.cutedsl(
-        gated=gated, gate_up_block=draw(st.sampled_from([16, 32, 64])) if gated else 64, moe_tp=moe_tp
-    )
-    inter = moe_tp * 16 * draw(st.integers(1, 12 // moe_tp))
-    return layout, MoeDims(draw(st.integers(1, 3)), inter, 16 * draw(st.integers(1, 20)))
 
 
 @settings(max_examples=60, deadline=None)

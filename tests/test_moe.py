@@ -10,31 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_cases import Layer, random_layer
-from nvfp4_prep_kernels import MoeDims, MoeLayout
+from moe_cases import CASES, SITU, Layer, random_layer
 from nvfp4_prep_kernels.moe_reference import SourceExpert, evaluate
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeBackend, MoeTokens
 from nvfp4_prep_kernels.nvfp4 import decode, encode_codes, quantize
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 from nvfp4_prep_kernels.triton_moe import TritonMoe, sort_pairs
-
-SITU = MoeActivation(ActivationFunction.SITU, situ_beta=4.0, situ_linear_beta=3.0)
-CASES = {
-    "kimi-like": (MoeLayout.cutedsl(gated=True), MoeDims(6, 128, 256), MoeActivation()),
-    "padded, 16-row blocks, oai": (
-        MoeLayout.cutedsl(gated=True, gate_up_block=16),
-        MoeDims(3, 80, 272),
-        MoeActivation.swigluoai(),
-    ),
-    "padded for two ranks, clamped": (
-        MoeLayout.cutedsl(gated=True, gate_up_block=32, moe_tp=2),
-        MoeDims(3, 160, 272),
-        MoeActivation(limit=0.5),
-    ),
-    "batched": (MoeLayout.cutedsl_batched(), MoeDims(3, 64, 256), MoeActivation()),
-    "relu2": (MoeLayout.cutedsl(gated=False), MoeDims(3, 80, 272), MoeActivation.relu2()),
-    "situ": (MoeLayout.cutedsl(gated=True), MoeDims(3, 64, 512), SITU),
-}
 
 
 def random_tokens(layer: Layer, count: int, top_k: int, device: torch.device, seed: int = 1) -> MoeTokens:

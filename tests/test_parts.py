@@ -11,8 +11,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from checkpoint_files import file_digests
 from nvfp4_prep import ConvertOptions, SampleModel, convert, convert_part, join_parts, parts, verify, write_sample
@@ -218,29 +216,7 @@ def test_restart_of_the_whole_discards_parts(source: Path, whole: dict[str, str]
     assert file_digests(out) == whole
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "0/3", "4/3", "1-2-3", "1,", "-1", "1/0", "1 - 2"])
-def test_selections_that_say_nothing(text: str) -> None:
-    with pytest.raises(UsageError):
-        LayerSelection.parse(text)
-
-
 def test_selection_of_no_layer(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"selects none.*They are 1-5"):
         convert_part(source, tmp_path / "out", "0")
     assert not (tmp_path / "out").exists()
-
-
-@given(st.sets(st.integers(0, 99), min_size=1), st.integers(1, 20))
-def test_shares_divide_the_layers(layers: set[int], count: int) -> None:
-    shares = [LayerSelection.parse(f"{n}/{count}").choose(layers) for n in range(1, count + 1)]
-    assert [layer for share in shares for layer in share] == sorted(layers)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), min_size=1, max_size=5))
-def test_ranges_choose_what_they_say(ranges: list[tuple[int, int]]) -> None:
-    selection = LayerSelection.parse(",".join(f"{first}-{first + more}" for first, more in ranges))
-    want = {layer for first, more in ranges for layer in range(first, first + more + 1)}
-    assert set(selection.choose(range(100))) == want
-    assert LayerSelection.from_folder_name(selection.folder_name) == selection
-    assert "/" not in selection.folder_name

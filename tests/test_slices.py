@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layout_cases import random_parts
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
-from test_layout import random_parts
 
 
 def source_share(part: torch.Tensor, tensor: PreparedTensor, rank: int, size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from moe_cases import Layer, random_layer
+from moe_cases import CASES, Layer, random_layer
 from mutations import MUTATIONS, PADDING_MUTATIONS
 from nvfp4_prep.smoke.figures import compare
 from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
@@ -18,7 +18,6 @@ from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTokens, MoeTrace, PreparedExperts
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 from nvfp4_prep_kernels.triton_moe import TritonMoe
-from test_moe import CASES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = SmokeSettings(per_expert=8, routed=16, noise_experts=2)

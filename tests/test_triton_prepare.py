@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layout_cases import layers
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
-from test_layout import layers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TESTS = Path(__file__).parent

@@ -30,23 +30,19 @@ from unittest import mock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "vllm")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "vllm")]
 
-from synthetic_layers import LAYERS, SyntheticLayer, SyntheticTensor  # noqa: E402
 from vllm_on_cpu import bring_up, load_model, make_vllm_config, rank_of, routed_experts  # noqa: E402
 
+from checkpoint_files import load_tensors  # noqa: E402
+from data.synthetic_layers import LAYERS, SyntheticLayer  # noqa: E402
+from data.synthetic_torch import LLAMA4_PARTS, to_torch  # noqa: E402
+
 BIG = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
-TORCH_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 TP_SLICES = ((2, 0), (2, 1), (4, 3))
 """(size, rank) for which slices of layers that can be split are recorded too."""
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
-
-
-def to_torch(tensor: SyntheticTensor) -> torch.Tensor:
-    """A synthetic tensor as torch holds it."""
-    flat = torch.frombuffer(bytearray(tensor.data), dtype=torch.uint8)
-    return flat.view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
@@ -172,20 +168,10 @@ def whole_model_entries(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]
             yield f"{directory.name}/{name}", entry(layer, seen[id(layer)])
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a small checkpoint."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= load_file(path)
-    return tensors
-
-
 def unstack_llama4(tensors: dict[str, torch.Tensor], prefix: str) -> Tensors:
     """Stacked, transposed Llama-4 experts as per-expert ModelOpt leaves."""
     for expert in range(tensors[f"{prefix}.down_proj"].shape[0]):
-        for fused, names in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        for fused, names in LLAMA4_PARTS:
             for leaf, suffix in (("weight", ""), ("weight_scale", "_weight_scale")):
                 matrix = tensors[f"{prefix}.{fused}{suffix}"][expert].view(torch.uint8).t()
                 for name, part in zip(names, matrix.chunk(len(names)), strict=True):
@@ -205,7 +191,7 @@ def under(tensors: dict[str, torch.Tensor], prefix: str) -> Tensors:
 
 def layer_entries(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The expert layers of a checkpoint whose names or stacking vLLM does not know, layer by layer."""
-    tensors = read_tensors(directory)
+    tensors = load_tensors(directory)
     prefixes = sorted({name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name})
     with rank_of(make_vllm_config(directory.parent / "modelopt-qwen3_moe-sharded")):
         for prefix in prefixes:

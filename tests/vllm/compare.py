@@ -10,28 +10,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from states import differences, snapshot
 from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
-STORED = (
-    "w13_weight",
-    "w13_weight_scale",
-    "w2_weight",
-    "w2_weight_scale",
-    "w13_weight_scale_2",
-    "w2_weight_scale_2",
-    "w13_input_scale",
-    "w2_input_scale",
-)
-KERNEL = ("w1_scale", "w2_scale", "g1_alphas", "g2_alphas", "a1_gscale", "a2_gscale")
-EXPERTS = (
-    "hidden_dim",
-    "intermediate_size_per_partition",
-    "local_num_experts",
-    "global_num_experts",
-    "topk",
-    "local_expert_offset",
-    "gemm1_clamp_limit",
-)
 POISON = 0x3B
 """Byte that fills every parameter before loading, so that what never arrives is neither zero nor right by luck."""
 
@@ -84,53 +65,6 @@ class Outcome:
     source: Counts = field(default_factory=Counts)
     prepared: Counts = field(default_factory=Counts)
     layers: int = 0
-
-
-def snapshot(model: torch.nn.Module) -> dict[str, Any]:
-    """Copies of all parameters, and of each expert layer's kernel arguments and sizes."""
-    layers = routed_experts(model)
-    inside = {f"{path}." for path, module in model.named_modules() if any(module is layer for layer in layers.values())}
-    state: dict[str, Any] = {
-        name: param.detach().clone()
-        for name, param in model.named_parameters()
-        if not any(name.startswith(path) for path in inside)
-    }
-    for name, layer in layers.items():
-        state |= {f"{name}/{key}": value for key, value in experts_snapshot(layer).items()}
-    return state
-
-
-def experts_snapshot(layer: Any) -> dict[str, Any]:
-    """What one expert layer holds and what its kernel object was given."""
-    method = layer.quant_method
-    state: dict[str, Any] = {name: getattr(layer, name).detach().clone() for name in STORED}
-    state |= {f"kernel.{name}": getattr(method.moe_quant_config, name).detach().clone() for name in KERNEL}
-    experts = method.moe_kernel.fused_experts
-    state |= {f"experts.{name}": getattr(experts, name, None) for name in EXPERTS}
-    moe = layer.moe_config
-    state["sizes"] = (moe.hidden_dim, moe.hidden_dim_unpadded, moe.intermediate_size_per_partition, moe.moe_backend)
-    state["classes"] = (type(experts).__name__, method.nvfp4_backend.value)
-    return state
-
-
-def differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[str]:
-    """Names whose values differ in bytes, shape, stride or dtype."""
-    found = [f"{name}: only in one" for name in expected.keys() ^ actual.keys()]
-    return found + [name for name in sorted(expected.keys() & actual.keys()) if not same(expected[name], actual[name])]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit equality of tensors, equality of anything else."""
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return bool(one == other)
-    if (one.shape, one.stride(), one.dtype) != (other.shape, other.stride(), other.dtype):
-        return False
-    return torch.equal(as_bytes(one), as_bytes(other))
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements in logical order as bytes."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).reshape(-1).view(torch.uint8)
 
 
 @contextlib.contextmanager

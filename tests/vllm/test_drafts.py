@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Counts, counting, differences, experts_snapshot
+from compare import Counts, counting
+from families import COMPRESSED, FAMILIES
 from results import Checkpoints
-from tiny_models import FAMILIES
+from states import differences, experts_state
 from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 DEEPSEEK = FAMILIES["deepseek_v3"]
@@ -49,9 +50,8 @@ def draft_state(directory: Path, backend: str) -> dict[str, Any]:
     assert draft.quantization == config.model_config.quantization
     with rank_of(config), counting(Counts()):
         model = get_model_loader(config.load_config).load_model(vllm_config=config, model_config=draft)
-        layers = routed_experts(model)
-        assert len(layers) == 1
-        return {f"{name}/{key}": v for name, layer in layers.items() for key, v in experts_snapshot(layer).items()}
+        assert len(routed_experts(model)) == 1
+        return experts_state(model)
 
 
 def test_a_prepared_mtp_layer(checkpoints: Checkpoints) -> None:
@@ -66,15 +66,14 @@ def test_the_target_of_an_mtp_checkpoint(checkpoints: Checkpoints) -> None:
     for directory, backend in zip(checkpoints.get(MTP), ("flashinfer_cutedsl", "auto"), strict=True):
         config = make_vllm_config(directory, moe_backend=backend)
         with rank_of(config):
-            layers = routed_experts(load_model(config))
-            states.append({f"{n}/{k}": v for n, layer in layers.items() for k, v in experts_snapshot(layer).items()})
+            states.append(experts_state(load_model(config)))
     assert differences(*states) == []
 
 
 @pytest.mark.parametrize("quant", ["modelopt", "modelopt_mixed", "compressed-tensors"])
 def test_the_configuration_goes_to_other_processes(checkpoints: Checkpoints, quant: str) -> None:
     """vLLM pickles its configuration for engine and workers; the stamp must still be there."""
-    model = replace(FAMILIES["qwen3_moe"], quant=quant, ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
+    model = replace(COMPRESSED, quant=quant)
     config = make_vllm_config(checkpoints.get(model)[1], moe_backend="auto")
     again = pickle.loads(pickle.dumps(config))
     assert type(again.quant_config) is type(config.quant_config)

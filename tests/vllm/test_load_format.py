@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Job, Outcome, differences, run, snapshot
+from compare import Job, Outcome, run
+from families import FAMILIES
 from results import Checkpoints
-from test_loading import experts_only, state_of, state_of_open, storage_of
-from tiny_models import FAMILIES, TinyModel
+from states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
+from tiny_models import TinyModel
 from vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError, ServingError, SourceError, VerificationError
@@ -75,7 +76,7 @@ def test_reload_uses_tensors_with_data(checkpoints: Checkpoints) -> None:
             reload_weights(config, loaded, None, str(directory), is_checkpoint_format=True)
             assert storage_of(loaded) == where
             if directory == other:
-                assert differences(experts_only(snapshot(loaded)), state_of_open(other)) == []
+                assert differences(experts_state(loaded), state_of_open(other)) == []
         assert differences(first, snapshot(loaded)) == []
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import same
+from families import FAMILIES
+from forward import reference, run_layers
 from results import Checkpoints
-from test_forward import reference, run_layers
-from tiny_models import FAMILIES, TinyModel
+from states import same
+from tiny_models import TinyModel
 
 import nvfp4_prep
 from nvfp4_prep.errors import UsageError

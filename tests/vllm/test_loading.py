@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from compare import KERNEL, differences, experts_snapshot, snapshot
+from families import FAMILIES
 from results import Checkpoints
-from test_refusals import batched_all_to_all, installed_kernel_with
-from tiny_models import FAMILIES, TinyModel
+from stand_ins import batched_prepare, installed_kernel_with
+from states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
+from tiny_models import TinyModel
 from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 from nvfp4_prep.options import ConvertOptions, LayoutName
 
 QWEN, DEEPSEEK, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"], FAMILIES["nemotron_h"]
 pytestmark = pytest.mark.usefixtures("plugin")
-
-
-def state_of(directory: Path, **options: Any) -> dict[str, Any]:
-    """The expert layers' state after loading."""
-    config = make_vllm_config(directory, **{"moe_backend": "auto", **options})
-    with rank_of(config):
-        layers = routed_experts(load_model(config))
-        return {f"{name}/{key}": v for name, layer in layers.items() for key, v in experts_snapshot(layer).items()}
 
 
 @pytest.mark.parametrize(
@@ -79,33 +69,8 @@ def test_layerwise_reload_twice(checkpoints: Checkpoints, model: TinyModel) -> N
             assert storage_of(loaded) == where
             if directory == other:
                 assert any("w13_weight" in name for name in differences(first, snapshot(loaded)))
-                assert differences(experts_only(snapshot(loaded)), state_of_open(other)) == []
+                assert differences(experts_state(loaded), state_of_open(other)) == []
         assert differences(first, snapshot(loaded)) == []
-
-
-def storage_of(model: torch.nn.Module) -> dict[str, int]:
-    """Addresses of the parameters, and of the tensors that the kernel object holds."""
-    addresses = {}
-    for name, layer in routed_experts(model).items():
-        addresses |= {f"{name}/{key}": param.data_ptr() for key, param in layer.named_parameters()}
-        quant = layer.quant_method.moe_quant_config
-        addresses |= {f"{name}/kernel.{key}": getattr(quant, key).data_ptr() for key in KERNEL}
-        assert quant.w1_scale.data_ptr() == layer.w13_weight_scale.data_ptr()
-        assert quant.g1_alphas.data_ptr() == layer.w13_weight_scale_2.data_ptr()
-    return addresses
-
-
-def experts_only(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if "/" in name}
-
-
-def state_of_open(directory: Path) -> dict[str, Any]:
-    """The state of another checkpoint, loaded beside the current one in the same groups."""
-    from vllm.config import set_current_vllm_config
-
-    config = make_vllm_config(directory, moe_backend="auto")
-    with set_current_vllm_config(config):
-        return experts_only(snapshot(load_model(config)))
 
 
 @pytest.mark.parametrize("model", [QWEN, NEMOTRON, DEEPSEEK.with_sizes(8, 320, 96)], ids=lambda model: model.family)
@@ -116,12 +81,12 @@ def test_eplb_moves_experts_in_place(checkpoints: Checkpoints, model: TinyModel)
         config = make_vllm_config(directory, moe_backend=backend)
         with rank_of(config):
             loaded = load_model(config)
-            before = experts_only(snapshot(loaded))
+            before = experts_state(loaded)
             for layer in routed_experts(loaded).values():
                 for weights in layer.get_expert_weights():
                     assert weights.shape[0] == 8
                     weights.copy_(weights.flip(0).clone())
-            states.append(experts_only(snapshot(loaded)))
+            states.append(experts_state(loaded))
             changed = {name.split("/")[1] for name in differences(before, states[-1])}
             assert {"w13_weight", "w2_weight", "kernel.w1_scale", "kernel.w2_scale", "kernel.g1_alphas"} <= changed
     assert differences(*states) == []
@@ -141,17 +106,6 @@ def test_relayout_while_loading(
         _, as_wanted = checkpoints.get(model, ConvertOptions(gate_up_block=block))
         assert differences(expected, state_of(as_wanted)) == []
     assert any(name.endswith("w13_weight") for name in differences(expected, state_of(prepared)))
-
-
-@contextlib.contextmanager
-def batched_prepare() -> Iterator[None]:
-    """vLLM's own torch implementation of a batched prepare/finalize in DeepEP's place, which is not installed."""
-    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
-    from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
-
-    made = BatchedPrepareAndFinalize(max_num_tokens=16, num_local_experts=8, num_dispatchers=1, rank=0)
-    with batched_all_to_all(), mock.patch.object(nvfp4, "maybe_make_prepare_finalize", lambda **_: made):
-        yield
 
 
 @pytest.mark.parametrize("model", [QWEN, DEEPSEEK, QWEN.with_sizes(8, 384, 192)], ids=["qwen", "deepseek", "384x192"])

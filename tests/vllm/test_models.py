@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 from compare import Job, Outcome, run
+from families import COMPRESSED, FAMILIES
 from results import TABLE, Checkpoints
-from tiny_models import FAMILIES, TinyModel
+from tiny_models import TinyModel
 
+from checkpoint_files import IN_REPOSITORY, WHOLE
 from nvfp4_prep.conversion import convert
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 
@@ -70,7 +72,6 @@ def case(model: TinyModel, configuration: str, note: str = "", **changes: Any) -
 LLAMA4 = FAMILIES["llama4"]
 UNSTACKED = replace(LLAMA4, stacked=False, one_scalar=True)
 QWEN, NEMOTRON, DEEPSEEK = FAMILIES["qwen3_moe"], FAMILIES["nemotron_h"], FAMILIES["deepseek_v3"]
-COMPRESSED = replace(QWEN, quant="compressed-tensors", ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
 # Our processes are launched from outside, as torchrun would: then vLLM takes rank and world as they are given.
 DP2 = {"data_parallel_size": 2, "enable_expert_parallel": True, "distributed_executor_backend": "external_launcher"}
 ROUND_ROBIN = {**EP, "expert_placement_strategy": "round_robin"}
@@ -126,9 +127,7 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
         assert outcome.prepared.tensors == len(list(row.model.tensors())) - experts + 8 * len(row.model.layers)
 
 
-REAL = Path("/work/shared/checkpoints")
-IN_REPOSITORY = Path(__file__).parent.parent / "data" / "checkpoints"
-WHOLE = {  # written by real quantizers; with what vLLM needs beside the files
+QUANTIZED = {  # written by real quantizers; with what vLLM needs beside the files
     "modelopt-qwen3_moe-sharded": {},
     "modelopt041-mixtral-default": {},
     "modelopt041-deepseek_v3-mlp": {"topk_method": "noaux_tc"},  # transformers does not write it
@@ -138,14 +137,14 @@ WHOLE = {  # written by real quantizers; with what vLLM needs beside the files
 
 
 @pytest.mark.usefixtures("plugin")
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_checkpoints_of_real_quantizers(name: str, tmp_path: Path) -> None:
     """The repository has one of them whole; the others are there where the project's shared data is."""
-    source = REAL / name if (REAL / name).is_dir() else IN_REPOSITORY / name
-    if not (REAL / name).is_dir() and name != "modelopt-qwen3_moe-sharded":
+    source = WHOLE / name if (WHOLE / name).is_dir() else IN_REPOSITORY / name
+    if source.parent == IN_REPOSITORY and name != "modelopt-qwen3_moe-sharded":
         pytest.skip("only one layer of it is in the repository")
     convert(source, tmp_path / "prepared", ConvertOptions(gate_up_scales=GateUpPolicy.VLLM))
-    job = Job(str(source), str(tmp_path / "prepared"), options={"model": {"hf_overrides": WHOLE[name]}})
+    job = Job(str(source), str(tmp_path / "prepared"), options={"model": {"hf_overrides": QUANTIZED[name]}})
     outcome = run(job)
     assert (outcome.unsupported, outcome.differences) == (None, [])
     assert outcome.layers == 2

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,10 @@ from unittest import mock
 import pytest
 import torch
 from compare import Job
+from families import FAMILIES
 from results import REFUSALS, Checkpoints
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
+from stand_ins import batched_all_to_all, installed_kernel_with
 from vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 from nvfp4_prep.errors import ServingError
@@ -176,21 +176,6 @@ def test_a_source_that_cannot_hold_prepared_experts(copied: Path) -> None:
     refused("source method fp8", "cannot hold prepared experts", "found fp8", by=lambda: serve(copied))
 
 
-@contextlib.contextmanager
-def installed_kernel_with(block: int) -> Iterator[None]:
-    """A vLLM whose preparation interleaves gate and up in other blocks, as vLLM #55015 will."""
-    from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
-
-    from nvfp4_prep.vllm.installed_layout import installed_gate_up_block
-
-    original = flashinfer_fp4_moe.interleave_linear_and_gate
-    installed_gate_up_block.cache_clear()
-    changed = lambda x, group_size, dim: original(x, group_size=block, dim=dim)  # noqa: E731
-    with mock.patch.object(flashinfer_fp4_moe, "interleave_linear_and_gate", changed):
-        yield
-    installed_gate_up_block.cache_clear()
-
-
 def test_a_kernel_with_another_block_height(prepared: Path) -> None:
     with installed_kernel_with(16):
         refused(
@@ -270,16 +255,6 @@ def test_an_activation_override(prepared: Path) -> None:
         "on top of prepared experts",
         by=lambda: serve(prepared, model={"quantization_config": online_quantization(activation="nvfp4_per_token")}),
     )
-
-
-@contextlib.contextmanager
-def batched_all_to_all() -> Iterator[None]:
-    """What DeepEP low latency makes of the configuration, without DeepEP."""
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
-
-    yes = property(lambda self: True)
-    with mock.patch.object(FusedMoEParallelConfig, "use_batched_activation_format", yes):
-        yield
 
 
 def test_the_standard_layout_under_batched_all_to_all(prepared: Path) -> None:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Counts, counting, differences, snapshot
+from compare import Counts, counting
+from families import COMPRESSED, FAMILIES
 from results import REFUSALS, Checkpoints
-from tiny_models import FAMILIES
+from states import differences, snapshot
 from vllm.model_executor.layers import quantization
 from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 from nvfp4_prep.vllm import register
 
 QWEN = FAMILIES["qwen3_moe"]
-COMPRESSED = replace(QWEN, quant="compressed-tensors", ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
 MIXED = replace(QWEN, quant="modelopt_mixed")
 LEGACY = replace(FAMILIES["deepseek_v3"], quant="modelopt_legacy")
 STOCK = {"modelopt": QWEN, "mixed": MIXED, "compressed-tensors": COMPRESSED, "hf_quant_config.json": LEGACY}

@@ -1,0 +1,43 @@
+"""Parts of vLLM replaced by others: another kernel's block height, DeepEP's all-to-all, which is not installed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+
+@contextlib.contextmanager
+def installed_kernel_with(block: int) -> Iterator[None]:
+    """A vLLM whose preparation interleaves gate and up in other blocks, as vLLM #55015 will."""
+    from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
+
+    from nvfp4_prep.vllm.installed_layout import installed_gate_up_block
+
+    original = flashinfer_fp4_moe.interleave_linear_and_gate
+    installed_gate_up_block.cache_clear()
+    changed = lambda x, group_size, dim: original(x, group_size=block, dim=dim)  # noqa: E731
+    with mock.patch.object(flashinfer_fp4_moe, "interleave_linear_and_gate", changed):
+        yield
+    installed_gate_up_block.cache_clear()
+
+
+@contextlib.contextmanager
+def batched_all_to_all() -> Iterator[None]:
+    """What DeepEP low latency makes of the configuration, without DeepEP."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+
+    yes = property(lambda self: True)
+    with mock.patch.object(FusedMoEParallelConfig, "use_batched_activation_format", yes):
+        yield
+
+
+@contextlib.contextmanager
+def batched_prepare() -> Iterator[None]:
+    """vLLM's own torch implementation of a batched prepare/finalize in DeepEP's place, which is not installed."""
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+    from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+
+    made = BatchedPrepareAndFinalize(max_num_tokens=16, num_local_experts=8, num_dispatchers=1, rank=0)
+    with batched_all_to_all(), mock.patch.object(nvfp4, "maybe_make_prepare_finalize", lambda **_: made):
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,25 +47,18 @@ class Model:
 
 W = ("w1", "w3", "w2")
 P = ("gate_proj", "up_proj", "down_proj")
+KIMI = Model(
+    "nvidia--Kimi-K2.5-NVFP4",
+    "language_model.model.layers.1.mlp.experts",
+    P,
+    MoeDims(384, 2048, 7168),
+    ActivationKind.SILU,
+    (1, 2, 4, 8, 16, 32),
+    "config.json:quantization_config",
+)
 MODELS = [
-    Model(
-        "nvidia--Kimi-K2.5-NVFP4",
-        "language_model.model.layers.1.mlp.experts",
-        P,
-        MoeDims(384, 2048, 7168),
-        ActivationKind.SILU,
-        (1, 2, 4, 8, 16, 32),
-        "config.json:quantization_config",
-    ),
-    Model(
-        "nvidia--Kimi-K2.6-NVFP4",
-        "language_model.model.layers.1.mlp.experts",
-        P,
-        MoeDims(384, 2048, 7168),
-        ActivationKind.SILU,
-        (1, 2, 4, 8, 16, 32),
-        "config.json:quantization_config",
-    ),
+    KIMI,
+    replace(KIMI, name="nvidia--Kimi-K2.6-NVFP4"),
     Model(
         "nvidia--DeepSeek-V3.2-NVFP4",
         "model.layers.3.mlp.experts",
@@ -150,7 +143,7 @@ def test_real_sizes_are_planned_with_the_real_config(tmp_path: Path, model: Mode
 
 def test_kimi_bytes(tmp_path: Path) -> None:
     """The figures of the survey: bytes of an expert, of a layer, and 4608 tensors that become 8."""
-    made = plan(sparse_checkpoint(tmp_path / "source", MODELS[0]))
+    made = plan(sparse_checkpoint(tmp_path / "source", KIMI))
     (layer,) = made.layers
     assert len(made.index.tensors) == 4608
     assert layer.layer.source_nbytes == 9_512_690_688 == 384 * 24_772_632

@@ -18,16 +18,14 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_prep_kernels import BLOCK_COLS, Projection
+from nvfp4_prep_kernels.nvfp4 import E4M3_MAX, decode_codes
 
-__all__ = ["E4M3_MAX", "PolicyErrors", "Reconciled", "measure", "reconcile", "rescale"]
+__all__ = ["PolicyErrors", "Reconciled", "measure", "reconcile", "rescale"]
 
-E4M3_MAX = 448.0
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).nan_to_num(0.0)
 """Value of each e4m3 byte; the two NaN bytes, which no quantizer writes, count as 0."""
 _NAN_BYTES = (0x7F, 0xFF)
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0] * 2, dtype=torch.float32)
-"""Magnitude of each e2m1 code; bit 3 is the sign."""
-_BYTE_ENERGY = (_E2M1[None, :] ** 2 + _E2M1[:, None] ** 2).reshape(256)
+_BYTE_ENERGY = decode_codes(torch.arange(256, dtype=torch.uint8).unsqueeze(1)).square().sum(1)
 _PAIR_ENERGY = (_BYTE_ENERGY[None, :] + _BYTE_ENERGY[:, None]).reshape(65536)
 """Sum of the squares of the four codes in two bytes: multiples of 0.25, so that sums of them are exact."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml  # a dependency of huggingface-hub, which reads the front matter with it too
 
+from nvfp4_prep.index import README
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.units import count, format_nbytes, spans
 
@@ -62,7 +63,7 @@ def _is_hub_id(manifest: Manifest) -> bool:
 
 def _source_metadata(manifest: Manifest) -> dict[str, Any]:
     """The source card's front matter; empty where there is none or the Hub could not read it either."""
-    match = _FRONT_MATTER.match(manifest.texts.get("README.md", b"").decode("utf-8", "replace"))
+    match = _FRONT_MATTER.match(manifest.texts.get(README, b"").decode("utf-8", "replace"))
     if match is None:
         return {}
     try:

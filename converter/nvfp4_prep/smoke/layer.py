@@ -21,6 +21,7 @@ from nvfp4_prep.smoke.tokens import Routing, pack_tokens, random_tokens, routed_
 from nvfp4_prep_kernels import PreparedTensor
 from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate, evaluate_down
 from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTrace, PreparedExperts
+from nvfp4_prep_kernels.nvfp4 import E2M1_MAX, E4M3_MAX
 
 __all__ = ["LayerUnderTest", "SmokeSettings", "run_layer"]
 
@@ -139,7 +140,7 @@ def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[floa
                 gate = x @ expert.gate.decode().T * (expert.gate.global_scale * layer.input_scale)
             up = x @ expert.up.decode().T * (expert.up.global_scale * layer.input_scale)
             largest = max(largest, float(layer.activation(gate, up).abs().max()))
-        reach = largest / (layer.fc2_input_scale * 6.0 * 448.0)
+        reach = largest / (layer.fc2_input_scale * E2M1_MAX * E4M3_MAX)
         if 0.2 <= reach <= 0.95 or (reach < 0.2 and amplitude == 1.0):
             break
         step = math.sqrt(0.6 / reach) if reach > 0 else 2.0

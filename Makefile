@@ -4,6 +4,7 @@
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM on the CPU build of torch, and run the plugin's tests
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
+# make figures  the figures of README and docs, from benchmarks/results
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-hub1 test-vllm check bench clean
+.PHONY: setup demo test test-hub1 test-vllm check bench figures clean
 
 setup: $(STAMP)
 
@@ -65,6 +66,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+figures: $(STAMP)
+	$(BIN)/python benchmarks/quote.py
 
 clean:
 	rm -rf $(VENV) $(VENV1) $(DEMO) build dist

@@ -56,13 +56,16 @@ def files_of(folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=KIMI_LAYER.experts)
+    parser.add_argument("--hidden", type=int, default=KIMI_LAYER.hidden)
+    parser.add_argument("--intermediate", type=int, default=KIMI_LAYER.intermediate)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path, help="where to write every figure")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-convert-", dir=options.work))
     try:
-        nbytes = write_sample(folder / "source", replace(KIMI_LAYER, experts=options.experts))
+        sizes = {"experts": options.experts, "hidden": options.hidden, "intermediate": options.intermediate}
+        nbytes = write_sample(folder / "source", replace(KIMI_LAYER, **sizes))
         copies, converts, peaks = [], [], []
         for _ in range(options.repetitions):
             drop(files_of(folder / "source"))
@@ -76,7 +79,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     figures = {
-        "experts": options.experts,
+        **sizes,
         "nbytes": nbytes,
         "repetitions": options.repetitions,
         "copy": times(copies),

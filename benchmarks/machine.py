@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -35,6 +36,16 @@ def commit() -> str:
     sources = ("converter", "kernels", "benchmarks", ":!benchmarks/results")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", *sources)
     return f"{head}+" if head and changed else head
+
+
+def sources_sha256() -> str:
+    """Of all Python files that take part, so that a commit which git could not say can be checked."""
+    digest = hashlib.sha256()
+    for folder in ("benchmarks", "converter", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _processor() -> str:

@@ -6,7 +6,7 @@
 
 Each part is one program with a time limit; its figures, with command, date, machine and commit, go into
 benchmarks/results/PART.json. A part that fails or cannot run leaves the file of an earlier run as it is and is named
-with the reason. Exit code 1 if a part failed.
+with the reason. At the end the pages are brought up to date (quote.py). Exit code 1 if a part failed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from typing import Any
 
 import machine
 from parts import PARTS, Part
+from quote import write_pages
+from recorded import RESULTS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,24 @@ class Outcome:
 
 def main() -> None:
     options = parse()
-    facts, commit = machine.facts(), options.commit or machine.commit()
-    print(json.dumps({**facts, "commit": commit}), flush=True)
+    facts = machine.facts()
+    sources = {"commit": options.commit or machine.commit(), "sources_sha256": machine.sources_sha256()}
+    print(json.dumps({**facts, **sources}), flush=True)
     outcomes: dict[str, Outcome] = {}
     for part in PARTS:
-        outcomes[part.name] = outcome = attempt(part, options, facts, commit)
+        outcomes[part.name] = outcome = attempt(part, options, facts, sources)
         print(f"== {part.name}: {outcome.state} {outcome.reason}".rstrip(), flush=True)
     print("\nparts:")
     for part in PARTS:
         outcome = outcomes[part.name]
         print(f"  {part.name:22} {outcome.state:14} {outcome.reason or part.about}")
+    if options.results == RESULTS:
+        changed = write_pages()
+        print(f"pages written: {', '.join(changed) or 'none, they say so already'}")
     sys.exit(any(outcome.state == "failed" for outcome in outcomes.values()))
 
 
-def attempt(part: Part, options: argparse.Namespace, facts: dict[str, Any], commit: str) -> Outcome:
+def attempt(part: Part, options: argparse.Namespace, facts: dict[str, Any], sources: dict[str, str]) -> Outcome:
     """Runs one part if it was asked for and can run here, and keeps its figures."""
     if options.only and part.name not in options.only:
         return Outcome("not asked for")
@@ -83,7 +88,7 @@ def attempt(part: Part, options: argparse.Namespace, facts: dict[str, Any], comm
     finally:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
-    keep(part, options, {"seconds": round(seconds, 1), "commit": commit, "machine": facts}, figures)
+    keep(part, options, {"seconds": round(seconds, 1), **sources, "machine": facts}, figures)
     return Outcome("done", f"{seconds:.0f} s")
 
 
@@ -130,6 +135,7 @@ def keep(part: Part, options: argparse.Namespace, facts: dict[str, Any], figures
     """Writes the part's file of results, whole or not at all."""
     result = {
         "part": part.name,
+        "origin": "benchmarks/run.py",
         "about": part.about,
         "command": shlex.join(["python", "benchmarks/run.py", "--only", part.name, *(["--small"] * options.small)]),
         "program": shlex.join(

@@ -8,10 +8,12 @@ and where they end up is what is drawn. A test compares the committed files with
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
@@ -277,28 +279,27 @@ def draw_data_path() -> Svg:
     return svg
 
 
-def measured_rows(heading: str) -> list[tuple[str, float]]:
-    """Label and median seconds of each row of the table under a heading of docs/loading.md."""
-    page = (Path(__file__).parents[1] / "loading.md").read_text(encoding="utf-8")
-    table = page.split(heading)[1].split("\n\n")[1]
-    rows = []
-    for line in table.splitlines()[2:]:
-        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
-        seconds = [float(cell.split(" ")[0].strip("*")) for cell in cells[1:] if cell[:1].isdigit()]
-        # a table with load, prepare and total seconds has the total third, one with a single time has it first
-        rows.append((cells[0].replace("`", ""), seconds[2] if len(seconds) > 3 else seconds[0]))
-    return rows
+def measured(part: str) -> dict[str, Any]:
+    """The figures of a part of the benchmarks."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / f"{part}.json"
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return figures
 
 
-def draw_loading() -> Svg:
-    """The tables of docs/loading.md as bars."""
-    charts = [
-        ("The whole load by vLLM 0.33: one layer of Kimi-K2.5, 9.51 GB", "**The whole load as vLLM"),
-        ("Weights alone, until ready to run: 192 experts of Kimi-K2.5, 4.76 GB", "**192 experts of Kimi-K2.5"),
+def draw_loading(vllm: dict[str, Any] | None = None, load: dict[str, Any] | None = None) -> Svg:
+    """Median seconds of the loads as bars: figures of the parts load-vllm and load, or those on file."""
+    vllm, load = vllm or measured("load-vllm"), load or measured("load")
+    rows = [(row["side"], row["total"]["median"]) for row in vllm["rows"]]
+    others = [(row["side"], row["median"]) for row in load["sides"] if "failed" not in row]
+    nbytes = next(row["nbytes"] for row in load["sides"] if row["way"] == "ours")
+    experts = load["experts"] * load["layers"]
+    size = f"{vllm['experts']} experts of Kimi-K2.5, {vllm['rows'][0]['nbytes'] / 1e9:.2f} GB"
+    tables = [
+        (f"The whole load by vLLM's own code: {size}", rows),
+        (f"Weights alone, until ready to run: {experts} experts, {nbytes / 1e9:.2f} GB", others),
     ]
-    tables = [(title, measured_rows(heading)) for title, heading in charts]
     svg = Svg(860, 110 + sum(56 + 24 * len(rows) for _, rows in tables), "Load times")
-    svg.text(430, 26, "Load times on one H200, files in memory, median seconds", anchor="middle", size=16)
+    svg.text(430, 26, "Load times on one GPU, files in memory, median seconds", anchor="middle", size=16)
     y = 50.0
     for title, rows in tables:
         svg.text(20, y + 16, title, size=13)

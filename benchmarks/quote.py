@@ -1,0 +1,79 @@
+"""Writes the figures of the documentation from benchmarks/results: no figure of a benchmark is typed by hand.
+
+    make figures                          # or: python benchmarks/quote.py
+    python benchmarks/quote.py --check    # exit code 1 if a page would change
+
+What stands in a page between ``<!-- figures: NAME -->`` and ``<!-- /figures -->`` is benchmarks/quotes/NAME.md with the
+values that values_loading.py or values_kernels.py takes from the results. docs/pictures/loading.svg is drawn from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import values_kernels
+import values_loading
+from recorded import RESULTS, Recorded
+
+ROOT = Path(__file__).parents[1]
+TEXTS = Path(__file__).parent / "quotes"
+PAGES = ("README.md", "docs/loading.md", "docs/gpu-proof.md", "docs/troubleshooting.md")
+PICTURE = "docs/pictures/loading.svg"
+VALUES = values_loading.VALUES | values_kernels.VALUES
+_MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n*)(.*?)(\n*<!-- /figures -->)", re.DOTALL)
+
+
+def quote(name: str, recorded: Recorded) -> str:
+    """One text with its figures.
+
+    Raises:
+        KeyError: for a name that has no values.
+    """
+    values = VALUES[name](recorded)
+    return (TEXTS / f"{name}.md").read_text(encoding="utf-8").strip("\n").format(**values)
+
+
+def quoted(page: str, recorded: Recorded) -> str:
+    """A page with its figures as the results have them."""
+    return _MARKED.sub(lambda found: found[1] + quote(found[2], recorded) + found[4], page)
+
+
+def picture(recorded: Recorded) -> str:
+    """The picture of the load times."""
+    spec: Any = importlib.util.spec_from_file_location("draw_pictures", ROOT / "docs" / "pictures" / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = draw
+    spec.loader.exec_module(draw)
+    return str(draw.draw_loading(recorded["load-vllm"], recorded["load"]))
+
+
+def write_pages(*, check: bool = False, results: Path = RESULTS) -> list[str]:
+    """Brings all pages up to date, or with ``check`` only says which are not; returns their names."""
+    recorded, changed = Recorded(results), []
+    for name in (*PAGES, PICTURE):
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = picture(recorded) if name == PICTURE else quoted(text, recorded)
+        if new != text:
+            changed.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    changed = write_pages(check=options.check)
+    print("\n".join(changed) if changed else "pages and results agree")
+    sys.exit(bool(changed) and options.check)
+
+
+if __name__ == "__main__":
+    main()

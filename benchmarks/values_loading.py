@@ -1,0 +1,251 @@
+"""What docs/loading.md and README.md say of loading: values for the texts in quotes/, from the results."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from recorded import DASH, TIMES, Recorded, bold, gb, percent, spread, table
+
+Row = dict[str, Any]
+
+
+def way(recorded: Recorded, name: str) -> list[Row]:
+    """Rows of the comparison that did not fail: ``original``, ``prepared``, ``ours`` or ``pinned``."""
+    return [row for row in recorded["load"]["sides"] if row["way"] == name and "failed" not in row]
+
+
+def ours(recorded: Recorded) -> Row:
+    return way(recorded, "ours")[0]
+
+
+def pinned(recorded: Recorded) -> Row:
+    return way(recorded, "pinned")[0]
+
+
+def best_original(recorded: Recorded) -> Row:
+    return min(way(recorded, "original"), key=lambda row: row["median"])
+
+
+def vllm_rows(recorded: Recorded) -> list[Row]:
+    """The original, the prepared checkpoint through vLLM's default, and through this package's load format."""
+    rows: list[Row] = recorded["load-vllm"]["rows"]
+    return rows
+
+
+def default_point(recorded: Recorded) -> Row:
+    """The row of the sweep with the loader's default options on that machine."""
+    options = recorded["load"]["options"]
+    wanted = (options["thread_count"], options["chunk_nbytes"] / 2**20, options["buffer_count"])
+    rows = recorded["load"]["sweep"]
+    return next(row for row in rows if (row["threads"], row["chunk_mib"], row["buffers"]) == wanted)
+
+
+def cold_rows(recorded: Recorded) -> dict[str, Row]:
+    """Rows of the cold disk that did not fail: ours by kind of I/O, others by loader."""
+    rows = [row for row in recorded["load"]["cold"] if "failed" not in row]
+    return {row.get("direct_io") or row.get("loader") or row["way"]: row for row in rows}
+
+
+def worst_ratio(recorded: Recorded) -> float:
+    return max(float(row["worst_ratio"]) for row in recorded["load-host"]["rows"])
+
+
+def bit_equal(recorded: Recorded) -> bool:
+    return not any(recorded["load-vllm"]["different"].values())
+
+
+def _vllm_name(row: Row) -> str:
+    return str(row["side"]).replace("nvfp4_prep", "`--load-format nvfp4_prep`")
+
+
+def _extra_memory(row: Row) -> str:
+    size = gb(row["profile"]["extra_device_nbytes"])
+    return size if size == "0" else f"{size} GB"
+
+
+def load(recorded: Recorded) -> Row:
+    rows = []
+    for row in recorded["load"]["sides"]:
+        figures = [f"failed: {row['failed']}", ""] if "failed" in row else [spread(row), f"{row['gb_per_s']:.1f}"]
+        cells = [row["side"], *figures]
+        rows.append(bold(cells) if row["way"] == "ours" else cells)
+    figures = recorded["load"]
+    return {
+        **recorded.about("load"),
+        "layers": figures["layers"],
+        "experts": figures["experts"] * figures["layers"],
+        "gb": gb(ours(recorded)["nbytes"]),
+        "table": table(["", "s", "GB/s"], rows),
+    }
+
+
+def load_vllm(recorded: Recorded) -> Row:
+    rows = []
+    for row in vllm_rows(recorded):
+        times = [spread(row["load"]), f"{row['prepare']['median']:.3f}", spread(row["total"])]
+        cells = [_vllm_name(row), *times, f"{row['gb_per_s']:.1f}", _extra_memory(row)]
+        rows.append(bold(cells) if row is vllm_rows(recorded)[-1] else cells)
+    old, last = vllm_rows(recorded)[0]["profile"], vllm_rows(recorded)[-1]
+    return {
+        **recorded.about("load-vllm"),
+        "experts": recorded["load-vllm"]["experts"],
+        "gb": gb(last["nbytes"]),
+        "old": old,
+        "new": last["profile"],
+        "new_queue_ms": 1e3 * last["profile"]["weight_loaders"],
+        "new_iterator_ms": 1e3 * last["profile"]["iterator"],
+        "times": last["times_the_first"],
+        "pin_ms": 1e3 * default_point(recorded)["staging_s"],
+        "tensors": vllm_rows(recorded)[1]["profile"]["tensors"],
+        "equal": "bit-equal" if bit_equal(recorded) else "**not equal**",
+        "table": table(["", "load s", "prepare s", "total s", "GB/s", "extra GPU memory"], rows),
+    }
+
+
+def load_shares(recorded: Recorded) -> Row:
+    rows = recorded["load"]["shares"]
+    exact = all(row["read_nbytes"] == row["parameter_nbytes"] for row in rows)
+    cells = [[row["side"], f"{gb(row['nbytes'])} GB", spread(row), f"{row['gb_per_s']:.1f}"] for row in rows]
+    return {
+        "read": "bytes read equal the share in every row" if exact else "**bytes read differ from the share**",
+        "table": table(["", "share", "s", "GB/s"], cells),
+    }
+
+
+def load_sweep(recorded: Recorded) -> Row:
+    default, cells = default_point(recorded), []
+    for row in recorded["load"]["sweep"]:
+        cell = [f"{row['threads']}, {row['buffers']} {TIMES} {row['chunk_mib']:g} MiB", f"{row['gb_per_s']:.1f}"]
+        cells.append(bold(cell) if row is default else cell)
+    half = -(-len(cells) // 2)
+    right = [*cells[half:], ["", ""]][:half]
+    head = [f"threads, buffers {TIMES} size", "GB/s"]
+    rows = [[*a, "", *b] for a, b in zip(cells[:half], right, strict=True)]
+    return {"gb": gb(default["nbytes"]), "table": table([*head, "", *head], rows)}
+
+
+def load_cold(recorded: Recorded) -> Row:
+    rows = cold_rows(recorded)
+    automatic = rows["automatic"]
+    originals = [row for row in rows.values() if row["way"] == "original"]
+    return {
+        "gb": gb(automatic["nbytes"]),
+        "direct": spread(rows["direct I/O"]),
+        "cached": spread(rows["page cache"]),
+        "automatic": spread(automatic),
+        "chosen": "direct I/O" if automatic["counts"]["direct_nbytes"] else "the page cache",
+        "rate": automatic["gb_per_s"],
+        "originals": ", ".join(f"{row['loader']} {spread(row)} s" for row in originals),
+        "preparation": "with" if all(row["vllm_preparation"] for row in originals) else "without",
+    }
+
+
+def load_host(recorded: Recorded) -> Row:
+    figures = recorded["load-host"]
+    shown = {(1, 1), (1, 8), (2, 1), (2, 8), (4, 4), (8, 1), (8, 2)}
+    cells = []
+    for row in figures["rows"]:
+        if (row["tp"], row["ep"]) in shown:
+            counts = [f"{row['worst_ratio']:.4f}", f"{row['reads']}", f"{row['pages_mb']:.1f}"]
+            cells.append([f"{row['tp']}", f"{row['ep']}", f"{row['share_mb']:.1f}", *counts])
+    return {
+        "experts": figures["experts"],
+        "combinations": len(figures["rows"]),
+        "most_ep": max(row["ep"] for row in figures["rows"]),
+        "worst": worst_ratio(recorded),
+        "pages": max(row["pages_mb"] / row["share_mb"] for row in figures["rows"]),
+        "table": table(["TP", "EP", "share MB", "read / share, worst rank", "reads", "pages touched MB"], cells),
+    }
+
+
+def load_aims(recorded: Recorded) -> Row:
+    """What is reached, and ``**missed**`` before what misses its aim (the aims themselves stand in the text)."""
+
+    def judged(met: bool, figure: str) -> str:
+        return figure if met else f"**missed**: {figure}"
+
+    extra = recorded["load"]["extra_memory"]
+    device = max(extra["torch_nbytes"], extra["driver_nbytes"])
+    limit = pinned(recorded)["gb_per_s"]
+    of_bus = ours(recorded)["gb_per_s"] / limit
+    reports = vllm_rows(recorded)[-1]["reports"]
+    inside = [float(rate) / limit for text in reports for rate in re.findall(r"\(([\d.]+) GB/s\)", text)]
+    times = vllm_rows(recorded)[-1]["times_the_first"]
+    best = best_original(recorded)
+    of_best = best["median"] / ours(recorded)["median"]
+    equal = recorded["load"]["bit_equal"] and bit_equal(recorded)
+    memory_met = max(extra["staging_nbytes"], extra["host_nbytes"]) <= 2**30 and device <= 2**28
+    return {
+        "against_vllm": judged(times >= 13, f"{times:.1f} {TIMES}"),
+        "read": judged(worst_ratio(recorded) <= 1.01, f"{worst_ratio(recorded):.4f}"),
+        "memory": judged(
+            memory_met,
+            f"{extra['staging_nbytes'] >> 20} MiB pinned, {extra['host_nbytes'] >> 20} MiB other,"
+            f" {device >> 20} MiB on the device",
+        ),
+        "equal": judged(equal, "yes" if equal else "no"),
+        "of_bus": judged(
+            of_bus >= 0.9,
+            f"{percent(of_bus)} ({ours(recorded)['gb_per_s']:.1f} of {limit:.1f} GB/s); inside vLLM's loads of a full"
+            f" layer {100 * min(inside):.0f} to {percent(max(inside))}",
+        ),
+        "of_best": judged(of_best >= 2, f"{of_best:.2f} {TIMES} ({best['loader']})"),
+    }
+
+
+def load_why(recorded: Recorded) -> Row:
+    row = ours(recorded)
+    times, all_threads = row["thread_seconds"], row["threads"] * row["last"]
+    most = max(recorded["load"]["sweep"], key=lambda item: (item["threads"], item["chunk_mib"], item["buffers"]))
+    return {
+        "cpus": recorded.about("load")["cpus"],
+        "threads": row["threads"],
+        "inside": 100 * times["read"] / all_threads,
+        "waiting": 100 * times["wait"] / all_threads,
+        "each": row["read_nbytes"] / times["read"] / 1e9,
+        "most": most["threads"],
+        "most_rate": most["gb_per_s"],
+        "most_wait": most["thread_seconds"]["wait"],
+        "most_all": most["threads"] * most["last"],
+    }
+
+
+def readme_load(recorded: Recorded) -> Row:
+    rows = []
+    for row in vllm_rows(recorded):
+        cells = [_vllm_name(row), spread(row["total"]), _extra_memory(row)]
+        rows.append(bold(cells) if row is vllm_rows(recorded)[-1] else cells)
+    last, cold = vllm_rows(recorded)[-1], cold_rows(recorded)
+    return {
+        **recorded.about("load-vllm"),
+        "experts": recorded["load-vllm"]["experts"],
+        "gb": gb(last["nbytes"]),
+        "table": table(["", f"total s, median (min {DASH} max)", "extra GPU memory at the peak"], rows),
+        "times": last["times_the_first"],
+        "rate": last["gb_per_s"],
+        "bus": pinned(recorded)["gb_per_s"],
+        "few": recorded["load"]["experts"] * recorded["load"]["layers"],
+        "rivals": len(way(recorded, "original")),
+        "best": best_original(recorded)["median"],
+        "ours": ours(recorded)["median"],
+        "cold": cold["automatic"]["median"],
+        "cold_original": cold["safetensors"]["median"],
+        "cold_gb": gb(cold["automatic"]["nbytes"]),
+        "cold_rate": cold["automatic"]["gb_per_s"],
+        "worst": worst_ratio(recorded),
+        "combinations": len(recorded["load-host"]["rows"]),
+    }
+
+
+VALUES = {
+    "load": load,
+    "load-vllm": load_vllm,
+    "load-shares": load_shares,
+    "load-sweep": load_sweep,
+    "load-cold": load_cold,
+    "load-host": load_host,
+    "load-aims": load_aims,
+    "load-why": load_why,
+    "readme-load": readme_load,
+}

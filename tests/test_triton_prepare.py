@@ -83,6 +83,16 @@ def test_columns_that_are_apart_are_copied_first() -> None:
     assert torch.equal(prepare(layout, PreparedTensor.W13_WEIGHT, dims, list(transposed), list(up)), expected)
 
 
+def test_rows_of_one_byte_are_read_whatever_strides_they_claim() -> None:
+    """torch calls a transposed column contiguous, although the stride inside its rows of one byte is not 1."""
+    layout, dims, tensor = MoeLayout.cutedsl(gated=True), MoeDims(2, 16, 256), PreparedTensor.W2_WEIGHT_SCALE
+    (down,) = stacked_parts(layout, tensor, dims)
+    transposed = down.reshape(2, 1, 256).transpose(1, 2)
+    assert transposed.is_contiguous() and transposed.stride(2) == 256
+    assert torch.equal(prepare(layout, tensor, dims, transposed), layout.apply(tensor, down))
+    assert torch.equal(prepare(layout, tensor, dims, list(transposed)), layout.apply(tensor, down))
+
+
 @pytest.mark.parametrize(
     ("moe_tp", "dims"),
     [(2, MoeDims(2, 160, 272)), (1, MoeDims(2, 192, 320))],

@@ -26,6 +26,7 @@ import torch
 
 from nvfp4_prep_kernels.launching import on_device
 from nvfp4_prep_kernels.layout import BLOCK_COLS, LayoutError, MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels.scale_swizzle import ROW_TILE, WORD_COLS
 
 __all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
 
@@ -92,7 +93,8 @@ def prepare(
         LayoutError: if the sizes do not fit the layout or the parts do not fit the sizes.
     """
     mapping = index_map(layout, tensor, dims)
-    source = _gather(layout, tensor, dims, parts)
+    _check_parts(layout, tensor, dims, parts)
+    source = _gather(parts)
     shape = (dims.experts, mapping.rows, mapping.cols)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=source.device)
@@ -121,7 +123,7 @@ def unprepare(
     shape = (dims.experts, *layout.source_shape(tensor, dims))
     parts = tuple(torch.empty(shape, dtype=torch.uint8, device=prepared.device) for _ in layout.projections(tensor))
     dirty = torch.zeros(1, dtype=torch.int32, device=prepared.device)
-    _launch(mapping, tensor.is_scale, _gather(layout, tensor, dims, parts), prepared, dirty)
+    _launch(mapping, tensor.is_scale, _gather(parts), prepared, dirty)
     if mapping.has_padding and int(dirty.item()):
         raise ValueError(f"{tensor.value}: padding outside {list(shape[1:])} is not zero")
     return parts
@@ -146,7 +148,7 @@ class _Source:
     keep: tuple[Parts, ...]
 
 
-def _gather(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Sequence[Parts]) -> _Source:
+def _check_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Sequence[Parts]) -> None:
     names = layout.projections(tensor)
     if len(parts) != len(names):
         raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
@@ -160,9 +162,15 @@ def _gather(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Seq
                     f"{tensor.value}: {name.value} projection is {matrix.dtype} {list(matrix.shape)}, not torch.uint8"
                     f" {list(shape)}"
                 )
-    if len({_strides(part) for part in parts}) != 1 or _strides(parts[0]) is None:
+
+
+def _gather(parts: Sequence[Parts]) -> _Source:
+    """Addresses of checked parts, which are copied first unless one row stride holds for all of them."""
+    row_strides = {_row_stride(part) for part in parts}
+    row_stride = row_strides.pop() if len(row_strides) == 1 else None
+    if row_stride is None:
         parts = [_contiguous(part) for part in parts]
-    row_stride = (_strides(parts[0]) or shape)[0]
+        row_stride = parts[0][0].shape[1]
     device = parts[0][0].device
     alignment = _gcd_pow2(16, row_stride)
     stacks = [part for part in parts if isinstance(part, torch.Tensor)]
@@ -170,18 +178,17 @@ def _gather(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Seq
         bases = tuple((part.data_ptr(), part.stride(0)) for part in stacks)
         alignment = functools.reduce(_gcd_pow2, (number for pair in bases for number in pair), alignment)
         return _Source(bases, None, row_stride, alignment, device, tuple(parts))
-    addresses = [[part[expert].data_ptr() for part in parts] for expert in range(dims.experts)]
+    addresses = [[part[expert].data_ptr() for part in parts] for expert in range(len(parts[0]))]
     alignment = functools.reduce(_gcd_pow2, (address for row in addresses for address in row), alignment)
     table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return _Source(None, table, row_stride, alignment, device, tuple(parts))
 
 
-def _strides(part: Parts) -> tuple[int, int] | None:
-    """Row and column stride that all experts share; None if they do not share one or bytes of a row are apart."""
+def _row_stride(part: Parts) -> int | None:
+    """Bytes between rows, the same for all experts; None if they differ or the bytes of a row are apart."""
     matrices = part[:1] if isinstance(part, torch.Tensor) else part
-    strides = {(matrix.stride(0), matrix.stride(1)) for matrix in matrices}
-    (first, *others) = strides
-    return None if others or first[1] != 1 else first
+    strides = {matrix.stride(0) if matrix.stride(1) == 1 else None for matrix in matrices}
+    return strides.pop() if len(strides) == 1 else None
 
 
 def _contiguous(part: Parts) -> Parts:
@@ -221,18 +228,19 @@ def launch_constants(
         "INVERSE": inverse,
     }
     if is_scale:
-        block_k = min(SCALE_TILE_WORDS, _pow2_up(mapping.cols // 4))
+        row_words = mapping.cols // WORD_COLS
+        block_k = min(SCALE_TILE_WORDS, _pow2_up(row_words))
         constants |= {
-            "ROW_WORDS": mapping.cols // 4,
+            "ROW_WORDS": row_words,
             "ROW_STRIDE": row_stride,
             "COL_PAD": mapping.col_pad,
             "COL_SRC": mapping.col_src,
             # whole words can be moved if no word straddles the end of a row or of a rank's share
-            "WORDS": alignment >= 4 and mapping.col_src % 4 == 0,
+            "WORDS": alignment >= WORD_COLS and mapping.col_src % WORD_COLS == 0,
             "ALIGN": alignment,
             "BLOCK_K": block_k,
         }
-        return constants, mapping.rows // 128 * -(-mapping.cols // (4 * block_k)), SCALE_WARPS
+        return constants, mapping.rows // ROW_TILE * -(-row_words // block_k), SCALE_WARPS
     unit = _code_unit(mapping, alignment)
     cols = mapping.cols // unit
     block_c = _gcd_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS

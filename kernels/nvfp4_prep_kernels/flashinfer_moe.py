@@ -159,7 +159,7 @@ class FlashInferMoe:
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
     ) -> MoeTrace | None:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`; the intermediate stays inside the kernel."""
-        if not experts.layout.interleaved and experts.layout.gated:
+        if experts.layout.concatenated:
             raise FlashInferUnavailableError("the batched layout is for another kernel; use the triton backend")
         version, function = find_entry_point()
         parameters = list(inspect.signature(function).parameters)

@@ -59,6 +59,11 @@ class PreparedTensor(enum.StrEnum):
         """Whether the tensor holds the fused gate/up projection (else down)."""
         return self in (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
 
+    @property
+    def cols_per_byte(self) -> int:
+        """Columns of the matrix that one byte stands for."""
+        return BLOCK_COLS if self.is_scale else 2
+
 
 @dataclass(frozen=True)
 class MoeDims:
@@ -126,6 +131,16 @@ class MoeLayout:
         """Projections fused in w13: 2 gated, 1 otherwise."""
         return 2 if self.gated else 1
 
+    @property
+    def concatenated(self) -> bool:
+        """Whether w13 is ``[gate; up]``, one half after the other, as the batched kernel reads it."""
+        return self.gated and not self.interleaved
+
+    @property
+    def interleaved_rows(self) -> int:
+        """``gate_up_block`` where gate and up rows alternate, else 0."""
+        return self.gate_up_block if self.gated and self.interleaved else 0
+
     def check(self, dims: MoeDims) -> None:
         """Raises :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
         if dims.experts < 1 or dims.intermediate < 1 or dims.hidden < 1:
@@ -141,12 +156,12 @@ class MoeLayout:
                 f"intermediate size {dims.intermediate} cannot be split over {self.moe_tp} tensor-parallel ranks in"
                 f" whole scale blocks of {BLOCK_COLS}"
             )
-        if self.gated and not self.interleaved and (rank_intermediate % 64 or dims.hidden % 128):
+        if self.concatenated and (rank_intermediate % 64 or dims.hidden % 128):
             raise LayoutError(
                 f"the batched kernel pads nothing: intermediate size per rank {rank_intermediate} must be a multiple"
                 f" of 64 and hidden size {dims.hidden} of 128; use the standard layout (cutedsl)"
             )
-        if self.gated and not self.interleaved and self.moe_tp > 1 and rank_intermediate % 128:
+        if self.concatenated and self.moe_tp > 1 and rank_intermediate % 128:
             raise LayoutError(
                 f"the batched layout keeps [gate; up]: {self.moe_tp} tensor-parallel ranks can share it only in whole"
                 f" swizzle tiles of 128 rows, of which intermediate size per rank {rank_intermediate} is no multiple;"
@@ -165,12 +180,12 @@ class MoeLayout:
         """``(rows, bytes per row)`` of one expert in a prepared tensor; stored with E in front."""
         hidden, inter = self.padded_hidden(dims.hidden), self.padded_intermediate(dims.intermediate)
         rows, cols = (self.halves * inter, hidden) if tensor.is_w13 else (hidden, inter)
-        return rows, cols // (BLOCK_COLS if tensor.is_scale else 2)
+        return rows, cols // tensor.cols_per_byte
 
     def source_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
         """``(rows, bytes per row)`` of one projection of one expert, without padding."""
         rows, cols = (dims.intermediate, dims.hidden) if tensor.is_w13 else (dims.hidden, dims.intermediate)
-        return rows, cols // (BLOCK_COLS if tensor.is_scale else 2)
+        return rows, cols // tensor.cols_per_byte
 
     def expert_nbytes(self, tensor: PreparedTensor, dims: MoeDims) -> int:
         """Bytes of one expert in a prepared tensor."""
@@ -191,7 +206,7 @@ class MoeLayout:
         """
         whole = self.padded_intermediate(dims.intermediate) == dims.intermediate
         # [gate; up] is cut in each half by itself, and a share of the swizzled scales must be whole tiles of 128 rows.
-        alignment = 128 if self.gated and not self.interleaved else self.intermediate_alignment
+        alignment = 128 if self.concatenated else self.intermediate_alignment
 
         def serves(size: int) -> bool:
             if size == self.moe_tp:
@@ -257,7 +272,7 @@ class MoeLayout:
 
     def _pad(self, tensor: PreparedTensor, part: torch.Tensor) -> torch.Tensor:
         """Pads I on each rank's slice and H once; I is the rows of w13 and the columns of w2."""
-        per_byte = BLOCK_COLS if tensor.is_scale else 2
+        per_byte = tensor.cols_per_byte
         *lead, rows, cols = part.shape
         if (rows if tensor.is_w13 else cols) % self.moe_tp:
             raise LayoutError(f"{tensor.value}: {[rows, cols]} cannot be split over {self.moe_tp} ranks")

@@ -26,11 +26,11 @@ class ActivationFunction(enum.StrEnum):
 class MoeActivation:
     """Activation with parameters, named as FlashInfer names them.
 
-    With g and u the gate and up projections' outputs:
+    With g and u the gate and up projections' outputs and bound(x, b) = b * tanh(x / b):
 
-        swiglu  g' = min(g, limit), u' = clamp(u, -limit, limit): g' * sigmoid(alpha * g') * (u' + beta)
-        situ    situ_beta * tanh(g / situ_beta) * sigmoid(g) * u', u' = situ_linear_beta * tanh(u /
-        situ_linear_beta) or u relu2   max(u, 0)^2, no gate
+        swiglu  g' * sigmoid(alpha * g') * (u' + beta),  g' = min(g, limit), u' = clamp(u, -limit, limit)
+        situ    bound(g, situ_beta) * sigmoid(g) * u',   u' = bound(u, situ_linear_beta), u where that is None
+        relu2   max(u, 0)^2,                             no gate
     """
 
     function: ActivationFunction = ActivationFunction.SWIGLU
@@ -77,8 +77,12 @@ class PreparedExperts:
     """One prepared layer (or some of its experts) in memory, all on one device.
 
     Attributes:
-        w13_weight, w13_weight_scale, w2_weight, w2_weight_scale: ``uint8 [E, rows, bytes per row]`` as ``layout``
-        says. w13_weight_scale_2, w2_weight_scale_2, w13_input_scale, w2_input_scale: ``float32 [E]``.
+        layout: in which the four big tensors are.
+        dims: sizes without padding; ``dims.experts`` is E, the experts in memory.
+        w13_weight, w2_weight: codes, ``uint8 [E, rows, bytes per row]`` as ``layout`` says.
+        w13_weight_scale, w2_weight_scale: swizzled block scales, ``uint8`` likewise.
+        w13_weight_scale_2, w2_weight_scale_2: global scales, ``float32 [E]``.
+        w13_input_scale, w2_input_scale: ``float32 [E]``.
     """
 
     layout: MoeLayout
@@ -104,12 +108,12 @@ class PreparedExperts:
 
     @property
     def w13_alpha(self) -> torch.Tensor:
-        """``float32 [E]``: weight_scale_2 * input_scale, as a server computes it once."""
+        """``float32 [E]``: what the first GEMM's sums are multiplied by, as a server computes it once."""
         return self.w13_weight_scale_2 * self.w13_input_scale
 
     @property
     def w2_alpha(self) -> torch.Tensor:
-        """``float32 [E]``."""
+        """``float32 [E]``: the same for the second GEMM."""
         return self.w2_weight_scale_2 * self.w2_input_scale
 
     @property

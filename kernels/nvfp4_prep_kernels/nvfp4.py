@@ -10,7 +10,17 @@ import torch
 
 from nvfp4_prep_kernels.layout import BLOCK_COLS
 
-__all__ = ["E2M1_MAX", "E4M3_MAX", "decode", "decode_codes", "encode_codes", "quantize", "round_e2m1", "round_e4m3"]
+__all__ = [
+    "E2M1_MAX",
+    "E4M3_MAX",
+    "decode",
+    "decode_codes",
+    "encode_codes",
+    "quantize",
+    "quantize_codes",
+    "round_e2m1",
+    "round_e4m3",
+]
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0

@@ -60,7 +60,7 @@ def rank_slice(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, rank: i
     rows, row_nbytes = layout.expert_shape(tensor, dims)
     if tensor.is_w13:
         share = rows // size
-        if layout.gated and not layout.interleaved:
+        if layout.concatenated:
             half = share // 2 * row_nbytes
             return ExpertSlice((share, row_nbytes), rank * half, half, rows // 2 * row_nbytes, 2)
         nbytes = share * row_nbytes

@@ -94,7 +94,7 @@ def _launch_gate_up(
 ) -> None:
     from nvfp4_prep_kernels import triton_moe_kernels as kernels
 
-    layout, inter = experts.layout, experts.padded_intermediate
+    inter = experts.padded_intermediate
     kernels.gemm_gate_up[(len(tiles.block_experts), -(-inter // GATE_UP_TILE["BN"]))](
         tokens.codes,
         tokens.block_scales,
@@ -114,7 +114,7 @@ def _launch_gate_up(
         HIDDEN=experts.padded_hidden,
         INTER=inter,
         TOP_K=tokens.top_k,
-        BLOCK=layout.gate_up_block if layout.gated and layout.interleaved else 0,
+        BLOCK=experts.layout.interleaved_rows,
         FUNCTION=activation.function.value,
         BM=tiles.rows,
         **GATE_UP_TILE,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_prep_kernels.launching import on_device
-from nvfp4_prep_kernels.layout import BLOCK_COLS, LayoutError, MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels.layout import LayoutError, MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.scale_swizzle import ROW_TILE, WORD_COLS
 
 __all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
@@ -43,7 +43,15 @@ Parts = torch.Tensor | Sequence[torch.Tensor]
 
 @dataclass(frozen=True)
 class IndexMap:
-    """The index map of one prepared tensor, in rows and bytes; see the module's docstring for the formula."""
+    """The index map of one prepared tensor, in rows and bytes; see the module's docstring for the formula.
+
+    Attributes:
+        rows, cols: of one prepared expert.
+        block: B, rows of gate or up that lie together; 0 where the halves stand one after the other.
+        halves: projections in the tensor.
+        row_pad, row_src: rows of one rank's share of a projection, with padding and without.
+        col_pad, col_src: the same for columns.
+    """
 
     rows: int
     cols: int
@@ -64,12 +72,11 @@ def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> Index
     """The index map of a layer of these sizes; raises :class:`LayoutError` if the layout cannot hold them."""
     layout.check(dims)
     rows, cols = layout.expert_shape(tensor, dims)
-    per_byte = BLOCK_COLS if tensor.is_scale else 2
+    per_byte = tensor.cols_per_byte
     inter_pad = layout.padded_intermediate(dims.intermediate) // layout.moe_tp
     inter_src = dims.intermediate // layout.moe_tp
     halves = layout.halves if tensor.is_w13 else 1
-    # block 0: halves one after the other
-    block = layout.gate_up_block if halves == 2 and layout.interleaved else 0
+    block = layout.interleaved_rows if tensor.is_w13 else 0
     if tensor.is_w13:
         return IndexMap(rows, cols, block, halves, inter_pad, inter_src, cols, dims.hidden // per_byte)
     return IndexMap(rows, cols, block, halves, rows, dims.hidden, inter_pad // per_byte, inter_src // per_byte)

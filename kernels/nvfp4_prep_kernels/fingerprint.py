@@ -12,10 +12,10 @@ import torch
 
 from nvfp4_prep_kernels.layout import MoeDims, MoeLayout, PreparedTensor, Projection
 
-__all__ = ["fingerprint", "fingerprint_dims", "fingerprint_layer"]
+__all__ = ["fingerprint", "fingerprint_layer"]
 
 
-def fingerprint_dims(gated: bool) -> MoeDims:
+def _dims(gated: bool) -> MoeDims:
     """Sizes of the fixed layer: no padding, several swizzle tiles both ways, I no multiple of 128 if gated."""
     return MoeDims(experts=2, intermediate=192 if gated else 256, hidden=512)
 
@@ -30,7 +30,7 @@ def fingerprint_layer(layout: MoeLayout) -> dict[PreparedTensor, tuple[torch.Ten
     Returns:
         For each prepared tensor the arguments of :meth:`MoeLayout.apply`: ``uint8 [E, rows, bytes per row]`` each.
     """
-    dims = fingerprint_dims(layout.gated)
+    dims = _dims(layout.gated)
     return {
         tensor: tuple(_fill(layout, tensor, projection, dims) for projection in layout.projections(tensor))
         for tensor in PreparedTensor

@@ -28,7 +28,7 @@ __all__ = [
     "mma_view",
 ]
 
-OLDEST = (0, 6, 4)
+_OLDEST = (0, 6, 4)
 """The first version with the kernel."""
 _INSTALL = "pip install 'flashinfer-python>=0.7.2'"
 # flashinfer.tllm_enums.ActivationType, the same in all versions that have the parameter
@@ -64,8 +64,8 @@ def find_entry_point() -> tuple[str, Callable[..., Any]]:
         version = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError as error:
         raise FlashInferUnavailableError(f"FlashInfer is not installed; run: {_INSTALL}") from error
-    if _numbers(version) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
+    if _numbers(version) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
         raise FlashInferUnavailableError(
             f"FlashInfer {version} has no CuteDSL fused MoE, the first one is {oldest}; run: {_INSTALL}"
         )

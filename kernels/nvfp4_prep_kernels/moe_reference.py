@@ -29,16 +29,7 @@ from nvfp4_prep_kernels.layout import BLOCK_COLS
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation
 from nvfp4_prep_kernels.nvfp4 import E2M1_MAX, decode, quantize_codes, round_e4m3
 
-__all__ = [
-    "ACCUMULATION",
-    "FUNCTION",
-    "OUTPUT",
-    "Evaluation",
-    "SourceExpert",
-    "SourceMatrix",
-    "evaluate",
-    "evaluate_down",
-]
+__all__ = ["Evaluation", "SourceExpert", "SourceMatrix", "evaluate", "evaluate_down"]
 
 ACCUMULATION = 2.0**-20
 """Error of a float32 dot product over |a| * |b|. Random rounding gives 2^-25; tensor cores truncate, which adds up."""

@@ -18,7 +18,6 @@ Triton is imported when a kernel is first used.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,19 +25,28 @@ import torch
 
 from nvfp4_prep_kernels.launching import on_device
 from nvfp4_prep_kernels.layout import LayoutError, MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels.matrix_addresses import MatrixAddresses, Parts, divisor_pow2, find_addresses
 from nvfp4_prep_kernels.scale_swizzle import ROW_TILE, WORD_COLS
 
-__all__ = ["IndexMap", "index_map", "launch_constants", "prepare", "unprepare"]
+__all__ = [
+    "CODE_TILE_COLS",
+    "CODE_TILE_UNITS",
+    "CODE_WARPS",
+    "SCALE_TILE_WORDS",
+    "SCALE_WARPS",
+    "IndexMap",
+    "index_map",
+    "launch_constants",
+    "prepare",
+    "unprepare",
+]
 
-# Tile sizes. Measured on one H200 at Kimi dimensions, see benchmarks/bench_prepare_kernels.py.
+# Tile sizes. Measured on one H200 at Kimi dimensions; benchmarks/bench_prepare_kernels.py tries others.
 CODE_TILE_UNITS = 1024  # 8-byte units of one program, 32 bytes a thread: 4.16 TB/s, larger tiles 4.09 to 4.13
 CODE_TILE_COLS = 32  # 256-byte runs: 4.11 TB/s for w2, 64 columns 4.06
 CODE_WARPS = 8
 SCALE_TILE_WORDS = 16  # 64 bytes of a scale row, one DRAM burst
 SCALE_WARPS = 8  # 3.65 TB/s for w13, 3.45 for w2; 4 warps 3.42 and 3.25
-
-Parts = torch.Tensor | Sequence[torch.Tensor]
-"""One projection of all experts: stacked ``uint8 [E, rows, bytes per row]`` or E matrices of that."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def prepare(
     """
     mapping = index_map(layout, tensor, dims)
     _check_parts(layout, tensor, dims, parts)
-    source = _gather(parts)
+    source = find_addresses(parts)
     shape = (dims.experts, mapping.rows, mapping.cols)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=source.device)
@@ -130,29 +138,10 @@ def unprepare(
     shape = (dims.experts, *layout.source_shape(tensor, dims))
     parts = tuple(torch.empty(shape, dtype=torch.uint8, device=prepared.device) for _ in layout.projections(tensor))
     dirty = torch.zeros(1, dtype=torch.int32, device=prepared.device)
-    _launch(mapping, tensor.is_scale, _gather(parts), prepared, dirty)
+    _launch(mapping, tensor.is_scale, find_addresses(parts), prepared, dirty)
     if mapping.has_padding and int(dirty.item()):
         raise ValueError(f"{tensor.value}: padding outside {list(shape[1:])} is not zero")
     return parts
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Addresses of the source matrices, in the order of ``layout.projections``.
-
-    Attributes:
-        bases: address of expert 0 and bytes to the next expert for each projection, where they are stacked.
-        table: int64 ``[E, projections]`` on the device, where they are not.
-        row_stride, alignment: see :func:`launch_constants`.
-        keep: the tensors behind the addresses: they must live until the kernel is queued.
-    """
-
-    bases: tuple[tuple[int, int], ...] | None
-    table: torch.Tensor | None
-    row_stride: int
-    alignment: int
-    device: torch.device
-    keep: tuple[Parts, ...]
 
 
 def _check_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Sequence[Parts]) -> None:
@@ -171,44 +160,6 @@ def _check_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts
                 )
 
 
-def _gather(parts: Sequence[Parts]) -> _Source:
-    """Addresses of checked parts, which are copied first unless one row stride holds for all of them."""
-    row_strides = {_row_stride(part) for part in parts}
-    row_stride = row_strides.pop() if len(row_strides) == 1 else None
-    if row_stride is None:
-        parts = [_contiguous(part) for part in parts]
-        row_stride = parts[0][0].shape[1]
-    device = parts[0][0].device
-    alignment = _gcd_pow2(16, row_stride)
-    stacks = [part for part in parts if isinstance(part, torch.Tensor)]
-    if len(stacks) == len(parts):
-        bases = tuple((part.data_ptr(), part.stride(0)) for part in stacks)
-        alignment = functools.reduce(_gcd_pow2, (number for pair in bases for number in pair), alignment)
-        return _Source(bases, None, row_stride, alignment, device, tuple(parts))
-    addresses = [[part[expert].data_ptr() for part in parts] for expert in range(len(parts[0]))]
-    alignment = functools.reduce(_gcd_pow2, (address for row in addresses for address in row), alignment)
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    return _Source(None, table, row_stride, alignment, device, tuple(parts))
-
-
-def _row_stride(part: Parts) -> int | None:
-    """Bytes between rows, the same for all experts; None if they differ or the bytes of a row are apart."""
-    matrices = part[:1] if isinstance(part, torch.Tensor) else part
-    strides = {matrix.stride(0) if matrix.stride(1) == 1 else None for matrix in matrices}
-    return strides.pop() if len(strides) == 1 else None
-
-
-def _contiguous(part: Parts) -> Parts:
-    return part.contiguous() if isinstance(part, torch.Tensor) else [matrix.contiguous() for matrix in part]
-
-
-def _gcd_pow2(alignment: int, value: int) -> int:
-    """The largest power of two up to ``alignment`` that divides ``value``."""
-    while value % alignment:
-        alignment //= 2
-    return alignment
-
-
 def _check_matrix(name: str, matrix: torch.Tensor, shape: tuple[int, int, int]) -> None:
     if tuple(matrix.shape) != shape or matrix.dtype != torch.uint8 or not matrix.is_contiguous():
         raise LayoutError(
@@ -223,8 +174,7 @@ def launch_constants(
     """Compile-time constants of a launch, programs for each expert, and warps.
 
     Args:
-        row_stride: bytes between source rows.
-        alignment: power of two up to 16 that divides all source addresses and the row stride.
+        row_stride, alignment: of the source, see :class:`~nvfp4_prep_kernels.matrix_addresses.MatrixAddresses`.
     """
     constants: dict[str, int | bool] = {
         "BLOCK": mapping.block,
@@ -250,7 +200,7 @@ def launch_constants(
         return constants, mapping.rows // ROW_TILE * -(-row_words // block_k), SCALE_WARPS
     unit = _code_unit(mapping, alignment)
     cols = mapping.cols // unit
-    block_c = _gcd_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS
+    block_c = divisor_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS
     block_r = CODE_TILE_UNITS // block_c
     constants |= {
         "ROWS": mapping.rows,
@@ -272,7 +222,7 @@ def _code_unit(mapping: IndexMap, alignment: int) -> int:
 
 
 def _launch(
-    mapping: IndexMap, is_scale: bool, source: _Source, prepared: torch.Tensor, dirty: torch.Tensor | None
+    mapping: IndexMap, is_scale: bool, source: MatrixAddresses, prepared: torch.Tensor, dirty: torch.Tensor | None
 ) -> None:
     """Runs one direction; with ``dirty`` the source is written, and the flag set where padding is not zero."""
     from nvfp4_prep_kernels import triton_prepare_kernels as kernels

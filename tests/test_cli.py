@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import __version__
 from nvfp4_prep.cli import cli
-from nvfp4_prep.cli.common import to_json
+from nvfp4_prep.cli.common import shell_line, to_json
 from nvfp4_prep.errors import EXIT_CODES
 
 
@@ -82,11 +82,91 @@ def test_failed_verification_has_its_exit_code(sample_prepared: Path, tmp_path: 
     assert "WRONG expert-scales.safetensors: is missing" in result.output
 
 
+def test_a_finished_target_is_not_called_right_without_a_look(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    fine = run("convert", sample_source, copy, "-q")
+    assert fine.exit_code == 0
+    assert "the tensors' bytes were not read. To read them: nvfp4-prep verify " in fine.stdout
+    for name, change in (
+        ("model.safetensors.index.json", lambda path: path.unlink()),
+        ("README.md", lambda path: path.write_text("mine")),
+        ("config.json", lambda path: path.write_text("{}")),
+        ("experts-layer-00001.safetensors", lambda path: path.unlink()),
+        ("expert-scales.safetensors", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    ):
+        broken = Path(shutil.copytree(sample_prepared, tmp_path / name))
+        change(broken / name)
+        for options in ([], ["--join"], ["--layers", "1"]):
+            done = run("convert", sample_source, broken, "-q", *options)
+            assert done.exit_code in (6, 8), (name, options)
+            assert done.stdout == ""
+            assert len(done.stderr.splitlines()) == 1 and str(broken) in done.stderr
+
+
 def test_exit_codes_are_distinct_and_documented() -> None:
     text = " ".join(run("--help").output.split())
     for code, meaning in EXIT_CODES.items():
         assert f"{code} {meaning}" in text
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
+
+
+def test_misuse_is_one_line_and_leaves_nothing(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    cases = [
+        (("convert", sample_source, ""), 2, "Is a variable of your shell not set?"),
+        (("inspect", ""), 2, "an argument is empty"),
+        (("push", sample_prepared, "nothub"), 2, "expected USER/NAME"),
+        (("convert", sample_source, tmp_path / "x", "--push-to", "a/b/c"), 2, "expected USER/NAME"),
+        (("convert", sample_source, tmp_path / "x", "--report", tmp_path / "no" / "page.html"), 2, "does not exist"),
+        (("convert", sample_source, tmp_path / "x", "--layers", "1," * 150 + "1"), 2, "Write ranges"),
+        (("verify", sample_prepared, "--source", sample_prepared), 2, "is a prepared checkpoint"),
+        (("sample", tmp_path / "x", "--shard-mb", "nan"), 2, "--shard-mb"),
+        (("sample", tmp_path / "x", "--seed", "-1"), 2, "--seed"),
+        (("doctor", tmp_path / "x"), 2, "Give a directory that you can write to"),
+        (("convert", sample_prepared / "config.json", tmp_path / "x"), 3, "is no directory"),
+        (("convert", sample_source, "/dev/null"), 8, "is no directory"),
+    ]
+    for arguments, code, words in cases:
+        done = run(*arguments)
+        assert done.exit_code == code, (arguments, done.output)
+        assert words in done.stderr and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+        assert json.loads(run(*arguments, "--json").stdout)["exit_code"] == code
+        assert not (tmp_path / "x").exists()
+
+
+def test_what_a_failed_restore_leaves_is_told(sample_prepared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    damaged = bytearray((copy / "experts-layer-00002.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (copy / "experts-layer-00002.safetensors").write_bytes(damaged)
+    for command in (["restore"], ["relayout", "--gate-up-block", "16"]):
+        done = run(*command, copy, tmp_path / command[0], "-q")
+        assert done.exit_code == 6
+        assert "holds what was written until then, without a config; remove it" in done.stderr
+        assert not (tmp_path / command[0] / "config.json").exists()
+
+
+def test_what_the_system_refuses_is_one_line(sample_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nvfp4_prep.inspection
+
+    def refuse(source: object) -> None:
+        raise PermissionError(13, "Permission denied", "/secret")
+
+    monkeypatch.setattr(nvfp4_prep.inspection, "inspect", refuse)
+    done = run("inspect", sample_prepared)
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "error: /secret: Permission denied. Check the permissions, or give another path.\n",
+    )
+
+
+def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from nvfp4_prep.cli.common import tell_address
+
+    for text, quiet, told in (("no/where", False, True), ("no/where", True, False), (str(tmp_path), False, False)):
+        tell_address(text, quiet=quiet)
+        assert ("is nothing on this disk: looking for it on the Hub" in capsys.readouterr().err) == told
 
 
 def test_usage_errors_are_one_line_too() -> None:
@@ -109,7 +189,10 @@ def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
     for arguments in (["inspect", str(sample_prepared)], ["--help"], ["completion", "bash"]):
         with open("/dev/full", "w") as full:
             done = subprocess.run([*script, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        assert (done.returncode, done.stderr) == (5, "error: stdout: No space left on device\n")
+        assert (done.returncode, done.stderr) == (
+            5,
+            "error: stdout: No space left on device. Make room and run the command again.\n",
+        )
 
 
 def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
@@ -175,6 +258,7 @@ def test_a_reader_that_has_gone_does_not_hide_damage(sample_prepared: Path, tmp_
 def test_next_commands_can_be_typed(sample_source: Path, tmp_path: Path) -> None:
     done = run("convert", sample_source, tmp_path / "an out", "-q", "--no-smoke")
     assert f"next: nvfp4-prep verify '{tmp_path / 'an out'}' --source {sample_source}" in done.stderr
+    assert shell_line("verify", Path("-out"), "--source", "it's") == """nvfp4-prep verify ./-out --source 'it'"'"'s'"""
 
 
 @pytest.mark.parametrize("interval", [0.0])

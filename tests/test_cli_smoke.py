@@ -51,7 +51,7 @@ def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
     assert run("verify", sample_prepared, "--smoke", "--layers", "9").exit_code == 2
     assert run("verify", sample_prepared, "--smoke", "--layers", "0-99999999999").exit_code == 2
     page = run("verify", sample_prepared, "--smoke", "--report", "nowhere/page.html")
-    assert page.exit_code == 2 and "nowhere: --report: its directory does not exist" in page.stderr
+    assert page.exit_code == 2 and "nowhere/page.html: --report: its directory does not exist" in page.stderr
     if not torch.cuda.is_available():
         refused = run("verify", sample_prepared, "--smoke", "--backend", "flashinfer")
         assert refused.exit_code == 2 and "no CUDA card" in refused.output

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny_checkpoints as tiny
-from nvfp4_prep import convert, inspect, plan, relayout
-from nvfp4_prep.errors import SourceError
+from nvfp4_prep import convert, convert_part, inspect, plan, relayout
+from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.reporting import inspection_text, plan_text
 from nvfp4_prep.units import count, spans
 
@@ -94,6 +94,12 @@ def test_plurals_and_spans(tmp_path: Path) -> None:
     assert ", 1 safetensors file, " in inspection_text(inspect(source))
     assert [spans(numbers) for numbers in ([], [4], [3, 1, 2], [1, 2, 2, 7])] == ["", "4", "1-3", "1-2,7"]
     assert (count(1, "file"), count(0, "file"), count(2, "file")) == ("1 file", "0 files", "2 files")
+
+
+def test_unfinished_conversion(sample_source: Path, tmp_path: Path) -> None:
+    convert_part(sample_source, tmp_path / "out", "1/2")
+    with pytest.raises(CheckpointError, match=r"unfinished conversion.*Run the same convert command again"):
+        inspect(tmp_path / "out")
 
 
 def test_differing_scales_are_counted(tmp_path: Path) -> None:

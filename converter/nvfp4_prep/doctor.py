@@ -175,10 +175,13 @@ def measure_disk(directory: Path) -> DiskSpeed:
     Raises:
         UsageError: if the directory does not exist, cannot be written or has no room.
     """
+    another = "Give a directory that you can write to, with room for 1.07 GB."
     try:
         free = shutil.disk_usage(directory).free
         if free < 2 * _DISK_NBYTES:
-            raise UsageError(f"only {format_nbytes(free)} free: too little to measure", where=str(directory))
+            raise UsageError(
+                f"only {format_nbytes(free)} free: too little to measure", where=str(directory), next_step=another
+            )
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".nvfp4-prep-doctor-") as file:
             block = os.urandom(_BLOCK_NBYTES)
             begin = time.perf_counter()
@@ -195,7 +198,7 @@ def measure_disk(directory: Path) -> DiskSpeed:
                 locks=_has_locks(file.fileno()),
             )
     except OSError as error:
-        raise UsageError(f"cannot be measured ({error.strerror})", where=str(directory)) from error
+        raise UsageError(f"cannot be measured ({error.strerror})", where=str(directory), next_step=another) from error
 
 
 def _read_rate(path: str) -> float | None:

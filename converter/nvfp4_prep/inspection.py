@@ -10,7 +10,7 @@ from nvfp4_prep.activation import Activation, find_activation
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.find_layers import LayerFinding
-from nvfp4_prep.index import CheckpointIndex, read_index
+from nvfp4_prep.index import CONFIG, CheckpointIndex, read_index
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions
@@ -19,6 +19,7 @@ from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.scalars import read_scalars
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.stamp import quantization_configs
+from nvfp4_prep.target import WORK_FOLDER
 
 __all__ = ["InspectedLayer", "Inspection", "inspect"]
 
@@ -91,10 +92,12 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
 
     Raises:
         SourceError: if it cannot be read.
-        CheckpointError: if it is a prepared checkpoint with a broken manifest.
+        CheckpointError: if it is a prepared checkpoint with a broken manifest, or an unfinished one.
     """
     if isinstance(checkpoint, str | Path):
-        if (Path(checkpoint) / MANIFEST).is_file():
+        root = Path(checkpoint)
+        unfinished = (root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file()
+        if unfinished or (root / MANIFEST).is_file():
             return _inspect_prepared(PreparedCheckpoint(checkpoint))
         source: Source = LocalSource(Path(checkpoint))
     else:

@@ -39,6 +39,8 @@ class _Commands(click.Group):
         """As click's, but for the errors; always ends with :class:`SystemExit`."""
         words = sys.argv[1:] if args is None else list(args)
         with report_errors("--json" in words):
+            if "" in words:
+                raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
             try:
                 code = super().main(words, prog_name, **{**extra, "standalone_mode": False})
             except click.UsageError as error:

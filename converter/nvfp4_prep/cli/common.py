@@ -8,16 +8,18 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.remote import PublishOptions
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Publishing",
+    "check_repository",
     "common",
     "conversion_options",
     "hint",
@@ -36,11 +39,14 @@ __all__ = [
     "say_next",
     "shell_line",
     "stdout_failed",
+    "tell_address",
+    "tell_leftovers",
     "threads_option",
     "to_json",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_OPTION = re.compile("--[a-z-]+")
 
 
 def common(command: _Command) -> _Command:
@@ -68,9 +74,24 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _fail(error, as_json=as_json)
     except KeyboardInterrupt:
         _ignore_signals()
-        _fail(ConversionInterrupted("interrupted", next_step="The same command continues."), as_json=as_json)
+        again = "The same command continues or begins again."
+        _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
     except OSError as error:
         _fail(_unforeseen(error), as_json=as_json)
+
+
+@contextlib.contextmanager
+def tell_leftovers(target: Path) -> Iterator[None]:
+    """Where damage of what is read ends a command: the error also says what is left in the target."""
+    from nvfp4_prep.target import Target
+
+    try:
+        yield
+    except VerificationError as error:
+        if Target.has_journal(target):
+            left = f"{target} holds what was written until then, without a config; remove it if you give up."
+            error.next_step = f"{error.next_step or ''} {left}".strip()
+        raise
 
 
 def _ignore_signals() -> None:
@@ -81,8 +102,13 @@ def _ignore_signals() -> None:
 
 def _unforeseen(error: OSError) -> NvfpPrepError:
     """Something that the operating system refused where no room expected it."""
-    kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NvfpPrepError
-    return kind(error.strerror or str(error), where=None if error.filename is None else os.fsdecode(error.filename))
+    kind, next_step = NvfpPrepError, None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, next_step = NoSpaceError, "Make room and run the command again."
+    elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        next_step = "Check the permissions, or give another path."
+    where = None if error.filename is None else os.fsdecode(error.filename)
+    return kind(error.strerror or str(error), where=where, next_step=next_step)
 
 
 def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
@@ -121,7 +147,8 @@ def hint(text: str) -> None:
 
 def shell_line(*words: object) -> str:
     """A command of ours as one types it, whatever is in the paths."""
-    return shlex.join(["nvfp4-prep", *map(str, words)])
+    texts = [text if _OPTION.fullmatch(text) or text[:1] != "-" else f"./{text}" for text in map(str, words)]
+    return shlex.join(["nvfp4-prep", *texts])
 
 
 def say_next(*words: object) -> None:
@@ -162,10 +189,10 @@ def conversion_options(command: _Command) -> _Command:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-
         layout, block, scales, moe_tp = (kind(kwargs.pop(name)) for name, kind in from_names.items())
         with report_errors(kwargs["as_json"]):
+            from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+
             options = ConvertOptions(LayoutName(layout), block, GateUpPolicy(scales), moe_tp)
         command(*args, options=options, **kwargs)
 
@@ -236,6 +263,20 @@ class Publishing:
         from nvfp4_prep.hub.remote import PublishOptions
 
         return PublishOptions(private=self.private, revision=self.revision, create_pr=self.create_pr)
+
+
+def check_repository(text: str) -> None:
+    """Raises :class:`UsageError` for what can be no repository, before the network is asked."""
+    if len([part for part in text.split("/") if part]) != 2 or text.count("/") != 1:
+        raise UsageError("is no repository of the Hub", where=text, expected="USER/NAME")
+
+
+def tell_address(text: str, *, quiet: bool) -> None:
+    """Says it where a name that looks like a path is going to be looked up on the Hub."""
+    from nvfp4_prep.hub import parse_address
+
+    if not quiet and not text.startswith("hf://") and parse_address(text) is not None:
+        hint(f"{text} is nothing on this disk: looking for it on the Hub")
 
 
 def make_progress(quiet: bool) -> Progress:

@@ -40,7 +40,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
     if pushed is not None:
         say_pushed(pushed)
     if result.already_complete:
-        say(_complete_text(target, source))
+        say(f"{target} is complete already" if pushed is not None else _complete_text(target, source))
         return
     lines = [
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
@@ -84,8 +84,8 @@ def say_part(part: PartResult, layers: str, source: str, target: Path) -> None:
 
 
 def _complete_text(target: Path, source: str) -> str:
-    """What a target that was there already is known to be, and how to know more."""
+    """What a target that was there already was found to be, and how to know more."""
     return (
-        f"{target} is complete already: files and sizes are right, their bytes were not read. To check those:"
-        f" {shell_line('verify', target, '--source', source)}"
+        f"{target} is complete already: manifest, stamp, files, sizes, headers and index are right; the tensors' bytes"
+        f" were not read. To read them: {shell_line('verify', target, '--source', source)}"
     )

@@ -11,6 +11,7 @@ import click
 
 from nvfp4_prep.cli.common import (
     Publishing,
+    check_repository,
     common,
     conversion_options,
     make_progress,
@@ -18,6 +19,7 @@ from nvfp4_prep.cli.common import (
     restart_option,
     say,
     say_next,
+    tell_address,
     threads_option,
     to_json,
 )
@@ -75,6 +77,8 @@ class _Job:
             raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
         if self.device != "cpu" and self.divided:
             raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
+        if self.push_to is not None:
+            check_repository(self.push_to)
         check_page(self.report)
 
     @property
@@ -94,6 +98,7 @@ class _Job:
         from nvfp4_prep.hub import open_source
         from nvfp4_prep.part_folders import part_folder
 
+        tell_address(self.source, quiet=self.quiet)
         part = self.selection
         work = self.target if part is None else part_folder(self.target, part)
         return open_source(self.source, target=work, keep_source=self.keep_source)
@@ -175,6 +180,8 @@ def _make_part(job: _Job, selection: LayerSelection) -> None:
     from nvfp4_prep.parts import convert_part
 
     part = convert_part(job.open(), job.target, selection, restart=job.restart, **job.arguments())
+    if part.joined:
+        _check_finished(job.target)
     if job.as_json:
         value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
         say(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
@@ -199,6 +206,8 @@ def _make_checkpoint(job: _Job) -> None:
         result = _join(job, opened, gate)
     else:
         result = _convert_here(job, opened, gate)
+    if result.already_complete and job.push_to is None:
+        _check_finished(job.target)
     if job.as_json:
         smoke = None if gate.report is None else gate.report.summary()
         say(to_json(conversion_value(result, pushed) | {"smoke": smoke}))
@@ -212,6 +221,21 @@ def _make_checkpoint(job: _Job) -> None:
     if not job.as_json and not result.already_complete:
         warn_of_policy(result)
         say_next("verify", job.target, "--source", job.source)
+
+
+def _check_finished(target: Path) -> None:
+    """Raises :class:`VerificationError` if what was there already is damaged, as far as no tensor bytes are needed."""
+    from nvfp4_prep.units import count
+    from nvfp4_prep.verification import verify
+
+    problems = verify(target, quick=True).problems
+    if problems:
+        more = f" (and {count(len(problems) - 1, 'more problem')})" if problems[1:] else ""
+        raise VerificationError(
+            f"was converted before, but is damaged: {problems[0]}{more}",
+            where=str(target),
+            next_step="Remove it and convert again.",
+        )
 
 
 def _convert_here(job: _Job, opened: str | HubSource, gate: SmokeGate) -> ConvertResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from nvfp4_prep.cli.common import common, say, to_json
+from nvfp4_prep.cli.common import common, say, tell_address, to_json
 
 __all__ = ["inspect"]
 
@@ -26,5 +26,6 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep.hub import open_source
     from nvfp4_prep.reporting import inspection_text, inspection_value
 
+    tell_address(checkpoint, quiet=quiet)
     found = inspection.inspect(open_source(checkpoint))
     say(to_json(inspection_value(found)) if as_json else inspection_text(found))

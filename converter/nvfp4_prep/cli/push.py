@@ -9,6 +9,7 @@ import click
 
 from nvfp4_prep.cli.common import (
     Publishing,
+    check_repository,
     common,
     make_progress,
     publishing_options,
@@ -52,6 +53,7 @@ def push(
     from nvfp4_prep.hub import push as pushing
     from nvfp4_prep.hub import quiet_client
 
+    check_repository(repository)
     quiet_client()
     options = publishing.options()
     pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))

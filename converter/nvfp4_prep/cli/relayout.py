@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, say, say_next, threads_option, to_json
+from nvfp4_prep.cli.common import (
+    common,
+    make_progress,
+    restart_option,
+    say,
+    say_next,
+    tell_leftovers,
+    threads_option,
+    to_json,
+)
 
 __all__ = ["relayout"]
 
@@ -43,16 +52,17 @@ def relayout(
     from nvfp4_prep.reporting import layout_text, tp_lines
     from nvfp4_prep.units import count, format_nbytes
 
-    result = new_layout.relayout(
-        checkpoint,
-        target,
-        layout=None if layout is None else LayoutName(layout),
-        gate_up_block=None if gate_up_block is None else int(gate_up_block),
-        moe_tp=moe_tp,
-        threads=threads,
-        progress=make_progress(quiet),
-        restart=restart,
-    )
+    with tell_leftovers(target):
+        result = new_layout.relayout(
+            checkpoint,
+            target,
+            layout=None if layout is None else LayoutName(layout),
+            gate_up_block=None if gate_up_block is None else int(gate_up_block),
+            moe_tp=moe_tp,
+            threads=threads,
+            progress=make_progress(quiet),
+            restart=restart,
+        )
     layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, make_progress, restart_option, say, threads_option, to_json
+from nvfp4_prep.cli.common import common, make_progress, restart_option, say, tell_leftovers, threads_option, to_json
 
 __all__ = ["restore"]
 
@@ -20,13 +20,19 @@ __all__ = ["restore"]
 def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, as_json: bool, quiet: bool) -> None:
     """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was.
 
+    A damaged CHECKPOINT is not restored: exit code 6, and TARGET holds what was written until then, without a config.
+    Remove it, or give --restart once CHECKPOINT is whole.
+
     \b
     nvfp4-prep restore ./out ./back
     """
     from nvfp4_prep import restoration
     from nvfp4_prep.units import count, format_nbytes
 
-    result = restoration.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
+    with tell_leftovers(target):
+        result = restoration.restore(
+            checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart
+        )
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
         say(to_json({**value, "resumed": result.resumed}))

@@ -7,20 +7,33 @@ from pathlib import Path
 import click
 
 from nvfp4_prep.cli.common import common, say, to_json
+from nvfp4_prep.errors import ConversionInterrupted
 
 __all__ = ["sample"]
 
 
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--layers", default=3, show_default=True, help="Decoder layers; the first one is dense.")
-@click.option("--experts", default=8, show_default=True)
-@click.option("--intermediate", default=128, show_default=True, help="Intermediate size of one expert.")
-@click.option("--hidden", default=256, show_default=True)
-@click.option("--vocabulary", default=256, show_default=True)
-@click.option("--shard-mb", default=5000.0, show_default=True, help="Largest shard, in MB (10^6 bytes).")
-@click.option("--differing", default=0.0, show_default=True, help="Share of experts with different gate/up scales.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--layers", type=click.IntRange(2), default=3, show_default=True, help="Decoder layers; the first one is dense."
+)
+@click.option("--experts", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--intermediate", type=click.IntRange(16), default=128, show_default=True, help="Intermediate size of one expert."
+)
+@click.option("--hidden", type=click.IntRange(16), default=256, show_default=True)
+@click.option("--vocabulary", type=click.IntRange(1), default=256, show_default=True)
+@click.option(
+    "--shard-mb", type=click.IntRange(1), default=5000, show_default=True, help="Largest shard, in MB (10^6 bytes)."
+)
+@click.option(
+    "--differing",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of experts with different gate/up scales.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 @click.option("--kimi-layer", is_flag=True, help="One MoE layer at Kimi-K2.5's dimensions (9.5 GB).")
 @common
 def sample(
@@ -30,7 +43,7 @@ def sample(
     intermediate: int,
     hidden: int,
     vocabulary: int,
-    shard_mb: float,
+    shard_mb: int,
     differing: float,
     seed: int,
     kimi_layer: bool,
@@ -48,10 +61,18 @@ def sample(
     from nvfp4_prep.sample import KIMI_LAYER, SampleModel, write_sample
     from nvfp4_prep.units import format_nbytes
 
-    nbytes = int(shard_mb * 1e6)
+    nbytes = shard_mb * 10**6
     if kimi_layer:
         model = replace(KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
     else:
         model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
-    written = write_sample(target, model)
+    try:
+        written = write_sample(target, model)
+    except KeyboardInterrupt as error:
+        raise ConversionInterrupted(
+            "interrupted", where=str(target), next_step="Remove what is there and run the command again."
+        ) from error
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")

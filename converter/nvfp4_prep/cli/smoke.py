@@ -70,9 +70,12 @@ def smoke_options(command: _Command) -> _Command:
 
 def check_page(page: Path | None) -> None:
     """Raises :class:`UsageError` before the work begins if the page could not be written after it."""
-    if page is not None and not os.access(page.parent, os.W_OK):
-        there = "cannot be written" if page.parent.is_dir() else "does not exist"
-        raise UsageError(f"--report: its directory {there}", where=str(page.parent), next_step="Give another path.")
+    if page is None:
+        return
+    if not page.parent.is_dir():
+        raise UsageError("--report: its directory does not exist", where=str(page), next_step="Give another path.")
+    if not os.access(page if page.exists() else page.parent, os.W_OK):
+        raise UsageError("--report: cannot be written", where=str(page), next_step="Give another path.")
 
 
 def smoke_run(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common, hint, make_progress, say, threads_option, to_json
+from nvfp4_prep.cli.common import common, hint, make_progress, say, tell_address, threads_option, to_json
 from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -45,11 +46,12 @@ def verify(
     nvfp4-prep verify ./out                             every byte against the manifest
     nvfp4-prep verify ./out --source ./DeepSeek-NVFP4   and against the source
     nvfp4-prep verify ./out --quick                     structure only, seconds
-    nvfp4-prep verify ./out --smoke --layers 1,4-6      and run random tokens through three layers
+    nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
     """
     from nvfp4_prep import verification
     from nvfp4_prep.hub import open_ranges, parse_address
 
+    tell_address(checkpoint, quiet=quiet)
     address = parse_address(checkpoint)
     _check_combination(checkpoint, source, smoke_options, smoke=smoke, published=address is not None)
     ran: SmokeReport | None = None
@@ -66,7 +68,7 @@ def verify(
     if as_json:
         say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
     else:
-        _say_verified(found, ran)
+        _say_verified(found, ran, source)
     if not found.ok or (ran is not None and not ran.passed):
         sys.exit(VerificationError.exit_code)
 
@@ -74,6 +76,8 @@ def verify(
 def _check_combination(
     checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
 ) -> None:
+    from nvfp4_prep.manifest import MANIFEST
+
     if not smoke and options != SmokeOptions():
         raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
     if published and (smoke or source is not None):
@@ -81,6 +85,10 @@ def _check_combination(
             f"{'--smoke' if smoke else '--source'} needs the bytes of CHECKPOINT",
             where=checkpoint,
             next_step="Download it first.",
+        )
+    if source is not None and (Path(source) / MANIFEST).is_file():
+        raise UsageError(
+            "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."
         )
     check_page(options.page)
 
@@ -93,10 +101,11 @@ def _verify_published(address: HubAddress) -> VerifyReport:
     return verify_published(address)
 
 
-def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
+def _say_verified(found: VerifyReport, ran: SmokeReport | None, source: str | None) -> None:
     from nvfp4_prep.reporting import verify_text
 
     say(verify_text(found))
     say_smoke(ran)
     if not found.ok:
-        hint("next: do not serve it; remove it and convert again")
+        sure = "" if source is None else f" (if {source} is what it was made from)"
+        hint(f"next: do not serve it; remove it and convert again{sure}")

@@ -45,7 +45,7 @@ def main() -> None:
     source, out, back = folder / "source", folder / "prepared", folder / "restored"
     if folder.exists():
         if not folder.is_dir() or {*folder.iterdir()} - {source, out, back}:
-            parser.error(f"{folder} holds something else than an earlier demo: give another directory")
+            parser.error(f"{folder} holds something else than an earlier demo: remove it, or give another directory")
         shutil.rmtree(folder)
     model = nvfp4_prep.SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000)
     nvfp4_prep.write_sample(source, model)

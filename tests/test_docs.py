@@ -116,6 +116,21 @@ def test_transcripts(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 assert _without_figures(line) in known, line
 
 
+def test_python_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is typed after `make demo`."""
+    monkeypatch.chdir(tmp_path)
+    write_sample(Path("demo/source"), SampleModel(layers=2, experts=2))
+    (code,) = re.findall("^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(compile(code, "README.md", "exec"), {})
+    assert Path("out/config.json").is_file()
+
+
+def test_nothing_is_said_to_be_on_pypi() -> None:
+    for page in PAGES:
+        if page.name != "loading.md":
+            assert "pip install nvfp4-prep" not in page.read_text(encoding="utf-8"), page.name
+
+
 def _run(command: str) -> tuple[str, int]:
     if command.startswith("nvfp4-prep "):
         result = CliRunner().invoke(cli, command.split()[1:])

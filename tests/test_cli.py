@@ -161,6 +161,17 @@ def test_what_the_system_refuses_is_one_line(sample_prepared: Path, monkeypatch:
     )
 
 
+def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: no such file')")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from nvfp4_prep.cli import main; main()"
+    for command in (["convert", "a", "b"], ["inspect", "a"], ["verify", "a"]):
+        done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == (
+            "error: cannot work here: libcudart.so: no such file. nvfp4-prep doctor says what is missing.\n"
+        )
+
+
 def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from nvfp4_prep.cli.common import tell_address
 

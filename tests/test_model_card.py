@@ -125,6 +125,10 @@ def test_agreeing_scales_are_not_mentioned(tmp_path: Path) -> None:
     assert "Gate and up scales" not in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_directory_name_that_is_no_text(manifest: Manifest) -> None:
+    assert b"# s?, prepared for" in make_model_card(replace(manifest, source="s\udcff"))
+
+
 def test_it_is_the_same_every_time(manifest: Manifest) -> None:
     again = Manifest.from_bytes(manifest.to_bytes())
     assert make_model_card(again) == make_model_card(manifest)

@@ -34,7 +34,8 @@ _WIDE = 10_000
 def make_model_card(manifest: Manifest) -> bytes:
     """Front matter that the Hub understands, what was prepared from what, what was verified, and how to use it."""
     text = yaml.safe_dump(front_matter(manifest), sort_keys=False, allow_unicode=True, width=_WIDE)
-    return f"---\n{text}---\n\n{chr(10).join(_body(manifest))}\n".encode()
+    card = f"---\n{text}---\n\n{chr(10).join(_body(manifest))}\n"
+    return card.encode(errors="replace")  # a directory's name may be no text
 
 
 def front_matter(manifest: Manifest) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _ignore_signals()
         again = "The same command continues or begins again."
         _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
+    except ImportError as error:
+        broken = NvfpPrepError(f"cannot work here: {error}", next_step="nvfp4-prep doctor says what is missing.")
+        _fail(broken, as_json=as_json)
     except OSError as error:
         _fail(_unforeseen(error), as_json=as_json)
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import __version__
 from nvfp4_prep.cli import cli
-from nvfp4_prep.cli.common import shell_line, to_json
+from nvfp4_prep.cli.output import shell_line, to_json
 from nvfp4_prep.errors import EXIT_CODES
 
 
@@ -173,7 +173,7 @@ def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from nvfp4_prep.cli.common import tell_address
+    from nvfp4_prep.cli.output import tell_address
 
     for text, quiet, told in (("no/where", False, True), ("no/where", True, False), (str(tmp_path), False, False)):
         tell_address(text, quiet=quiet)

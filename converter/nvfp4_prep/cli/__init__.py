@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import click
 
 from nvfp4_prep import __version__
-from nvfp4_prep.cli.common import report_errors, stdout_failed
 from nvfp4_prep.cli.completion import completion
 from nvfp4_prep.cli.convert import convert
 from nvfp4_prep.cli.doctor import doctor
 from nvfp4_prep.cli.inspect import inspect
+from nvfp4_prep.cli.output import report_errors, stdout_failed
 from nvfp4_prep.cli.push import push
 from nvfp4_prep.cli.relayout import relayout
 from nvfp4_prep.cli.restore import restore

@@ -1,52 +1,32 @@
-"""What the commands share: options, ``--json`` and ``--quiet``, output, errors as one line, exit codes."""
+"""What the commands share: options, and their errors as one line."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
-import json
-import math
-import os
-import re
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, UsageError, VerificationError
+from nvfp4_prep.cli.output import report_errors
+from nvfp4_prep.errors import UsageError
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.remote import PublishOptions
-    from nvfp4_prep.progress import Progress
 
 __all__ = [
     "Publishing",
     "check_repository",
     "common",
     "conversion_options",
-    "hint",
-    "make_progress",
+    "decorated",
     "publishing_options",
-    "report_errors",
     "restart_option",
-    "say",
-    "say_next",
-    "shell_line",
-    "stdout_failed",
-    "tell_address",
-    "tell_leftovers",
     "threads_option",
-    "to_json",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_OPTION = re.compile("--[a-z-]+")
 
 
 def common(command: _Command) -> _Command:
@@ -60,116 +40,6 @@ def common(command: _Command) -> _Command:
             command(*args, as_json=as_json, **kwargs)
 
     return run  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def report_errors(as_json: bool) -> Iterator[None]:
-    """Errors as one line on stderr (and an object on stdout with ``--json``), and the exit code of their kind."""
-    try:
-        yield
-    except ConversionInterrupted as error:
-        _ignore_signals()
-        _fail(error, as_json=as_json)
-    except NvfpPrepError as error:
-        _fail(error, as_json=as_json)
-    except KeyboardInterrupt:
-        _ignore_signals()
-        again = "The same command continues or begins again."
-        _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
-    except ImportError as error:
-        broken = NvfpPrepError(f"cannot work here: {error}", next_step="nvfp4-prep doctor says what is missing.")
-        _fail(broken, as_json=as_json)
-    except OSError as error:
-        _fail(_unforeseen(error), as_json=as_json)
-
-
-@contextlib.contextmanager
-def tell_leftovers(target: Path) -> Iterator[None]:
-    """Where damage of what is read ends a command: the error also says what is left in the target."""
-    from nvfp4_prep.target import Target
-
-    try:
-        yield
-    except VerificationError as error:
-        if Target.has_journal(target):
-            left = f"{target} holds what was written until then, without a config; remove it if you give up."
-            error.next_step = f"{error.next_step or ''} {left}".strip()
-        raise
-
-
-def _ignore_signals() -> None:
-    """Everything is cleaned up: another Ctrl-C could only break the message or Python's own end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _unforeseen(error: OSError) -> NvfpPrepError:
-    """Something that the operating system refused where no room expected it."""
-    kind, next_step = NvfpPrepError, None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        kind, next_step = NoSpaceError, "Make room and run the command again."
-    elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        next_step = "Check the permissions, or give another path."
-    where = None if error.filename is None else os.fsdecode(error.filename)
-    return kind(error.strerror or str(error), where=where, next_step=next_step)
-
-
-def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
-    if as_json:
-        with contextlib.suppress(NvfpPrepError):  # the exit code and stderr still say what happened
-            say(to_json(error.to_dict()))
-    hint(f"error: {error}")
-    sys.exit(error.exit_code)
-
-
-def say(text: str) -> None:
-    """A result, on stdout. A reader that has gone (``| head``) changes neither the work nor the exit code.
-
-    Raises:
-        NvfpPrepError: if stdout takes nothing for another reason.
-    """
-    try:
-        click.echo(text)
-    except OSError as error:
-        stdout_failed(error)
-
-
-def stdout_failed(error: OSError) -> None:
-    """Sends what is left to nowhere, or Python's own end fails once more. Raises as :func:`say`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if not isinstance(error, BrokenPipeError):
-        error.filename = "stdout"
-        raise _unforeseen(error) from error
-
-
-def hint(text: str) -> None:
-    """Anything else, on stderr; a stderr that takes nothing breaks no work."""
-    with contextlib.suppress(OSError):
-        click.echo(text, err=True)
-
-
-def shell_line(*words: object) -> str:
-    """A command of ours as one types it, whatever is in the paths."""
-    texts = [text if _OPTION.fullmatch(text) or text[:1] != "-" else f"./{text}" for text in map(str, words)]
-    return shlex.join(["nvfp4-prep", *texts])
-
-
-def say_next(*words: object) -> None:
-    """The command that comes next, on stderr."""
-    hint(f"next: {shell_line(*words)}")
-
-
-def to_json(value: object) -> str:
-    """One line of strict JSON: what is no finite number (a broken source's NaN) becomes ``null``."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def threads_option(command: _Command) -> _Command:
@@ -229,7 +99,7 @@ def conversion_options(command: _Command) -> _Command:
             help="Tensor-parallel size to pad for, where padding depends on it.",
         ),
     ]
-    return _decorated(run, decorators)  # type: ignore[return-value]
+    return decorated(run, decorators)  # type: ignore[return-value]
 
 
 def publishing_options(command: _Command) -> _Command:
@@ -244,10 +114,11 @@ def publishing_options(command: _Command) -> _Command:
         click.option("--revision", metavar="BRANCH", help="Branch to publish on; made if it does not exist."),
         click.option("--create-pr", is_flag=True, help="Publish as a pull request; an open one is continued."),
     ]
-    return _decorated(run, decorators)  # type: ignore[return-value]
+    return decorated(run, decorators)  # type: ignore[return-value]
 
 
-def _decorated(command: Callable[..., None], decorators: list[Callable[[_Command], _Command]]) -> Callable[..., None]:
+def decorated(command: Callable[..., None], decorators: list[Callable[[_Command], _Command]]) -> Callable[..., None]:
+    """The command under several decorators, the first one outermost."""
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
@@ -272,18 +143,3 @@ def check_repository(text: str) -> None:
     """Raises :class:`UsageError` for what can be no repository, before the network is asked."""
     if len([part for part in text.split("/") if part]) != 2 or text.count("/") != 1:
         raise UsageError("is no repository of the Hub", where=text, expected="USER/NAME")
-
-
-def tell_address(text: str, *, quiet: bool) -> None:
-    """Says it where a name that looks like a path is going to be looked up on the Hub."""
-    from nvfp4_prep.hub import parse_address
-
-    if not quiet and not text.startswith("hf://") and parse_address(text) is not None:
-        hint(f"{text} is nothing on this disk: looking for it on the Hub")
-
-
-def make_progress(quiet: bool) -> Progress:
-    """Bar, log lines or nothing, whatever fits stderr."""
-    from nvfp4_prep.progress import choose_progress
-
-    return choose_progress(quiet=quiet)

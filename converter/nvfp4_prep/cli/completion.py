@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from nvfp4_prep.cli.common import say
+from nvfp4_prep.cli.output import say
 
 __all__ = ["completion"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep.cli.common import hint, say, shell_line
+from nvfp4_prep.cli.output import hint, say, shell_line
 from nvfp4_prep.cli.push import say_pushed
 
 if TYPE_CHECKING:

@@ -14,16 +14,12 @@ from nvfp4_prep.cli.common import (
     check_repository,
     common,
     conversion_options,
-    make_progress,
     publishing_options,
     restart_option,
-    say,
-    say_next,
-    tell_address,
     threads_option,
-    to_json,
 )
 from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
+from nvfp4_prep.cli.output import make_progress, say, say_next, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeGate, check_page, say_smoke
 from nvfp4_prep.errors import UsageError, VerificationError
 

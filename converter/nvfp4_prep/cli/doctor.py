@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common, say, to_json
+from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.output import say, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.doctor import Diagnosis

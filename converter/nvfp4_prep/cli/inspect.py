@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from nvfp4_prep.cli.common import common, say, tell_address, to_json
+from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.output import say, tell_address, to_json
 
 __all__ = ["inspect"]
 

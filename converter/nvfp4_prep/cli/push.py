@@ -11,13 +11,10 @@ from nvfp4_prep.cli.common import (
     Publishing,
     check_repository,
     common,
-    make_progress,
     publishing_options,
-    say,
-    say_next,
     threads_option,
-    to_json,
 )
+from nvfp4_prep.cli.output import make_progress, say, say_next, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import (
-    common,
-    make_progress,
-    restart_option,
-    say,
-    say_next,
-    tell_leftovers,
-    threads_option,
-    to_json,
-)
+from nvfp4_prep.cli.common import common, restart_option, threads_option
+from nvfp4_prep.cli.output import make_progress, say, say_next, tell_leftovers, to_json
 
 __all__ = ["relayout"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, say, to_json
+from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.output import say, to_json
 from nvfp4_prep.errors import ConversionInterrupted
 
 __all__ = ["sample"]

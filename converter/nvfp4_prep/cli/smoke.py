@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nvfp4_prep.cli.common import hint, say, shell_line
+from nvfp4_prep.cli.common import decorated
+from nvfp4_prep.cli.output import hint, say, shell_line
 from nvfp4_prep.errors import ConversionInterrupted, UsageError
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def smoke_options(command: _Command) -> _Command:
             "--report", type=click.Path(path_type=Path, dir_okay=False), help="With --smoke: write an HTML page."
         ),
     ]
-    for decorator in reversed(decorators):
-        run = decorator(run)
-    return run  # type: ignore[return-value]
+    return decorated(run, decorators)  # type: ignore[return-value]
 
 
 def check_page(page: Path | None) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common, hint, make_progress, say, tell_address, threads_option, to_json
+from nvfp4_prep.cli.common import common, threads_option
+from nvfp4_prep.cli.output import hint, make_progress, say, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 

@@ -172,6 +172,14 @@ def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
         )
 
 
+def test_a_current_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("inspect", ".")
+    assert (done.exit_code, done.stderr) == (2, "error: the current directory was removed. Go to another one.\n")
+
+
 def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from nvfp4_prep.cli.output import tell_address
 
@@ -314,6 +322,8 @@ def test_parts_and_join(sample_source: Path, sample_prepared: Path, tmp_path: Pa
         (["--join", "--restart"], "Leave one of them out"),
         (["--layers", "all"], "--layers 1-20"),
         (["--private"], "Add --push-to"),
+        (["--report", "page.html", "--no-smoke"], "Leave --report out"),
+        (["--report", "page.html", "--layers", "1"], "Leave --report out"),
     ],
 )
 def test_options_that_exclude_each_other(sample_source: Path, tmp_path: Path, options: list[str], words: str) -> None:

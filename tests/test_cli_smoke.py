@@ -74,6 +74,9 @@ def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> N
     experts = 10 if torch.cuda.is_available() else 8  # a CPU takes a sample
     assert f"smoke run passed: 2 of 2 layers, {experts} of their 10 experts" in done.output
     assert page.is_file()
+    page.unlink()
+    again = run("convert", sample_source, tmp_path / "out", "-q", "--report", page)
+    assert again.exit_code == 0 and f"--smoke --report {page} makes it" in again.stderr and not page.exists()
     without = json.loads(run("convert", sample_source, tmp_path / "o2", "-q", "--no-smoke", "--json").stdout)
     assert without["smoke"] is None
     value = json.loads(run("convert", sample_source, tmp_path / "o3", "-q", "--json").stdout)

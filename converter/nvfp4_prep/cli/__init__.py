@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -39,8 +40,7 @@ class _Commands(click.Group):
         """As click's, but for the errors; always ends with :class:`SystemExit`."""
         words = sys.argv[1:] if args is None else list(args)
         with report_errors("--json" in words):
-            if "" in words:
-                raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
+            _check_surroundings(words)
             try:
                 code = super().main(words, prog_name, **{**extra, "standalone_mode": False})
             except click.UsageError as error:
@@ -56,6 +56,15 @@ class _Commands(click.Group):
                 code = 0
                 stdout_failed(error)
         sys.exit(code or 0)
+
+
+def _check_surroundings(words: Sequence[str]) -> None:
+    if "" in words:
+        raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:  # torch would end the process, with a message about a library
+        raise UsageError("the current directory was removed", next_step="Go to another one.") from error
 
 
 def _usage_error(error: click.UsageError) -> UsageError:

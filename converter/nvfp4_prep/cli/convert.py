@@ -19,7 +19,7 @@ from nvfp4_prep.cli.common import (
     threads_option,
 )
 from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
-from nvfp4_prep.cli.output import make_progress, say, say_next, tell_address, to_json
+from nvfp4_prep.cli.output import hint, make_progress, say, say_next, shell_line, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeGate, check_page, say_smoke
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -73,6 +73,11 @@ class _Job:
             raise UsageError("--restart would discard what --join is to take", next_step="Leave one of them out.")
         if self.device != "cpu" and self.divided:
             raise UsageError("parts are prepared on the CPU", next_step="Leave --device out.")
+        if self.report is not None and (self.no_smoke or self.stream_out or self.dry_run or self.layers is not None):
+            raise UsageError(
+                "--report is about the smoke run, and these options leave none",
+                next_step="Leave --report out, or what goes without: --no-smoke, --stream-out, --dry-run, --layers.",
+            )
         if self.push_to is not None:
             check_repository(self.push_to)
         check_page(self.report)
@@ -198,10 +203,9 @@ def _make_checkpoint(job: _Job) -> None:
     pushed: PushResult | None = None
     if job.push_to is not None:
         result, pushed = _convert_and_publish(job, opened, job.push_to, gate)
-    elif job.join:
-        result = _join(job, opened, gate)
     else:
-        result = _convert_here(job, opened, gate)
+        result = _join(job, opened) if job.join else _convert_here(job, opened)
+        gate.passes(result)
     if result.already_complete and job.push_to is None:
         _check_finished(job.target)
     if job.as_json:
@@ -214,6 +218,9 @@ def _make_checkpoint(job: _Job) -> None:
         if job.push_to is None:
             gate.set_aside()
         sys.exit(VerificationError.exit_code)
+    if job.report is not None and gate.report is None:
+        page = shell_line("verify", job.target, "--smoke", "--report", job.report)
+        hint(f"no smoke run of what was complete already, and no {job.report}: {page} makes it")
     if not job.as_json and not result.already_complete:
         warn_of_policy(result)
         say_next("verify", job.target, "--source", job.source)
@@ -234,20 +241,16 @@ def _check_finished(target: Path) -> None:
         )
 
 
-def _convert_here(job: _Job, opened: str | HubSource, gate: SmokeGate) -> ConvertResult:
+def _convert_here(job: _Job, opened: str | HubSource) -> ConvertResult:
     from nvfp4_prep.conversion import convert
 
-    result = convert(opened, job.target, restart=job.restart, device=job.device, **job.arguments())
-    gate.passes(result)
-    return result
+    return convert(opened, job.target, restart=job.restart, device=job.device, **job.arguments())
 
 
-def _join(job: _Job, opened: str | HubSource, gate: SmokeGate) -> ConvertResult:
+def _join(job: _Job, opened: str | HubSource) -> ConvertResult:
     from nvfp4_prep.parts import join_parts
 
-    result = join_parts(opened, job.target, **job.arguments())
-    gate.passes(result)
-    return result
+    return join_parts(opened, job.target, **job.arguments())
 
 
 def _convert_and_publish(

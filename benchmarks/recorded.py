@@ -28,6 +28,11 @@ class Recorded:
         figures: dict[str, Any] = self.result(part)["figures"]
         return figures
 
+    def runs(self, *parts: str) -> list[Recorded]:
+        """This and the earlier runs on file, newest first: folders of ``earlier`` that hold all of these parts."""
+        earlier = sorted(self._folder.glob("earlier/*/"), reverse=True)
+        return [self, *(Recorded(folder) for folder in earlier if all((folder / f"{x}.json").is_file() for x in parts))]
+
     def about(self, part: str) -> dict[str, Any]:
         """What every text may say of a part's run: ``card``, ``cpus``, ``date``, ``commit``, ``where`` and so on."""
         result = self.result(part)
@@ -56,6 +61,12 @@ def spread(row: dict[str, float], digits: int = 3) -> str:
 def gb(nbytes: float, digits: int = 2) -> str:
     """In 10^9 bytes, without unit; a plain 0 where nothing is left of it."""
     return f"{nbytes / 1e9:.{digits}f}" if nbytes / 1e9 >= 0.5 * 10**-digits else "0"
+
+
+def reach(values: list[float], form: str) -> str:
+    """One value, or the least and the largest of several."""
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -7,6 +7,8 @@
 Each part is one program with a time limit; its figures, with command, date, machine and commit, go into
 benchmarks/results/PART.json. A part that fails or cannot run leaves the file of an earlier run as it is and is named
 with the reason. At the end the pages are brought up to date (quote.py). Exit code 1 if a part failed.
+
+Aims are judged by all runs on file: what shall count beside a new one is moved to results/earlier/NAME/ first.
 """
 
 from __future__ import annotations

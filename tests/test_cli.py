@@ -214,10 +214,23 @@ def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
         )
 
 
+def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_path: Path) -> None:
+    script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*script, "convert", str(sample_source), str(tmp_path / "out")],
+            capture_output=False,
+            stderr=full,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
     """What is printed must not land in the file that got the number of a closed stdout."""
     script = "from nvfp4_prep.cli import main; main()"
-    command = f"{sys.executable} -c '{script}' convert {sample_source} {tmp_path / 'out'} -q >&- 2>&- <&-"
+    command = f"{sys.executable} -c '{script}' convert {sample_source} {tmp_path / 'out'} >&- 2>&- <&-"
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     for path in sample_prepared.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -160,4 +160,23 @@ def make_progress(quiet: bool) -> Progress:
     """Bar, log lines or nothing, whatever fits stderr."""
     from nvfp4_prep.progress import choose_progress
 
-    return choose_progress(quiet=quiet)
+    return _HarmlessProgress(choose_progress(quiet=quiet))
+
+
+class _HarmlessProgress:
+    """Progress whose stream may fail (a log on a full disk) without an end to the work."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+
+    def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
+        with contextlib.suppress(OSError):
+            self._inner.start(title, total_nbytes, done_nbytes)
+
+    def advance(self, nbytes: int, label: str) -> None:
+        with contextlib.suppress(OSError):
+            self._inner.advance(nbytes, label)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._inner.close()

@@ -187,6 +187,12 @@ def cold(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _order(point: tuple[int, float, int]) -> tuple[bool, float, int, int]:
+    """4 MiB first, then the other sizes."""
+    threads, chunk_mib, buffers = point
+    return chunk_mib != 4, chunk_mib, threads, buffers
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="memory-backed directory for 24 GB of files")
@@ -203,8 +209,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     points = [point.split(",") for point in arguments.sweep.split()]
-    arguments.sweep = [(int(t), float(c), int(b)) for t, c, b in points]
     arguments.options = LoadOptions(arguments.threads, int(arguments.chunk_mib * 2**20), arguments.buffers)
+    options = arguments.options
+    own = (options.thread_count, options.chunk_nbytes / 2**20, options.buffer_count)
+    arguments.sweep = sorted({own, *((int(t), float(c), int(b)) for t, c, b in points)}, key=_order)
     return arguments
 
 

@@ -71,7 +71,7 @@ PARTS = (
         "bench_prepare_kernels.py",
         ("--experts", "96"),
         ("--experts", "8", "--repeats", "3"),
-        needs=("card",),
+        needs=("card", "vllm"),
         limit_s=300,
     ),
     Part(
@@ -80,7 +80,7 @@ PARTS = (
         "bench_prepare_kernels.py",
         ("--experts", "384"),
         ("--experts", "16", "--repeats", "3"),
-        needs=("card",),
+        needs=("card", "vllm"),
         limit_s=300,
     ),
     Part(
@@ -97,7 +97,7 @@ PARTS = (
         "bench_load.py",
         ("--directory", "{memory}", "--disk", "{work}"),
         ("--directory", "{memory}", "--disk", "{work}", "--layers", "1", "--repeats", "2", "--sweep", "4,4,8 12,4,20"),
-        needs=("card",),
+        needs=("card", "vllm"),
         work_gb=2,
         memory_gb=26,
     ),

@@ -236,6 +236,13 @@ def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nvfp4_prep", "verify", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == CliRunner().invoke(cli, ["verify", str(tmp_path)]).exit_code != 0
+
+
 def test_usage() -> None:
     assert run("--version").output.strip().endswith(__version__)
     assert run("convert").exit_code == 2

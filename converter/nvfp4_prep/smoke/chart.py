@@ -10,8 +10,8 @@ from nvfp4_prep.smoke.report import LayerReport
 
 __all__ = ["error_chart"]
 
-_WIDTH, _HEIGHT = 1000, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 34
+_WIDTH, _HEIGHT = 1000, 264
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 38
 _LOWEST, _HIGHEST = -9, 1
 """Powers of ten on the axis; 0 and everything below is drawn at the bottom, NaN and infinity at the top."""
 _MAX_LABELS = 30
@@ -26,8 +26,8 @@ def error_chart(layers: Sequence[LayerReport]) -> str:
         x = _LEFT + step * (position + 0.5)
         parts.append(_layer(layer, x, min(10.0, step * 0.35)))
         if position % every == 0:
-            parts.append(f"<text x='{x:.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{layer.index}</text>")
-    parts.append(f"<text x='{(_LEFT + _WIDTH) / 2:.0f}' y='{_HEIGHT - 2}' text-anchor='middle'>layer</text>")
+            parts.append(f"<text x='{x:.1f}' y='{_HEIGHT - 20}' text-anchor='middle'>{layer.index}</text>")
+    parts.append(f"<text x='{(_LEFT + _WIDTH) / 2:.0f}' y='{_HEIGHT - 4}' text-anchor='middle'>layer</text>")
     return (
         f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='relative error by layer'>{''.join(parts)}</svg>"
     )

@@ -180,6 +180,16 @@ def test_a_current_directory_that_was_removed(tmp_path: Path, monkeypatch: pytes
     assert (done.exit_code, done.stderr) == (2, "error: the current directory was removed. Go to another one.\n")
 
 
+def test_links_that_lead_nowhere(sample_source: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("loop", "dangling"):
+        for command in (["inspect"], ["convert", sample_source], ["verify"], ["sample"]):
+            done = run(*command, tmp_path / name)
+            assert done.exit_code not in (0, 130) and len(done.stderr.splitlines()) == 1, (name, command)
+            assert done.stderr.startswith("error: ")
+
+
 def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from nvfp4_prep.cli.output import tell_address
 

@@ -38,6 +38,10 @@ CASES: list[tuple[dict[str, Any], bool, int, Activation]] = [
     # the same list in other models is a clamp
     ({"model_type": "exaone_moe", "swiglu_limits": [-1, 5]}, True, 1, Activation(K.SILU, "", 5.0)),
     ({"model_type": "exaone_moe", "swiglu_limits": [-1, 5]}, True, 0, Activation(K.SILU)),
+    # a limit that nothing can pass is none
+    ({"swiglu_limit": 10**400}, True, 0, Activation(K.SILU)),
+    ({"swiglu_limit": float("inf")}, True, 0, Activation(K.SILU)),
+    ({"model_type": "step3p5", "swiglu_limits": [float("inf"), 10**400]}, True, 1, Activation(K.SILU)),
 ]
 
 

@@ -77,6 +77,12 @@ def test_a_directory_keeps_the_family_tree_of_its_source(manifest: Manifest) -> 
         b"---\na: b\n",
         b"\xff\xfe---\na: b\n---\n",
         b"---\n!!python/object/apply:os.system ['true']\n---\n",
+        b"---\ndate: 2024-13-45\n---\n",
+        b"---\nupdated: 2001-12-14t21:59:43.10-99:99\n---\n",
+        b"---\nsize: " + b"9" * 5000 + b"\n---\n",
+        b"---\nflag: 0b_\n---\n",
+        b"---\nflag: !!bool maybe\n---\n",
+        b"---\ndeep: " + b"[" * 3000 + b"]" * 3000 + b"\n---\n",
     ],
 )
 def test_a_card_that_cannot_be_read_does_no_harm(manifest: Manifest, card: bytes) -> None:

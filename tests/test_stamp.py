@@ -59,6 +59,12 @@ def test_hf_quant_config_counts_only_where_the_config_has_none() -> None:
     assert next(iter(quantization_configs({"quantization_config": QUANT}, HF).values())) == QUANT
 
 
+@pytest.mark.parametrize("nested", [5, True, "quantized_layers", ["quantized_layers"], None])
+def test_hf_quant_config_of_another_shape_does_not_count(nested: object) -> None:
+    mixed = {"quant_algo": "MIXED_PRECISION"}
+    assert stamped({"quantization_config": mixed}, {"quantization": nested})["quantization_config"]["source"] == mixed
+
+
 def test_text_survives() -> None:
     made = stamped_config({"name": "模型", "bad": "\ud800"}, None, ConvertOptions(), gated=True)
     assert "模型".encode() in made

@@ -8,6 +8,7 @@ read in vLLM 0.33's model files; each entry names them.
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,4 +130,7 @@ def _limit(config: Mapping[str, Any], layer: int) -> float | None:
 
 
 def _positive(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+    """A limit as a number; none where it is not positive, or is larger than anything that it could limit."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        return None
+    return float(value)

@@ -69,7 +69,8 @@ def _source_metadata(manifest: Manifest) -> dict[str, Any]:
         return {}
     try:
         value = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+        yaml.safe_dump(value)
+    except Exception:  # PyYAML lets through what int, date and the like say of a value, and the stack's end
         return {}
     return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
 

@@ -53,8 +53,10 @@ def _counting_config(configs: Mapping[str, Any]) -> Mapping[str, Any]:
     legacy = configs.get(HF_QUANT_CONFIG)
     if str(first.get("quant_algo", "")).upper() != "MIXED_PRECISION" or "quantized_layers" in first:
         return first
-    has_layers = isinstance(legacy, Mapping) and "quantized_layers" in (legacy.get("quantization") or {})
-    return legacy if isinstance(legacy, Mapping) and has_layers else first
+    if not isinstance(legacy, Mapping):
+        return first
+    nested = legacy.get("quantization")
+    return legacy if isinstance(nested, Mapping) and "quantized_layers" in nested else first
 
 
 def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: bool) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import pytest
 
 from nvfp4_prep import engine
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
-from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError
 from nvfp4_prep.target import Target
+from nvfp4_prep.target_file import TargetFile
 
 HEADER = b"h" * 16
 
@@ -67,7 +68,20 @@ def test_first_failure_ends_the_run_and_leaves_no_half_file(tmp_path: Path) -> N
         with pytest.raises(Broken):
             run_jobs(jobs, target, threads=3)
         assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] in (["whole"], [])
-        assert {path.name for path in target.work.iterdir()} <= {"lock", "journal.jsonl"}
+        assert {path.name for path in target.work.rglob("*") if path.is_file()} == {"lock", "journal.jsonl"}
+
+
+def test_header_that_cannot_be_written_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: TargetFile, offset_bytes: int, data: bytes) -> None:
+        raise NoSpaceError("full")
+
+    monkeypatch.setattr(TargetFile, "write", full)
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with Target(tmp_path / "out", {}) as target:
+        with pytest.raises(NoSpaceError):
+            run_jobs([job("a", [b"x" * 10])], target, threads=1)
+        assert {path.name for path in target.work.rglob("*") if path.is_file()} == {"lock", "journal.jsonl"}
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 def test_units_in_work_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
-from nvfp4_prep.target import WORK_FOLDER, Target
+from nvfp4_prep.target import PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target
 
 IDENTITY = {"options": {"a": 1}, "files": {"x": [1, "t"]}}
 
@@ -174,4 +174,62 @@ def test_failed_commit_does_not_close_somebody_elses_descriptor(
         file.abandon()
         for descriptor in others:
             os.close(descriptor)
-    assert not list((tmp_path / "out" / WORK_FOLDER).glob("a*"))
+    assert not list((tmp_path / "out" / WORK_FOLDER).rglob("a*"))
+
+
+def test_restart_killed_before_it_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index and card are in no journal: what is left of a restart must still be ours."""
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "a", b"123")
+        target.write_file("README.md", b"card")
+
+    def killed(target: Target, entry: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Target, "note", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Target(tmp_path / "out", {"another": "job"}, restart=True)
+    with Target(tmp_path / "out", {"another": "job"}) as target:
+        target.check_names(["README.md"])
+        assert target.done == {}
+
+
+def test_journal_is_on_disk_before_the_first_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files without a journal would be somebody else's after a power cut."""
+    happened: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        happened.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def noted_rename(path: Path, final: Path) -> Path:
+        happened.append(("rename", str(final)))
+        return rename(path, final)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    out = tmp_path / "out"
+    with Target(out, IDENTITY) as target:
+        write(target, "sub/deep/a", b"123")
+    renamed = happened.index(("rename", str(out / "sub/deep/a")))
+    assert {("fsync", str(out / WORK_FOLDER)), ("fsync", str(out))} <= set(happened[:renamed])
+    after = [("fsync", str(out / folder)) for folder in ("sub/deep", "sub", "")]
+    assert {(kind, path.rstrip("/")) for kind, path in after} <= set(happened[renamed:])
+
+
+def test_files_in_work_meet_neither_parts_nor_downloads(tmp_path: Path) -> None:
+    """A source may have a folder of any name."""
+    with Target(tmp_path / "out", IDENTITY) as target:
+        for name in ("parts/a/x", "source/x", "lock", "journal.jsonl"):
+            write(target, name, b"1")
+        assert not (target.work / PARTS_FOLDER).exists()
+        assert not (target.work / SOURCE_FOLDER).exists()
+    with Target(tmp_path / "out", IDENTITY) as target:
+        assert len(target.done) == 4
+
+
+def test_longest_name_that_a_file_system_takes(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", IDENTITY) as target:
+        write(target, "n" * 255, b"1")

@@ -121,8 +121,11 @@ class _Running:
         self._digests: dict[str, Any] = {}
         self._facts: list[Any] = []
         self._sha256 = hashlib.sha256(job.header) if job.digest else None
-        if file is not None:
-            file.write(0, job.header)
+
+    def begin(self) -> None:
+        """Writes the header."""
+        if self.file is not None:
+            self.file.write(0, self.job.header)
 
     def take_in(self, number: int, result: UnitResult) -> None:
         """Digests and facts, in order."""
@@ -202,6 +205,7 @@ class _Run:
             file = None if self.target is None else self.target.create(job.name, job.nbytes)
             running = _Running(job, file, units, self.stop)
             self.open.append(running)
+            running.begin()
             for unit in units[:READ_AHEAD_UNITS]:
                 unit.read_ahead()
             for number, unit in enumerate(units):

@@ -1,6 +1,6 @@
 """The directory that a command writes: lock, journal, resume, and files that appear only when they are whole.
 
-Life of a file: written under a temporary name in ``.nvfp4_prep/``, flushed to disk, noted in the journal, renamed
+Life of a file: written in a folder of this process in ``.nvfp4_prep/``, flushed to disk, noted in the journal, renamed
 into place. So a file under its final name is complete, and one that the journal does not know is not ours.
 """
 
@@ -22,7 +22,7 @@ from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, Targ
 from nvfp4_prep.index import CONFIG
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.paths import is_safe_name
-from nvfp4_prep.target_file import TargetFile, free_nbytes, sync_folder, translate_os_error
+from nvfp4_prep.target_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
 
 __all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target"]
@@ -142,7 +142,17 @@ class Target:
             (self.path / name).unlink(missing_ok=True)
         for entry in self._entries():
             (self.path / entry["file"]).unlink(missing_ok=True)
-        (self.work / _JOURNAL).unlink(missing_ok=True)
+        self._empty_journal()
+
+    def _empty_journal(self) -> None:
+        """Emptied, never removed: it makes an earlier run's index and card ours, which it does not name."""
+        try:
+            with (self.work / _JOURNAL).open("wb") as stream:
+                os.fsync(stream.fileno())
+            sync_folder(self.work)  # a power cut must not leave files without their journal
+            sync_folder(self.path)
+        except OSError as error:
+            raise translate_os_error(error, self.work) from error
 
     def _entries(self) -> list[dict[str, Any]]:
         """Journal lines after the first; a line that a kill cut off does not count."""
@@ -171,7 +181,7 @@ class Target:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         lines = self._journal_lines()
         if not lines:
-            (self.work / _JOURNAL).unlink(missing_ok=True)
+            self._empty_journal()
             self.note({"identity": self._identity})
             return False
         self._check_identity(lines[0].get("identity"))
@@ -239,11 +249,11 @@ class Target:
             )
 
     def create(self, name: str, nbytes: int) -> TargetFile:
-        """A new file under its temporary name, with its space allocated."""
+        """A new file at its temporary place, with its space allocated."""
         # where the file system has no locks across machines, two of them still never write one file
-        temporary = self.work / f"{name}.{socket.gethostname()}-{os.getpid()}"
+        writing = self.work / f"writing-{socket.gethostname()}-{os.getpid()}"
         return TargetFile(
-            temporary, self.path / name, nbytes, lambda entry: self.note({"file": name, "nbytes": nbytes, **entry})
+            writing / name, self.path / name, nbytes, lambda entry: self.note({"file": name, "nbytes": nbytes, **entry})
         )
 
     def adopt(self, entry: Mapping[str, Any], path: Path) -> None:
@@ -251,9 +261,7 @@ class Target:
         self.note(entry)
         final = self.path / str(entry["file"])
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(final)
-            sync_folder(final.parent)
+            move_into_place(path, final)
         except OSError as error:
             raise translate_os_error(error, final) from error
 

@@ -1,4 +1,4 @@
-"""One file in work: allocated, written under a temporary name, flushed, and renamed into place when it is whole."""
+"""One file in work: allocated, written at a temporary place, flushed, and renamed into place when it is whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nvfp4_prep.buffers import PAGE_NBYTES, address_of
 from nvfp4_prep.errors import NoSpaceError, TargetError
 from nvfp4_prep.units import format_nbytes
 
-__all__ = ["TargetFile", "free_nbytes", "sync_folder", "translate_os_error"]
+__all__ = ["TargetFile", "free_nbytes", "move_into_place", "sync_folder", "translate_os_error"]
 
 _DIRECT_MIN_NBYTES = 1 << 20
 
@@ -56,7 +56,7 @@ def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
 
 
 class TargetFile:
-    """One file under its temporary name. Writes may come from several threads, at disjoint ranges."""
+    """One file at its temporary place. Writes may come from several threads, at disjoint ranges."""
 
     def __init__(self, temporary: Path, final: Path, nbytes: int, note: Callable[[Mapping[str, Any]], None]) -> None:
         """Creates the file and allocates its space.
@@ -124,9 +124,7 @@ class TargetFile:
             self._close()
             if entry is not None:
                 self._note(entry)
-            self._final.parent.mkdir(parents=True, exist_ok=True)
-            self._path.rename(self._final)
-            sync_folder(self._final.parent)
+            move_into_place(self._path, self._final)
         except OSError as error:
             raise translate_os_error(error, self._path) from error
 
@@ -135,6 +133,15 @@ class TargetFile:
         with contextlib.suppress(OSError):
             self._close()
         self._path.unlink(missing_ok=True)
+
+
+def move_into_place(path: Path, final: Path) -> None:
+    """Renames a flushed file, and flushes its folder and those that had to be made for it."""
+    made = [folder for folder in final.parents if not folder.exists()]
+    final.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(final)
+    for folder in (final.parent, *(folder.parent for folder in made)):
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

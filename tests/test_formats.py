@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_files import load_tensors, raw_bytes
+from checkpoint_files import IN_REPOSITORY, as_bytes, load_tensors, raw_bytes
 from nvfp4_prep import ConvertOptions, GateUpPolicy, convert, restore, verify
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.formats import FORMAT_GROUP, NAMING_GROUP, ExpertTensorName, Leaf, formats, namings
-from nvfp4_prep.formats.naming import MoeStackNaming, PerExpertNaming, StackedNaming
+from nvfp4_prep.formats.naming import _STACKS, MoeStackNaming, PerExpertNaming, StackedNaming
 from nvfp4_prep_kernels import Projection
+from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
 from tiny_checkpoints import Tensors, TinyLayer, config, write
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_family"
@@ -162,3 +163,18 @@ def test_a_broken_plugin_is_an_error(monkeypatch: pytest.MonkeyPatch, group: str
         load()
     assert f"{group}:broken = {value}" in str(caught.value)
     load.cache_clear()
+
+
+def test_a_stack_with_up_rows_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``projections`` are in the order of the rows, whatever order the layout takes them in."""
+    source = IN_REPOSITORY / "modelopt-llama4-experts"
+    usual = load_tensors(convert(source, tmp_path / "usual").path)[f"{F}.routed_experts.w13_weight"]
+    monkeypatch.setitem(_STACKS, "gate_up_proj", (U, G))
+    out = convert(source, tmp_path / "out").path
+    found = load_tensors(out)[f"{F}.routed_experts.w13_weight"]
+    gate, up = deinterleave_gate_up(usual, 64)
+    assert torch.equal(found, interleave_gate_up(up, gate, 64))
+    assert not torch.equal(found, usual)
+    assert verify(out, source=source).ok
+    back = restore(out, tmp_path / "back").path
+    assert as_bytes(load_tensors(back)) == as_bytes(load_tensors(source))

@@ -64,6 +64,18 @@ def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor
     return tuple(torch.stack(parts) for parts in zip(*arranged, strict=True))
 
 
+def _arrange_groups(
+    groups: Sequence[TensorGroup], raws: Sequence[torch.Tensor], projections: Sequence[Projection]
+) -> list[torch.Tensor]:
+    """:func:`arrange_experts` of groups that together hold ``projections``, in that order whatever theirs is."""
+    found = {
+        projection: part
+        for group, raw in zip(groups, raws, strict=True)
+        for projection, part in zip(group.projections, arrange_experts(group, raw), strict=True)
+    }
+    return [found[projection] for projection in projections]
+
+
 def prepare_and_prove(
     layout: MoeLayout,
     tensor: PreparedTensor,
@@ -133,7 +145,7 @@ def _prepare(
     layer, layout = plan.layer, plan.layout
     groups = layer.groups_for(layout, tensor)
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
-    parts = [part for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw)]
+    parts = _arrange_groups(groups, raws, layout.projections(tensor))
     reconciled: list[dict[str, Any]] = []
     errors: list[list[float]] = []
     if tensor is PreparedTensor.W13_WEIGHT:
@@ -169,7 +181,7 @@ def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, sou
         if expert not in chunk:
             continue
         raws = [read_experts(source, group, range(expert, expert + 1), plan.layer.dims.experts) for group in groups]
-        gate, up = (part[0] for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw))
+        gate, up = (part[0] for part in _arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
         outcome = reconcile_expert(plan, expert, gate, up)
         scales = (gates[expert], plan.scalars.up_scale_2[expert])
         codes = (parts[0][expert - chunk.start], parts[1][expert - chunk.start])
@@ -204,7 +216,7 @@ def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -
     def work(position: int, expert: int) -> UnitResult:
         chunk = range(expert, expert + 1)
         raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
-        gate, up = (part[0] for group, raw in zip(groups, raws, strict=True) for part in arrange_experts(group, raw))
+        gate, up = (part[0] for part in _arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
         outcome = reconcile_expert(plan, expert, gate, up)
         original = (gate if outcome.side is Projection.GATE else up).contiguous()
         data = byte_view(original)

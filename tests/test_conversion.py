@@ -279,8 +279,22 @@ def test_another_source_with_the_same_files_is_not_complete_already(sample_sourc
         for name in [name for name in tensors if name.endswith("weight_scale_2")]:
             tensors[name] = tensors[name] * 2
         save_file(tensors, shard, {"format": "pt"})
-    with pytest.raises(TargetError, match="finished conversion of something else"):
+    with pytest.raises(TargetError, match="something else: its source had the same name, but other tensors") as caught:
         convert(source, tmp_path / "out")
+    assert caught.value.expected is None
+
+
+def test_a_finished_conversion_without_one_of_its_files(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(sample_source, out)
+    victim = next(out.glob("experts-layer-*.safetensors"))
+    nbytes = victim.stat().st_size
+    os.truncate(victim, nbytes - 1)
+    with pytest.raises(TargetError, match=rf"{victim.name}.*expected {nbytes} bytes, found {nbytes - 1} bytes.*verify"):
+        convert(sample_source, out)
+    victim.unlink()
+    with pytest.raises(TargetError, match=f"{victim.name}.*missing or damaged.*found nothing"):
+        convert(sample_source, out)
 
 
 def test_changed_source_is_refused_by_name(sample_source: Path, tmp_path: Path) -> None:

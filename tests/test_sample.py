@@ -55,3 +55,19 @@ def test_refusals(tmp_path: Path) -> None:
         SampleModel(hidden=100)
     with pytest.raises(UsageError):
         SampleModel(layers=1)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_sample_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(folder: Path, model: SampleModel) -> None:
+        (folder / "model-00001-of-00002.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr("nvfp4_prep.sample._write", fail)
+    with pytest.raises(TargetError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+        write_sample(tmp_path / "s")
+    assert not list((tmp_path / "s").iterdir())
+    if isinstance(caught.value, TargetError):
+        assert "No space left on device" in str(caught.value)

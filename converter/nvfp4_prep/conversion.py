@@ -146,34 +146,55 @@ def _check_parts(path: Path, *, restart: bool) -> None:
 
 
 def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
-    """The manifest, if the target is already what the plan would make."""
+    """The manifest, if the target is already what the plan would make; ``None`` if it is not finished.
+
+    Raises:
+        TargetError: if it is a finished conversion of something else, or its files are not all there.
+    """
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
     manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), str(path / MANIFEST))
-    same = (manifest.options, manifest.source, manifest.revision, dict(manifest.texts)) == (
-        made.options,
-        made.source_label,
-        made.source_revision,
-        dict(made.index.texts),
-    )
+    expected = _description(made.source_label, made.source_revision, made.options)
+    found = _description(manifest.source, manifest.revision, manifest.options)
+    if expected != found:
+        raise TargetError(
+            "holds a finished conversion of something else or with other options",
+            where=str(path),
+            expected=expected,
+            actual=found,
+            next_step="Give another target, or remove it.",
+        )
+    if not _is_of_this_source(manifest, made):
+        raise TargetError(
+            "holds a finished conversion of something else: its source had the same name, but other tensors or configs",
+            where=str(path),
+            next_step="Give another target, or remove it.",
+        )
     for file in made.files:
-        record, there = manifest.files.get(file.name), path / file.name
-        same = same and record is not None and record.nbytes == file.nbytes
-        here = there.is_file() and there.stat().st_size == file.nbytes
-        same = same and (here or (record is not None and sink.holds(file.name, record.nbytes, record.sha256)))
+        there, sha256 = path / file.name, manifest.files[file.name].sha256
+        nbytes = there.stat().st_size if there.is_file() else None
+        if nbytes != file.nbytes and not sink.holds(file.name, file.nbytes, sha256):
+            raise TargetError(
+                "a file of a finished conversion is missing or damaged",
+                where=str(there),
+                expected=f"{file.nbytes} bytes",
+                actual="nothing" if nbytes is None else f"{nbytes} bytes",
+                next_step="Remove the directory and convert again; nvfp4-prep verify says what else is wrong in it.",
+            )
+    shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)  # what a kill in the last moment left
+    return manifest
+
+
+def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
+    """Configs, files and scalars: of the source's tensors only these were read, enough to tell fine-tunes apart."""
+    records = {file.name: manifest.files.get(file.name) for file in made.files}
+    sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
     digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
-    for plan in made.layers:  # of the source's bytes only these were read: enough to tell one fine-tune from another
-        for key, raw in plan.scalars.raw.items():
-            same = same and digests.get(key) == hashlib.sha256(raw).hexdigest()
-    if same:
-        shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)  # what a kill in the last moment left
-        return manifest
-    raise TargetError(
-        "holds a finished conversion of something else or with other options",
-        where=str(path),
-        expected=_description(made.source_label, made.source_revision, made.options),
-        actual=_description(manifest.source, manifest.revision, manifest.options),
-        next_step="Give another target, or remove it.",
+    raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
+    return (
+        dict(manifest.texts) == dict(made.index.texts)
+        and sizes == {file.name: file.nbytes for file in made.files}
+        and all(digests.get(key) == hashlib.sha256(value).hexdigest() for key, value in raw.items())
     )
 
 

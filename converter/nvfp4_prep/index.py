@@ -72,7 +72,7 @@ def read_index(source: Source) -> CheckpointIndex:
     texts = {
         name: _read_small(source, files[name]) for name in (CONFIG, HF_QUANT_CONFIG, INDEX, README) if name in files
     }
-    shards, weight_map = _shards(files, texts.get(INDEX))
+    shards, weight_map = _shards(source.label, files, texts.get(INDEX))
     headers = {name: source.header(name) for name in shards}
     tensors = _merge(headers, weight_map)
     side, left_out = _side_files(files, shards)
@@ -95,7 +95,9 @@ def read_json_file(name: str, raw: bytes) -> dict[str, Any]:
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SourceError(f"is not valid JSON ({error})", where=name, next_step="Download it again.") from error
     if not isinstance(value, dict):
-        raise SourceError("must be a JSON object", where=name, actual=type(value).__name__)
+        raise SourceError(
+            "must be a JSON object", where=name, actual=type(value).__name__, next_step="Download it again."
+        )
     return value
 
 
@@ -107,12 +109,14 @@ def _read_small(source: Source, file: SourceFile) -> bytes:
     return source.peek(file.name, 0, file.nbytes)
 
 
-def _shards(files: Mapping[str, SourceFile], index: bytes | None) -> tuple[list[str], Mapping[str, str] | None]:
+def _shards(
+    label: str, files: Mapping[str, SourceFile], index: bytes | None
+) -> tuple[list[str], Mapping[str, str] | None]:
     top_level = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if index is None:
         named = [name for name in top_level if name.startswith("model")]
         if not top_level:
-            raise SourceError("no safetensors files", where="source", next_step="Is the download complete?")
+            raise SourceError("no safetensors files", where=label, next_step="Is the download complete?")
         _check_numbers(named or top_level)
         return (named or top_level), None
     weight_map = read_json_file(INDEX, index).get("weight_map")

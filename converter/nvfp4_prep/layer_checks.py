@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 
 from nvfp4_prep.formats import Leaf, QuantFormat
 from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.units import count
 from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, Projection
 
 __all__ = [
@@ -58,7 +59,8 @@ def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
         )
     raise refuse(
         "unexpected tensors",
-        f"{len(foreign)} expert tensors have no place in the prepared layout ({some})",
+        f"{count(len(foreign), 'expert tensor')} {'has' if len(foreign) == 1 else 'have'} no place"
+        f" in the prepared layout ({some})",
         "Serve the source as it is, or add a format (docs/adding-a-format.md).",
     )
 
@@ -102,7 +104,9 @@ def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, for
     if missing:
         raise refuse(
             "incomplete",
-            f"{len(missing)} expert tensors are missing: {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}",
+            f"{count(len(missing), 'expert tensor')} {'is' if len(missing) == 1 else 'are'} missing: "
+            + ", ".join(missing[:4])
+            + (" …" if len(missing) > 4 else ""),
             "Complete the download, or quantize again.",
         )
 

@@ -23,6 +23,7 @@ from nvfp4_prep.plan_data import (
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
 from nvfp4_prep.source import Source
+from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan"]
@@ -77,7 +78,7 @@ def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> 
         )
     if found.refused:
         first = found.refused[0]
-        more = f" (and {len(found.refused) - 1} more layers)" if len(found.refused) > 1 else ""
+        more = f" (and {count(len(found.refused) - 1, 'more layer')})" if len(found.refused) > 1 else ""
         raise UnsupportedCheckpointError(f"{first.reason}{more}", where=first.experts_path, next_step=first.instead)
     if found.layers:
         return

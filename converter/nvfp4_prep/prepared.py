@@ -59,12 +59,13 @@ class PreparedCheckpoint:
     def _check_directory(self) -> None:
         if (self.path / MANIFEST).is_file():
             return
-        unfinished = (self.path / WORK_FOLDER).is_dir()
-        raise CheckpointError(
-            "holds an unfinished conversion" if unfinished else f"is no prepared checkpoint (no {MANIFEST})",
-            where=str(self.path),
-            next_step="Run the same convert command again." if unfinished else "Make one with nvfp4-prep convert.",
-        )
+        if (self.path / WORK_FOLDER).is_dir():
+            what, next_step = "holds an unfinished conversion", "Run the same convert command again."
+        elif self.path.exists():
+            what, next_step = f"is no prepared checkpoint (no {MANIFEST})", "Make one with nvfp4-prep convert."
+        else:
+            what, next_step = "does not exist", "Give the directory of a prepared checkpoint."
+        raise CheckpointError(what, where=str(self.path), next_step=next_step)
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:

@@ -69,13 +69,27 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
         Bytes of all shards.
 
     Raises:
-        TargetError: if the directory is not empty.
+        TargetError: if the directory is not empty or cannot be written. Nothing is left in it then.
     """
-    model = model or SampleModel()
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetError("exists and is not empty", where=str(folder), next_step="Give another directory.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _write(folder, model or SampleModel())
+    except BaseException as error:
+        for written in folder.iterdir() if folder.is_dir() else ():
+            written.unlink()
+        if isinstance(error, OSError):
+            raise TargetError(
+                f"cannot be written ({error.strerror})",
+                where=str(folder),
+                next_step="Check its permissions and the room on the disk, or give another directory.",
+            ) from error
+        raise
+
+
+def _write(folder: Path, model: SampleModel) -> int:
     bundles = _shards(model)
     generator = torch.Generator().manual_seed(model.seed)
     scales = random.Random(model.seed)

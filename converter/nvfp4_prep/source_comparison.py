@@ -21,6 +21,7 @@ from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import LocalSource, Source
+from nvfp4_prep.units import count
 
 __all__ = ["SourceComparison"]
 
@@ -37,7 +38,10 @@ class SourceComparison:
         found = classify_layers(self._index)
         self._passed = {finding.experts_path for finding in found.others}
         self._groups = {group.key: group for layer in found.layers for group in layer.groups}
-        self.summary = f"{len(self._index.tensors)} tensors, configs and {len(self._index.side_files)} other files"
+        self.summary = (
+            f"{count(len(self._index.tensors), 'tensor')}, configs and"
+            f" {count(len(self._index.side_files), 'other file')}"
+        )
 
     def close(self) -> None:
         """Closes the source."""

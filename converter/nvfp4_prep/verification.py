@@ -30,6 +30,7 @@ from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.source import Source
 from nvfp4_prep.source_comparison import SourceComparison
 from nvfp4_prep.structure import check_structure
+from nvfp4_prep.units import count
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
@@ -66,7 +67,7 @@ class VerifyReport:
         if self.problems:
             first, more = self.problems[0], len(self.problems) - 1
             raise VerificationError(
-                first.what + (f" (and {more} more problems)" if more else ""),
+                first.what + (f" (and {count(more, 'more problem')})" if more else ""),
                 where=first.where,
                 expected=first.expected,
                 actual=first.actual,
@@ -156,9 +157,9 @@ class _Verification:
             self._check_scales(layer)
         experts = sum(layer.layer.dims.experts for layer in manifest.layers)
         self.checks += [
-            f"files: sha256 of {digested} files",
-            f"experts: {experts} experts turned back; digests of the source's tensors, padding and checksums",
-            f"scales: global and input scale vectors of {len(manifest.layers)} layers computed again",
+            f"files: sha256 of {count(digested, 'file')}",
+            f"experts: {count(experts, 'expert')} turned back; digests of the source's tensors, padding and checksums",
+            f"scales: global and input scale vectors of {count(len(manifest.layers), 'layer')} computed again",
         ]
         return total
 

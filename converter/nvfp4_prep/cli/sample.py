@@ -70,10 +70,5 @@ def sample(
     try:
         written = write_sample(target, model)
     except KeyboardInterrupt as error:
-        raise ConversionInterrupted(
-            "interrupted", where=str(target), next_step="Remove what is there and run the command again."
-        ) from error
-    except OSError as error:
-        error.filename = error.filename or str(target)
-        raise
+        raise ConversionInterrupted("interrupted", where=str(target), next_step="Nothing was left there.") from error
     say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep.units import count
 
 __all__ = ["layer_line", "smoke_text"]
 
@@ -23,8 +24,9 @@ def smoke_text(report: SmokeReport) -> str:
     figures = [figure for layer in report.layers for figure in layer.figures]
     total = sum(layer.experts_total for layer in report.layers)
     lines.append(
-        f"smoke run {'passed' if report.passed else 'FAILED'}: {len(report.layers)} of {report.layers_total} layers,"
-        f" {len(figures)} of their {total} experts"
+        f"smoke run {'passed' if report.passed else 'FAILED'}:"
+        f" {len(report.layers)} of {count(report.layers_total, 'layer')},"
+        f" {len(figures)} of their {count(total, 'expert')}"
         + (
             f", lowest cosine {min(figure.errors.cosine for figure in figures):.6f}, worst element"
             f" {max(figure.worst for figure in figures):.4g} of its tolerance"
@@ -39,6 +41,6 @@ def layer_line(layer: LayerReport, number: int, total: int) -> str:
     """Progress: one line a layer."""
     state = "ok" if layer.passed else "WRONG"
     return (
-        f"smoke run {number}/{total}: {layer.name}: {state}, {layer.experts} experts, worst element"
+        f"smoke run {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, worst element"
         f" {layer.worst_expert.worst:.4g} of its tolerance, {layer.seconds:.1f} s"
     )

@@ -337,6 +337,17 @@ def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("experts", [[0, 1, 2], [1], [0, 2]])
+def test_the_batched_layout_on_a_gpu(tmp_path: Path, experts: list[int], verify: bool) -> None:
+    written = write_checkpoint(tmp_path, MoeDims(3, 2048, 2048), options=BATCHED)
+    options = LoadOptions(threads=4, verify=verify, direct_io=DirectIO.NEVER)
+    loaded = load_layer(tmp_path, 1, experts=experts, device="cuda", options=options)
+    on_host = {name: tensor.cpu() for name, tensor in loaded.tensors.items()}
+    assert_share(LoadedLayer(loaded.record, loaded.share, on_host), written)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tp", [(0, 1), (1, 2), (7, 8)])
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("direct_io", DirectIO)

@@ -28,7 +28,7 @@ DIRECT_NBYTES = 1024 * 1024
 class Segment:
     """``runs`` runs of ``run_nbytes`` bytes, ``stride_bytes`` apart, from byte ``offset_bytes`` of the file.
 
-    In the parameter the runs follow each other without gaps.
+    In the parameter the runs follow each other without gaps. A plan has one range of the file as one run.
     """
 
     offset_bytes: int
@@ -179,7 +179,10 @@ def _adjoins(last: Segment, following: Segment) -> bool:
 
 def _segments(begin: int, part: ExpertSlice) -> Iterator[Segment]:
     whole = Segment(begin + part.offset_bytes, part.run_nbytes, part.stride_bytes, part.runs)
-    if whole.contiguous or part.run_nbytes < LONG_RUN_NBYTES:
+    if whole.contiguous:
+        yield Segment(whole.offset_bytes, whole.nbytes, whole.nbytes, 1)
+        return
+    if part.run_nbytes < LONG_RUN_NBYTES:
         yield whole
         return
     for run in range(part.runs):

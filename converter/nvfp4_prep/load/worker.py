@@ -82,8 +82,8 @@ class Buffers:
     Attributes:
         bytes: one tensor a buffer.
         chunk_nbytes: size of a chunk.
-        chunks: the same without what direct I/O needs around a chunk.
-        views: the same for system calls. Made once: making one takes as long as reading 100 kB.
+        chunks: :attr:`bytes` without what direct I/O needs around a chunk.
+        views: :attr:`bytes` for system calls. Made once: making one takes as long as reading 100 kB.
         free: numbers of the buffers that nobody uses.
     """
 
@@ -158,18 +158,18 @@ class Reading:
 
     def _run_plain(self, job: Job, filled: Callable[[Filled], None]) -> None:
         """The usual case with as little Python as possible: the interpreter lock is what many threads wait for."""
-        segment = job.task.chunks[0].segments[0]
+        chunk = job.task.chunks[0]
         buffer = self._buffer()
         begun = time.perf_counter()
         try:
             job.reader.read(
-                job.task.tensor, segment.offset_bytes, self.buffers.views[buffer], segment.run_nbytes, self.counts
+                job.task.tensor, chunk.segments[0].offset_bytes, self.buffers.views[buffer], chunk.nbytes, self.counts
             )
         except BaseException:
             self.buffers.free.put(buffer)
             raise
         self.times.read += time.perf_counter() - begun
-        filled(Filled(buffer, 0, segment.run_nbytes, job.targets[0], job))
+        filled(Filled(buffer, 0, chunk.nbytes, job.targets[0], job))
         self.chunks_done = 1
 
     def _staged(self, chunk: Chunk, job: Job) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,28 @@ class TestFailures:
         with pytest.raises(LoadError, match="closed"):
             loader.submit(written.file(1), record, part, range(3), parameter)
 
+    def test_a_closed_loader_says_so(self, written: Written) -> None:
+        """Asking the clocks of threads that have ended would end the process."""
+        with ExpertLoader("cpu", SMALL) as loader:
+            loader.close()
+            loader.close()
+        with pytest.raises(LoadError, match="the loader is closed"):
+            loader.finish()
+        loader.abandon()
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_progress_that_fails_ends_the_load(self, written: Written, device: str) -> None:
+        def progress(nbytes: int) -> None:
+            raise BrokenPipeError(f"{nbytes} bytes")
+
+        catalog = Catalog.open(written.root)
+        with ExpertLoader(device, SMALL, progress=progress) as loader:
+            with pytest.raises(LoadError, match=r"progress could not be told .*BrokenPipeError"):
+                load_layers(catalog, [catalog.layer(1)], RankShare(), loader)
+            # the next load is another one
+            with pytest.raises(LoadError, match="progress"):
+                load_layers(catalog, [catalog.layer(1)], RankShare(), loader)
+
 
 def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None:
     checkpoint = Catalog.open(written.root)
@@ -334,6 +357,14 @@ def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None
     assert handle_of(parameter) is None
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.empty(record.shape, dtype=torch.float8_e4m3fn).copy_(tensor)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_closed_loader_holds_no_staging_memory(device: str) -> None:
+    loader = ExpertLoader(device, SMALL)
+    buffers = weakref.ref(loader._reading[0].buffers)
+    loader.close()
+    assert buffers() is None
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ class ExpertLoader:
         Args:
             device: CPU or CUDA device of the parameters.
             options: defaults for this machine if left out.
-            progress: called with numbers of bytes that arrived, from several threads.
+            progress: called with numbers of bytes that arrived, from several threads; an error in it ends the load.
 
         Raises:
             LoadError: if the device is of another kind or staging memory is refused.
@@ -89,7 +89,7 @@ class ExpertLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._closed:
                 self.finish()
         finally:
             self.close()
@@ -147,7 +147,10 @@ class ExpertLoader:
 
         Raises:
             LoadError, VerificationError: the first failure; all parameters since the last call are void.
+            LoadError: if the loader is closed.
         """
+        if self._closed:
+            raise LoadError("the loader is closed")
         with self._state:
             while self._pending:
                 self._state.wait()
@@ -189,7 +192,7 @@ class ExpertLoader:
         if self._transfer is not None:
             self._transfer.close()
         self._close_readers()
-        self._reading = []
+        self._reading, self._transfer = [], None  # which hold the staging memory
 
     def _begin(self) -> None:
         self._error = None
@@ -212,9 +215,16 @@ class ExpertLoader:
         return Buffers(staging, options.buffer_nbytes, options.chunk_nbytes)
 
     def _arrived(self, units: int, nbytes: int) -> None:
+        failure = None
         if self._progress is not None and nbytes:
-            self._progress(nbytes)
+            try:
+                self._progress(nbytes)
+            except BaseException as error:
+                # Raised here it would end the thread that gives buffers back, and finish() would wait for ever.
+                failure = LoadError(f"progress could not be told ({type(error).__name__}: {error})")
+                failure.__cause__ = error
         with self._state:
+            self._error = self._error or failure
             self._pending -= units
             if not self._pending:
                 self._state.notify_all()
@@ -244,7 +254,10 @@ class ExpertLoader:
                 self._arrived(units, 0)
 
     def _cpu_seconds(self) -> float:
-        """Processor time of the reading threads so far; 0 where the system does not say."""
+        """Processor time of the reading threads so far; 0 where the system does not say.
+
+        Only while they live: the system call ends the process for a thread that has ended.
+        """
         clock_of = getattr(time, "pthread_getcpuclockid", None)
         if clock_of is None:
             return 0.0

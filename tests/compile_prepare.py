@@ -19,18 +19,18 @@ from triton.compiler import ASTSource
 
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels import triton_prepare_kernels as kernels
-from nvfp4_prep_kernels.triton_prepare import index_map, launch_constants
+from nvfp4_prep_kernels.triton_prepare import index_map, plan_launch
 
 LAYOUT, DIMS = MoeLayout.cutedsl(gated=True), MoeDims(384, 2048, 7168)
 
 
 def compile_one(tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool) -> tuple[int, int]:
     mapping = index_map(LAYOUT, tensor, DIMS)
-    constants, _, warps = launch_constants(mapping, tensor.is_scale, mapping.col_src, 16, inverse)
+    launch = plan_launch(mapping, tensor.is_scale, mapping.col_src, 16, inverse)
     kernel = kernels.scales if tensor.is_scale else kernels.codes
     signature = {"table": "*i64", "prepared": "*i32" if tensor.is_scale else "*i64", "dirty": "*i32"}
     signature |= dict.fromkeys(("base_0", "stride_0", "base_1", "stride_1"), "i64")
-    constants = {"STACKED": stacked, **constants}
+    constants = {"STACKED": stacked, **launch.constants}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel,
@@ -38,12 +38,12 @@ def compile_one(tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool)
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
     accesses = re.findall(r"\b(ld|st)\.global((?:\.\w+)*)\b", compiled.asm["ptx"])
     wide = sum(kind.endswith((".v2.b64", ".v4.b32")) for _, kind in accesses)
-    # the address table is read in single 8-byte words: loads that are neither wide nor table reads would be data
-    stores = [kind for op, kind in accesses if op == "st"]
-    narrow = sum(not kind.endswith((".v2.b64", ".v4.b32")) for kind in stores)
+    # the address table is read in single 8-byte words; stacked sources have none, so there all loads are of data
+    data = [kind for op, kind in accesses if stacked or op == "st"]
+    narrow = sum(not kind.endswith((".v2.b64", ".v4.b32")) for kind in data)
     return narrow, wide
 
 

@@ -127,6 +127,28 @@ def test_wrong_input_is_refused() -> None:
         prepare(layout, tensor, dims, gate, up, out=good[:1])
     with pytest.raises(LayoutError, match="prepared is"):
         unprepare(layout, tensor, good.transpose(1, 2), dims)
+    elsewhere = torch.empty(0, dtype=torch.uint8, device="meta")
+    with pytest.raises(LayoutError, match="out is on meta, the parts are on"):
+        prepare(layout, tensor, dims, gate, up, out=elsewhere.new_empty(good.shape))
+    with pytest.raises(LayoutError, match=r"parts are on .* and .*, must be on one device"):
+        prepare(layout, tensor, dims, gate, [up[0], elsewhere.new_empty(up[1].shape)])
+
+
+@pytest.mark.parametrize("skip", [1, 2, 4])
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_prepared_memory_begins_at_a_word(tensor: PreparedTensor, skip: int) -> None:
+    layout, dims = MoeLayout.cutedsl(gated=True), MoeDims(2, 64, 256)
+    parts = stacked_parts(layout, tensor, dims)
+    expected = layout.apply(tensor, *parts)
+    room = torch.zeros(expected.numel() + 16, dtype=torch.uint8, device=DEVICE)
+    shifted = room[skip : skip + expected.numel()].view(expected.shape)
+    assert shifted.is_contiguous()
+    with pytest.raises(LayoutError, match=f"out begins at byte {skip} of its memory: must begin at a multiple of 8"):
+        prepare(layout, tensor, dims, *parts, out=shifted)
+    with pytest.raises(LayoutError, match=f"prepared begins at byte {skip}"):
+        unprepare(layout, tensor, shifted.copy_(expected), dims)
+    aligned = room[8 : 8 + expected.numel()].view(expected.shape)
+    assert torch.equal(prepare(layout, tensor, dims, *parts, out=aligned), expected)
 
 
 def test_kernels_compile_for_real_cards_with_16_byte_accesses() -> None:

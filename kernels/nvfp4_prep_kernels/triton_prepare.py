@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,8 +36,9 @@ __all__ = [
     "SCALE_TILE_WORDS",
     "SCALE_WARPS",
     "IndexMap",
+    "Launch",
     "index_map",
-    "launch_constants",
+    "plan_launch",
     "prepare",
     "unprepare",
 ]
@@ -99,13 +101,14 @@ def prepare(
         layout, tensor, dims: what to make; ``dims.experts`` is E.
         parts: for each of ``layout.projections(tensor)`` a stacked tensor or E matrices. Any alignment; rows may be
             strided (a half of a fused tensor, every second row), anything else not contiguous is copied first.
-        out: ``uint8 [E, rows, bytes per row]``, contiguous; allocated if not given. Must not overlap the source.
+        out: ``uint8 [E, rows, bytes per row]`` on the parts' device, contiguous from a multiple of 8 bytes on;
+            allocated if not given. Must not overlap the source.
 
     Returns:
         ``uint8 [E, rows, bytes per row]`` as ``layout.expert_shape`` gives them.
 
     Raises:
-        LayoutError: if the sizes do not fit the layout or the parts do not fit the sizes.
+        LayoutError: if the sizes do not fit the layout, or parts or ``out`` do not fit the sizes or one device.
     """
     mapping = index_map(layout, tensor, dims)
     _check_parts(layout, tensor, dims, parts)
@@ -113,7 +116,7 @@ def prepare(
     shape = (dims.experts, mapping.rows, mapping.cols)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=source.device)
-    _check_matrix("out", out, shape)
+    _check_prepared("out", out, shape, source.device)
     _launch(mapping, tensor.is_scale, source, out, None)
     return out
 
@@ -124,17 +127,17 @@ def unprepare(
     """Inverse of :func:`prepare`.
 
     Args:
-        prepared: ``uint8 [E, rows, bytes per row]``, contiguous.
+        prepared: ``uint8 [E, rows, bytes per row]``, contiguous from a multiple of 8 bytes on.
 
     Returns:
         For each of ``layout.projections(tensor)`` ``uint8 [E, rows, bytes per row]`` in ``layout.source_shape``.
 
     Raises:
-        LayoutError: if the shape does not fit.
+        LayoutError: if shape, dtype, strides or address do not fit.
         ValueError: if a padding byte is not zero.
     """
     mapping = index_map(layout, tensor, dims)
-    _check_matrix("prepared", prepared, (dims.experts, mapping.rows, mapping.cols))
+    _check_prepared("prepared", prepared, (dims.experts, mapping.rows, mapping.cols), prepared.device)
     shape = (dims.experts, *layout.source_shape(tensor, dims))
     parts = tuple(torch.empty(shape, dtype=torch.uint8, device=prepared.device) for _ in layout.projections(tensor))
     dirty = torch.zeros(1, dtype=torch.int32, device=prepared.device)
@@ -149,6 +152,7 @@ def _check_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts
     if len(parts) != len(names):
         raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
     shape = layout.source_shape(tensor, dims)
+    devices = set()
     for name, part in zip(names, parts, strict=True):
         if len(part) != dims.experts:
             raise LayoutError(f"{tensor.value}: {len(part)} experts of the {name.value} projection, not {dims.experts}")
@@ -158,20 +162,36 @@ def _check_parts(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts
                     f"{tensor.value}: {name.value} projection is {matrix.dtype} {list(matrix.shape)}, not torch.uint8"
                     f" {list(shape)}"
                 )
+            devices.add(str(matrix.device))
+    if len(devices) > 1:
+        raise LayoutError(f"{tensor.value}: parts are on {' and '.join(sorted(devices))}, must be on one device")
 
 
-def _check_matrix(name: str, matrix: torch.Tensor, shape: tuple[int, int, int]) -> None:
-    if tuple(matrix.shape) != shape or matrix.dtype != torch.uint8 or not matrix.is_contiguous():
+def _check_prepared(name: str, prepared: torch.Tensor, shape: tuple[int, int, int], device: torch.device) -> None:
+    if tuple(prepared.shape) != shape or prepared.dtype != torch.uint8 or not prepared.is_contiguous():
         raise LayoutError(
-            f"{name} is {matrix.dtype} {list(matrix.shape)} with strides {list(matrix.stride())}: must be contiguous"
-            f" torch.uint8 {list(shape)}"
+            f"{name} is {prepared.dtype} {list(prepared.shape)} with strides {list(prepared.stride())}: must be"
+            f" contiguous torch.uint8 {list(shape)}"
+        )
+    if prepared.device != device:
+        raise LayoutError(f"{name} is on {prepared.device}, the parts are on {device}: must be on one device")
+    # the kernels move words of 4 and 8 bytes there
+    if prepared.storage_offset() % 8 or prepared.data_ptr() % 8:
+        raise LayoutError(
+            f"{name} begins at byte {prepared.storage_offset()} of its memory: must begin at a multiple of 8 bytes"
         )
 
 
-def launch_constants(
-    mapping: IndexMap, is_scale: bool, row_stride: int, alignment: int, inverse: bool
-) -> tuple[dict[str, int | bool], int, int]:
-    """Compile-time constants of a launch, programs for each expert, and warps.
+class Launch(NamedTuple):
+    """How one kernel is launched: its compile-time constants, programs for each expert, and warps of a program."""
+
+    constants: dict[str, int | bool]
+    programs: int
+    warps: int
+
+
+def plan_launch(mapping: IndexMap, is_scale: bool, row_stride: int, alignment: int, inverse: bool) -> Launch:
+    """How the kernel of codes or scales is launched.
 
     Args:
         row_stride, alignment: of the source, see :class:`~nvfp4_prep_kernels.matrix_addresses.MatrixAddresses`.
@@ -197,7 +217,7 @@ def launch_constants(
             "ALIGN": alignment,
             "BLOCK_K": block_k,
         }
-        return constants, mapping.rows // ROW_TILE * -(-row_words // block_k), SCALE_WARPS
+        return Launch(constants, mapping.rows // ROW_TILE * -(-row_words // block_k), SCALE_WARPS)
     unit = _code_unit(mapping, alignment)
     cols = mapping.cols // unit
     block_c = divisor_pow2(CODE_TILE_COLS, cols) if cols % 16 == 0 else CODE_TILE_COLS
@@ -213,7 +233,7 @@ def launch_constants(
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
     }
-    return constants, -(-mapping.rows // block_r) * -(-cols // block_c), CODE_WARPS
+    return Launch(constants, -(-mapping.rows // block_r) * -(-cols // block_c), CODE_WARPS)
 
 
 def _code_unit(mapping: IndexMap, alignment: int) -> int:
@@ -228,7 +248,7 @@ def _launch(
     from nvfp4_prep_kernels import triton_prepare_kernels as kernels
 
     inverse = dirty is not None
-    constants, programs, warps = launch_constants(mapping, is_scale, source.row_stride, source.alignment, inverse)
+    launch = plan_launch(mapping, is_scale, source.row_stride, source.alignment, inverse)
     if is_scale:
         kernel, units = kernels.scales, prepared.view(torch.int32)
     else:
@@ -236,7 +256,7 @@ def _launch(
         kernel, units = kernels.codes, prepared.view(torch.int64) if wide else prepared
     bases = source.bases or ((0, 0),)
     with on_device(prepared.device):
-        kernel[(programs * prepared.shape[0],)](
+        kernel[(launch.programs * prepared.shape[0],)](
             # what a direction or a kind of source does not use is never touched: any tensor stands in for it
             prepared if source.table is None else source.table,
             units,
@@ -244,8 +264,8 @@ def _launch(
             *bases[0],
             *bases[-1],
             STACKED=source.bases is not None,
-            num_warps=warps,
-            **constants,
+            num_warps=launch.warps,
+            **launch.constants,
         )
 
 

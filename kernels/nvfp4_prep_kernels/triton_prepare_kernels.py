@@ -6,7 +6,7 @@ accesses are aligned. Expert numbers become 64-bit before they meet a stride: w1
 Both kernels compute, for each place of ``prepared``, the place in the source, and copy one to the other: forward from
 the source, ``INVERSE`` to it. The source is ``table`` or, if ``STACKED``, ``base_*`` and ``stride_*`` (see
 :func:`_address`); ``dirty int32 [1]`` becomes 1 if a prepared byte without a source is not zero. The constants are
-explained by ``IndexMap`` and made by ``launch_constants``.
+explained by ``IndexMap`` and made by ``plan_launch``.
 """
 
 # Triton traces the arguments of device functions; they have no Python types.

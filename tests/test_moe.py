@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_cases import CASES, SITU, Layer, random_layer
+from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.moe_reference import SourceExpert, evaluate
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeBackend, MoeTokens
 from nvfp4_prep_kernels.nvfp4 import decode, encode_codes, quantize
@@ -109,6 +111,35 @@ def test_activation_formulas() -> None:
         assert MoeActivation.relu2()(None, up)[i].item() == pytest.approx(max(u, 0) ** 2)
     with pytest.raises(ValueError, match="situ_beta"):
         MoeActivation(ActivationFunction.SITU)
+    with pytest.raises(ValueError, match="belong to SiTU"):
+        MoeActivation(situ_linear_beta=3.0)
+    for beta, linear in ((0.0, None), (math.nan, None), (4.0, 0.0), (4.0, -1.0), (math.inf, 1.0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
+def test_situ_of_small_values_is_within_its_tolerance(backend: MoeBackend, device: torch.device) -> None:
+    """Kimi-K3's betas: the error of a tanh made from a sigmoid is that of its bound, however small the value is."""
+    activation = MoeActivation(ActivationFunction.SITU, situ_beta=4.0, situ_linear_beta=25.0)
+    layer = random_layer(MoeLayout.cutedsl(gated=True), MoeDims(3, 64, 512), activation, device)
+    tokens = random_tokens(layer, 20, 2, device)
+    weak = layer.prepared.w13_weight_scale_2 * 0.05
+    out = torch.empty(20, 512, device=device)
+    trace = backend(replace(layer.prepared, w13_weight_scale_2=weak), tokens, activation, out)
+    assert trace is not None
+    x = decode(tokens.codes, tokens.block_scales)
+    for number, expert in enumerate(layer.source):
+        assert expert.gate is not None
+        scale = float(weak[number])
+        weakened = replace(
+            expert, gate=replace(expert.gate, global_scale=scale), up=replace(expert.up, global_scale=scale)
+        )
+        wanted = evaluate(weakened, x, activation, layer.input_scale, layer.fc2_input_scale)
+        token, slot = (tokens.expert_ids == number).nonzero(as_tuple=True)
+        error = (trace.hidden[2 * token + slot] - wanted.hidden[token]).abs()
+        assert bool((error <= wanted.hidden_tolerance[token]).all())
+        assert wanted.hidden_tolerance.norm() < 0.01 * wanted.hidden.norm()
 
 
 def test_nan_in_weights_is_not_swallowed(device: torch.device) -> None:

@@ -179,6 +179,7 @@ def _activation_error(
     if activation.function is ActivationFunction.SITU:
         # tanh comes from a sigmoid: near zero its error is absolute
         bound = FUNCTION * (activation.situ_beta or 1.0)
+        up_error = up_error + FUNCTION * (activation.situ_linear_beta or 0.0)
         return gate.abs() * up_error + (_SLOPE * gate_error + bound) * (up.abs() + up_error)
     limited = gate.clamp(max=activation.limit)
     factor = limited * torch.sigmoid(activation.alpha * limited)

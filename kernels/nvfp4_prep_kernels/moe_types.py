@@ -41,8 +41,11 @@ class MoeActivation:
     situ_linear_beta: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.function is ActivationFunction.SITU) != (self.situ_beta is not None):
-            raise ValueError("situ_beta belongs to SiTU, and SiTU needs it")
+        situ = self.function is ActivationFunction.SITU
+        if situ != (self.situ_beta is not None) or (self.situ_linear_beta is not None and not situ):
+            raise ValueError("situ_beta and situ_linear_beta belong to SiTU, and SiTU needs situ_beta")
+        if any(beta is not None and not 0 < beta < math.inf for beta in (self.situ_beta, self.situ_linear_beta)):
+            raise ValueError("situ_beta and situ_linear_beta must be positive and finite")
 
     @classmethod
     def swigluoai(cls, limit: float = 7.0) -> MoeActivation:

@@ -42,6 +42,7 @@ CASES: list[tuple[dict[str, Any], bool, int, Activation]] = [
     ({"swiglu_limit": 10**400}, True, 0, Activation(K.SILU)),
     ({"swiglu_limit": float("inf")}, True, 0, Activation(K.SILU)),
     ({"model_type": "step3p5", "swiglu_limits": [float("inf"), 10**400]}, True, 1, Activation(K.SILU)),
+    ({"swiglu_limit": float("nan")}, True, 0, Activation(K.SILU)),
 ]
 
 

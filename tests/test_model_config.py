@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ def test_the_nested_part_wins(key: str) -> None:
     assert find_number(config, ["n_group"]) == 2
 
 
-@pytest.mark.parametrize("other", ["3", None, True, [3], {"a": 3}])
-def test_only_numbers_count(other: Any) -> None:
+NO_NUMBERS: list[Any] = ["3", None, True, [3], {"a": 3}, 0, -1.5, math.nan, math.inf, 10**400]
+
+
+@pytest.mark.parametrize("other", NO_NUMBERS, ids=lambda other: str(other)[:9])
+def test_only_positive_numbers_count(other: Any) -> None:
     assert find_number({"a": other}, ["a"]) is None
     assert find_number({"a": other, "b": 0.5}, ["a", "b"]) == 0.5
     assert find_number({"text_config": {"a": other}, "a": 4}, ["a"]) == 4

@@ -137,11 +137,17 @@ def test_damage_is_refused_by_name(tmp_path: Path) -> None:
     assert "experts 0 to 2, but config.json's n_routed_experts is 4" in refusal(
         tmp_path / "c", LAYER.tensors(), n_routed_experts=4
     )
+    # the language model's own part of the config is what counts
+    assert "experts 0 to 2, but config.json's num_experts is 4" in refusal(
+        tmp_path / "d", LAYER.tensors(), n_routed_experts=None, num_experts=2, text_config={"num_experts": 4}
+    )
 
 
 def test_config_that_promises_as_many_or_fewer_experts(tmp_path: Path) -> None:
     assert made(tmp_path / "a", LAYER.tensors(), num_local_experts=3, num_experts=[9], n_routed_experts=None).layers
     assert made(tmp_path / "b", LAYER.tensors(), num_experts=2).layers
+    nested = {"num_experts": 3}
+    assert made(tmp_path / "c", LAYER.tensors(), n_routed_experts=None, num_experts=4, text_config=nested).layers
 
 
 def test_gate_up_policies(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
+import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, write_sample
-from nvfp4_prep.errors import CheckpointError, UsageError
+from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.safetensors_io import read_header
-from nvfp4_prep.smoke import SmokeReport, SmokeSettings, run_smoke
+from nvfp4_prep.smoke import SmokeReport, SmokeSettings, reading, run_smoke
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep.smoke.page import make_page
 from nvfp4_prep.smoke.report import ErrorFigures
@@ -91,6 +94,43 @@ def test_dirty_padding_and_wrong_scalars_in_a_file_are_found(source: Path, tmp_p
     report = run_smoke(path, source, settings=SETTINGS)
     assert report.layers[0].dirty_padding == 1
     assert any("w2_input_scale of 1 experts" in problem for problem in report.layers[1].problems)
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("tensor", ["w13_input_scale", "w2_input_scale", "w13_weight_scale_2"])
+def test_unusable_scales_in_a_file_are_found(source: Path, tmp_path: Path, tensor: str, value: float) -> None:
+    path = tmp_path / "prepared"
+    convert(source, path)
+    change(path / "expert-scales.safetensors", tensor, 0, struct.pack("<6f", *[value] * 6))
+    report = run_smoke(path, source, layers=[1], settings=SETTINGS)
+    assert any(f"{tensor} of 6 experts" in problem for problem in report.layers[0].problems)
+    assert any(problem.startswith("outputs: ") for problem in report.layers[0].problems)
+
+
+@pytest.mark.parametrize("file", ["experts-layer-00001", "expert-scales", "source-scales"])
+def test_a_truncated_file_is_called_truncated(source: Path, tmp_path: Path, file: str) -> None:
+    path = tmp_path / "prepared"
+    convert(source, path)
+    victim = path / f"{file}.safetensors"
+    os.truncate(victim, victim.stat().st_size - 5)
+    with pytest.raises(SourceError, match=f"{file}.safetensors: file size does not match its header"):
+        run_smoke(path, source, layers=[1], settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_experts_per_tok": 6, "moe_topk": 3}, 6),
+        ({"num_experts_per_tok": 0, "moe_topk": 6}, 6),
+        ({"text_config": {"num_experts_per_tok": 0}, "num_experts_per_tok": 6}, 6),
+        ({"num_experts_per_tok": float("inf")}, 8),
+        ({"num_experts_per_tok": 0.5}, 1),
+        ({"num_experts_per_tok": 400}, 64),
+        ({}, 8),
+    ],
+)
+def test_experts_of_a_token(config: dict[str, Any], expected: int) -> None:
+    assert reading._top_k(config, 64) == expected
 
 
 def test_layers_and_sample_are_chosen(prepared: Path, source: Path) -> None:
@@ -193,6 +233,9 @@ def test_activations_of_the_manifest() -> None:
     config = {"text_config": {"activation_situ_beta": 25.0, "activation_situ_linear_beta": 8}}
     situ = moe_activation(Activation(ActivationKind.SITU), config, where="x")
     assert (situ.situ_beta, situ.situ_linear_beta) == (25.0, 8.0)
+    assert {type(situ.situ_beta), type(situ.situ_linear_beta)} == {float}
+    with pytest.raises(UnsupportedCheckpointError, match="with activation_situ_beta"):
+        moe_activation(Activation(ActivationKind.SITU), {"activation_situ_beta": 0}, where="x")
     for kind in (ActivationKind.GELU, ActivationKind.SITU):
         with pytest.raises(UnsupportedCheckpointError, match="no smoke run"):
             moe_activation(Activation(kind), {}, where="x")

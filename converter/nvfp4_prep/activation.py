@@ -8,12 +8,11 @@ read in vLLM 0.33's model files; each entry names them.
 from __future__ import annotations
 
 import enum
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4_prep.model_config import text_configs
+from nvfp4_prep.model_config import positive, text_configs
 
 __all__ = ["Activation", "ActivationKind", "alternating_stacks", "find_activation"]
 
@@ -122,15 +121,8 @@ def _limit(config: Mapping[str, Any], layer: int) -> float | None:
         for key in _LAYER_LIMITS:
             limits = part.get(key)
             if isinstance(limits, list) and layer < len(limits):
-                return _positive(limits[layer])
-        limit = _positive(part.get("swiglu_limit"))
+                return positive(limits[layer])
+        limit = positive(part.get("swiglu_limit"))
         if limit is not None:
             return limit
     return None
-
-
-def _positive(value: object) -> float | None:
-    """A limit as a number; none where it is not positive, or is larger than anything that it could limit."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-        return None
-    return float(value)

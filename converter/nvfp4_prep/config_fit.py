@@ -66,7 +66,8 @@ def _not_computed(layer: MoeLayer, config: Mapping[str, Any], *, refused: bool) 
 
 def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
     """A layer whose last experts are missing looks whole by its names; only the config knows better."""
-    said = {key: part[key] for part in text_configs(config) for key in _COUNT_KEYS if type(part.get(key)) is int}
+    parts = reversed([*text_configs(config)])  # nested parts win, so they come last
+    said = {key: part[key] for part in parts for key in _COUNT_KEYS if type(part.get(key)) is int}
     if not said or layer.dims.experts >= min(said.values()):
         return None
     key = min(said, key=lambda key: said[key])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["NESTED_KEYS", "find_number", "text_configs"]
+__all__ = ["NESTED_KEYS", "find_number", "positive", "text_configs"]
 
 NESTED_KEYS = ("text_config", "llm_config", "language_config")
 """Where multimodal models keep their language model's config."""
@@ -20,12 +21,17 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield config
 
 
-def find_number(config: Mapping[str, Any], keys: Iterable[str]) -> int | float | None:
-    """The first of these keys that has a number, in the order of :func:`text_configs`; ``None`` if none has."""
+def positive(value: object) -> float | None:
+    """A number of a config as a float; ``None`` for what is no number, 0, negative, NaN or beyond float64."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and 0 < value <= sys.float_info.max else None  # type: ignore[operator,arg-type]
+
+
+def find_number(config: Mapping[str, Any], keys: Iterable[str]) -> float | None:
+    """The first :func:`positive` value of these keys in the order of :func:`text_configs`; ``None`` if there is none.
+
+    So a 0 says nothing, as a missing key.
+    """
     wanted = tuple(keys)
-    for part in text_configs(config):
-        for key in wanted:
-            value = part.get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                return value
-    return None
+    values = (positive(part.get(key)) for part in text_configs(config) for key in wanted)
+    return next((value for value in values if value is not None), None)

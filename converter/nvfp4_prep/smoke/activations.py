@@ -35,9 +35,8 @@ def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: 
     if activation.kind is ActivationKind.RELU2:
         return MoeActivation.relu2()
     if activation.kind is ActivationKind.SITU:
-        beta = find_number(config, ["activation_situ_beta"])
+        beta, linear = (find_number(config, [f"activation_situ_{name}"]) for name in ("beta", "linear_beta"))
         if beta is not None:
-            linear = find_number(config, ["activation_situ_linear_beta"])
             return MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
     raise UnsupportedCheckpointError(
         f"no smoke run for the activation {activation.spelled or activation.kind.value!r}",

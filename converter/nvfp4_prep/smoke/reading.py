@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from nvfp4_prep.index import CONFIG, read_json_file
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.model_config import find_number
 from nvfp4_prep.options import GateUpPolicy
-from nvfp4_prep.plan_data import LayerPlan
+from nvfp4_prep.plan_data import EXPERT_SCALES, SOURCE_SCALES, LayerPlan
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepare import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.prepared import PreparedCheckpoint
@@ -66,7 +67,11 @@ class CheckpointReader:
 
         Raises:
             CheckpointError: if a tensor is missing or of another size than the manifest says.
+            SourceError: if one of the layer's files is missing, truncated or malformed.
         """
+        for file in (*record.files, EXPERT_SCALES, SOURCE_SCALES):
+            if file in self._checkpoint.header_errors:
+                raise self._checkpoint.header_errors[file]  # its tensors are not missing
         layer, chosen = record.layer, tuple(experts)
         prepared = self._prepared(record, chosen)
         scalars = self._checkpoint.scalars(record)
@@ -192,4 +197,4 @@ def _restored_expert(
 def _top_k(config: Mapping[str, Any], experts: int) -> int:
     """Experts of a token: the model's, or 8 where the config does not say."""
     found = find_number(config, _TOP_K_KEYS)
-    return min(int(found) if found is not None and found >= 1 else 8, experts)
+    return min(8 if found is None else math.ceil(found), experts)

@@ -49,7 +49,7 @@ def run_smoke(
         on_layer: told of each finished layer, with its number and how many there are.
 
     Raises:
-        CheckpointError: if ``prepared`` is no complete prepared checkpoint.
+        CheckpointError, SourceError: if ``prepared`` is no complete prepared checkpoint, or a file cannot be read.
         UsageError: if a layer does not exist or the backend cannot run here.
     """
     reports = []

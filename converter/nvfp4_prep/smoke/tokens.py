@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ def pack_tokens(
 
     Args:
         values: ``float32 [T, H]`` with a largest value of 1, in units of the calibrated maximum.
-        input_scale: the layer's.
+        input_scale: the layer's. With 0, which a damaged file may hold, 1 / input_scale is infinite, as in float32.
         padded_hidden: Hp.
 
     Returns:
@@ -69,7 +70,7 @@ def pack_tokens(
     count, hidden = values.shape
     # bfloat16, as a model's activations are
     rows = (values * (input_scale * E2M1_MAX * E4M3_MAX)).to(torch.bfloat16).to(torch.float32)
-    codes, scales = quantize(rows, 1.0 / input_scale)
+    codes, scales = quantize(rows, 1.0 / input_scale if input_scale else math.inf)
     packed = torch.full((count, padded_hidden // 2), _PADDING_CODE, dtype=torch.uint8, device=values.device)
     packed[:, : hidden // 2] = encode_codes(codes)
     blocks = torch.full((count, padded_hidden // 16), _PADDING_SCALE, dtype=torch.uint8, device=values.device)

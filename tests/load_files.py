@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from nvfp4_prep.activation import Activation, ActivationKind
+from nvfp4_prep.formats import Leaf
 from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions, LayoutName
-from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor, Projection
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ def write_checkpoint(
     files: dict[str, FileRecord] = {}
     records, everything, vectors = [], {}, {}
     for number in layers:
-        layer = MoeLayer(f"model.layers.{number}.mlp.experts", number, dims, gated, "modelopt", "deepseek", ())
+        path = f"model.layers.{number}.mlp.experts"
+        layer = MoeLayer(path, number, dims, gated, "modelopt", "per-expert", _groups(path, dims, gated))
+        digests = {group.key: "" for group in layer.groups}
         big, crc32 = {}, {}
         for tensor in PreparedTensor:
             shape = (dims.experts, *layout.expert_shape(tensor, dims))
@@ -60,13 +63,30 @@ def write_checkpoint(
         files[name] = _record(root / name, "experts")
         vectors.update({layer.prepared_name(short): tensor for short, tensor in small.items()})
         activation = Activation(ActivationKind.SILU if gated else ActivationKind.RELU2, "silu", None)
-        records.append(LayerRecord(layer, layout, activation, (name,), GateUpRecord(0, 1.0, (), {}), {}, crc32))
+        records.append(LayerRecord(layer, layout, activation, (name,), GateUpRecord(0, 1.0, (), {}), digests, crc32))
         everything[number] = {**big, **small}
     save_file(vectors, root / "expert-scales.safetensors")
     files["expert-scales.safetensors"] = _record(root / "expert-scales.safetensors", "expert-scales")
     manifest = Manifest("0", options, "test", None, {}, {}, tuple(records), {}, files, ())
     (root / MANIFEST).write_bytes(manifest.to_bytes())
     return Written(root, manifest, layout, dims, everything)
+
+
+def _groups(path: str, dims: MoeDims, gated: bool) -> tuple[TensorGroup, ...]:
+    """What a source in ModelOpt's format would have held."""
+    groups = []
+    for projection in Projection if gated else (Projection.UP, Projection.DOWN):
+        rows, cols = dims.intermediate, dims.hidden
+        if projection is Projection.DOWN:
+            rows, cols = cols, rows
+        for leaf, name, dtype, shape in (
+            (Leaf.CODES, "weight", "U8", (rows, cols // 2)),
+            (Leaf.BLOCK_SCALE, "weight_scale", "F8_E4M3", (rows, cols // 16)),
+            (Leaf.GLOBAL_SCALE, "weight_scale_2", "F32", ()),
+            (Leaf.INPUT_SCALE, "input_scale", "F32", ()),
+        ):
+            groups.append(TensorGroup(f"{path}.", f".{projection}_proj.{name}", leaf, (projection,), dtype, shape))
+    return tuple(groups)
 
 
 def _record(path: Path, kind: str) -> FileRecord:

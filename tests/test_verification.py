@@ -6,13 +6,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvfp4_prep import SampleModel, convert, verify, write_sample
-from nvfp4_prep.errors import CheckpointError, SourceError, VerificationError
+from nvfp4_prep import SampleModel, convert, inspect, restore, verify, write_sample
+from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.safetensors_io import read_header
 
 LAYER = "experts-layer-00001.safetensors"
@@ -44,6 +45,16 @@ def reseal(folder: Path) -> None:
         data = (folder / name).read_bytes()
         file["sha256"], file["nbytes"] = hashlib.sha256(data).hexdigest(), len(data)
     (folder / "nvfp4_prep.json").write_text(json.dumps(manifest))
+
+
+def forge(folder: Path, where: tuple[Any, ...], key: str, value: object) -> None:
+    """Changes one value of the manifest."""
+    path = folder / "nvfp4_prep.json"
+    manifest = part = json.loads(path.read_text())
+    for step in where:
+        part = part[step]
+    part[key] = value
+    path.write_text(json.dumps(manifest))
 
 
 def problems(folder: Path, **options: Any) -> str:
@@ -276,13 +287,48 @@ def test_what_is_no_prepared_checkpoint(sample_source: Path, tmp_path: Path) -> 
 )
 def test_forged_manifest(copy: Path, where: tuple[Any, ...], key: str, value: object, told: str) -> None:
     """Values that follow from others are worked out again, so that no lie passes that files and configs contradict."""
-    path = copy / "nvfp4_prep.json"
-    manifest = part = json.loads(path.read_text())
-    for step in where:
-        part = part[step]
-    part[key] = value
-    path.write_text(json.dumps(manifest))
+    forge(copy, where, key, value)
     assert told in problems(copy, quick=True)
+
+
+def test_layer_under_another_number(copy: Path) -> None:
+    forge(copy, ("layers", 0), "layer", 9)
+    assert "number of model.layers.1.mlp.experts" in problems(copy, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        (("layers", 0, "expert_crc32"), "w2_weight", None),
+        (("layers", 0), "expert_crc32", {}),
+        (("layers", 0, "source_tensors", 0), "projections", []),
+        (("layers", 0, "source_tensors", 0), "projections", ["up"]),
+        (("layers", 0, "source_tensors", 0), "dtype", "F16"),
+        (("layers", 0, "source_tensors", 0), "shape", [96, 169]),
+        (("layers", 0, "source_tensors", 0), "head", "\ud800"),
+        (("layers", 0, "source_tensors", 2), "shape", [10**9]),
+        (("layers", 0, "gate_up_scales"), "reconciled", [[0, "down"]]),
+        (("layers", 0, "gate_up_scales"), "reconciled", [[99, "up"]]),
+        (("layers", 0, "gate_up_scales", "figures"), "rounded", "many"),
+        (("layers", 0, "gate_up_scales", "figures"), "worst_relative", [1]),
+        (("layers", 0, "gate_up_scales", "figures"), "relative_error", {"vllm": 0.1}),
+        (("source", "quantization"), "config.json:quantization_config", "w2"),
+    ],
+)
+def test_manifest_that_cannot_be_worked_with(copy: Path, where: tuple[Any, ...], key: str, value: object) -> None:
+    """Whatever a manifest says, the answer is one line, before anything is read by it."""
+    forge(copy, where, key, value)
+    for command in (verify, inspect, partial(restore, target=copy.parent / "back")):
+        with pytest.raises(CheckpointError, match="malformed"):
+            command(copy)
+
+
+def test_format_of_a_package_that_is_not_here(copy: Path) -> None:
+    forge(copy, ("layers", 0), "format", "acme")
+    for command in (verify, partial(verify, quick=True), partial(restore, target=copy.parent / "back")):
+        with pytest.raises(UnsupportedCheckpointError, match=r"'acme', which is not known here.*Install the package"):
+            command(copy)
+    assert inspect(copy).layers[0].format == "acme"
 
 
 def test_forged_list_of_passed_through_layers(sample_source: Path, copy: Path) -> None:

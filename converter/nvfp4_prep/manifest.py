@@ -15,6 +15,7 @@ from typing import Any
 from nvfp4_prep.activation import Activation, ActivationKind
 from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.formats import Leaf
+from nvfp4_prep.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.paths import is_safe_name
@@ -185,7 +186,7 @@ class Manifest:
             source=str(source["name"]),
             revision=None if source["revision"] is None else str(source["revision"]),
             texts={str(name): _decode_text(text) for name, text in source["texts"].items()},
-            quantization=dict(source["quantization"]),
+            quantization={str(place): dict(config) for place, config in source["quantization"].items()},
             layers=tuple(_layer_from_dict(layer, options) for layer in value["layers"]),
             passed={str(path): str(reason) for path, reason in value["passed_through_experts"].items()},
             files={
@@ -279,34 +280,42 @@ def _layer_from_dict(value: Mapping[str, Any], options: ConvertOptions) -> Layer
     gated = bool(value["gated"])
     layout = options.layout_for(gated=gated)
     layout.check(dims)
-    activation, gate_up = value["activation"], value["gate_up_scales"]
-    clamp = activation["clamp"]
     crc32 = {str(name): tuple(int(number) for number in numbers) for name, numbers in value["expert_crc32"].items()}
-    if any(len(numbers) != dims.experts for numbers in crc32.values()):
-        raise ValueError("expert_crc32 must have one value for each expert")
+    check_expert_crc32(crc32, dims.experts)
+    layer = MoeLayer(
+        experts_path=str(value["experts_path"]),
+        index=int(value["layer"]),
+        dims=dims,
+        gated=gated,
+        format=str(value["format"]),
+        naming=str(value["naming"]),
+        groups=groups,
+    )
+    check_groups(layer)
+    gate_up = _gate_up_from_dict(value["gate_up_scales"])
+    check_gate_up(gate_up, layer)
     return LayerRecord(
-        layer=MoeLayer(
-            experts_path=str(value["experts_path"]),
-            index=int(value["layer"]),
-            dims=dims,
-            gated=gated,
-            format=str(value["format"]),
-            naming=str(value["naming"]),
-            groups=groups,
-        ),
+        layer=layer,
         layout=layout,
-        activation=Activation(
-            ActivationKind(activation["kind"]), str(activation["spelled"]), None if clamp is None else float(clamp)
-        ),
+        activation=_activation_from_dict(value["activation"]),
         files=tuple(_file_name(name) for name in value["files"]),
-        gate_up=GateUpRecord(
-            differing=int(gate_up["differing"]),
-            worst_ratio=float(gate_up["worst_ratio"]),
-            reconciled=tuple((int(expert), str(Projection(side))) for expert, side in gate_up["reconciled"]),
-            figures=dict(gate_up["figures"]),
-        ),
+        gate_up=gate_up,
         source_sha256={
             group.key: str(item["sha256"]) for group, item in zip(groups, value["source_tensors"], strict=True)
         },
         expert_crc32=crc32,
+    )
+
+
+def _activation_from_dict(value: Mapping[str, Any]) -> Activation:
+    clamp = value["clamp"]
+    return Activation(ActivationKind(value["kind"]), str(value["spelled"]), None if clamp is None else float(clamp))
+
+
+def _gate_up_from_dict(value: Mapping[str, Any]) -> GateUpRecord:
+    return GateUpRecord(
+        differing=int(value["differing"]),
+        worst_ratio=float(value["worst_ratio"]),
+        reconciled=tuple((int(expert), str(Projection(side))) for expert, side in value["reconciled"]),
+        figures=dict(value["figures"]),
     )

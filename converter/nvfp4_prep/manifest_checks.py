@@ -14,6 +14,7 @@ from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, read_json_file
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.options import GateUpPolicy
+from nvfp4_prep.plan_data import layer_file_stem
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.stamp import quantization_configs
@@ -34,6 +35,9 @@ def check_manifest(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add(MANIFEST, "the quantization configs are not those of the source's config files")
     for layer in manifest.layers:
         _check_activation(layer, config, problems)
+        stem = layer_file_stem(layer.layer.index)
+        if any(not name.startswith(stem) for name in layer.files):
+            problems.add(MANIFEST, f"number of {layer.layer.experts_path}", f"files {stem}…", ", ".join(layer.files))
         try:
             _check_gate_up(checkpoint, layer, problems)
         except NvfpPrepError as error:

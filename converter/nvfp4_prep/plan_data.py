@@ -24,7 +24,16 @@ from nvfp4_prep.scalars import LayerScalars
 from nvfp4_prep.source import SourceFile
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
-__all__ = ["EXPERTS_PREFIX", "EXPERT_SCALES", "SOURCE_SCALES", "FileKind", "LayerPlan", "OutputFile", "Plan"]
+__all__ = [
+    "EXPERTS_PREFIX",
+    "EXPERT_SCALES",
+    "SOURCE_SCALES",
+    "FileKind",
+    "LayerPlan",
+    "OutputFile",
+    "Plan",
+    "layer_file_stem",
+]
 
 EXPERTS_PREFIX = "experts-layer-"
 """Files that hold the four big tensors of a layer begin so."""
@@ -32,6 +41,11 @@ EXPERT_SCALES = "expert-scales.safetensors"
 """The file of all layers' scale vectors (:data:`nvfp4_prep_kernels.SCALE_VECTORS`)."""
 SOURCE_SCALES = "source-scales.safetensors"
 """The file of the source's scalars, for restore."""
+
+
+def layer_file_stem(index: int) -> str:
+    """How the names of the files of the model's layer ``index`` begin."""
+    return f"{EXPERTS_PREFIX}{index:05d}"
 
 
 class FileKind(enum.StrEnum):

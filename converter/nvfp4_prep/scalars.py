@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_prep.errors import UnsupportedCheckpointError
-from nvfp4_prep.formats import Leaf, formats
+from nvfp4_prep.formats import Leaf, QuantFormat, formats
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import Projection
 
-__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "read_scalars"]
+__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "known_format", "read_scalars"]
 
 _MERGE_GAP_NBYTES = 1 << 16
 _MERGE_LIMIT_NBYTES = 1 << 24
@@ -75,6 +75,20 @@ def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalar
     return found
 
 
+def known_format(layer: MoeLayer) -> QuantFormat:
+    """The format of a layer, which a prepared checkpoint has by name; raises :class:`UnsupportedCheckpointError` where
+    the package that provides it is not installed."""
+    try:
+        return formats()[layer.format]
+    except KeyError:
+        raise UnsupportedCheckpointError(
+            f"is in the quantization format {layer.format!r}, which is not known here",
+            where=layer.experts_path,
+            expected=" or ".join(formats()),
+            next_step="Install the package that provides it (docs/adding-a-format.md).",
+        ) from None
+
+
 def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projection: Projection) -> torch.Tensor | None:
     """Multipliers ``float32 [E]`` of one scalar leaf, from the source's bytes; ``None`` where the layer has none.
 
@@ -84,7 +98,7 @@ def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projecti
     if not groups:
         return None
     stored = torch.frombuffer(bytearray(raw[groups[0].key]), dtype=torch.float32)
-    format_ = formats()[layer.format]
+    format_ = known_format(layer)
     convert = format_.global_scale_multiplier if leaf is Leaf.GLOBAL_SCALE else format_.input_scale_multiplier
     return convert(stored).expand(layer.dims.experts) if stored.numel() == 1 else convert(stored)
 

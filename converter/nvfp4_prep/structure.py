@@ -11,6 +11,7 @@ from nvfp4_prep.manifest_checks import changed_keys, check_manifest
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
+from nvfp4_prep.scalars import known_format
 from nvfp4_prep.stamp import stamped_config
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
@@ -31,7 +32,13 @@ def expected_config(manifest: Manifest) -> bytes:
 
 
 def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    """Manifest, stamp, files, sizes, headers, index, and the digests of the small files."""
+    """Manifest, stamp, files, sizes, headers, index, and the digests of the small files.
+
+    Raises:
+        UnsupportedCheckpointError: if its source's format is of a package that is not here, which is no damage.
+    """
+    for layer in checkpoint.manifest.layers:
+        known_format(layer.layer)
     if not checkpoint.manifest.layers:
         problems.add(MANIFEST, "names no prepared layers")
     _check_files(checkpoint, problems)

@@ -18,7 +18,7 @@ import torch
 
 from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
-from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.plan_data import FileKind
@@ -107,6 +107,7 @@ def verify(
         CheckpointError: if the directory is no prepared checkpoint at all; anything else that is wrong is in the
         report.
         SourceError: if the source that was given cannot be read.
+        UnsupportedCheckpointError: if the checkpoint's source was in a format of a package that is not here.
     """
     with PreparedCheckpoint(checkpoint) as opened:
         problems = Problems()
@@ -218,7 +219,7 @@ class _Verification:
             parts = checkpoint.source_parts(layer, tensor, chunk, prepared)
             if tensor is PreparedTensor.W13_WEIGHT_SCALE:
                 self._check_rescaled(layer, chunk, prepared)
-        except (ValueError, CheckpointError) as error:
+        except (ValueError, CheckpointError, UnsupportedCheckpointError) as error:
             self._problems.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
             return result
         for group, raw in checkpoint.source_bytes(layer, tensor, parts):

@@ -16,7 +16,7 @@ import torch
 
 from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.index import CONFIG
-from nvfp4_prep.load import LoadedLayer, LoadOptions
+from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions
 from nvfp4_prep.load import load_layer as load_tensors
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep_kernels.flashinfer_moe import activation_arguments, mma_view
@@ -74,31 +74,37 @@ def load_layer(
         CheckpointError: if the directory is no complete prepared checkpoint.
         UsageError: if the layer or the rank does not exist, the file does not serve this tensor-parallel size, the
             experts do not follow each other, or the layout is the batched one, for which FlashInfer has no single call.
+        UnsupportedCheckpointError: if the kernel does not compute the layer's activation.
         LoadError, VerificationError: if the load fails.
     """
-    loaded = load_tensors(path, layer, tp=tp, ep=ep, experts=experts, device=device, options=options)
-    if loaded.record.layer.gated and not loaded.record.layout.interleaved:
+    # before anything large is read
+    record = Catalog.open(path).layer(layer)
+    if record.layout.concatenated:
         raise UsageError(
             "the batched layout has no single FlashInfer call",
             where=str(path),
             next_step="Take the tensors from nvfp4_prep.load.load_layer, or convert again with --layout cutedsl.",
         )
-    activation = moe_activation(loaded.record.activation, _config(path), where=loaded.record.layer.experts_path)
+    if experts is not None:
+        _check_consecutive(experts, record.layer.experts_path)
+    activation = moe_activation(record.activation, _config(path), where=record.layer.experts_path)
+    loaded = load_tensors(path, layer, tp=tp, ep=ep, experts=experts, device=device, options=options)
     x_global_scale = 1.0 / loaded.tensors["w13_input_scale"][:1]
     return ReadyLayer(loaded, _arguments(loaded, activation), activation, x_global_scale)
 
 
-def _arguments(loaded: LoadedLayer, activation: MoeActivation) -> dict[str, Any]:
-    tensors, record, held = loaded.tensors, loaded.record, loaded.share.experts
-    count = tensors["w13_weight"].shape[0]
-    first = held[0] if held else 0
-    if held is not None and held != tuple(range(first, first + count)):
+def _check_consecutive(experts: Sequence[int], where: str) -> None:
+    if not experts or list(experts) != [*range(experts[0], experts[0] + len(experts))]:
         raise UsageError(
             "the kernel takes experts that follow each other",
-            where=record.layer.experts_path,
-            expected=f"{first} to {first + count - 1}",
-            actual=", ".join(map(str, held)),
+            where=where,
+            expected="numbers that rise by 1",
+            actual=", ".join(map(str, experts)) or "none",
         )
+
+
+def _arguments(loaded: LoadedLayer, activation: MoeActivation) -> dict[str, Any]:
+    tensors, held = loaded.tensors, loaded.share.experts or (0,)
     return {
         "w1_weight": tensors["w13_weight"],
         "w1_weight_sf": mma_view(tensors["w13_weight_scale"]),
@@ -107,9 +113,9 @@ def _arguments(loaded: LoadedLayer, activation: MoeActivation) -> dict[str, Any]
         "w2_weight": tensors["w2_weight"],
         "w2_weight_sf": mma_view(tensors["w2_weight_scale"]),
         "w2_alpha": tensors["w2_weight_scale_2"] * tensors["w2_input_scale"],
-        "num_experts": record.layer.dims.experts,
-        "num_local_experts": count,
-        "local_expert_offset": first,
+        "num_experts": loaded.record.layer.dims.experts,
+        "num_local_experts": tensors["w13_weight"].shape[0],
+        "local_expert_offset": held[0],
         **activation_arguments(activation),
     }
 
@@ -118,7 +124,7 @@ def _config(path: Path | str) -> Mapping[str, Any]:
     file = Path(path) / CONFIG
     try:
         config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read ({error})", where=str(file)) from error
     if not isinstance(config, Mapping):
         raise CheckpointError("is no JSON object", where=str(file))

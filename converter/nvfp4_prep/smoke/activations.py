@@ -39,7 +39,7 @@ def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: 
         if beta is not None:
             return MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
     raise UnsupportedCheckpointError(
-        f"no smoke run for the activation {activation.spelled or activation.kind.value!r}",
+        f"the kernel cannot be called with the activation {activation.spelled or activation.kind.value!r}",
         where=where,
         expected="SwiGLU, SWIGLUOAI, SiTU (with activation_situ_beta in config.json) or relu2",
     )

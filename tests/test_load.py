@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +271,24 @@ class TestFailures:
             LoadOptions(buffers=-1)
 
     @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("threads", "8"),
+            ("threads", 2.5),
+            ("threads", True),
+            ("chunk_nbytes", 4194304.0),
+            ("buffers", None),
+            ("verify", "no"),
+            ("verify", 1),
+            ("direct_io", "sometimes"),
+            ("direct_io", []),
+        ],
+    )
+    def test_options_as_json_may_spell_them(self, name: str, value: Any) -> None:
+        with pytest.raises(UsageError, match=f"unusable option {name}"):
+            LoadOptions(**{name: value})
+
+    @pytest.mark.parametrize(
         "parameter",
         [
             torch.empty(6, 512, 255, dtype=torch.uint8),
@@ -355,6 +375,8 @@ def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None
     expected = take_rank(written.layout, PreparedTensor.W2_WEIGHT_SCALE, stored, DIMS, 1, 2)
     assert torch.equal(parameter.view(torch.uint8), expected)
     assert handle_of(parameter) is None
+    with pytest.raises(LoadError, match=r"w2_weight_scale'.*is no prepared tensor; expected U8 or F8_E4M3, found BF16"):
+        make_handle(loader, written.file(1), replace(record, dtype="BF16"))
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.empty(record.shape, dtype=torch.float8_e4m3fn).copy_(tensor)
 

@@ -135,3 +135,6 @@ def test_sizes_that_published_models_can_be_served_at() -> None:
     assert gated.tp_sizes(MoeDims(128, 768, 2048)) == (1, 2, 3, 4, 6, 12)  # Qwen3-30B-A3B: not 8
     assert relu2.tp_sizes(MoeDims(128, 1856, 2688)) == (1,)  # Nemotron-3-Nano: whole only
     assert relu2.for_moe_tp(4).tp_sizes(MoeDims(128, 1856, 2688)) == (4,)
+    # made for more ranks than are listed otherwise
+    assert gated.for_moe_tp(128).tp_sizes(MoeDims(8, 128 * 80, 256)) == (128,)
+    assert rank_slice(gated.for_moe_tp(128), PreparedTensor.W13_WEIGHT, MoeDims(8, 128 * 80, 256), 127, 128).runs == 1

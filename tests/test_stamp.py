@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 
 from nvfp4_prep import ConvertOptions, LayoutName
+from nvfp4_prep.errors import ServingError
 from nvfp4_prep.stamp import QUANT_METHOD, make_stamp, quantization_configs, stamped_config
+from nvfp4_prep.vllm.stamped import Stamp
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
@@ -90,3 +93,32 @@ def test_fingerprints_tell_layouts_apart_and_ignore_tensor_parallelism() -> None
     assert fingerprint(layouts[2].for_moe_tp(4)) == fingerprint(layouts[2])
     batched = make_stamp(QUANT, ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED), gated=True)["layout"]
     assert batched["name"] == "flashinfer_cutedsl_batched"
+
+
+@pytest.mark.parametrize("layout", LayoutName)
+def test_the_plugin_reads_what_convert_stamps(layout: LayoutName) -> None:
+    stamp = Stamp.parse(make_stamp({"quant_method": "modelopt"}, ConvertOptions(layout), gated=True))
+    assert stamp.moe_layout(gated=True) == ConvertOptions(layout).layout_for(gated=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moe_tp": math.inf}, "stamp is incomplete or damaged .OverflowError"),
+        ({"gate_up_block": 48}, "stamp is incomplete or damaged .LayoutError"),
+        ({"hidden_alignment": 128}, "unknown layout.*hidden_alignment 256.*'hidden_alignment': 128"),
+        ({"scale_swizzle": "64x4"}, "unknown layout"),
+    ],
+)
+def test_a_stamp_that_was_changed_is_refused(change: dict[str, Any], message: str) -> None:
+    stamp = make_stamp({"quant_method": "modelopt"}, ConvertOptions(), gated=True)
+    stamp["layout"].update(change)
+    with pytest.raises(ServingError, match=message):
+        Stamp.parse(stamp)
+
+
+@pytest.mark.parametrize("source", [None, 5, [5], {"quant_method": None}, {"quant_method": 5}])
+def test_a_stamp_without_a_usable_source_is_refused(source: Any) -> None:
+    stamp = {**make_stamp({}, ConvertOptions(), gated=True), "source": source}
+    with pytest.raises(ServingError, match=r"stamp is incomplete or damaged .TypeError"):
+        Stamp.parse(stamp)

@@ -199,7 +199,7 @@ class MoeLayout:
         return (Projection.GATE, Projection.UP) if self.gated else (Projection.UP,)
 
     def tp_sizes(self, dims: MoeDims, limit: int = 64) -> tuple[int, ...]:
-        """Tensor-parallel sizes up to ``limit`` that a file in this layout serves bit-exactly.
+        """Tensor-parallel sizes up to ``limit``, and ``moe_tp``, that a file in this layout serves bit-exactly.
 
         A rank's share of the prepared whole equals the preparation of the rank's share if the share needs no padding,
         or if the file was padded for exactly that size.
@@ -214,7 +214,8 @@ class MoeLayout:
             share, rest = divmod(dims.intermediate, size)
             return whole and rest == 0 and share % alignment == 0
 
-        return tuple(size for size in range(1, limit + 1) if serves(size))
+        found = [size for size in range(1, limit + 1) if serves(size)]
+        return tuple(found) if self.moe_tp <= limit else (*found, self.moe_tp)
 
     def apply(self, tensor: PreparedTensor, *parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Source bytes of one expert to prepared bytes.

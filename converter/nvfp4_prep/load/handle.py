@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep_kernels import ExpertSlice
@@ -48,7 +49,19 @@ class TensorHandle:
 def make_handle(
     loader: ExpertLoader, path: Path, record: TensorRecord, crc32: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """A meta tensor of the stored shape and dtype that carries a handle."""
+    """A meta tensor of the stored shape and dtype that carries a handle.
+
+    Raises:
+        LoadError: if a prepared file holds a tensor of a dtype that none of the big ones has.
+    """
+    if record.dtype not in _DTYPES:
+        raise LoadError(
+            "is no prepared tensor",
+            where=f"{path}, tensor {record.name!r}",
+            expected=" or ".join(_DTYPES),
+            actual=record.dtype,
+            next_step="The file is damaged or of something else: run `nvfp4-prep verify` on the directory.",
+        )
     tensor = torch.empty(record.shape, dtype=_DTYPES[record.dtype], device="meta")
     setattr(tensor, _ATTRIBUTE, TensorHandle(loader, path, record, crc32))
     return tensor

@@ -54,6 +54,16 @@ class LoadOptions:
     verify: bool = False
 
     def __post_init__(self) -> None:
+        """Checks what may come from a command line (vLLM's ``--model-loader-extra-config``).
+
+        Raises:
+            UsageError: if a value is of another type, or unusable.
+        """
+        kinds = {"threads": int, "chunk_nbytes": int, "buffers": int, "verify": bool}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise UsageError(f"unusable option {name}", expected=f"of type {kind.__name__}", actual=repr(value))
         if self.threads < 0 or self.buffers < 0:
             raise UsageError("threads and buffers cannot be negative", actual=str(self))
         if self.chunk_nbytes < LONG_RUN_NBYTES or self.chunk_nbytes % ALIGNMENT:
@@ -62,6 +72,8 @@ class LoadOptions:
                 expected=f"a multiple of {ALIGNMENT} of at least {LONG_RUN_NBYTES} bytes",
                 actual=self.chunk_nbytes,
             )
+        if self.direct_io not in [*DirectIO]:
+            raise UsageError("unusable option direct_io", expected=" or ".join(DirectIO), actual=repr(self.direct_io))
         object.__setattr__(self, "direct_io", DirectIO(self.direct_io))
 
     @property

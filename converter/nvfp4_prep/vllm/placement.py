@@ -39,9 +39,9 @@ class Placement:
 
     def check(self) -> None:
         """Raises :class:`ServingError` if a file in this layout cannot serve this share."""
-        sizes = self.layout.tp_sizes(self.dims)
-        if self.tp_size in sizes:
+        if self.tp_size in self.layout.tp_sizes(self.dims, limit=self.tp_size):
             return
+        sizes = self.layout.tp_sizes(self.dims)
         raise ServingError(
             f"prepared for tensor-parallel sizes {', '.join(map(str, sizes))} of the experts, not for {self.tp_size}:"
             f" {self.dims.intermediate} / {self.tp_size} needs other padding",

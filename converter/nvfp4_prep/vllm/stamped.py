@@ -28,7 +28,8 @@ class Stamp:
 
     Attributes:
         layout_name: :data:`STANDARD` or :data:`BATCHED`.
-        gate_up_block, hidden_alignment, moe_tp: parameters of the layout.
+        gate_up_block, moe_tp: parameters of the layout.
+        hidden_alignment: what the layout of this name pads H to; another one is refused.
         fingerprint: digest of a fixed small layer in this layout.
         source: the original quantization_config.
     """
@@ -66,9 +67,12 @@ class Stamp:
                 fingerprint=str(layout["fingerprint"]),
                 source=copy.deepcopy(dict(source)),
             )
+            if not isinstance(stamp.source.get("quant_method", ""), str):
+                raise TypeError("the source's quant_method is no text")
+            made = stamp.moe_layout(gated=True)
             known = stamp.layout_name in (STANDARD, BATCHED) and layout["scale_swizzle"] == _SWIZZLE
-            stamp.moe_layout(gated=True)
-        except (KeyError, TypeError, ValueError) as error:
+            known = known and stamp.hidden_alignment == made.hidden_alignment
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ServingError(
                 f"stamp is incomplete or damaged ({type(error).__name__}: {error})",
                 where="config.json, quantization_config",
@@ -78,7 +82,8 @@ class Stamp:
             raise ServingError(
                 "unknown layout in the stamp",
                 where="config.json, quantization_config.layout",
-                expected=f"name {STANDARD} or {BATCHED}, scale_swizzle {_SWIZZLE}",
+                expected=f"name {STANDARD} or {BATCHED}, hidden_alignment {made.hidden_alignment},"
+                f" scale_swizzle {_SWIZZLE}",
                 actual=dict(layout),
                 next_step="Install the version of nvfp4-prep that wrote the checkpoint.",
             )

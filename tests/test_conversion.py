@@ -284,6 +284,14 @@ def test_another_source_with_the_same_files_is_not_complete_already(sample_sourc
     assert caught.value.expected is None
 
 
+def test_another_source_with_other_side_files_is_not_complete_already(sample_source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    convert(source, tmp_path / "out")
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(TargetError, match="something else"):
+        convert(source, tmp_path / "out")
+
+
 def test_a_finished_conversion_without_one_of_its_files(sample_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(sample_source, out)

@@ -13,12 +13,23 @@ from pathlib import Path
 import pytest
 
 from checkpoint_files import file_digests
-from nvfp4_prep import ConvertOptions, SampleModel, convert, convert_part, join_parts, parts, verify, write_sample
+from nvfp4_prep import (
+    ConvertOptions,
+    GateUpPolicy,
+    SampleModel,
+    convert,
+    convert_part,
+    join_parts,
+    parts,
+    verify,
+    write_sample,
+)
 from nvfp4_prep.errors import (
     BusyError,
     PartsMissingError,
     ResumeConflictError,
     TargetError,
+    UnsupportedCheckpointError,
     UsageError,
     VerificationError,
 )
@@ -137,6 +148,15 @@ def test_join_killed_while_it_takes_files_over(
         convert(source, out)
     join_parts(source, out)
     assert file_digests(out) == whole
+
+
+def test_a_restart_that_is_refused_keeps_the_parts(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_part(source, out, "1-5", ConvertOptions(gate_up_scales=GateUpPolicy.VLLM))
+    before = file_digests(out)
+    with pytest.raises(UnsupportedCheckpointError, match="different global scales"):
+        convert(source, out, ConvertOptions(gate_up_scales=GateUpPolicy.ERROR), restart=True)
+    assert file_digests(out) == before
 
 
 def test_one_part_on_two_machines_is_refused(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, inspect, plan
+from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, SampleModel, convert, inspect, plan, write_sample
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.plan_data import FileKind, Plan
 from nvfp4_prep.reporting import inspection_text, plan_text
@@ -191,3 +192,37 @@ def test_odd_configs_do_not_break_planning(tmp_path: Path) -> None:
     (folder / "config.json").write_text("[1]")
     with pytest.raises(SourceError, match="must be a JSON object"):
         plan(folder)
+
+
+def test_planning_leaves_no_file_open(sample_source: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    plan(sample_source)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path) -> None:
+    write_sample(tmp_path / "source", SampleModel(experts=100, intermediate=16, hidden=16, shard_nbytes=300))
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, limits[1]))
+    try:
+        made = plan(tmp_path / "source")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(made.index.headers) > 100
+
+
+@pytest.mark.parametrize("name", [f"{PATH}.routed_experts.w2_weight", f"{PATH}.routed_experts.w13_input_scale"])
+def test_tensor_with_the_name_of_a_prepared_one(tmp_path: Path, name: str) -> None:
+    tensors = merged([LAYER.tensors(), {name: torch.zeros(4)}])
+    with pytest.raises(SourceError, match="has the name of one that would be made"):
+        plan(write(tmp_path / "source", tensors, config()))
+
+
+@pytest.mark.parametrize("folder", ["expert-scales.safetensors", "experts-layer-00000.safetensors", "nvfp4_prep.json"])
+def test_folder_with_the_name_of_an_output_file(tmp_path: Path, folder: str) -> None:
+    source = write(tmp_path / "source", LAYER.tensors(), config())
+    (source / folder).mkdir()
+    (source / folder / "x.txt").write_text("x")
+    with pytest.raises(SourceError, match="folder has the name of a file of the output"):
+        plan(source)

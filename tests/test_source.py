@@ -86,6 +86,14 @@ def test_linked_directory_broken_link_and_fifo(folder: Path) -> None:
         LocalSource(folder)
 
 
+def test_loop_of_links(folder: Path, tmp_path: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(SourceError, match="symbolic link to a file that does not exist"):
+        LocalSource(folder)
+    with pytest.raises(SourceError, match="does not exist"):
+        LocalSource(folder / "loop")
+
+
 def test_link_inside_the_source_is_followed(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "data.bin")
     (folder / "model.safetensors").symlink_to("data.bin")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class ConvertResult:
         path: the prepared checkpoint.
         manifest: its manifest.
         resumed: whether an earlier run's files were kept.
-        already_complete: nothing had to be done.
+        already_complete: nothing had to be done, by names, sizes, configs and the experts' scalars; no other bytes of
+            source and target were read.
         written_nbytes: bytes written by this run.
     """
 
@@ -55,7 +57,12 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
         SourceError: if the source cannot be read.
         UnsupportedCheckpointError: if it must be refused.
     """
-    return make_plan(open_source(source), options)
+    opened = open_source(source)
+    try:
+        return make_plan(opened, options)
+    finally:
+        if opened is not source:
+            opened.close()
 
 
 def convert(
@@ -96,7 +103,8 @@ def convert(
     path = Path(target)
     try:
         check_apart(opened, path)
-        _check_parts(path, restart=restart)
+        if not restart:
+            _check_undivided(path)
         made = make_plan(opened, options)
         taker = sink or KeepFiles()
         sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
@@ -104,6 +112,8 @@ def convert(
         complete = complete_manifest(path, made, taker)
         if complete is not None:
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
+        if restart:
+            discard_parts(path)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
             execution = Execution(made, opened, place, taker, where)
             written = execution.write(threads, progress or NoProgress())
@@ -124,7 +134,7 @@ def check_apart(source: Source, target: Path) -> None:
     root = getattr(source, "root", None)
     if not isinstance(root, Path):
         return
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))
     if resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved):
         raise TargetError(
             "target and source are the same directory or one lies in the other",
@@ -133,11 +143,9 @@ def check_apart(source: Source, target: Path) -> None:
         )
 
 
-def _check_parts(path: Path, *, restart: bool) -> None:
+def _check_undivided(path: Path) -> None:
     parts = list_parts(path)
-    if parts and restart:
-        discard_parts(path)
-    elif parts:
+    if parts:
         raise ResumeConflictError(
             f"holds parts made with --layers {', '.join(parts)}",
             where=str(path),
@@ -186,14 +194,17 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
 
 
 def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
-    """Configs, files and scalars: of the source's tensors only these were read, enough to tell fine-tunes apart."""
+    """By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew
+    have other scalars; a source that differs in other tensors' values only is not told apart."""
     records = {file.name: manifest.files.get(file.name) for file in made.files}
     sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
+    side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
     digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
     raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
     return (
         dict(manifest.texts) == dict(made.index.texts)
         and sizes == {file.name: file.nbytes for file in made.files}
+        and side == {file.name: file.nbytes for file in made.side_files}
         and all(digests.get(key) == hashlib.sha256(value).hexdigest() for key, value in raw.items())
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nvfp4_prep.activation import Activation, ActivationKind, find_activation
 from nvfp4_prep.config_fit import classify_layers
-from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError
+from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding
-from nvfp4_prep.index import CheckpointIndex, read_index
+from nvfp4_prep.index import CONFIG, INDEX, README, CheckpointIndex, read_index
+from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.plan_data import (
@@ -22,7 +23,7 @@ from nvfp4_prep.plan_data import (
 )
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
-from nvfp4_prep.source import Source
+from nvfp4_prep.source import Source, SourceFile
 from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
@@ -50,7 +51,8 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
     )
-    files = _order([*layer_files(layers), *_passthrough_files(index, layers)])
+    files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *_scale_files(layers))
+    _check_names(files, index.side_files)
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,
@@ -60,7 +62,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
         index=index,
         layers=layers,
         others=found.others,
-        files=(*files, *_scale_files(layers)),
+        files=files,
         side_files=index.side_files,
     )
 
@@ -249,6 +251,24 @@ def _scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
         _file(EXPERT_SCALES, FileKind.EXPERT_SCALES, vectors, frozenset()),
         _file(SOURCE_SCALES, FileKind.SOURCE_SCALES, scalars, frozenset(), served=False),
     ]
+
+
+def _check_names(files: Sequence[OutputFile], side_files: Sequence[SourceFile]) -> None:
+    """Raises :class:`SourceError` where names of the source are those that the output needs."""
+    found: dict[str, str] = {}
+    for file in files:
+        for record in file.records:
+            if record.name in found:
+                raise SourceError(
+                    f"tensor {record.name!r} has the name of one that would be made",
+                    where=f"{found[record.name]} and {file.name} of the output",
+                    next_step="Rename it: no server would read a prepared checkpoint's name in a source.",
+                )
+            found[record.name] = file.name
+    taken = {*(file.name for file in files), CONFIG, INDEX, README, MANIFEST}
+    for side in side_files:
+        if side.name.split("/")[0] in taken:
+            raise SourceError("folder has the name of a file of the output", where=side.name, next_step="Rename it.")
 
 
 def _file(

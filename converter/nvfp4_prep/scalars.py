@@ -189,7 +189,10 @@ def _peek_merged(source: Source, records: Sequence[TensorRecord]) -> dict[str, b
             end = run[-1].offset_bytes + run[-1].nbytes
             apart = record.file != run[0].file or record.offset_bytes - end > _MERGE_GAP_NBYTES
             if apart or record.offset_bytes - run[0].offset_bytes > _MERGE_LIMIT_NBYTES:
+                done = run[0].file
                 flush()
+                if record.file != done:
+                    source.release(done)  # a checkpoint may have more shards than a process may open
         run.append(record)
     flush()
     return found

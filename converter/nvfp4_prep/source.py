@@ -134,7 +134,7 @@ class LocalSource:
         Raises:
             SourceError: if it does not exist, is no directory or cannot be listed.
         """
-        self.root = root.resolve()
+        self.root = Path(os.path.realpath(root))  # resolve() fails on a loop of links
         self.label = self.root.name or "checkpoint"
         if not root.is_dir():
             what = "is no directory" if root.exists() else "does not exist"
@@ -183,7 +183,7 @@ class LocalSource:
         return SourceFile(name, status.st_size, f"mtime_ns={status.st_mtime_ns}")
 
     def _check_link(self, path: Path) -> None:
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
         allowed = [self.root] if self._blobs is None else [self.root, self._blobs]
         if not any(target.is_relative_to(folder) for folder in allowed):
             raise SourceError(

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import SampleModel, convert, inspect, restore, verify, write_sample
 from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, VerificationError
+from nvfp4_prep.index import read_index
 from nvfp4_prep.safetensors_io import read_header
+from nvfp4_prep.source import LocalSource
 
 LAYER = "experts-layer-00001.safetensors"
 PREFIX = "model.layers.1.mlp.experts.routed_experts"
@@ -347,3 +351,32 @@ def test_missing_file_is_the_only_one_that_is_accused(sample_source: Path, copy:
     names = {path.name for path in copy.iterdir()}
     assert (victim.name, "is missing") in [(problem.where, problem.what) for problem in report.problems]
     assert not [problem for problem in report.problems if problem.where in names]
+
+
+def test_what_was_not_looked_at_is_not_said_to_be(sample_source: Path, copy: Path) -> None:
+    whole = verify(copy, source=sample_source).checks
+    (copy / LAYER).unlink()
+    found = verify(copy, source=sample_source).checks
+    assert [line for line in whole if line.startswith("experts: 10 experts")]
+    assert [line for line in found if line.startswith("experts: 5 experts")]
+    compared = [int(next(line for line in lines if "source: " in line).split()[1]) for lines in (whole, found)]
+    assert compared == [len(read_index(LocalSource(sample_source)).tensors), compared[0] - 5 * 3 * 2]
+    (copy / "source-scales.safetensors").unlink()
+    assert [line for line in verify(copy).checks if "vectors of 0 layers" in line]
+
+
+def test_tensor_that_stands_twice(sample_source: Path, copy: Path) -> None:
+    path = sorted(copy.glob("model-0*.safetensors"))[0]
+    save_file({**load_file(path), f"{PREFIX}.w2_weight": torch.zeros(4)}, path)
+    reseal(copy)
+    for source in (None, sample_source):
+        assert f"tensor '{PREFIX}.w2_weight' stands twice" in problems(copy, source=source)
+
+
+def test_result_of_a_conversion_says_what_was_turned_back_into_what(sample_prepared: Path, tmp_path: Path) -> None:
+    """Rescaled block scales turn back into the rescaled ones: the source's are kept beside them."""
+    write_sample(tmp_path / "agreeing", SampleModel())
+    agreeing = convert(tmp_path / "agreeing", tmp_path / "out").manifest
+    assert agreeing.verified[0]["result"].endswith("turned back into the source's byte before it was written")
+    rescaled = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
+    assert rescaled["verified"][0]["result"].endswith("rescaled block scales into the rescaled ones")

@@ -118,6 +118,7 @@ class Execution:
         """
         self._source.check_unchanged()
         made = self._plan
+        rescaled = any(plan.reconciled for plan in made.layers)
         draft = Manifest(
             tool_version=__version__,
             options=made.options,
@@ -131,7 +132,8 @@ class Execution:
             verified=(
                 {
                     "check": "inverse transform while converting",
-                    "result": "every prepared byte turned back into the source's byte before it was written",
+                    "result": "every prepared byte turned back into the source's byte before it was written"
+                    + (", rescaled block scales into the rescaled ones" if rescaled else ""),
                     "experts": sum(plan.layer.dims.experts for plan in made.layers),
                     "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
                 },

@@ -11,7 +11,7 @@ import torch
 from nvfp4_prep.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError
 from nvfp4_prep.index import read_index
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.moe_layers import TensorGroup
@@ -38,10 +38,13 @@ class SourceComparison:
         found = classify_layers(self._index)
         self._passed = {finding.experts_path for finding in found.others}
         self._groups = {group.key: group for layer in found.layers for group in layer.groups}
-        self.summary = (
-            f"{count(len(self._index.tensors), 'tensor')}, configs and"
-            f" {count(len(self._index.side_files), 'other file')}"
-        )
+        self._compared: set[str] = set()
+        self._compared_files = 0
+
+    @property
+    def summary(self) -> str:
+        """What was compared so far."""
+        return f"{count(len(self._compared), 'tensor')}, configs and {count(self._compared_files, 'other file')}"
 
     def close(self) -> None:
         """Closes the source."""
@@ -71,6 +74,7 @@ class SourceComparison:
                 if source is None or not group.leaf.is_scalar:
                     continue
                 raw = b"".join(self._source.peek(r.file, r.offset_bytes, r.nbytes) for r in source.records)
+                self._compared |= {record.name for record in source.records}
                 if raw != scalars.raw[group.key]:
                     self._problems.add(group.key, "scalars differ from the source's")
 
@@ -84,6 +88,7 @@ class SourceComparison:
         if (source.dtype, source.shape, source.stacked) != (group.dtype, group.shape, group.stacked):
             self._problems.add(group.key, "has another dtype or shape in the source")
             return
+        self._compared.update(group.name(expert) for expert in chunk)
         want = read_experts(self._source, source, chunk, experts)
         if same_bytes(want, raw):
             return
@@ -94,8 +99,11 @@ class SourceComparison:
 
     def jobs(self) -> list[FileJob]:
         """Jobs that compare passed-through tensors and side files."""
-        jobs = []
-        records = self._checkpoint.records
+        jobs: list[FileJob] = []
+        try:
+            records = self._checkpoint.records
+        except CheckpointError:
+            return jobs  # a tensor stands twice: a problem already, and nobody knows which one is meant
         for name in self._checkpoint.names(FileKind.PASSTHROUGH):
             if name not in self._checkpoint.headers:
                 continue  # a problem already
@@ -113,6 +121,7 @@ class SourceComparison:
                 self._problems.add(file.name, "is not as in the source")
                 continue
             jobs.append(self._job(file.name, file.nbytes, [(here, here)]))
+            self._compared_files += 1
         return jobs
 
     def _job(self, name: str, nbytes: int, pairs: list[tuple[TensorRecord, TensorRecord]]) -> FileJob:
@@ -123,6 +132,8 @@ class SourceComparison:
             if (mine.dtype, mine.shape) != (source.dtype, source.shape):
                 self._problems.add(mine.name, "has another dtype or shape in the source")
                 continue
+            if mine.name in self._index.tensors:
+                self._compared.add(mine.name)
             for begin in range(0, mine.nbytes, UNIT_NBYTES):
                 nbytes = min(UNIT_NBYTES, mine.nbytes - begin)
                 yield Unit(nbytes, partial(self._compare, mine, source, begin, nbytes))

@@ -8,6 +8,7 @@ vectors. *with source*: also every tensor, config and side file against the sour
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,7 @@ class _Verification:
         self._problems = problems
         self._comparison = comparison
         self._digests: dict[str, str] = {}
+        self._turned_back: list[tuple[str, int]] = []
         self.checks: list[str] = []
 
     def run(self, threads: int | None, progress: Progress) -> int:
@@ -154,15 +156,22 @@ class _Verification:
         with working(progress, "verify", total):
             run_jobs(jobs, None, threads=threads, progress=progress, on_done=self._file_done)
         self._check_digests()
-        for layer in manifest.layers:
-            self._check_scales(layer)
-        experts = sum(layer.layer.dims.experts for layer in manifest.layers)
+        computed = sum([self._check_scales(layer) for layer in manifest.layers])
+        experts = count(self._experts(), "expert")
         self.checks += [
             f"files: sha256 of {count(digested, 'file')}",
-            f"experts: {count(experts, 'expert')} turned back; digests of the source's tensors, padding and checksums",
-            f"scales: global and input scale vectors of {count(len(manifest.layers), 'layer')} computed again",
+            f"experts: {experts} turned back; digests of the source's tensors, padding and checksums",
+            f"scales: global and input scale vectors of {count(computed, 'layer')} computed again",
         ]
         return total
+
+    def _experts(self) -> int:
+        """How many experts were turned back, in all four tensors."""
+        done: Counter[str] = Counter()
+        for name, experts in self._turned_back:
+            done[name] += experts
+        layers = [record.layer for record in self._checkpoint.manifest.layers]
+        return sum(min(done[layer.prepared_name(tensor)] for tensor in PreparedTensor) for layer in layers)
 
     def _file_job(self, name: str) -> FileJob | None:
         file = self._checkpoint.manifest.files[name]
@@ -226,6 +235,7 @@ class _Verification:
             result.digests.append((group.key, byte_view(raw)))
             if self._comparison is not None:
                 self._comparison.compare_experts(layer, group, chunk, raw)
+        result.fact = (where, len(chunk))
         return result
 
     def _check_rescaled(self, layer: LayerRecord, chunk: range, prepared: torch.Tensor) -> None:
@@ -249,6 +259,7 @@ class _Verification:
 
     def _file_done(self, result: JobResult) -> None:
         self._digests |= result.digests
+        self._turned_back += result.facts
         file = self._checkpoint.manifest.files.get(result.name)
         if file is not None and result.sha256 is not None and result.sha256 != file.sha256:
             self._problems.add(result.name, "bytes changed", f"sha256 {file.sha256}", result.sha256)
@@ -267,7 +278,8 @@ class _Verification:
                         have,
                     )
 
-    def _check_scales(self, layer: LayerRecord) -> None:
+    def _check_scales(self, layer: LayerRecord) -> bool:
+        """Whether they could be computed again."""
         try:
             scalars = self._checkpoint.scalars(layer)
             for key, raw in scalars.raw.items():
@@ -279,3 +291,5 @@ class _Verification:
                     self._problems.add(name, "does not follow from the source's scalars")
         except NvfpPrepError as error:
             self._problems.add_error(layer.layer.experts_path, error)
+            return False
+        return True

@@ -38,13 +38,20 @@ def tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
+def made_here(source: Path) -> bool:
+    """Whether a source is a sample, which may go; somebody's own checkpoint may be called source, too."""
+    card = source / "README.md"
+    return card.is_file() and "Random weights, for tests." in card.read_text()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     folder = parser.parse_args().directory
     source, out, back = folder / "source", folder / "prepared", folder / "restored"
     if folder.exists():
-        if not folder.is_dir() or {*folder.iterdir()} - {source, out, back}:
+        there = {*folder.iterdir()} if folder.is_dir() else {folder}
+        if there and (there - {source, out, back} or not made_here(source)):
             parser.error(f"{folder} holds something else than an earlier demo: remove it, or give another directory")
         shutil.rmtree(folder)
     model = nvfp4_prep.SampleModel(layers=3, experts=24, intermediate=256, hidden=512, shard_nbytes=6_000_000)

@@ -94,9 +94,13 @@ def test_errors_of_examples_are_one_line(source: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all my work")
+    model = tmp_path / "model" / "source" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_text("a checkpoint of mine")
     for script, arguments, words in (
         ("python_api.py", [source.parent], "is not empty"),
         ("demo.py", [mine], "something else than an earlier demo"),
+        ("demo.py", [tmp_path / "model"], "something else than an earlier demo"),
         ("flashinfer_direct.py", [source, "--layer", "1"], "Give a directory that `nvfp4-prep convert` finished"),
         ("flashinfer_direct.py", [source, "--layer", "1", "--tokens", "0"], "invalid number value"),
     ):
@@ -110,6 +114,7 @@ def test_errors_of_examples_are_one_line(source: Path, tmp_path: Path) -> None:
         assert done.returncode != 0
         assert words in done.stderr and "Traceback" not in done.stderr
     assert (mine / "thesis.txt").read_text() == "all my work"
+    assert model.read_text() == "a checkpoint of mine"
 
 
 def test_slurm_array_and_join(source: Path, whole: dict[str, str], programs: Path, tmp_path: Path) -> None:

@@ -8,17 +8,22 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from compare import Job, Outcome, run
 from families import FAMILIES
 from results import Checkpoints
 from states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
 from tiny_models import TinyModel
+from vllm.config import ParallelConfig
 from vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError, ServingError, SourceError, VerificationError
+from nvfp4_prep.load.options import default_threads
+from nvfp4_prep.vllm import load_format
 
 QWEN, DEEPSEEK, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"], FAMILIES["nemotron_h"]
 LOAD: dict[str, Any] = {"load_format": "nvfp4_prep"}
@@ -146,3 +151,25 @@ class TestFailures:
         with pytest.raises(ServingError, match="another MoE backend"):
             state_of(checkpoints.get(QWEN)[1], **load)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvfp4-load")]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "devices", "ranks"),
+    [
+        ({"tensor_parallel_size": 8}, 8, 8),
+        ({"data_parallel_size": 8}, 8, 8),
+        ({"data_parallel_size": 4, "tensor_parallel_size": 2}, 8, 8),
+        ({"data_parallel_size": 16}, 8, 8),
+        ({}, 8, 1),
+    ],
+    ids=str,
+)
+def test_threads_are_shared_by_all_ranks_of_a_host(
+    parallel: dict[str, int], devices: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SimpleNamespace(parallel_config=ParallelConfig(distributed_executor_backend="mp", **parallel))
+    monkeypatch.setattr(load_format, "get_current_vllm_config_or_none", lambda: config)
+    monkeypatch.setattr(load_format, "usable_cores", lambda: 64)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    assert load_format._threads() == default_threads(64 // ranks)

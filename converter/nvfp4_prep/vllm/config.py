@@ -34,7 +34,7 @@ __all__ = ["Nvfp4PrepConfig", "adopt_source", "register_configs"]
 logger = init_logger(f"vllm.{__name__}")
 
 
-class PreparedExperts(ABC):
+class WithPreparedExperts(ABC):
     """Mixed into a stock config class: prepared experts here, everything else from the stock class."""
 
     stamp: Stamp
@@ -42,7 +42,7 @@ class PreparedExperts(ABC):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """The stock config for a stock checkpoint, else this class with the stamp."""
-        stock = next(base for base in cls.__mro__ if base not in (cls, PreparedExperts))
+        stock = next(base for base in cls.__mro__ if base not in (cls, WithPreparedExperts))
         if STAMP_KEY not in config:
             return stock.from_config(config)  # type: ignore[attr-defined]
         clean = {key: value for key, value in config.items() if key != STAMP_KEY}
@@ -69,14 +69,14 @@ class PreparedExperts(ABC):
         """The ModelOpt NVFP4 config of a routed-experts layer, if the source has NVFP4 (W4A4) experts there."""
 
 
-class PreparedModelOptNvFp4Config(PreparedExperts, ModelOptNvFp4Config):  # type: ignore[misc]
+class PreparedModelOptNvFp4Config(WithPreparedExperts, ModelOptNvFp4Config):  # type: ignore[misc]
     """ModelOpt NVFP4."""
 
     def _nvfp4_config(self, layer: RoutedExperts, prefix: str) -> ModelOptNvFp4Config | None:
         return self if self.quant_method == "NVFP4" and not self.is_layer_excluded(prefix) else None
 
 
-class PreparedModelOptMixedConfig(PreparedExperts, ModelOptMixedPrecisionConfig):  # type: ignore[misc]
+class PreparedModelOptMixedConfig(WithPreparedExperts, ModelOptMixedPrecisionConfig):  # type: ignore[misc]
     """ModelOpt mixed precision."""
 
     def _nvfp4_config(self, layer: RoutedExperts, prefix: str) -> ModelOptNvFp4Config | None:
@@ -85,7 +85,7 @@ class PreparedModelOptMixedConfig(PreparedExperts, ModelOptMixedPrecisionConfig)
         return self.nvfp4_config
 
 
-class PreparedCompressedTensorsConfig(PreparedExperts, CompressedTensorsConfig):  # type: ignore[misc]
+class PreparedCompressedTensorsConfig(WithPreparedExperts, CompressedTensorsConfig):  # type: ignore[misc]
     """compressed-tensors ``nvfp4-pack-quantized``."""
 
     def _nvfp4_config(self, layer: RoutedExperts, prefix: str) -> ModelOptNvFp4Config | None:
@@ -98,7 +98,7 @@ class PreparedCompressedTensorsConfig(PreparedExperts, CompressedTensorsConfig):
         return ModelOptNvFp4Config(is_checkpoint_nvfp4_serialized=True) if both else None
 
 
-PREPARED_CONFIGS: dict[str, type[PreparedExperts]] = {
+PREPARED_CONFIGS: dict[str, type[WithPreparedExperts]] = {
     "modelopt_fp4": PreparedModelOptNvFp4Config,
     "modelopt_mixed": PreparedModelOptMixedConfig,
     "compressed-tensors": PreparedCompressedTensorsConfig,

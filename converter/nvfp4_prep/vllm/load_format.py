@@ -91,7 +91,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         """Loads everything.
 
         Raises:
-            LoadError, VerificationError: if prepared experts cannot be read or are damaged.
+            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged.
             ServingError: if the checkpoint is not prepared or not in a local directory.
         """
         with self._take_loader(_experts_device(model)) as loader:
@@ -220,8 +220,8 @@ def _experts_device(model: nn.Module) -> torch.device:
 
 
 def _threads() -> int:
-    """This process's part of the machine's cores: ranks of one host load at the same time."""
+    """For this process's part of the machine's cores: ranks of one host, data-parallel ones too, load at one time."""
     config = get_current_vllm_config_or_none()
-    ranks = 1 if config is None else int(config.parallel_config.world_size)
+    ranks = 1 if config is None else int(config.parallel_config.world_size_across_dp)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
     return default_threads(usable_cores() // max(1, min(ranks, devices)))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import tiny_checkpoints as tiny
 from nvfp4_prep import convert, convert_part, inspect, plan, relayout
+from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.reporting import inspection_text, plan_text
 from nvfp4_prep.units import count, spans
@@ -100,6 +103,20 @@ def test_unfinished_conversion(sample_source: Path, tmp_path: Path) -> None:
     convert_part(sample_source, tmp_path / "out", "1/2")
     with pytest.raises(CheckpointError, match=r"unfinished conversion.*Run the same convert command again"):
         inspect(tmp_path / "out")
+
+
+def test_a_config_without_a_quantization_method(sample_source: Path, tmp_path: Path) -> None:
+    """It converts (a package's own format need not have one), but nobody should be surprised by vLLM."""
+    copy = Path(shutil.copytree(sample_source, tmp_path / "copy"))
+    said = "vLLM cannot serve: neither config.json nor hf_quant_config.json names a quantization method"
+    assert said not in inspection_text(inspect(copy))
+    (copy / "hf_quant_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert said in inspection_text(inspect(copy))
+    assert said.replace("vLLM cannot", "vLLM     cannot") in plan_text(plan(copy))
+    assert said in CliRunner().invoke(cli, ["convert", str(copy), str(tmp_path / "out"), "-q", "--no-smoke"]).output
 
 
 def test_differing_scales_are_counted(tmp_path: Path) -> None:

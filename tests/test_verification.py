@@ -136,6 +136,41 @@ def test_swapped_gate_and_up(copy: Path) -> None:
     assert "up_proj.weight" in found
 
 
+def test_one_damage_is_one_problem(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_size": 7}))
+    assert problems(copy) == problems(copy, quick=True)
+    assert problems(copy) == "config.json: differs from what was converted in hidden_size"
+    (copy / "config.json").unlink()
+    assert problems(copy) == problems(copy, quick=True) == "config.json: is missing"
+
+
+def test_a_digest_of_the_config_that_is_not_its_own(copy: Path) -> None:
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    manifest["files"]["config.json"]["sha256"] = "0" * 64
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    assert "nvfp4_prep.json: has another size or digest of config.json" in problems(copy, quick=True)
+
+
+def test_what_may_not_be_read_or_is_not_there_is_no_damage(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SourceError, match="nowhere: does not exist") as caught:
+        verify(copy / "nowhere")
+    assert caught.value.exit_code == 3
+
+    def refuse(self: LocalSource, name: str) -> None:
+        raise SourceError("cannot be read (Permission denied)", where=name) from PermissionError(13, "denied")
+
+    monkeypatch.setattr(LocalSource, "header", refuse)
+    with pytest.raises(SourceError, match="Permission denied"):
+        verify(copy)
+
+
+def test_quick_with_source(sample_source: Path, sample_prepared: Path) -> None:
+    report = verify(sample_prepared, source=sample_source, quick=True)
+    assert report.depth == "quick with source"
+    assert any(check.startswith("source: names of all tensors") for check in report.checks)
+
+
 def test_missing_file(copy: Path) -> None:
     (copy / LAYER).unlink()
     assert f"{LAYER}: is missing" in problems(copy, quick=True)
@@ -145,6 +180,7 @@ def test_missing_file(copy: Path) -> None:
 def test_truncated_file(copy: Path) -> None:
     edit(copy / LAYER, lambda data: data.__delitem__(slice(-4096, None)))
     assert "has the wrong size" in problems(copy, quick=True)
+    assert len(problems(copy).splitlines()) == 1
 
 
 def test_file_of_another_conversion(sample_prepared: Path, copy: Path, tmp_path: Path) -> None:

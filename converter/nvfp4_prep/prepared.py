@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,7 @@ class PreparedCheckpoint:
 
         Raises:
             CheckpointError: if it is no complete prepared checkpoint.
-            SourceError: if it cannot be read.
+            SourceError: if it does not exist or cannot be read.
         """
         self.path = Path(path)
         if files is None:
@@ -61,10 +62,12 @@ class PreparedCheckpoint:
             return
         if (self.path / WORK_FOLDER).is_dir():
             what, next_step = "holds an unfinished conversion", "Run the same convert command again."
-        elif self.path.exists():
+        elif os.path.lexists(self.path):
             what, next_step = f"is no prepared checkpoint (no {MANIFEST})", "Make one with nvfp4-prep convert."
-        else:
-            what, next_step = "does not exist", "Give the directory of a prepared checkpoint."
+        else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint
+            raise SourceError(
+                "does not exist", where=str(self.path), next_step="Give the directory of a prepared checkpoint."
+            )
         raise CheckpointError(what, where=str(self.path), next_step=next_step)
 
     @cached_property
@@ -104,6 +107,8 @@ class PreparedCheckpoint:
             try:
                 headers[name] = self.files.header(name)
             except SourceError as error:
+                if isinstance(error.__cause__, PermissionError):
+                    raise  # whoever may not read a file knows nothing about it
                 errors[name] = error
         return headers, errors
 

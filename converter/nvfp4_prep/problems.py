@@ -36,16 +36,16 @@ class Problems:
     """Collects problems from several threads."""
 
     def __init__(self) -> None:
-        self._found: list[Problem] = []
+        self._found: set[Problem] = set()
         self._lock = threading.Lock()
 
     def add(self, where: str, what: str, expected: object = None, actual: object = None) -> None:
-        """Notes one problem."""
+        """Notes one problem, once."""
         problem = Problem(
             where, what, None if expected is None else str(expected), None if actual is None else str(actual)
         )
         with self._lock:
-            self._found.append(problem)
+            self._found.add(problem)
 
     def add_error(self, where: str, error: NvfpPrepError) -> None:
         """Notes an error that stopped a check."""

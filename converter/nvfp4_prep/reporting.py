@@ -11,6 +11,7 @@ from typing import Any
 from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.plan_data import FileKind, Plan
+from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.units import count, format_nbytes, spans
 from nvfp4_prep.verification import VerifyReport
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
@@ -23,6 +24,7 @@ __all__ = [
     "layout_text",
     "plan_text",
     "plan_value",
+    "quantization_lines",
     "relative_error_text",
     "tp_lines",
     "verify_text",
@@ -87,6 +89,8 @@ def plan_text(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = 
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
     lines += [f"TP       {line}" for line in tp_lines((item.layout, item.layer.dims) for item in plan.layers)]
+    configs = quantization_configs(plan.index.config, plan.index.hf_quant_config)
+    lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
     lines += [f"passes   {count(passed, 'other tensor')}, {count(len(plan.side_files), 'other file')}"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
     lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
@@ -155,6 +159,17 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
             yield f"cannot serve {size}: {error}"
 
 
+def quantization_lines(configs: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What is missing from a source's quantization configs before vLLM can serve source or output."""
+    keys = {key for config in configs for part in (config, config.get("quantization")) for key in _mapping(part)}
+    if not keys & {"quant_method", "quant_algo"}:
+        yield "cannot serve: neither config.json nor hf_quant_config.json names a quantization method for vLLM"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _layers(numbers: Iterable[int]) -> str:
     text = spans(numbers)
     return f"layer {text}" if text.isdigit() else f"layers {text}"
@@ -184,6 +199,8 @@ def inspection_text(found: Inspection) -> str:
         ]
     lines += [_inspected_line(layer) for layer in found.layers]
     lines += [f"not part of the checkpoint: {name}" for name in found.left_out]
+    if found.layers:
+        lines += (f"vLLM {line}" for line in quantization_lines([found.quantization]))
     if not found.prepared:
         lines.append(f"convert would refuse: {found.refusal}" if found.refusal else "convert would prepare it")
     return "\n".join(lines)

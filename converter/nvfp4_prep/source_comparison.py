@@ -53,9 +53,9 @@ class SourceComparison:
     def check_names(self) -> None:
         """Same tensors, same scalars, same texts and the same list of side files."""
         have, want = self._checkpoint.source_names(), set(self._index.tensors)
-        for name in sorted(want - have)[:20]:
+        for name in want - have:
             self._problems.add(name, "is in the source, but not in the prepared checkpoint")
-        for name in sorted(have - want)[:20]:
+        for name in have - want:
             self._problems.add(name, "is in the prepared checkpoint, but not in the source")
         if self._checkpoint.manifest.passed.keys() != self._passed:
             self._problems.add(MANIFEST, "names other layers than the source's that pass through")

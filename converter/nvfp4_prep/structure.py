@@ -43,7 +43,7 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add(MANIFEST, "names no prepared layers")
     _check_files(checkpoint, problems)
     for name, error in checkpoint.header_errors.items():
-        if name in checkpoint.sizes:
+        if checkpoint.sizes.get(name) == checkpoint.manifest.files[name].nbytes:  # another size says it already
             problems.add(name, error.what, error.expected, error.actual)
     _check_config(checkpoint, problems)
     if problems.found:
@@ -77,6 +77,8 @@ def require_sound(checkpoint: PreparedCheckpoint) -> None:
 def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     there = checkpoint.sizes
     for name, file in checkpoint.manifest.files.items():
+        if name == CONFIG:
+            continue  # _check_config knows what it must say
         if name not in there:
             problems.add(name, "is missing")
         elif there[name] != file.nbytes:
@@ -97,6 +99,10 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         if raw != expected:
             changed = changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
             problems.add(CONFIG, f"differs from what was converted in {', '.join(changed) or 'its formatting'}")
+        elif (file := checkpoint.manifest.files.get(CONFIG)) is not None:
+            digest = hashlib.sha256(raw).hexdigest()
+            if (file.nbytes, file.sha256) != (len(raw), digest):
+                problems.add(MANIFEST, f"has another size or digest of {CONFIG}", file.sha256, digest)
     except KeyError:
         problems.add(MANIFEST, f"does not hold the source's {CONFIG}")
     except NvfpPrepError as error:

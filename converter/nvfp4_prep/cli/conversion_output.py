@@ -33,7 +33,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
 
 def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
-    from nvfp4_prep.reporting import relative_error_text, tp_lines
+    from nvfp4_prep.reporting import quantization_lines, relative_error_text, tp_lines
     from nvfp4_prep.units import count, format_nbytes
 
     manifest = result.manifest
@@ -46,6 +46,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
         *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
+        *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
     ]
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
     if differing:

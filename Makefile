@@ -2,7 +2,7 @@
 # make test    set up and run the tests
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
 # make check   ruff (lint and format) and mypy --strict
-# make test-vllm  set up a second environment with the real vLLM on the CPU build of torch, and run the plugin's tests
+# make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 setup: $(STAMP)
 
-# torch first: the constraints pin the build, and everything after it finds the requirement satisfied.
+# torch first: the constraints pin its version, and everything after it finds the requirement satisfied.
 $(STAMP): pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints-dev.txt torch
@@ -71,4 +71,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV1) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV1) $(VENV_VLLM) $(DEMO) build dist

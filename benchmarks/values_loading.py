@@ -8,6 +8,7 @@ from typing import Any
 from recorded import DASH, TIMES, Recorded, bold, gb, reach, spread, table
 
 Row = dict[str, Any]
+WHOLE, TP2, TP8, EP8 = "full layer", "full layer, TP2", "full layer, TP8", "EP8, one layer"
 
 
 def way(recorded: Recorded, name: str) -> list[Row]:
@@ -45,6 +46,12 @@ def cold_rows(recorded: Recorded) -> dict[str, Row]:
     """Rows of the cold disk that did not fail: ours by kind of I/O, others by loader."""
     rows = [row for row in recorded["load"]["cold"] if "failed" not in row]
     return {row.get("direct_io") or row.get("loader") or row["way"]: row for row in rows}
+
+
+def share(recorded: Recorded, side: str) -> Row:
+    """One row of the other shares, by its name in the table."""
+    rows: list[Row] = recorded["load"]["shares"]
+    return next(row for row in rows if row["side"] == side)
 
 
 def worst_ratio(recorded: Recorded) -> float:
@@ -107,7 +114,10 @@ def load_shares(recorded: Recorded) -> Row:
     rows = recorded["load"]["shares"]
     exact = all(row["read_nbytes"] == row["parameter_nbytes"] for row in rows)
     cells = [[row["side"], f"{gb(row['nbytes'])} GB", spread(row), f"{row['gb_per_s']:.1f}"] for row in rows]
+    whole = share(recorded, WHOLE)["median"]
     return {
+        "tp2_times": share(recorded, TP2)["median"] / whole,
+        "tp8_times": share(recorded, TP8)["median"] / whole,
         "read": "bytes read equal the share in every row" if exact else "**bytes read differ from the share**",
         "table": table(["", "share", "s", "GB/s"], cells),
     }
@@ -231,6 +241,8 @@ def readme_load(recorded: Recorded) -> Row:
     for row in vllm_rows(recorded):
         cells = [_vllm_name(row), spread(row["total"]), _extra_memory(row)]
         rows.append(bold(cells) if row is vllm_rows(recorded)[-1] else cells)
+    named = {"whole": share(recorded, WHOLE), "tp2": share(recorded, TP2)}
+    named |= {"tp8": share(recorded, TP8), "ep8": share(recorded, EP8)}
     last, cold, runs = vllm_rows(recorded)[-1], cold_rows(recorded), recorded.runs("load-vllm")
     return {
         **recorded.about("load-vllm"),
@@ -251,6 +263,8 @@ def readme_load(recorded: Recorded) -> Row:
         "cold_rate": cold["automatic"]["gb_per_s"],
         "worst": worst_ratio(recorded),
         "combinations": len(recorded["load-host"]["rows"]),
+        **{name: row["median"] for name, row in named.items()},
+        **{f"{name}_gb": gb(row["nbytes"]) for name, row in named.items()},
     }
 
 

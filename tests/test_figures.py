@@ -100,6 +100,8 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any, set[str]]] = [
     ("prepare-kernels-layer", ("rows", "prepare: what has to move", "ms"), [9.0, 99.0, 999.0], {PROOF}),
     ("smoke", ("layer", "lowest_cosine"), 0.5, {PROOF}),
     ("load", ("sides", 0, "median"), 99.0, {LOADING, PICTURE}),
+    ("load", ("shares", 1, "median"), 99.0, {LOADING}),
+    *(("load", ("shares", row, "median"), 99.0, {LOADING, README}) for row in (0, 2, 3, 4)),
     ("load-vllm", ("rows", 0, "total", "median"), 99.0, {LOADING, README, PICTURE}),
 ]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -367,6 +368,16 @@ def test_help_of_every_command_teaches_by_example() -> None:
     for name in cli.commands:
         text = run(name, "--help").stdout
         assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name
+
+
+def test_help_says_what_every_option_is() -> None:
+    for name, command in cli.commands.items():
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, (name, parameter.name)
+    conditional = [line for line in run("convert", "--help").stdout.splitlines() if "With --push-to: " in line]
+    assert [line.split()[0] for line in conditional] == ["--stream-out", "--private", "--revision", "--create-pr"]
+    assert "--push-to" not in run("push", "--help").stdout
 
 
 def test_interrupt_while_modules_are_imported_has_the_same_exit_code() -> None:

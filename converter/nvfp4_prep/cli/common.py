@@ -102,19 +102,29 @@ def conversion_options(command: _Command) -> _Command:
     return decorated(run, decorators)  # type: ignore[return-value]
 
 
-def publishing_options(command: _Command) -> _Command:
-    """Where and how to publish; the command gets them as one :class:`Publishing`."""
+def publishing_options(condition: str = "") -> Callable[[_Command], _Command]:
+    """Where and how to publish; the command gets them as one :class:`Publishing`.
 
-    @functools.wraps(command)
-    def run(*args: Any, private: bool, revision: str | None, create_pr: bool, **kwargs: Any) -> None:
-        command(*args, publishing=Publishing(private, revision, create_pr), **kwargs)
+    Args:
+        condition: what the help says first, where the command publishes only if it is asked to.
+    """
 
-    decorators = [
-        click.option("--private", is_flag=True, help="Make the repository a private one."),
-        click.option("--revision", metavar="BRANCH", help="Branch to publish on; made if it does not exist."),
-        click.option("--create-pr", is_flag=True, help="Publish as a pull request; an open one is continued."),
-    ]
-    return decorated(run, decorators)  # type: ignore[return-value]
+    def option(name: str, text: str, **kind: Any) -> Callable[[_Command], _Command]:
+        return click.option(name, help=condition + (text if not condition else text[0].lower() + text[1:]), **kind)
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def run(*args: Any, private: bool, revision: str | None, create_pr: bool, **kwargs: Any) -> None:
+            command(*args, publishing=Publishing(private, revision, create_pr), **kwargs)
+
+        decorators = [
+            option("--private", "Make the repository a private one.", is_flag=True),
+            option("--revision", "Branch to publish on; made if it does not exist.", metavar="BRANCH"),
+            option("--create-pr", "Publish as a pull request; an open one is continued.", is_flag=True),
+        ]
+        return decorated(run, decorators)  # type: ignore[return-value]
+
+    return decorate
 
 
 def decorated(command: Callable[..., None], decorators: list[Callable[[_Command], _Command]]) -> Callable[..., None]:

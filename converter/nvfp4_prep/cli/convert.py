@@ -127,7 +127,7 @@ class _Job:
 @click.option("--no-smoke", is_flag=True, help="Leave out the fused-MoE smoke run at the end.")
 @click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML page about the smoke run.")
 @click.option("--stream-out", is_flag=True, help="With --push-to: delete each file here once it is published.")
-@publishing_options
+@publishing_options("With --push-to: ")
 @conversion_options
 @threads_option
 @restart_option

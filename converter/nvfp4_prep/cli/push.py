@@ -25,7 +25,7 @@ __all__ = ["push", "say_pushed"]
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="USER/NAME")
-@publishing_options
+@publishing_options()
 @click.option("--full", is_flag=True, help="Check every byte before, not only structure, sizes and headers.")
 @threads_option
 @common

@@ -18,12 +18,12 @@ __all__ = ["sample"]
 @click.option(
     "--layers", type=click.IntRange(2), default=3, show_default=True, help="Decoder layers; the first one is dense."
 )
-@click.option("--experts", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--experts", type=click.IntRange(1), default=8, show_default=True, help="Experts of one layer.")
 @click.option(
     "--intermediate", type=click.IntRange(16), default=128, show_default=True, help="Intermediate size of one expert."
 )
-@click.option("--hidden", type=click.IntRange(16), default=256, show_default=True)
-@click.option("--vocabulary", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--hidden", type=click.IntRange(16), default=256, show_default=True, help="Hidden size of the model.")
+@click.option("--vocabulary", type=click.IntRange(1), default=256, show_default=True, help="Rows of the embedding.")
 @click.option(
     "--shard-mb", type=click.IntRange(1), default=5000, show_default=True, help="Largest shard, in MB (10^6 bytes)."
 )
@@ -34,7 +34,13 @@ __all__ = ["sample"]
     show_default=True,
     help="Share of experts with different gate/up scales.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the random tensors; the same seed gives the same bytes.",
+)
 @click.option("--kimi-layer", is_flag=True, help="One MoE layer at Kimi-K2.5's dimensions (9.5 GB).")
 @common
 def sample(

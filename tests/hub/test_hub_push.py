@@ -51,6 +51,17 @@ def assert_published(hub: LoopbackHub, directory: Path, branch: str = "main") ->
     assert assert_never_half(repository, branch) == 1
 
 
+def test_a_hub_that_was_never_reached_is_not_waited_for_long(
+    hub: LoopbackHub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One minute until the first answer; what docs/hub.md calls a bad night begins after it."""
+    assert Patience().at_first_contact().give_up_after_s == 60.0
+    monkeypatch.setattr("nvfp4_prep.hub.client._FIRST_CONTACT_S", 0.05)
+    hub.fault("/api/repos/create", "status", method="POST", status=503, times=1000)
+    with pytest.raises(HubError, match=r"creating the repository failed .* without progress.*continues"):
+        send(made, Patience(0.01, 0.02, 3600.0))
+
+
 def test_push_publishes_everything_stamp_last(hub: LoopbackHub, made: Path) -> None:
     result = send(made)
     assert_published(hub, made)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ __all__ = ["AGAIN", "Patience", "hub_errors", "is_conflict", "is_transient", "li
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
+_FIRST_CONTACT_S = 60.0
 AGAIN = "Run the same command again: it continues where it stopped."
 
 
@@ -34,6 +35,10 @@ class Patience:
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
     give_up_after_s: float = 1800.0
+
+    def at_first_contact(self) -> Patience:
+        """Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
+        return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S))
 
 
 @cache

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nvfp4_prep.errors import SourceError
@@ -28,8 +27,6 @@ _HEAD_NBYTES = 1 << 20
 _SMALL_NBYTES = 64 << 20
 _SMALL_KEPT = 4
 _HEADER_THREADS = 8
-_FIRST_CONTACT_S = 60.0
-"""Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
 
 
 class RangeSource:
@@ -57,8 +54,7 @@ class RangeSource:
 
         patience = patience or Patience()
         api = api or HfApi()
-        first = replace(patience, give_up_after_s=min(patience.give_up_after_s, _FIRST_CONTACT_S))
-        self.snapshot = read_snapshot(api, address.repo_id, address.revision, first)
+        self.snapshot = read_snapshot(api, address.repo_id, address.revision, patience.at_first_contact())
         self.label = address.repo_id
         self.revision: str | None = self.snapshot.commit
         self.downloader = Downloader(api, self.snapshot, patience, threading.Event())

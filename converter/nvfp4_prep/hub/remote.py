@@ -67,7 +67,7 @@ class RemoteRepository:
             options: see :class:`PublishOptions`.
             title: of commits and of the pull request, by which a later run finds it again.
             api: the official client; by default with the user's endpoint and token.
-            patience: how long network failures are endured.
+            patience: how long network failures are endured, from the first answer on.
             stop: set to end all waiting.
 
         Raises:
@@ -83,7 +83,8 @@ class RemoteRepository:
         self.stop = stop or threading.Event()
         self.pull_request: int | None = None
         with hub_errors(repo_id):
-            self._persist("creating the repository", lambda: self._create(options))
+            first = self.patience.at_first_contact()
+            self._persist("creating the repository", lambda: self._create(options), first)
             self.revision = self._persist("preparing the branch", lambda: self._branch(options))
 
     def _create(self, options: PublishOptions) -> None:
@@ -189,8 +190,8 @@ class RemoteRepository:
         )
         return self.snapshot()
 
-    def _persist(self, what: str, action: Callable[[], _T]) -> _T:
-        return persist(action, what=f"{self.repo_id}: {what}", patience=self.patience, stop=self.stop)
+    def _persist(self, what: str, action: Callable[[], _T], patience: Patience | None = None) -> _T:
+        return persist(action, what=f"{self.repo_id}: {what}", patience=patience or self.patience, stop=self.stop)
 
     @property
     def page(self) -> str:

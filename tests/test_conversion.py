@@ -248,6 +248,19 @@ def test_changed_options_are_refused_by_name(sample_source: Path, tmp_path: Path
     )
 
 
+def test_another_source_is_refused_by_its_name_first(sample_source: Path, tmp_path: Path) -> None:
+    """Not by the digests of its shards, which say nothing to anybody."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    write_sample(big, SampleModel(layers=4, experts=16, shard_nbytes=200_000))
+    with pytest.raises(Stop):
+        convert(big, out, sink=StopAfter(1))
+    with pytest.raises(ResumeConflictError) as caught:
+        convert(sample_source, out, ConvertOptions(gate_up_block=16))
+    begin = f'source was "big", now "{sample_source.name}"; options.gate_up_block was 64, now 16; '
+    assert caught.value.what.startswith("holds an unfinished run of something else: " + begin)
+    assert "Repeat the first run's command" in str(caught.value)
+
+
 class TouchShard(KeepFiles):
     """A sink that changes a source file while the conversion runs."""
 
@@ -264,8 +277,10 @@ def test_source_that_changes_meanwhile_leaves_nothing_that_looks_whole(sample_so
     with pytest.raises(SourceError, match="changed while it was converted"):
         convert(source, tmp_path / "out", sink=TouchShard(victim))
     assert not {"config.json", "nvfp4_prep.json"} & {path.name for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(ResumeConflictError, match=victim.name):
+    with pytest.raises(ResumeConflictError, match=victim.name) as caught:
         convert(source, tmp_path / "out")
+    assert "the source's files changed since then" in caught.value.what
+    assert caught.value.next_step == "Only --restart helps: it discards that run and begins anew."
     assert convert(source, tmp_path / "out", restart=True).manifest.layers
 
 

@@ -32,6 +32,8 @@ LAST_FILES = (CONFIG, MANIFEST)
 """Without these a directory is no checkpoint: every command writes them last."""
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
+_ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
+_ABOUT_FILES = ("source_files", "headers", "output")
 _SMALL_FILES_NBYTES = 64_000_000
 """Room for index, configs, card and manifest, whose sizes are not known beforehand."""
 SOURCE_FOLDER = "source"
@@ -207,13 +209,13 @@ class Target:
         if found == self._identity:
             return
         differences = list(_differences(found, self._identity))
-        raise ResumeConflictError(
-            "holds an unfinished run of something else: "
-            + "; ".join(differences[:4])
-            + (f"; and {len(differences) - 4} more" if len(differences) > 4 else ""),
-            where=str(self.path),
-            next_step="Repeat the first run's command to finish it, or use --restart to discard it.",
-        )
+        text = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        what = "holds an unfinished run of something else"
+        next_step = "Repeat the first run's command to finish it, or use --restart to discard it."
+        if isinstance(found, dict) and _without_files(found) == _without_files(self._identity):
+            what = "holds an unfinished run, and the source's files changed since then"
+            next_step = "Only --restart helps: it discards that run and begins anew."
+        raise ResumeConflictError(f"{what}: {text}", where=str(self.path), next_step=next_step)
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Appends one line to the journal and flushes it to disk."""
@@ -286,10 +288,19 @@ class Target:
             raise translate_os_error(error, self.work) from error
 
 
+def _without_files(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key not in _ABOUT_FILES}
+
+
+def _rank(key: str) -> tuple[int, str]:
+    """What was asked for comes before what follows from it."""
+    return (_ASKED_FOR.index(key) if key in _ASKED_FOR else len(_ASKED_FOR) + (key in _ABOUT_FILES), key)
+
+
 def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         found: list[str] = []
-        for key in sorted({*old, *new}):
+        for key in sorted({*old, *new}, key=str if path else _rank):
             found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
     return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]

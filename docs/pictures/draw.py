@@ -256,20 +256,26 @@ def draw_data_path() -> Svg:
     svg = Svg(860, 300, "The way of the data")
     svg.text(430, 26, "The way of the data", anchor="middle", size=16)
 
-    def room(x: float, y: float, title: str, lines: list[str], fill: str) -> None:
+    def stage(x: float, y: float, title: str, lines: list[str], fill: str) -> None:
         svg.box(x, y, 190, 86, fill, INK, 6)
         svg.text(x + 95, y + 22, title, anchor="middle")
         for number, line in enumerate(lines):
             svg.text(x + 95, y + 42 + 17 * number, line, anchor="middle", fill=FAINT, size=11)
 
-    room(20, 60, "source checkpoint", ["directory or Hub id", "one tensor per expert and leaf"], "#f6f8fa")
-    room(330, 60, "convert", ["plan, transform, check back,", "write, stamp; resumable"], "#ddf4ff")
-    room(640, 60, "prepared checkpoint", ["8 tensors per MoE layer", "manifest, stamp, digests"], "#dafbe1")
+    stage(20, 60, "source checkpoint", ["directory or Hub id", "one tensor per expert and leaf"], "#f6f8fa")
+    stage(330, 60, "convert", ["plan, transform, check back,", "write, stamp; resumable"], "#ddf4ff")
+    stage(640, 60, "prepared checkpoint", ["8 tensors per MoE layer", "manifest, stamp, digests"], "#dafbe1")
     svg.arrow(210, 103, 328, 103)
     svg.arrow(520, 103, 638, 103)
-    room(640, 196, "vLLM with the plugin", ["each rank reads its bytes;", "nothing is prepared at load"], "#fff8c5")
-    room(330, 196, "verify, push, relayout", ["every byte against manifest", "and source"], "#ddf4ff")
-    room(20, 196, "restore", ["the source's tensors", "and configs, bit for bit"], "#ddf4ff")
+    stage(640, 196, "vLLM with the plugin", ["each rank reads its bytes;", "nothing is prepared at load"], "#fff8c5")
+    stage(
+        330,
+        196,
+        "verify, relayout, push",
+        ["against the manifest:", "verify, relayout: every byte", "push: the Hub's hashes"],
+        "#ddf4ff",
+    )
+    stage(20, 196, "restore", ["the source's tensors", "and configs, bit for bit"], "#ddf4ff")
     svg.arrow(770, 146, 770, 194)
     svg.line(690, 146, 690, 171, INK)
     svg.line(690, 171, 150, 171, INK)

@@ -67,11 +67,11 @@ def test_manifest_keys_are_documented(sample_prepared: Path) -> None:
         assert re.search(rf"`(?:[a-z]+\.)?{key}(?:\[\])?`", text), key
 
 
-def test_rooms_of_the_design_exist() -> None:
+def test_modules_of_the_design_exist() -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    rooms, kernels = text.split("## Rooms of `nvfp4_prep_kernels`")
+    converter, kernels = text.split("## Modules of `nvfp4_prep_kernels`")
     for part, folder in (
-        (rooms.split("## Rooms of `nvfp4_prep`")[1], ROOT / "converter" / "nvfp4_prep"),
+        (converter.split("## Modules of `nvfp4_prep`")[1], ROOT / "converter" / "nvfp4_prep"),
         (kernels, ROOT / "kernels" / "nvfp4_prep_kernels"),
     ):
         named = [

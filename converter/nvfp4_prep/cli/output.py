@@ -84,7 +84,7 @@ def _ignore_signals() -> None:
 
 
 def _unforeseen(error: OSError) -> NvfpPrepError:
-    """Something that the operating system refused where no room expected it."""
+    """Something that the operating system refused where no module expected it."""
     kind, next_step = NvfpPrepError, None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         kind, next_step = NoSpaceError, "Make room and run the command again."

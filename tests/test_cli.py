@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -380,21 +381,60 @@ def test_help_says_what_every_option_is() -> None:
     assert "--push-to" not in run("push", "--help").stdout
 
 
-def test_interrupt_while_modules_are_imported_has_the_same_exit_code() -> None:
-    """click turns a Ctrl-C before the command's own code into exit code 1."""
-    script = (
-        "import os, signal, sys, types\n"
-        "from nvfp4_prep import cli\n"
-        "class Finder:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Finder())\n"
-        "cli.main()\n"
-    )
-    for command in (["convert", "a", "b"], ["inspect", "a"]):
-        done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
-        assert done.returncode == 130, done
-        assert "Traceback" not in done.stderr
+_TELLING_START = """
+import signal
+from nvfp4_prep.cli import main
+take = signal.signal
+def tell(number, handler):
+    take(number, handler)
+    if number == signal.SIGTERM: print("here", flush=True)
+signal.signal = tell
+main()
+"""
+_INTERRUPTED_IMPORT = """
+import os, signal, sys
+from nvfp4_prep.cli import main
+from importlib.abc import MetaPathFinder
+number, moment = int(sys.argv.pop(1)), sys.argv.pop(1)
+class Finder(MetaPathFinder):
+    seen = 0
+    def find_spec(self, name, path=None, target=None):
+        self.seen += 1
+        if moment in (name, str(self.seen)): os.kill(os.getpid(), number)
+sys.meta_path.insert(0, Finder())
+assert not {"click", "torch"} & sys.modules.keys()
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [["convert", "a", "b"], ["inspect", "a", "--json"]])
+@pytest.mark.parametrize("moment", ["1", "click", "60", "torch", "300", "numpy", "600", "torch._C", "torch._ops"])
+def test_interrupt_while_modules_are_imported_has_the_same_exit_code(command: list[str], moment: str) -> None:
+    """Native modules lose an exception in the middle of their import, print it, or abort; click makes exit code 1."""
+    number = signal.SIGTERM if moment.isdigit() else signal.SIGINT
+    script = [sys.executable, "-c", _INTERRUPTED_IMPORT, str(int(number)), moment]
+    done = subprocess.run([*script, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done
+    assert done.stderr == "error: interrupted. The same command continues or begins again.\n"
+    if "--json" in command:
+        assert json.loads(done.stdout)["error"] == "ConversionInterrupted"
+    else:
+        assert done.stdout == ""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.03, 0.1, 0.2, 0.3])
+def test_interrupt_at_any_moment_of_the_start(sample_source: Path, tmp_path: Path, delay_s: float) -> None:
+    """From the moment on at which the command has the signals, which is before click is imported."""
+    words = ["convert", str(sample_source), str(tmp_path / "out"), "-q", "--no-smoke"]
+    command = [sys.executable, "-c", _TELLING_START, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay_s)
+        process.send_signal(signal.SIGINT)
+        messages = process.communicate()[1]
+    assert process.returncode == 130, messages
+    assert messages.startswith("error: ") and messages.count("\n") == 1, messages
 
 
 def test_json_is_strict() -> None:

@@ -2,119 +2,74 @@
 
 One module for a command. Data goes to stdout, progress and hints to stderr; errors are one line, those of the command
 line itself too. torch is imported by the commands when they run, not by ``--help``.
+
+This module is the entry point: it takes the signals before it imports anything large.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import click
+from nvfp4_prep.errors import ConversionInterrupted
 
-from nvfp4_prep import __version__
-from nvfp4_prep.cli.completion import completion
-from nvfp4_prep.cli.convert import convert
-from nvfp4_prep.cli.doctor import doctor
-from nvfp4_prep.cli.inspect import inspect
-from nvfp4_prep.cli.output import report_errors, stdout_failed
-from nvfp4_prep.cli.push import push
-from nvfp4_prep.cli.relayout import relayout
-from nvfp4_prep.cli.restore import restore
-from nvfp4_prep.cli.sample import sample
-from nvfp4_prep.cli.verify import verify
-from nvfp4_prep.errors import EXIT_CODES, UsageError
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from nvfp4_prep.cli.commands import cli
 
 __all__ = ["cli", "main"]
 
-_EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in sorted(EXIT_CODES.items()))
 
-
-class _Commands(click.Group):
-    """A group whose errors look like those of its commands."""
-
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
-        """As click's, but for the errors; always ends with :class:`SystemExit`."""
-        words = sys.argv[1:] if args is None else list(args)
-        with report_errors("--json" in words):
-            _check_surroundings(words)
-            try:
-                code = super().main(words, prog_name, **{**extra, "standalone_mode": False})
-            except click.UsageError as error:
-                if not words:  # the help, not a complaint
-                    error.show()
-                    sys.exit(error.exit_code)
-                raise _usage_error(error) from error
-            except click.ClickException as error:
-                raise UsageError(error.format_message()) from error
-            except click.Abort as error:  # Ctrl-C before the command had begun
-                raise KeyboardInterrupt from error
-            except OSError as error:  # of --help and --version: a command's own do not come here
-                code = 0
-                stdout_failed(error)
-        sys.exit(code or 0)
-
-
-def _check_surroundings(words: Sequence[str]) -> None:
-    if "" in words:
-        raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
-    try:
-        Path.cwd()
-    except FileNotFoundError as error:  # torch would end the process, with a message about a library
-        raise UsageError("the current directory was removed", next_step="Go to another one.") from error
-
-
-def _usage_error(error: click.UsageError) -> UsageError:
-    name = error.ctx.command_path if error.ctx is not None else "nvfp4-prep"
-    text, guess, known = " ".join(error.format_message().split()).rstrip(".").partition(" Did you mean ")
-    return UsageError(text.rstrip("."), next_step=f"{guess}{known} See {name} --help.".strip())
-
-
-@click.group(
-    "nvfp4-prep",
-    cls=_Commands,
-    epilog=_EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-@click.version_option(__version__, prog_name="nvfp4-prep")
-def cli() -> None:
-    """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
-
-    \b
-    nvfp4-prep doctor                                     what will work on this machine?
-    nvfp4-prep inspect  nvidia/Kimi-K2.5-NVFP4            what is it, and can it be prepared?
-    nvfp4-prep convert  nvidia/Kimi-K2.5-NVFP4 ./out      prepare it (a directory will do as well)
-    nvfp4-prep verify   ./out --source ./source           check every byte against its source
-    nvfp4-prep push     ./out me/Kimi-K2.5-NVFP4-prepared publish it
-    nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
-    nvfp4-prep restore  ./out ./back                      and back again, bit for bit
-
-    vLLM with this package installed serves the result as it is: vllm serve ./out
-
-    Every command but completion has --json, and every --help has examples. Results go to stdout, progress and
-    hints to stderr. Ctrl-C and kills are harmless: the same command continues.
-    """
-
-
-for _command in (inspect, convert, verify, restore, relayout, push, sample, doctor, completion):
-    cli.add_command(_command)
+def __getattr__(name: str) -> Any:
+    if name != "cli":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.commands").cli
 
 
 def main() -> None:
     """Entry point of ``nvfp4-prep``."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
-            signal.signal(number, _interrupt)
-    _keep_standard_descriptors()
-    cli(prog_name="nvfp4-prep")
+    try:
+        _keep_standard_descriptors()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
+                signal.signal(number, _interrupt)
+        from nvfp4_prep.cli.commands import cli
+
+        cli(prog_name="nvfp4-prep")
+    except KeyboardInterrupt:  # between two imports, or where no command had begun
+        _end()
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """Ctrl-C and SIGTERM are the same, also while modules are imported."""
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C and SIGTERM are the same. While a module is imported, the process ends here and now: native modules
+    lose an exception that is raised in the middle of their import, or abort. Wherever it ends, the same command
+    continues.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _end()
+        frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _end() -> NoReturn:
+    """The line and exit code of an interrupt, without anything that still had to be imported or cleaned up."""
+    error = ConversionInterrupted("interrupted", next_step="The same command continues or begins again.")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    with contextlib.suppress(OSError):
+        if "--json" in sys.argv:
+            os.write(1, json.dumps(error.to_dict()).encode() + b"\n")
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {error}\n".encode())
+    os._exit(error.exit_code)
 
 
 def _keep_standard_descriptors() -> None:

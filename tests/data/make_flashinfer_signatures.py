@@ -2,7 +2,7 @@
 
     python tests/data/make_flashinfer_signatures.py --output tests/data/flashinfer_signatures.json
 
-pip downloads each version's wheel (about 60 MB each); nothing is installed or run, the functions are found in the source.
+pip downloads each version's wheel, about 60 MB; nothing is installed or run: the functions are found in the source.
 """
 
 from __future__ import annotations

@@ -149,6 +149,24 @@ def test_what_a_failed_restore_leaves_is_told(sample_prepared: Path, tmp_path: P
         assert not (tmp_path / command[0] / "config.json").exists()
 
 
+def test_refusal_for_too_little_space_claims_nothing(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "b"
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_prep.target.free_nbytes", lambda path: 1000)
+        for command in (
+            ["restore", sample_prepared, out],
+            ["relayout", sample_prepared, out, "--gate-up-block", "16"],
+            ["convert", sample_source, out],
+            ["convert", sample_source, out, "--layers", "1/2"],
+        ):
+            refused = run(*command)
+            assert refused.exit_code == 5, refused.stderr
+            assert list(tmp_path.iterdir()) == []
+    assert run("relayout", sample_prepared, out, "--gate-up-block", "16", "-q").exit_code == 0
+
+
 def test_what_the_system_refuses_is_one_line(sample_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nvfp4_prep.inspection
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,50 @@ def test_restart_deletes_only_what_the_earlier_run_wrote(tmp_path: Path) -> None
             target.check_names(["a"])
     assert not (tmp_path / "out" / "a").exists()
     assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def fail(target: Target) -> None:
+    with target:
+        raise NoSpaceError("not enough space")
+
+
+def test_run_that_wrote_no_file_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "a" / "b", tmp_path / "there"):
+        with pytest.raises(NoSpaceError):
+            fail(Target(out, IDENTITY))
+        with pytest.raises(RuntimeError, match="in the middle"), Target(out, IDENTITY) as target:
+            target.create("sub/x", 3)
+            raise RuntimeError("in the middle")
+        with Target(out, {"another": "job"}) as target:
+            assert not target.resumed
+            target.finish()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "there"]
+    shutil.rmtree(tmp_path / "a")
+    with pytest.raises(NoSpaceError):
+        fail(Target(tmp_path / "a" / "b", IDENTITY))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+
+
+def test_failed_run_leaves_what_it_and_others_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), Target(out, IDENTITY) as target:
+        write(target, "a", b"123")
+        raise RuntimeError
+    with pytest.raises(NoSpaceError):
+        fail(Target(out, IDENTITY))
+    with Target(out, IDENTITY) as target:
+        assert target.resumed
+        assert set(target.done) == {"a"}
+    with pytest.raises(NoSpaceError):
+        fail(Target(out, {"another": "job"}, restart=True))
+    assert list(out.iterdir()) == []
+    for folder in (PARTS_FOLDER, SOURCE_FOLDER):  # a part that waits for the join, a download that goes on
+        (out / WORK_FOLDER / folder).mkdir(parents=True)
+        with pytest.raises(NoSpaceError):
+            fail(Target(out, IDENTITY))
+        assert Target.has_journal(out)
+        shutil.rmtree(out / WORK_FOLDER)
 
 
 def test_journal_that_points_outside_is_not_followed(tmp_path: Path) -> None:

@@ -13,15 +13,15 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nvfp4_prep.errors import BusyError, NoSpaceError, ResumeConflictError, TargetError
+from nvfp4_prep.errors import BusyError, NoSpaceError, TargetError
 from nvfp4_prep.index import CONFIG
+from nvfp4_prep.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 from nvfp4_prep.manifest import MANIFEST
-from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.target_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
 
@@ -30,10 +30,7 @@ __all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target"]
 WORK_FOLDER = ".nvfp4_prep"
 LAST_FILES = (CONFIG, MANIFEST)
 """Without these a directory is no checkpoint: every command writes them last."""
-_JOURNAL = "journal.jsonl"
 _LOCK = "lock"
-_ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
-_ABOUT_FILES = ("source_files", "headers", "output")
 _SMALL_FILES_NBYTES = 64_000_000
 """Room for index, configs, card and manifest, whose sizes are not known beforehand."""
 SOURCE_FOLDER = "source"
@@ -80,6 +77,7 @@ class Target:
         self._elsewhere = elsewhere
         self._note_lock = threading.Lock()
         self.check_ours(path)
+        self._made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -100,12 +98,33 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and not self.resumed and not self.done:
+            with contextlib.suppress(OSError):
+                self._leave_nothing()
         os.close(self._lock)
+
+    def _leave_nothing(self) -> None:
+        """Takes back the claim of a run that wrote no file, and the directories that it made; while it has the lock."""
+        shutil.rmtree(self._writing, ignore_errors=True)
+        if {entry.name for entry in self.work.iterdir()} != {_LOCK, JOURNAL}:
+            return  # downloads, or parts
+        if [entry.name for entry in self.path.iterdir()] != [WORK_FOLDER]:
+            return
+        for name in (JOURNAL, _LOCK):
+            (self.work / name).unlink()
+        self.work.rmdir()
+        for folder in self._made[1:]:
+            folder.rmdir()
+
+    @property
+    def _writing(self) -> Path:
+        # where the file system has no locks across machines, two of them still never write one file
+        return self.work / f"writing-{socket.gethostname()}-{os.getpid()}"
 
     @staticmethod
     def has_journal(path: Path) -> bool:
         """Whether the directory itself (not a part in it) has been worked on and is not finished."""
-        return (path / WORK_FOLDER / _JOURNAL).exists()
+        return (path / WORK_FOLDER / JOURNAL).exists()
 
     @staticmethod
     def check_ours(path: Path) -> None:
@@ -142,86 +161,48 @@ class Target:
     def _forget(self) -> None:
         for name in LAST_FILES:  # before the files that they vouch for
             (self.path / name).unlink(missing_ok=True)
-        for entry in self._entries():
+        for entry in file_entries(read_lines(self.work)):
             (self.path / entry["file"]).unlink(missing_ok=True)
         self._empty_journal()
 
     def _empty_journal(self) -> None:
         """Emptied, never removed: it makes an earlier run's index and card ours, which it does not name."""
         try:
-            with (self.work / _JOURNAL).open("wb") as stream:
+            with (self.work / JOURNAL).open("wb") as stream:
                 os.fsync(stream.fileno())
             sync_folder(self.work)  # a power cut must not leave files without their journal
             sync_folder(self.path)
         except OSError as error:
             raise translate_os_error(error, self.work) from error
 
-    def _entries(self) -> list[dict[str, Any]]:
-        """Journal lines after the first; a line that a kill cut off does not count."""
-        return [
-            entry
-            for entry in self._journal_lines()
-            if isinstance(entry.get("file"), str) and is_safe_name(entry["file"])
-        ]
-
-    def _journal_lines(self) -> list[dict[str, Any]]:
-        try:
-            text = (self.work / _JOURNAL).read_bytes()
-        except FileNotFoundError:
-            return []
-        lines = []
-        for line in text.split(b"\n")[:-1]:
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                if isinstance(value, dict):
-                    lines.append(value)
-        return lines
-
     def _read_journal(self) -> bool:
         for leftover in self.work.iterdir():
-            if leftover.name not in (_LOCK, _JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
+            if leftover.name not in (_LOCK, JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        lines = self._journal_lines()
+        lines = read_lines(self.work)
         if not lines:
             self._empty_journal()
             self.note({"identity": self._identity})
             return False
-        self._check_identity(lines[0].get("identity"))
+        check_identity(self.path, lines[0].get("identity"), self._identity)
         self._repair_tail()
-        for entry in self._entries():
-            path = self.path / entry["file"]
-            name, nbytes, sha256 = entry["file"], entry.get("nbytes"), entry.get("sha256")
-            here = path.is_file() and path.stat().st_size == nbytes
-            if here or (isinstance(nbytes, int) and self._elsewhere(name, nbytes, sha256)):
-                self.done[entry["file"]] = entry
+        self.done = finished_files(self.path, lines, self._elsewhere)
         return True
 
     def _repair_tail(self) -> None:
         """Cuts off a last line that a kill left unfinished, so that the next one starts on its own."""
-        path = self.work / _JOURNAL
+        path = self.work / JOURNAL
         text = path.read_bytes()
         if not text.endswith(b"\n"):
             with path.open("r+b") as stream:
                 stream.truncate(text.rfind(b"\n") + 1)
                 os.fsync(stream.fileno())
 
-    def _check_identity(self, found: object) -> None:
-        if found == self._identity:
-            return
-        differences = list(_differences(found, self._identity))
-        text = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-        what = "holds an unfinished run of something else"
-        next_step = "Repeat the first run's command to finish it, or use --restart to discard it."
-        if isinstance(found, dict) and _without_files(found) == _without_files(self._identity):
-            what = "holds an unfinished run, and the source's files changed since then"
-            next_step = "Only --restart helps: it discards that run and begins anew."
-        raise ResumeConflictError(f"{what}: {text}", where=str(self.path), next_step=next_step)
-
     def note(self, entry: Mapping[str, Any]) -> None:
         """Appends one line to the journal and flushes it to disk."""
         with self._note_lock:
             try:
-                with (self.work / _JOURNAL).open("ab") as stream:
+                with (self.work / JOURNAL).open("ab") as stream:
                     stream.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -252,10 +233,11 @@ class Target:
 
     def create(self, name: str, nbytes: int) -> TargetFile:
         """A new file at its temporary place, with its space allocated."""
-        # where the file system has no locks across machines, two of them still never write one file
-        writing = self.work / f"writing-{socket.gethostname()}-{os.getpid()}"
         return TargetFile(
-            writing / name, self.path / name, nbytes, lambda entry: self.note({"file": name, "nbytes": nbytes, **entry})
+            self._writing / name,
+            self.path / name,
+            nbytes,
+            lambda entry: self.note({"file": name, "nbytes": nbytes, **entry}),
         )
 
     def adopt(self, entry: Mapping[str, Any], path: Path) -> None:
@@ -280,32 +262,9 @@ class Target:
         kill in between leaves nothing that another run would take for its own.
         """
         try:
-            (self.work / _JOURNAL).unlink(missing_ok=True)
+            (self.work / JOURNAL).unlink(missing_ok=True)
             sync_folder(self.work)
             shutil.rmtree(self.work)
             sync_folder(self.path)
         except OSError as error:
             raise translate_os_error(error, self.work) from error
-
-
-def _without_files(identity: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key not in _ABOUT_FILES}
-
-
-def _rank(key: str) -> tuple[int, str]:
-    """What was asked for comes before what follows from it."""
-    return (_ASKED_FOR.index(key) if key in _ASKED_FOR else len(_ASKED_FOR) + (key in _ABOUT_FILES), key)
-
-
-def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[str] = []
-        for key in sorted({*old, *new}, key=str if path else _rank):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -23,7 +23,16 @@ from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER, Target
 
-__all__ = ["ConvertResult", "check_apart", "complete_manifest", "convert", "open_source", "plan"]
+__all__ = [
+    "ConvertResult",
+    "check_apart",
+    "check_not_divided",
+    "complete_manifest",
+    "convert",
+    "find_complete",
+    "open_source",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ def convert(
     try:
         check_apart(opened, path)
         if not restart:
-            _check_undivided(path)
+            check_not_divided(path)
         made = make_plan(opened, options)
         taker = sink or KeepFiles()
         sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
@@ -143,7 +152,8 @@ def check_apart(source: Source, target: Path) -> None:
         )
 
 
-def _check_undivided(path: Path) -> None:
+def check_not_divided(path: Path) -> None:
+    """Raises :class:`ResumeConflictError` if parts of a conversion work there."""
     parts = list_parts(path)
     if parts:
         raise ResumeConflictError(
@@ -154,6 +164,14 @@ def _check_undivided(path: Path) -> None:
 
 
 def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
+    """As :func:`find_complete`; removes what a kill in the last moment of that conversion left."""
+    manifest = find_complete(path, made, sink)
+    if manifest is not None:
+        shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)
+    return manifest
+
+
+def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     """The manifest, if the target is already what the plan would make; ``None`` if it is not finished.
 
     Raises:
@@ -189,7 +207,6 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
                 actual="nothing" if nbytes is None else f"{nbytes} bytes",
                 next_step="Remove the directory and convert again; nvfp4-prep verify says what else is wrong in it.",
             )
-    shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)  # what a kill in the last moment left
     return manifest
 
 

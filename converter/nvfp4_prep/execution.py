@@ -17,6 +17,7 @@ from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
 from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.progress import Progress
 from nvfp4_prep.records import layer_record, reconciled_sides
+from nvfp4_prep.room import room_for
 from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.sink import FileSink
 from nvfp4_prep.source import Source
@@ -51,11 +52,8 @@ class Execution:
         sides = [file for file in made.side_files if file.name not in self._results]
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
         first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
-        order, at_once = made.shard_order(first), made.peak_shards_nbytes
-        sizes = {file.name: file.nbytes for file in pending} | {file.name: file.nbytes for file in sides}
-        room = self._sink.room_nbytes(sizes) + self._source.room_nbytes(order, at_once)
-        target.check_space(room)
-        self._shards.expect(order, at_once, first)
+        target.check_space(room_for(made, self._results, self._source, self._sink).needed_nbytes)
+        self._shards.expect(made.shard_order(first), made.peak_shards_nbytes, first)
         total = made.output_nbytes
         with working(progress, "convert", total, total - needed):
             for name in target.done:

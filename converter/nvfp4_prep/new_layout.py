@@ -28,6 +28,7 @@ from nvfp4_prep.planning import check_batched, layer_files
 from nvfp4_prep.prepare import expert_chunks, prepare_and_prove
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.progress import NoProgress, Progress
+from nvfp4_prep.room import Room
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
@@ -154,7 +155,7 @@ class _Relayout:
             if name not in target.done
         ]
         needed = sum(job.nbytes for job in jobs)
-        target.check_space(needed)
+        target.check_space(Room(needed).needed_nbytes)
         total = sum(file.nbytes for file in self._files.values())
         total += sum(copied.nbytes for copied in self._copied.values())
         with working(progress, "relayout", total, total - needed):

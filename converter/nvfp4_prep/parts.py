@@ -27,7 +27,16 @@ from nvfp4_prep.source import Source
 from nvfp4_prep.target import Target
 from nvfp4_prep.units import count, spans
 
-__all__ = ["PartResult", "convert_part", "join_parts"]
+__all__ = [
+    "PartResult",
+    "check_not_whole",
+    "check_whole",
+    "choose_part",
+    "convert_part",
+    "finished_entries",
+    "join_parts",
+    "part_identity",
+]
 
 _DIVISIBLE = (FileKind.EXPERTS, FileKind.SOURCE_BLOCK_SCALES)
 """Files that parts make; all others are small and left to the join."""
@@ -89,24 +98,16 @@ def convert_part(
     try:
         check_apart(opened, path)
         made = make_plan(opened, options)
-        present = [plan.layer.index for plan in made.layers]
-        chosen = selection.choose(present)
-        if not chosen:
-            raise UsageError(
-                f"--layers {selection.text} selects none of the MoE layers",
-                where=made.source_label,
-                next_step=f"They are {spans(present)}.",
-            )
-        files = tuple(file for file in made.files if _layer_of(made, file) in chosen)
+        part = choose_part(made, selection)
+        chosen = selection.choose(plan.layer.index for plan in made.layers)
         folder = part_folder(path, selection)
         if complete_manifest(path, made, KeepFiles()) is not None:
-            return PartResult(folder, chosen, len(files), resumed=False, joined=True, written_nbytes=0)
+            return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
         Target.check_ours(path)
-        _check_undivided(path)
-        with Target(folder, _identity(made, selection), restart=restart) as place:
-            part = replace(made, files=files, side_files=())
+        check_not_whole(path)
+        with Target(folder, part_identity(made, selection), restart=restart) as place:
             written = Execution(part, opened, place, KeepFiles()).write(threads, progress or NoProgress())
-            return PartResult(folder, chosen, len(files), place.resumed, joined=False, written_nbytes=written)
+            return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
     finally:
         opened.close()
 
@@ -143,12 +144,12 @@ def join_parts(
             return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
         with contextlib.ExitStack() as held:
             parts = [
-                held.enter_context(Target(folder, _identity(made, LayerSelection.parse(text))))
+                held.enter_context(Target(folder, part_identity(made, LayerSelection.parse(text))))
                 for text, folder in list_parts(path).items()
             ]
-            entries = _finished(parts)
+            entries = finished_entries({part.path: part.done for part in parts})
             if not Target.has_journal(path):  # else a join was begun, when nothing was missing
-                _check_whole(made, entries, path)
+                check_whole(made, entries, path)
             place = held.enter_context(Target(path, made.identity()))
             for part in parts:
                 for name, entry in part.done.items():
@@ -163,7 +164,21 @@ def join_parts(
         opened.close()
 
 
-def _identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
+def choose_part(made: Plan, selection: LayerSelection) -> Plan:
+    """The plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
+    present = [plan.layer.index for plan in made.layers]
+    chosen = selection.choose(present)
+    if not chosen:
+        raise UsageError(
+            f"--layers {selection.text} selects none of the MoE layers",
+            where=made.source_label,
+            next_step=f"They are {spans(present)}.",
+        )
+    return replace(made, files=tuple(file for file in made.files if _layer_of(made, file) in chosen), side_files=())
+
+
+def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
+    """What a part's resumed run must find again."""
     return {**made.identity(), "tool": __version__, "layers": selection.text}
 
 
@@ -174,7 +189,8 @@ def _layer_of(made: Plan, file: OutputFile) -> int | None:
     return made.layers[file.layer].layer.index
 
 
-def _check_undivided(path: Path) -> None:
+def check_not_whole(path: Path) -> None:
+    """Raises :class:`ResumeConflictError` if the directory itself, not a part in it, is worked on."""
     if Target.has_journal(path):
         raise ResumeConflictError(
             "is being converted as a whole, or joined",
@@ -183,24 +199,29 @@ def _check_undivided(path: Path) -> None:
         )
 
 
-def _finished(parts: list[Target]) -> dict[str, Mapping[str, Any]]:
-    """Journal entries of all parts by file; parts that overlap must agree."""
+def finished_entries(parts: Mapping[Path, Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """Journal entries of all parts' finished files by name.
+
+    Raises:
+        VerificationError: if two parts made a file with different bytes.
+    """
     found: dict[str, Mapping[str, Any]] = {}
-    for part in parts:
-        for name, entry in part.done.items():
+    for path, done in parts.items():
+        for name, entry in done.items():
             other = found.setdefault(name, entry)
             if other["sha256"] != entry["sha256"]:
                 raise VerificationError(
                     "two parts made this file with different bytes",
                     where=name,
                     expected=f"sha256 {other['sha256']}",
-                    actual=f"{entry['sha256']} in {part.path}",
+                    actual=f"{entry['sha256']} in {path}",
                     next_step="One of the machines is broken: remove both parts and make them again elsewhere.",
                 )
     return found
 
 
-def _check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Raises :class:`PartsMissingError` if layers have files that no part finished."""
     missing = sorted(
         {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}
     )

@@ -10,7 +10,9 @@ from typing import Any
 
 from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
+from nvfp4_prep.outlook import Outlook
 from nvfp4_prep.plan_data import FileKind, Plan
+from nvfp4_prep.room import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.units import count, format_nbytes, spans
 from nvfp4_prep.verification import VerifyReport
@@ -22,6 +24,8 @@ __all__ = [
     "inspection_text",
     "inspection_value",
     "layout_text",
+    "outlook_text",
+    "outlook_value",
     "plan_text",
     "plan_value",
     "quantization_lines",
@@ -31,14 +35,9 @@ __all__ = [
 ]
 
 
-def plan_value(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = None) -> dict[str, Any]:
-    """A plan for ``--json``.
-
-    Args:
-        plan: the plan.
-        download_nbytes: room that downloaded shards take at most.
-        target_nbytes: room that the output takes at most; by default its size.
-    """
+def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
+    """A plan for ``--json``; ``room`` is what its run takes, by default the output's size."""
+    room = room or Room(plan.output_nbytes)
     return {
         "source": plan.source_label,
         "revision": plan.source_revision,
@@ -68,12 +67,13 @@ def plan_value(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None =
         "output_nbytes": plan.output_nbytes,
         "memory_nbytes": MEMORY_BUDGET_NBYTES,
         "peak_source_shards_nbytes": plan.peak_shards_nbytes,
-        "download_nbytes": download_nbytes,
-        "peak_disk_nbytes": (plan.output_nbytes if target_nbytes is None else target_nbytes) + download_nbytes,
+        "download_nbytes": room.download_nbytes,
+        "small_files_nbytes": SMALL_FILES_NBYTES,
+        "peak_disk_nbytes": room.needed_nbytes,
     }
 
 
-def plan_text(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = None) -> str:
+def plan_text(plan: Plan, room: Room | None = None) -> str:
     """A plan for people; arguments as for :func:`plan_value`."""
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
@@ -102,19 +102,46 @@ def plan_text(plan: Plan, download_nbytes: int = 0, target_nbytes: int | None = 
     lines += [
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
-        *_room_lines(plan, download_nbytes, plan.output_nbytes if target_nbytes is None else target_nbytes),
+        *_room_lines(plan, room or Room(plan.output_nbytes)),
         f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
     ]
     return "\n".join(lines)
 
 
-def _room_lines(plan: Plan, download_nbytes: int, target_nbytes: int) -> Iterable[str]:
-    if target_nbytes < plan.output_nbytes:
-        yield f"         at most {format_nbytes(target_nbytes)} of the output are here at once, the rest is published"
-    if download_nbytes:
-        yield f"         downloads take at most {format_nbytes(download_nbytes)} on top"
-    if download_nbytes or target_nbytes < plan.output_nbytes:
-        yield f"         peak {format_nbytes(target_nbytes + download_nbytes)}"
+def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
+    if room.output_nbytes < plan.output_nbytes:
+        here = format_nbytes(room.output_nbytes)
+        yield f"         at most {here} of the output are here at once, the rest is published"
+    if room.download_nbytes:
+        yield f"         downloads take at most {format_nbytes(room.download_nbytes)} on top"
+    yield f"         {format_nbytes(SMALL_FILES_NBYTES)} are kept for index, configs, card and manifest"
+    yield f"         peak {format_nbytes(room.needed_nbytes)}"
+
+
+def outlook_value(outlook: Outlook) -> dict[str, Any]:
+    """What would happen at the target, for ``--json``."""
+    return {
+        "path": str(outlook.path),
+        "state": outlook.state.value,
+        "done_files": outlook.done,
+        "needed_nbytes": outlook.needed_nbytes,
+        "free_nbytes": outlook.free_nbytes,
+        "refusal": None if outlook.refusal is None else outlook.refusal.to_dict(),
+    }
+
+
+def outlook_text(outlook: Outlook) -> str:
+    """What would happen at the target, in one line for people."""
+    if outlook.refusal is not None:
+        return f"target   refused with exit code {outlook.refusal.exit_code}: {outlook.refusal}"
+    if outlook.state == "complete":
+        return f"target   {outlook.path} is complete already: nothing would be written"
+    there = f"{count(outlook.done, 'finished file')} {'is' if outlook.done == 1 else 'are'} there"
+    what = f"continues an unfinished run: {there}" if outlook.state == "continues" else "is new"
+    if outlook.state == "new" and outlook.done:
+        what = f"joins parts: {there}"
+    room = f"{format_nbytes(outlook.needed_nbytes)} needed, {format_nbytes(outlook.free_nbytes)} free"
+    return f"target   {outlook.path} {what}; {room}"
 
 
 def _layer_lines(plan: Plan) -> Iterable[str]:

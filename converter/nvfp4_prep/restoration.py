@@ -21,6 +21,7 @@ from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.records import make_index
+from nvfp4_prep.room import Room
 from nvfp4_prep.safetensors_io import TensorRecord, encode_header
 from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
@@ -106,7 +107,7 @@ class _Restoration:
         pending = [file for file in self._files if file.name not in target.done]
         sides = [file for name, file in self._side.items() if name not in target.done]
         needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        target.check_space(needed)
+        target.check_space(Room(needed).needed_nbytes)
         total = sum(file.nbytes for file in self._files) + sum(file.nbytes for file in self._side.values())
         with working(progress, "restore", total, total - needed):
             jobs = [self._job(file) for file in pending]

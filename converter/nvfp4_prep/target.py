@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,14 +25,12 @@ from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.target_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
 
-__all__ = ["PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target"]
+__all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "check_names", "check_space"]
 
 WORK_FOLDER = ".nvfp4_prep"
 LAST_FILES = (CONFIG, MANIFEST)
 """Without these a directory is no checkpoint: every command writes them last."""
-_LOCK = "lock"
-_SMALL_FILES_NBYTES = 64_000_000
-"""Room for index, configs, card and manifest, whose sizes are not known beforehand."""
+LOCK = "lock"
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
 PARTS_FOLDER = "parts"
@@ -106,11 +104,11 @@ class Target:
     def _leave_nothing(self) -> None:
         """Takes back the claim of a run that wrote no file, and the directories that it made; while it has the lock."""
         shutil.rmtree(self._writing, ignore_errors=True)
-        if {entry.name for entry in self.work.iterdir()} != {_LOCK, JOURNAL}:
+        if {entry.name for entry in self.work.iterdir()} != {LOCK, JOURNAL}:
             return  # downloads, or parts
         if [entry.name for entry in self.path.iterdir()] != [WORK_FOLDER]:
             return
-        for name in (JOURNAL, _LOCK):
+        for name in (JOURNAL, LOCK):
             (self.work / name).unlink()
         self.work.rmdir()
         for folder in self._made[1:]:
@@ -144,15 +142,27 @@ class Target:
                 next_step="Give another target, or empty it yourself: nvfp4-prep never overwrites.",
             )
 
+    @staticmethod
+    def check_idle(path: Path) -> None:
+        """Raises :class:`BusyError` if a run holds the directory; only looks."""
+        try:
+            descriptor = os.open(path / WORK_FOLDER / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(path) from error
+        finally:
+            os.close(descriptor)
+
     def _take_lock(self) -> int:
-        descriptor = os.open(self.work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise BusyError(
-                "another run writes to this target", where=str(self.path), next_step="Wait for it, or stop it."
-            ) from error
+            raise _busy(self.path) from error
         if os.fstat(descriptor).st_nlink == 0:
             os.close(descriptor)
             raise BusyError("another run has just finished this target", where=str(self.path), next_step="Look at it.")
@@ -177,7 +187,7 @@ class Target:
 
     def _read_journal(self) -> bool:
         for leftover in self.work.iterdir():
-            if leftover.name not in (_LOCK, JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
+            if leftover.name not in (LOCK, JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         lines = read_lines(self.work)
         if not lines:
@@ -213,23 +223,11 @@ class Target:
 
     def check_names(self, expected: Iterable[str]) -> None:
         """Raises :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
-        known = set(expected) | set(self.done)
-        for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
-                raise TargetError(
-                    "holds a file of something else", where=str(path), next_step="Move it away and run again."
-                )
+        check_names(self.path, {*expected, *self.done})
 
     def check_space(self, needed_nbytes: int) -> None:
-        """Raises :class:`NoSpaceError` if the file system has less room than that and the small files of the end."""
-        free, needed = free_nbytes(self.path), needed_nbytes + _SMALL_FILES_NBYTES
-        if needed > free:
-            raise NoSpaceError(
-                f"not enough space: {format_nbytes(needed)} needed, {format_nbytes(free)} free",
-                where=str(self.path),
-                next_step="Make room, or give a target on another disk.",
-            )
+        """Raises :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
+        check_space(self.path, needed_nbytes, free_nbytes(self.path))
 
     def create(self, name: str, nbytes: int) -> TargetFile:
         """A new file at its temporary place, with its space allocated."""
@@ -268,3 +266,27 @@ class Target:
             sync_folder(self.path)
         except OSError as error:
             raise translate_os_error(error, self.work) from error
+
+
+def check_names(path: Path, known: Collection[str]) -> None:
+    """Raises :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
+    for there in sorted(path.rglob("*")):
+        name = there.relative_to(path).as_posix()
+        if there.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
+            raise TargetError(
+                "holds a file of something else", where=str(there), next_step="Move it away and run again."
+            )
+
+
+def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:
+    """Raises :class:`NoSpaceError` if more is needed than there is."""
+    if needed_nbytes > free_there_nbytes:
+        raise NoSpaceError(
+            f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free_there_nbytes)} free",
+            where=str(path),
+            next_step="Make room, or give a target on another disk.",
+        )
+
+
+def _busy(path: Path) -> BusyError:
+    return BusyError("another run writes to this target", where=str(path), next_step="Wait for it, or stop it.")

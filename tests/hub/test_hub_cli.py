@@ -58,7 +58,8 @@ def test_convert_push_and_verify(hub: LoopbackHub, files: Files, tmp_path: Path)
     assert dry.returncode == 0, dry.stderr
     plan = json.loads(dry.stdout)
     assert (plan["source"], plan["revision"]) == (SOURCE, commit.oid)
-    assert plan["peak_disk_nbytes"] == plan["output_nbytes"] + plan["download_nbytes"]
+    assert plan["peak_disk_nbytes"] == plan["output_nbytes"] + plan["download_nbytes"] + 64_000_000
+    assert plan["target"]["needed_nbytes"] == plan["peak_disk_nbytes"]
     assert 0 < plan["download_nbytes"] < plan["source_nbytes"]
     assert not (tmp_path / "out").exists()
     through = CliRunner().invoke(

@@ -102,7 +102,7 @@ class _Job:
         tell_address(self.source, quiet=self.quiet)
         part = self.selection
         work = self.target if part is None else part_folder(self.target, part)
-        return open_source(self.source, target=work, keep_source=self.keep_source)
+        return open_source(self.source, target=None if self.dry_run else work, keep_source=self.keep_source)
 
     def arguments(self) -> dict[str, Any]:
         """What every function that converts takes."""
@@ -112,7 +112,7 @@ class _Job:
 @click.command()
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing; downloads headers only.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and what is at TARGET; writes nothing.")
 @click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
 @click.option("--layers", metavar="1-20|2/8", help="One machine's part: these layers, or the second of eight shares.")
 @click.option("--join", is_flag=True, help="Make the checkpoint of all parts.")
@@ -161,20 +161,33 @@ def convert(**given: Any) -> None:
 
 
 def _show_plan(job: _Job) -> None:
-    from nvfp4_prep.conversion import plan
-    from nvfp4_prep.reporting import plan_text, plan_value
+    from nvfp4_prep.conversion import open_source, plan
+    from nvfp4_prep.hub.stream import PublishedFiles
+    from nvfp4_prep.outlook import TargetState, look_ahead
+    from nvfp4_prep.reporting import outlook_text, outlook_value, plan_text, plan_value
+    from nvfp4_prep.room import room_for
+    from nvfp4_prep.sink import KeepFiles
 
-    opened = job.open()
-    made = plan(opened, job.options)
-    room = 0 if isinstance(opened, str) else opened.room_nbytes(made.shard_order(), made.peak_shards_nbytes)
-    here = made.output_nbytes
-    if job.stream_out:
-        from nvfp4_prep.hub.stream import stream_room_nbytes
-
-        here = stream_room_nbytes(
-            {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
+    sink = PublishedFiles() if job.stream_out else KeepFiles()
+    source = open_source(job.open())
+    try:
+        made = plan(source, job.options)
+        room = room_for(made, (), source, sink)
+        outlook = look_ahead(
+            made, source, job.target, sink, selection=job.selection, join=job.join, restart=job.restart
         )
-    say(to_json(plan_value(made, room, here)) if job.as_json else plan_text(made, room, here))
+    finally:
+        source.close()
+    if outlook.state is TargetState.COMPLETE and job.push_to is None:
+        with outlook.refusing():
+            _check_finished(job.target)
+    if job.as_json:
+        say(to_json(plan_value(made, room) | {"target": outlook_value(outlook)}))
+    else:
+        say(f"{plan_text(made, room)}\n{outlook_text(outlook)}")
+    if outlook.refusal is not None:
+        hint(f"error: {outlook.refusal}")
+        sys.exit(outlook.refusal.exit_code)
 
 
 def _make_part(job: _Job, selection: LayerSelection) -> None:

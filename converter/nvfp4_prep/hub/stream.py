@@ -24,12 +24,13 @@ from nvfp4_prep.hub.push import (
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.progress import Progress
+from nvfp4_prep.sink import KeepFiles
 from nvfp4_prep.source import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["FILES_AT_ONCE", "StreamPublisher", "convert_and_publish", "stream_room_nbytes"]
+__all__ = ["FILES_AT_ONCE", "PublishedFiles", "StreamPublisher", "convert_and_publish", "stream_room_nbytes"]
 
 _log = logging.getLogger(__name__)
 FILES_AT_ONCE = 3
@@ -41,6 +42,18 @@ def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
     everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
     small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
     return min(everything, FILES_AT_ONCE * largest + small)
+
+
+class PublishedFiles(KeepFiles):
+    """For a plan with ``stream_out``, without asking the Hub: what was published is taken to be there still."""
+
+    def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
+        """Every file that has a digest."""
+        return sha256 is not None
+
+    def room_nbytes(self, sizes: Mapping[str, int]) -> int:
+        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        return stream_room_nbytes(sizes)
 
 
 class StreamPublisher:

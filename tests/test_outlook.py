@@ -1,0 +1,160 @@
+"""``convert --dry-run`` says what the run itself would meet at its target, and touches nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nvfp4_prep.cli import cli
+from nvfp4_prep.conversion import convert
+from nvfp4_prep.sink import KeepFiles
+from nvfp4_prep.target import WORK_FOLDER, Target
+from nvfp4_prep.units import format_nbytes
+
+
+class Stop(Exception):
+    """Ends a conversion after its first file."""
+
+
+class StopAtFirst(KeepFiles):
+    def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
+        raise Stop
+
+
+def begin(source: Path, out: Path) -> None:
+    with pytest.raises(Stop):
+        convert(source, out, sink=StopAtFirst(), threads=1)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below, with its size and time."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+def line(result: Result) -> str:
+    """The plan's line about the target."""
+    (found,) = [text for text in result.stdout.splitlines() if text.startswith("target   ")]
+    return found
+
+
+def same_as_the_run(source: Path, out: Path, *options: str) -> str:
+    """The target's line of a dry run that touches nothing and has the exit code and the reason of the run itself."""
+    before = files(out.parent)
+    foreseen = run("convert", source, out, "--dry-run", *options)
+    value = json.loads(run("convert", source, out, "--dry-run", "--json", *options).stdout)["target"]
+    assert files(out.parent) == before
+    real = run("convert", source, out, "-q", "--no-smoke", *options)
+    assert foreseen.exit_code == real.exit_code, (foreseen.output, real.output)
+    assert (value["refusal"] is not None) == bool(real.exit_code)
+    if real.exit_code:
+        assert value["refusal"]["exit_code"] == real.exit_code
+        assert foreseen.stderr == real.stderr
+        assert line(foreseen) == f"target   refused with exit code {real.exit_code}: {real.stderr[7:].strip()}"
+    return line(foreseen)
+
+
+def test_life_of_a_target(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    assert line(run("convert", sample_source, out, "--dry-run")).startswith(f"target   {out} is new; ")
+    assert not (tmp_path / "new").exists()
+    begin(sample_source, out)
+    assert " continues an unfinished run: 1 finished file is there; " in same_as_the_run(sample_source, out)
+    assert same_as_the_run(sample_source, out).endswith("out is complete already: nothing would be written")
+    (out / "config.json").write_text("{}")
+    assert "damaged" in same_as_the_run(sample_source, out)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    descriptor = os.open(out / WORK_FOLDER / "lock", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def test_refusals(sample_source: Path, tmp_path: Path) -> None:
+    foreign, begun = tmp_path / "foreign", tmp_path / "begun"
+    foreign.mkdir()
+    (foreign / "mine").write_text("x")
+    assert "exit code 8" in same_as_the_run(sample_source, foreign)
+    assert "exit code 8" in same_as_the_run(sample_source, foreign / "mine")
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    assert "exit code 8" in same_as_the_run(source, source / "out")
+    begin(sample_source, begun)
+    assert "options.gate_up_block was 64, now 16" in same_as_the_run(sample_source, begun, "--gate-up-block", "16")
+    with held(begun):
+        assert "exit code 9" in same_as_the_run(sample_source, begun)
+    assert "exit code 7" in same_as_the_run(sample_source, begun, "--layers", "1/2")
+    (begun / "mine").write_text("x")
+    assert "exit code 8" in same_as_the_run(sample_source, begun)
+    (begun / "mine").unlink()
+    foreseen = run("convert", sample_source, begun, "--dry-run", "--restart", "--gate-up-block", "16")
+    assert f"target   {begun} is new; " in foreseen.stdout
+    assert Target.has_journal(begun)
+
+
+def test_parts_and_join(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "exit code 13" in same_as_the_run(sample_source, out, "--join")
+    assert " is new; " in same_as_the_run(sample_source, out, "--layers", "1/2")
+    assert " continues an unfinished run: 2 finished files are there" in same_as_the_run(
+        sample_source, out, "--layers", "1/2"
+    )
+    assert "exit code 13" in same_as_the_run(sample_source, out, "--join")
+    assert "exit code 7" in same_as_the_run(sample_source, out)
+    assert run("convert", sample_source, out, "--layers", "2/2").exit_code == 0
+    assert " joins parts: 4 finished files are there; " in same_as_the_run(sample_source, out, "--join")
+    assert "is complete already" in same_as_the_run(sample_source, out, "--layers", "1/2")
+
+
+@pytest.mark.parametrize("missing_nbytes", [0, 1])
+def test_the_plan_and_the_check_have_one_figure(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing_nbytes: int
+) -> None:
+    plan = json.loads(run("convert", sample_source, tmp_path / "out", "--dry-run", "--json").stdout)
+    needed = plan["peak_disk_nbytes"]
+    assert needed == plan["output_nbytes"] + plan["small_files_nbytes"] == plan["target"]["needed_nbytes"]
+    for module in ("target", "outlook"):
+        monkeypatch.setattr(f"nvfp4_prep.{module}.free_nbytes", lambda path: needed - missing_nbytes)
+    text = run("convert", sample_source, tmp_path / "out", "--dry-run").stdout
+    assert f"peak {format_nbytes(needed)}\n" in text
+    assert ("exit code 5" in same_as_the_run(sample_source, tmp_path / "out")) == bool(missing_nbytes)
+    assert f"{format_nbytes(needed)} needed, " in text
+
+
+def test_what_a_run_deletes_first_counts_as_free(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half files of a killed run; with --restart, everything of it."""
+    out = tmp_path / "out"
+    begin(sample_source, out)
+    (finished,) = out.glob("*.safetensors")
+    half = out / WORK_FOLDER / "writing-host-1" / "x"
+    half.parent.mkdir()
+    half.write_bytes(b"1" * 10_000_000)
+    download = out / WORK_FOLDER / "source" / "shard"
+    download.parent.mkdir()
+    download.write_bytes(b"1" * 5_000_000)
+    monkeypatch.setattr("nvfp4_prep.outlook.free_nbytes", lambda path: 10**12)
+
+    def freed(*options: str) -> int:
+        value = json.loads(run("convert", sample_source, out, "--dry-run", "--json", *options).stdout)
+        return int(value["target"]["free_nbytes"]) - 10**12
+
+    blocks = {path: path.stat().st_blocks * 512 for path in (half, finished)}
+    assert freed() == blocks[half] >= 10_000_000
+    assert freed("--restart") == blocks[half] + blocks[finished]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -244,7 +245,9 @@ def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
         )
 
 
-def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_path: Path, buffered: bool) -> None:
+    """Python keeps what a buffered stderr did not take, and fails with it when it ends."""
     script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -252,6 +255,7 @@ def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_pat
             capture_output=False,
             stderr=full,
             check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"},
         )
     assert done.returncode == 0
     assert (tmp_path / "out" / "config.json").is_file()

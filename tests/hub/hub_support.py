@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import stat
 import struct
 import threading
 from pathlib import Path
@@ -26,14 +28,14 @@ def shard(nbytes: int, seed: int, name: str = "tensor") -> bytes:
 
 
 def folder_nbytes(folder: Path) -> int:
-    """Bytes of all files below a folder; files may vanish meanwhile."""
-    total = 0
+    """Bytes of all files below a folder; files may vanish meanwhile, and one that moves counts once."""
+    found: dict[int, int] = {}
     for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+        with contextlib.suppress(FileNotFoundError):
+            facts = path.lstat()
+            if stat.S_ISREG(facts.st_mode):
+                found[facts.st_ino] = facts.st_size
+    return sum(found.values())
 
 
 def make_checkpoint(layers: int = 4, experts: int = 8, shards: int = 8, hidden: int = 256, width: int = 128) -> Files:
@@ -85,7 +87,11 @@ def read_folder(folder: Path) -> Files:
 
 
 class PeakWatch:
-    """Measures the largest number of bytes below a folder while the block runs, about every millisecond."""
+    """Measures the largest number of bytes below a folder while the block runs, about every millisecond.
+
+    A look takes a while: it may see a file that is then deleted, and another that was made after that. So a number of
+    bytes counts if two looks, one after the other, found as many.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.peak_nbytes = folder, 0
@@ -93,8 +99,11 @@ class PeakWatch:
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self) -> None:
+        before = 0
         while not self._done.wait(0.001):
-            self.peak_nbytes = max(self.peak_nbytes, folder_nbytes(self.folder))
+            now = folder_nbytes(self.folder)
+            self.peak_nbytes = max(self.peak_nbytes, min(before, now))
+            before = now
 
     def __enter__(self) -> Self:
         self._thread.start()

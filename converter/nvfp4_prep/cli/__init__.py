@@ -44,6 +44,8 @@ def main() -> None:
         cli(prog_name="nvfp4-prep")
     except KeyboardInterrupt:  # between two imports, or where no command had begun
         _end()
+    finally:
+        _forget_unwritten_log()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -70,6 +72,14 @@ def _end() -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {error}\n".encode())
     os._exit(error.exit_code)
+
+
+def _forget_unwritten_log() -> None:
+    """What stderr did not take (a log on a full disk) goes nowhere, or Python's own end makes it exit code 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _keep_standard_descriptors() -> None:

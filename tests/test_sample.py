@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint_files import file_digests, read_tensors
 from nvfp4_prep import SampleModel, inspect, write_sample
-from nvfp4_prep.errors import TargetError, UsageError
+from nvfp4_prep.errors import NoSpaceError, TargetError, UsageError
 from nvfp4_prep.sample import KIMI_LAYER
 
 
@@ -57,17 +57,22 @@ def test_refusals(tmp_path: Path) -> None:
         SampleModel(layers=1)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (OSError(28, "No space left on device"), NoSpaceError, "no space left while writing"),
+        (PermissionError(13, "Permission denied"), TargetError, "Permission denied"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
 def test_a_sample_that_cannot_be_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], told: str | None
 ) -> None:
     def fail(folder: Path, model: SampleModel) -> None:
         (folder / "model-00001-of-00002.safetensors").write_text("half")
         raise error
 
     monkeypatch.setattr("nvfp4_prep.sample._write", fail)
-    with pytest.raises(TargetError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+    with pytest.raises(kind, match=told):
         write_sample(tmp_path / "s")
     assert not list((tmp_path / "s").iterdir())
-    if isinstance(caught.value, TargetError):
-        assert "No space left on device" in str(caught.value)

@@ -19,6 +19,7 @@ import torch
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.errors import TargetError, UsageError
 from nvfp4_prep.safetensors_io import TensorSpec, encode_header
+from nvfp4_prep.target_file import translate_os_error
 
 __all__ = ["KIMI_LAYER", "SampleModel", "write_sample"]
 
@@ -69,7 +70,8 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
         Bytes of all shards.
 
     Raises:
-        TargetError: if the directory is not empty or cannot be written. Nothing is left in it then.
+        TargetError: if the directory is not empty or cannot be written.
+        NoSpaceError: if the disk is full. In no case anything is left behind that was written.
     """
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -81,11 +83,9 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
         for written in folder.iterdir() if folder.is_dir() else ():
             written.unlink()
         if isinstance(error, OSError):
-            raise TargetError(
-                f"cannot be written ({error.strerror})",
-                where=str(folder),
-                next_step="Check its permissions and the room on the disk, or give another directory.",
-            ) from error
+            failure = translate_os_error(error, folder)
+            failure.next_step = "Check its permissions and the room on the disk; nothing was left there."
+            raise failure from error
         raise
 
 

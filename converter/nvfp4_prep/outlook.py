@@ -17,7 +17,7 @@ from nvfp4_prep.part_folders import LayerSelection, list_parts, part_folder
 from nvfp4_prep.parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.room import room_for
-from nvfp4_prep.sink import FileSink
+from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.source import Source
 from nvfp4_prep.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
 from nvfp4_prep.target_file import free_nbytes
@@ -123,8 +123,6 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
 
 def _look_at_parts(made: Plan, target: Path) -> dict[str, Mapping[str, Any]]:
     """The files that a join would find; raises as :func:`~nvfp4_prep.parts.join_parts` does."""
-    from nvfp4_prep.sink import KeepFiles
-
     parts = {
         folder: _look_at(folder, part_identity(made, LayerSelection.parse(text)), KeepFiles(), restart=False)
         for text, folder in list_parts(target).items()

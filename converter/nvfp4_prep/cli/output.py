@@ -57,10 +57,6 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _fail(broken, as_json=as_json)
     except OSError as error:
         _fail(_unforeseen(error), as_json=as_json)
-    except RuntimeError as error:
-        if not str(error).startswith("Symlink loop"):  # what pathlib raises before Python 3.13
-            raise
-        _fail(NvfpPrepError(str(error), next_step="Give another path."), as_json=as_json)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from checkpoint_files import file_digests, read_tensors
 from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, restore, write_sample
-from nvfp4_prep.errors import TargetError, VerificationError
+from nvfp4_prep.errors import CheckpointError, TargetError, VerificationError
+from nvfp4_prep.target import Target
 
 
 def assert_same(source: Path, back: Path) -> None:
@@ -122,3 +124,49 @@ def test_damage_outside_the_experts_is_not_restored(sample_source: Path, tmp_pat
     assert not (tmp_path / "back" / "config.json").exists()
     shutil.copy(whole / victim.name, victim)
     assert restore(copy, tmp_path / "back", restart=True).tensors == len(read_tensors(tmp_path / "back"))
+
+
+HOSTILE_NAMES = [
+    "../escaped",
+    "{outside}/escaped",
+    "d/../../escaped",
+    ".nvfp4_prep/journal.jsonl",
+    "model-00002-of-00003.safetensors",
+    "tokenizer.json",
+    "nul\0byte",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_forged_text_name_writes_nothing(sample_prepared: Path, tmp_path: Path, name: str) -> None:
+    """A stranger's manifest must not decide which files restore writes."""
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "prepared"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    manifest["source"]["texts"][name.format(outside=outside)] = {"text": "owned"}
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="unexpected source text"):
+        restore(copy, tmp_path / "back")
+    assert not list(outside.iterdir()) and not (tmp_path / "escaped").exists() and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/escaped", "d/../../escaped", ".nvfp4_prep/lock", ""])
+def test_the_target_itself_refuses_names_that_leave_it(tmp_path: Path, name: str) -> None:
+    with Target(tmp_path / "out", {"command": "test"}) as target, pytest.raises(TargetError, match="unsafe"):
+        target.write_file(name, b"owned")
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_a_side_file_named_like_a_restored_shard_is_refused(sample_prepared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "prepared"))
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    count = len(manifest["layers"]) + sum(file["kind"] == "passthrough" for file in manifest["files"].values())
+    name = f"model-{count:05d}-of-{count:05d}.safetensors"
+    (copy / name).write_bytes(b"owned")
+    digest = hashlib.sha256(b"owned").hexdigest()
+    manifest["files"][name] = {"nbytes": 5, "sha256": digest, "kind": "side"}
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError):
+        restore(copy, tmp_path / "back")
+    assert not (tmp_path / "back" / "config.json").exists()

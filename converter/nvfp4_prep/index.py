@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.manifest import MANIFEST
-from nvfp4_prep.paths import is_safe_name
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.source import Source, SourceFile
 
@@ -25,10 +24,6 @@ __all__ = [
     "read_json_file",
 ]
 
-CONFIG = "config.json"
-HF_QUANT_CONFIG = "hf_quant_config.json"
-INDEX = "model.safetensors.index.json"
-README = "README.md"
 _MAX_JSON_NBYTES = 256_000_000
 _NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")

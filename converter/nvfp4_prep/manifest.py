@@ -18,13 +18,14 @@ from nvfp4_prep.formats import Leaf
 from nvfp4_prep.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.paths import is_safe_name
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, Projection
 
 __all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "GateUpRecord", "LayerRecord", "Manifest"]
 
-MANIFEST = "nvfp4_prep.json"
 FORMAT_VERSION = 1
+_TEXT_NAMES = frozenset((CONFIG, HF_QUANT_CONFIG, INDEX, README))
+"""The source files that a prepared checkpoint replaces; restore writes them back, so no other name is accepted."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ class Manifest:
             options=options,
             source=str(source["name"]),
             revision=None if source["revision"] is None else str(source["revision"]),
-            texts={str(name): _decode_text(text) for name, text in source["texts"].items()},
+            texts={_text_name(name): _decode_text(text) for name, text in source["texts"].items()},
             quantization={str(place): dict(config) for place, config in source["quantization"].items()},
             layers=tuple(_layer_from_dict(layer, options) for layer in value["layers"]),
             passed={str(path): str(reason) for path, reason in value["passed_through_experts"].items()},
@@ -200,6 +201,12 @@ class Manifest:
 def _file_name(name: str) -> str:
     if not is_safe_name(name):
         raise ValueError(f"unsafe file name {name!r}")
+    return name
+
+
+def _text_name(name: str) -> str:
+    if name not in _TEXT_NAMES:
+        raise ValueError(f"unexpected source text {name!r}, allowed are {', '.join(sorted(_TEXT_NAMES))}")
     return name
 
 

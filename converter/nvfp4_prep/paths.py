@@ -1,8 +1,14 @@
-"""File names that come from outside."""
+"""File names: those with a meaning, and the check of those that come from outside."""
 
 from __future__ import annotations
 
-__all__ = ["is_safe_name"]
+__all__ = ["CONFIG", "HF_QUANT_CONFIG", "INDEX", "MANIFEST", "README", "is_safe_name"]
+
+CONFIG = "config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
+INDEX = "model.safetensors.index.json"
+MANIFEST = "nvfp4_prep.json"
+README = "README.md"
 
 
 def is_safe_name(name: str) -> bool:

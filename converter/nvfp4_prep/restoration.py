@@ -103,6 +103,7 @@ class _Restoration:
 
     def run(self, threads: int | None, progress: Progress) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
+        self._check_distinct_names()
         target.check_names([*(file.name for file in self._files), *self._side, *texts, INDEX])
         pending = [file for file in self._files if file.name not in target.done]
         sides = [file for name, file in self._side.items() if name not in target.done]
@@ -120,6 +121,17 @@ class _Restoration:
         target.write_file(CONFIG, texts[CONFIG])
         target.finish()
         return RestoreResult(target.path, sum(len(file.records) for file in self._files), needed, target.resumed)
+
+    def _check_distinct_names(self) -> None:
+        """Refuse a checkpoint in which two files would be restored under one name."""
+        names = [*(file.name for file in self._files), *self._side, *{*self._checkpoint.manifest.texts, INDEX}]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise VerificationError(
+                f"two files would be restored as {twice[0]!r}",
+                where=str(self._checkpoint.path),
+                next_step="The manifest was forged or damaged: do not trust this checkpoint.",
+            )
 
     def _check_digests(self) -> None:
         """The restored tensors are the source's; else nothing that looks whole is left."""

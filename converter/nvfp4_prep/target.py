@@ -22,6 +22,7 @@ from nvfp4_prep.errors import BusyError, NoSpaceError, TargetError
 from nvfp4_prep.index import CONFIG
 from nvfp4_prep.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 from nvfp4_prep.manifest import MANIFEST
+from nvfp4_prep.paths import is_safe_name
 from nvfp4_prep.target_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.units import format_nbytes
 
@@ -230,7 +231,18 @@ class Target:
         check_space(self.path, needed_nbytes, free_nbytes(self.path))
 
     def create(self, name: str, nbytes: int) -> TargetFile:
-        """A new file at its temporary place, with its space allocated."""
+        """Create a file at its temporary place, with its space allocated.
+
+        Raises:
+            TargetError: if the name would lead out of the directory or into its work folder.
+        """
+        if not is_safe_name(name) or name.split("/")[0] == WORK_FOLDER:
+            raise TargetError(
+                f"unsafe output file name {name!r}",
+                where=str(self.path),
+                expected="a relative path inside the target",
+                next_step="The name comes from the input checkpoint: do not trust that checkpoint.",
+            )
         return TargetFile(
             self._writing / name,
             self.path / name,

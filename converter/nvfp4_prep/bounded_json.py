@@ -1,0 +1,81 @@
+"""JSON from untrusted files: size, depth and number of values are bounded before anything is built from the text."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from nvfp4_prep.errors import NvfpPrepError
+
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "SOURCE_MAX_DEPTH", "JsonBounds", "check_bounds", "parse_json"]
+
+SOURCE_MAX_DEPTH = 100
+"""Deepest nesting accepted in a source's configs and index."""
+MAX_DEPTH = 200
+"""Deepest nesting accepted in files that embed a source's configs: manifest, prepared config, journal."""
+MAX_VALUES = 8_000_000
+"""Most values in one file. The index of Kimi-K2.5 has 280,000; a value costs about 100 bytes of memory."""
+
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACKET = re.compile(rb"[\[{]|[\]}]")
+
+
+class JsonBounds(ValueError):
+    """A text that exceeds a bound: ``what``, the bound as ``expected`` and the value as ``actual``."""
+
+    def __init__(self, what: str, expected: str, actual: str) -> None:
+        super().__init__(f"{what}: {actual}, at most {expected}")
+        self.what, self.expected, self.actual = what, expected, actual
+
+
+def parse_json(
+    raw: bytes,
+    where: str,
+    error: type[NvfpPrepError],
+    *,
+    max_depth: int = SOURCE_MAX_DEPTH,
+    next_step: str | None = None,
+) -> Any:
+    """Return the value of a JSON text whose size the caller has bounded.
+
+    Args:
+        raw: UTF-8 text.
+        where: the file, for the error.
+        error: type of the error to raise.
+        max_depth: deepest nesting of lists and objects that is accepted.
+        next_step: what the user can do about a text that cannot be read.
+
+    Raises:
+        NvfpPrepError: of type ``error``, if the text is not JSON, is not UTF-8, or exceeds a bound.
+    """
+    try:
+        check_bounds(raw, max_depth)
+        return json.loads(raw)
+    except JsonBounds as problem:
+        raise error(
+            problem.what,
+            where=where,
+            expected=f"at most {problem.expected}",
+            actual=problem.actual,
+            next_step=next_step,
+        ) from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"is not valid JSON ({problem})", where=where, next_step=next_step) from problem
+
+
+def check_bounds(raw: bytes, max_depth: int, max_values: int = MAX_VALUES) -> None:
+    """Raise :class:`JsonBounds` if a JSON text nests deeper than ``max_depth`` or has more than ``max_values`` values.
+
+    A linear scan without recursion. For text that is not JSON the figures mean nothing, but parsing fails then.
+    """
+    outside = _STRING.sub(b"", raw)
+    values = outside.count(b",") + outside.count(b"[") + outside.count(b"{") + 1
+    if values > max_values:
+        raise JsonBounds("has too many JSON values", f"{max_values:,}", f"{values:,}")
+    depth = deepest = 0
+    for match in _BRACKET.finditer(outside):
+        depth += 1 if match.group() in b"[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > max_depth:
+        raise JsonBounds("is nested too deep", f"{max_depth} levels", f"{deepest} levels")

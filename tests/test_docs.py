@@ -67,22 +67,6 @@ def test_manifest_keys_are_documented(sample_prepared: Path) -> None:
         assert re.search(rf"`(?:[a-z]+\.)?{key}(?:\[\])?`", text), key
 
 
-def test_modules_of_the_design_exist() -> None:
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    converter, kernels = text.split("## Modules of `nvfp4_prep_kernels`")
-    for part, folder in (
-        (converter.split("## Modules of `nvfp4_prep`")[1], ROOT / "converter" / "nvfp4_prep"),
-        (kernels, ROOT / "kernels" / "nvfp4_prep_kernels"),
-    ):
-        named = [
-            name for row in re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE) for name in re.findall("`([^`]+)`", row)
-        ]
-        assert len(named) == len(set(named)) > 5
-        there = {path.name + "/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
-        there |= {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
-        assert set(named) == there
-
-
 def test_help_is_up_to_date_with_the_exit_codes() -> None:
     text = CliRunner().invoke(cli, ["--help"]).output
     for code, meaning in errors.EXIT_CODES.items():

@@ -15,7 +15,13 @@ from checkpoint_files import IN_REPOSITORY, as_bytes, load_tensors, raw_bytes
 from nvfp4_prep import ConvertOptions, GateUpPolicy, convert, restore, verify
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.formats import FORMAT_GROUP, NAMING_GROUP, ExpertTensorName, Leaf, formats, namings
-from nvfp4_prep.formats.naming import _STACKS, MoeStackNaming, PerExpertNaming, StackedNaming
+from nvfp4_prep.formats.naming import (
+    _STACKS,
+    MoeStackNaming,
+    PerExpertNaming,
+    ProjectionFirstNaming,
+    StackedNaming,
+)
 from nvfp4_prep_kernels import Projection
 from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
 from tiny_checkpoints import Tensors, TinyLayer, config, write
@@ -33,6 +39,13 @@ F = "model.layers.1.feed_forward.experts"
         (f"{A}.0.w3.weight_packed", ExpertTensorName(A, 0, (U,), "weight_packed")),
         ("layers.1.experts.383.w2.weight", ExpertTensorName("layers.1.experts", 383, (D,), "weight")),
         ("a.experts.1.experts.2.w2.weight", ExpertTensorName("a.experts.1.experts", 2, (D,), "weight")),
+        (f"{A}.7.gate_up_proj.weight_scale_2", ExpertTensorName(A, 7, (G, U), "weight_scale_2")),
+        (f"{A}.0.w13.weight_packed", ExpertTensorName(A, 0, (G, U), "weight_packed")),
+        (f"{A}.gate_proj.7.weight_scale_2", ExpertTensorName(A, 7, (G,), "weight_scale_2")),
+        (f"{A}.w2.127.weight_packed", ExpertTensorName(A, 127, (D,), "weight_packed")),
+        (f"{A}.gate_up_proj.0.input_scale", ExpertTensorName(A, 0, (G, U), "input_scale")),
+        (f"{A}.gate_proj.07.weight", None),
+        (f"{A}.gate_proj.7", ExpertTensorName(A, None, (G,), "7")),
         (f"{F}.gate_up_proj", ExpertTensorName(F, None, (G, U), "weight")),
         (f"{F}.gate_up_proj_weight_scale_2", ExpertTensorName(F, None, (G, U), "weight_scale_2")),
         (f"{F}.down_proj_bias", ExpertTensorName(F, None, (D,), "bias")),
@@ -82,7 +95,7 @@ def test_every_format_names_all_leaves() -> None:
         assert format_.name == name
         assert set(format_.leaves.values()) == set(Leaf)
     assert [naming.name for naming in namings()] == [
-        kind.name for kind in (PerExpertNaming, StackedNaming, MoeStackNaming)
+        kind.name for kind in (PerExpertNaming, ProjectionFirstNaming, StackedNaming, MoeStackNaming)
     ]
 
 

@@ -10,7 +10,7 @@ from nvfp4_prep.errors import UsageError
 from nvfp4_prep.formats.base import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.formats.compressed_tensors import CompressedTensors
 from nvfp4_prep.formats.modelopt import ModelOpt
-from nvfp4_prep.formats.naming import MoeStackNaming, PerExpertNaming, StackedNaming
+from nvfp4_prep.formats.naming import MoeStackNaming, PerExpertNaming, ProjectionFirstNaming, StackedNaming
 
 __all__ = [
     "ExpertNaming",
@@ -37,7 +37,7 @@ def formats() -> dict[str, QuantFormat]:
 @cache
 def namings() -> tuple[ExpertNaming, ...]:
     """All known namings, those of entry point group ``nvfp4_prep.namings`` first."""
-    return (*_plugins(NAMING_GROUP), PerExpertNaming(), StackedNaming(), MoeStackNaming())
+    return (*_plugins(NAMING_GROUP), PerExpertNaming(), ProjectionFirstNaming(), StackedNaming(), MoeStackNaming())
 
 
 def _plugins(group: str) -> list[Any]:

@@ -9,6 +9,7 @@ from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.index import CheckpointIndex
+from nvfp4_prep.layer_checks import quark
 from nvfp4_prep.model_config import text_configs
 from nvfp4_prep.moe_layers import MoeLayer
 
@@ -35,11 +36,23 @@ def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
     others are prepared; where all have it, all are refused.
     """
     short = {layer.experts_path: finding for layer in found.layers if (finding := _too_few(layer, config)) is not None}
+    if _is_quark(config):
+        why = quark("config.json's quant_method is quark")
+        short = {
+            layer.experts_path: LayerFinding(layer.experts_path, why.kind, why.reason, why.instead, why.refused)
+            for layer in found.layers
+        }
     complete = [layer for layer in found.layers if layer.experts_path not in short]
     odd = [layer for layer in complete if not _is_computed(layer, config)]
     fits = tuple(layer for layer in complete if layer not in odd)
     others = [_not_computed(layer, config, refused=not fits) for layer in odd]
     return FoundLayers(fits, (*found.others, *short.values(), *others))
+
+
+def _is_quark(config: Mapping[str, Any]) -> bool:
+    """Whether the server would load the checkpoint as AMD Quark's, whatever its tensors are called."""
+    said = [part.get("quantization_config") for part in text_configs(config)]
+    return any(isinstance(part, Mapping) and part.get("quant_method") == "quark" for part in said)
 
 
 def _is_computed(layer: MoeLayer, config: Mapping[str, Any]) -> bool:

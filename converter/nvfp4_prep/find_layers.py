@@ -19,20 +19,17 @@ from nvfp4_prep.layer_checks import (
     check_complete,
     check_foreign,
     check_numbers,
+    check_spelled_once,
     find_dims,
     is_transposed,
-    pass_through,
     refuse,
 )
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
+from nvfp4_prep.other_kinds import check_one_kind, other_kind, unknown_nvfp4, unknown_paths
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep_kernels import Projection
 
 __all__ = ["FoundLayers", "LayerFinding", "find_layers"]
-
-_FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-_FP8 = {"F8_E4M3", "F8_E5M2"}
-_SERVE = "Serve the source as it is."
 
 
 @dataclass(frozen=True)
@@ -92,14 +89,17 @@ def find_layers(
             that is not known (:func:`nvfp4_prep.activation.alternating_stacks`).
     """
     by_layer: dict[tuple[str, str], _Tensors] = defaultdict(list)
+    strangers = []
     for name, record in tensors.items():
         for naming in namings:
             parsed = naming.parse(name)
             if parsed is not None:
                 by_layer[(parsed.experts, naming.name)].append((parsed, record))
                 break
+        else:
+            strangers.append(record)
     layers: dict[str, MoeLayer] = {}
-    others = []
+    others = [_finding(path, unknown_nvfp4(records)) for path, records in sorted(unknown_paths(strangers).items())]
     for position, ((path, naming_name), members) in enumerate(sorted(by_layer.items(), key=lambda item: item[0])):
         try:
             layer = _layer(path, naming_name, members, formats, _layer_number(path, position), alternating)
@@ -111,10 +111,36 @@ def find_layers(
                 )
             layers[path] = layer
         except NotPrepared as why:
-            others.append(LayerFinding(path, why.kind, why.reason, why.instead, why.refused))
+            others.append(_finding(path, why))
+    others = _say_mixed_spellings(others, by_layer)
     return FoundLayers(
         tuple(sorted(layers.values(), key=lambda layer: (layer.index, layer.experts_path))), tuple(others)
     )
+
+
+def _finding(path: str, why: NotPrepared) -> LayerFinding:
+    return LayerFinding(path, why.kind, why.reason, why.instead, why.refused)
+
+
+def _say_mixed_spellings(
+    findings: list[LayerFinding], by_layer: Mapping[tuple[str, str], _Tensors]
+) -> list[LayerFinding]:
+    """Where the experts of one path are spelled in several ways, each part looks damaged: say the reason once."""
+    spelled: dict[str, list[str]] = defaultdict(list)
+    for (path, _), members in sorted(by_layer.items(), key=lambda item: item[0]):
+        spelled[path].append(members[0][1].name)
+    found: dict[tuple[str, str], LayerFinding] = {}
+    for finding in findings:
+        path, kind = finding.experts_path, finding.kind
+        if finding.refused and len(spelled[path]) > 1 and kind in ("incomplete", "misnumbered"):
+            why = refuse(
+                "ambiguous",
+                f"experts are spelled in different ways: {' and '.join(spelled[path])}",
+                "All experts of a layer must be named alike: rename them.",
+            )
+            finding = _finding(path, why)
+        found.setdefault((finding.experts_path, finding.reason), finding)
+    return list(found.values())
 
 
 def _layer_number(path: str, fallback: int) -> int:
@@ -131,6 +157,7 @@ def _layer(
     alternating: bool | None,
 ) -> MoeLayer:
     format_ = _format_of(members, formats)
+    check_one_kind(members, format_, formats)
     by_role: dict[tuple[tuple[Projection, ...], Leaf], _Tensors] = defaultdict(list)
     foreign = []
     for parsed, record in members:
@@ -145,6 +172,7 @@ def _layer(
         _group(leaf, entries, alternating)
         for (_, leaf), entries in sorted(by_role.items(), key=lambda item: _role_order(item[0]))
     ]
+    check_spelled_once(groups)
     gated = any(Projection.GATE in group.projections for group in groups)
     check_complete(groups, gated, experts, format_)
     groups = [replace(group, transposed=is_transposed(group, groups)) for group in groups]
@@ -166,22 +194,7 @@ def _format_of(members: _Tensors, formats: Mapping[str, QuantFormat]) -> QuantFo
         damaged = {(of[Leaf.CODES], "U8"), (of[Leaf.BLOCK_SCALE], "F8_E4M3")} <= dtypes
         if of[Leaf.GLOBAL_SCALE] in spelled or damaged:
             return format_
-    raise _other_kind(spelled, {record.dtype for _, record in members if len(record.shape) >= 2})
-
-
-def _other_kind(spelled: set[str], dtypes: set[str]) -> NotPrepared:
-    if dtypes and dtypes <= set(_FLOATS):
-        kinds = sorted(_FLOATS[kind] for kind in dtypes)
-        return pass_through(kinds[0], f"experts are {', '.join(kinds)}", _SERVE)
-    if dtypes & _FP8:
-        mx = dtypes & {"U8", "F8_E8M0"}
-        return pass_through("mxfp8" if mx else "fp8", f"experts are {'MXFP8' if mx else 'FP8'}", _SERVE)
-    if "F8_E8M0" in dtypes or dtypes == {"U8"} or any("blocks" in spelling for spelling in spelled):
-        return pass_through("mxfp4", "experts are MXFP4 (e8m0 scales of 32, no global scale)", _SERVE)
-    if dtypes & {"I32", "I8"}:
-        return pass_through("integer", "experts are quantized to integers", _SERVE)
-    leaves = ", ".join(sorted(spelled))[:200]
-    return pass_through("unknown", f"experts are of an unknown kind (leaves {leaves})", _SERVE)
+    raise other_kind(spelled, [record for _, record in members])
 
 
 def _group(leaf: Leaf, entries: _Tensors, alternating: bool | None) -> TensorGroup:

@@ -19,9 +19,11 @@ __all__ = [
     "check_complete",
     "check_foreign",
     "check_numbers",
+    "check_spelled_once",
     "find_dims",
     "is_transposed",
     "pass_through",
+    "quark",
     "refuse",
 ]
 
@@ -57,12 +59,41 @@ def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
             f"experts have biases ({some}), which the kernel does not add",
             "vLLM has no NVFP4 path for such experts (gpt-oss): serve the model's MXFP4 checkpoint.",
         )
+    if "input_scale_2" in leaves:
+        raise quark(some)
     raise refuse(
         "unexpected tensors",
         f"{count(len(foreign), 'expert tensor')} {'has' if len(foreign) == 1 else 'have'} no place"
         f" in the prepared layout ({some})",
         "Serve the source as it is, or add a format (docs/adding-a-format.md).",
     )
+
+
+def quark(found: str) -> NotPrepared:
+    """Refuse AMD Quark's NVFP4: vLLM 0.33 has no path from it to this kernel that a prepared file could equal.
+
+    Its QuarkNvfp4MoEMethod never multiplies the activation scales into the kernel's alphas, and its loader gives gate's
+    input scale to up or the other way round, whichever comes last.
+    """
+    return refuse(
+        "quark",
+        f"experts are AMD Quark NVFP4 ({found}), which cannot be prepared: vLLM 0.33 does not run it on this kernel",
+        "Serve the source as it is, or quantize with ModelOpt or llm-compressor (docs/supported-models.md).",
+    )
+
+
+def check_spelled_once(groups: Sequence[TensorGroup]) -> None:
+    """Refuse a leaf of a projection that stands in two groups of tensors: alone, and fused with another projection."""
+    have: dict[tuple[Projection, Leaf], TensorGroup] = {}
+    for group in groups:
+        for projection in group.projections:
+            first = have.setdefault((projection, group.leaf), group)
+            if first is not group:
+                raise refuse(
+                    "ambiguous",
+                    f"{projection.value} stands in {first.records[0].name} and in {group.records[0].name}",
+                    "All experts of a layer must be named alike, each tensor once.",
+                )
 
 
 def check_numbers(group: TensorGroup, experts: list[int | None]) -> None:
@@ -92,22 +123,28 @@ def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, for
             "Serve the source as it is, or quantize the model again with activations (W4A4).",
         )
     missing: list[str] = []
+    lacking: set[Leaf] = set()
     for projection in wanted:
         for leaf in Leaf:
             group = have.get((projection, leaf))
+            before = len(missing)
             if group is None:
                 spelling = next(spelling for spelling, meaning in format_.leaves.items() if meaning is leaf)
                 missing.append(f"{projection.value} projection's {spelling} of every expert")
             elif not group.stacked and len(group.records) != experts:
                 there = {record.name for record in group.records}
                 missing += [group.name(expert) for expert in range(experts) if group.name(expert) not in there]
+            if len(missing) > before:
+                lacking.add(leaf)
     if missing:
+        # A quantizer writes no input scale for an expert that it saw no tokens for.
+        calibrate = "calibrate with more tokens and " if lacking == {Leaf.INPUT_SCALE} else ""
         raise refuse(
             "incomplete",
             f"{count(len(missing), 'expert tensor')} {'is' if len(missing) == 1 else 'are'} missing: "
             + ", ".join(missing[:4])
             + (" …" if len(missing) > 4 else ""),
-            "Complete the download, or quantize again.",
+            f"Complete the download, or {calibrate}quantize again.",
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
@@ -112,7 +112,7 @@ def find_layers(
             layers[path] = layer
         except NotPrepared as why:
             others.append(_finding(path, why))
-    others = _say_mixed_spellings(others, by_layer)
+    others = _say_mixed_spellings(others, by_layer, layers.keys())
     return FoundLayers(
         tuple(sorted(layers.values(), key=lambda layer: (layer.index, layer.experts_path))), tuple(others)
     )
@@ -123,9 +123,12 @@ def _finding(path: str, why: NotPrepared) -> LayerFinding:
 
 
 def _say_mixed_spellings(
-    findings: list[LayerFinding], by_layer: Mapping[tuple[str, str], _Tensors]
+    findings: list[LayerFinding], by_layer: Mapping[tuple[str, str], _Tensors], whole: Collection[str]
 ) -> list[LayerFinding]:
-    """Where the experts of one path are spelled in several ways, each part looks damaged: say the reason once."""
+    """Say once, of experts of one path that are spelled in several ways, why each part looks damaged.
+
+    A part of another kind beside a whole layer makes a mixed layer, of which nothing may pass through.
+    """
     spelled: dict[str, list[str]] = defaultdict(list)
     for (path, _), members in sorted(by_layer.items(), key=lambda item: item[0]):
         spelled[path].append(members[0][1].name)
@@ -139,7 +142,12 @@ def _say_mixed_spellings(
                 "All experts of a layer must be named alike: rename them.",
             )
             finding = _finding(path, why)
-        found.setdefault((finding.experts_path, finding.reason), finding)
+        elif not finding.refused and path in whole:
+            reason = (
+                f"experts are there twice: NVFP4, and under other names {finding.reason.removeprefix('experts are ')}"
+            )
+            finding = _finding(path, refuse("mixed", reason, "Remove one of the two."))
+        found.setdefault((finding.experts_path, finding.kind), finding)
     return list(found.values())
 
 

@@ -60,7 +60,7 @@ def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
             "vLLM has no NVFP4 path for such experts (gpt-oss): serve the model's MXFP4 checkpoint.",
         )
     if "input_scale_2" in leaves:
-        raise quark(some)
+        raise quark(names[0])
     raise refuse(
         "unexpected tensors",
         f"{count(len(foreign), 'expert tensor')} {'has' if len(foreign) == 1 else 'have'} no place"
@@ -70,15 +70,18 @@ def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
 
 
 def quark(found: str) -> NotPrepared:
-    """Refuse AMD Quark's NVFP4: vLLM 0.33 has no path from it to this kernel that a prepared file could equal.
+    """Refuse AMD Quark's NVFP4: vLLM 0.33 computes nothing with this kernel that a prepared file could be equal to.
 
-    Its QuarkNvfp4MoEMethod never multiplies the activation scales into the kernel's alphas, and its loader gives gate's
-    input scale to up or the other way round, whichever comes last.
+    Its QuarkNvfp4MoEMethod never lets the CuteDSL experts multiply the activation scales into their alphas (they would
+    look for ``w13_input_scale``; Quark's layers have ``w13_input_scale_2``), and its loader keeps whichever of gate's
+    and up's input scale comes last for both.
     """
     return refuse(
         "quark",
-        f"experts are AMD Quark NVFP4 ({found}), which cannot be prepared: vLLM 0.33 does not run it on this kernel",
-        "Serve the source as it is, or quantize with ModelOpt or llm-compressor (docs/supported-models.md).",
+        f"experts are AMD Quark NVFP4 ({found}), which cannot be prepared: vLLM 0.33 leaves Quark's activation scales"
+        " out of this kernel's",
+        "Serve the source as it is with another MoE backend, or quantize with ModelOpt or llm-compressor"
+        " (docs/supported-models.md).",
     )
 
 

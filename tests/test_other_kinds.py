@@ -235,6 +235,16 @@ def fused_expert(expert: int) -> Tensors:
     return made
 
 
+@pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (0, False)])
+def test_scales_of_a_fused_tensor_are_one_or_one_for_each_projection(size: int, fits: bool) -> None:
+    made = without(LAYER.tensors(), lambda name: "gate_proj" in name or "up_proj" in name)
+    for expert in range(EXPERTS):
+        made |= fused_expert(expert) | {f"{PATH}.{expert}.gate_up_proj.input_scale": torch.ones(size)}
+    found = find(made)
+    assert bool(found.layers) == fits
+    assert [finding.kind for finding in found.others] == ([] if fits else ["scalar"])
+
+
 def of_expert(expert: int, tensors: Tensors) -> Tensors:
     return {name: it for name, it in tensors.items() if f".{expert}." in name.removeprefix("model.layers.0.")}
 

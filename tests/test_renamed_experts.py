@@ -24,9 +24,11 @@ class Spelling:
     names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     template: str = "{path}.{expert}.{name}.{leaf}"
     fused: str = ""
+    pairs: bool = False  # fused tensors have a scale for gate and one for up
+    differing: bool = False
 
     def layer(self, path: str) -> TinyLayer:
-        return TinyLayer(path, kind=self.kind, names=self.names, seed=len(path))
+        return TinyLayer(path, kind=self.kind, names=self.names, seed=len(path), differing=self.differing)
 
     def tensors(self, path: str) -> Tensors:
         """The layer's tensors under these names."""
@@ -41,9 +43,11 @@ class Spelling:
                 both = [
                     torch.cat([a.view(torch.uint8), b.view(torch.uint8)]) for a, b in zip(gate[:2], up[:2], strict=True)
                 ]
-                # One scale serves both: gate and up have the same; of the input scales the one that counts.
-                assert torch.equal(gate[2], up[2])
-                scalars = [gate[2], max(gate[3], up[3]) if self.kind == "modelopt" else min(gate[3], up[3])]
+                if self.pairs:
+                    scalars = [torch.cat([a.reshape(1), b.reshape(1)]) for a, b in zip(gate[2:], up[2:], strict=True)]
+                else:  # one scale serves both: gate and up have the same; of the input scales the one that counts
+                    assert torch.equal(gate[2], up[2])
+                    scalars = [gate[2], max(gate[3], up[3]) if self.kind == "modelopt" else min(gate[3], up[3])]
                 parts = {self.fused: [both[0], both[1].view(torch.float8_e4m3fn), *scalars], layer.names[2]: down}
             for name, leaves in parts.items():
                 for leaf, tensor in zip(LEAVES[self.kind], leaves, strict=True):
@@ -51,7 +55,7 @@ class Spelling:
         return made
 
     def ordinary(self) -> Spelling:
-        return replace(self, template=Spelling.template, fused="")
+        return replace(self, template=Spelling.template, fused="", pairs=False)
 
 
 PROJECTION_FIRST = "{path}.{name}.{expert}.{leaf}"
@@ -63,6 +67,8 @@ SPELLINGS = {
         "projection first, letters": {"template": PROJECTION_FIRST, "names": LETTERS},
         "projection first, no gate": {"template": PROJECTION_FIRST, "names": ("up_proj", "down_proj")},
         "fused": {"fused": "gate_up_proj"},
+        "fused, two scales": {"fused": "gate_up_proj", "pairs": True},
+        "fused, two differing scales": {"fused": "gate_up_proj", "pairs": True, "differing": True},
         "fused, letters": {"fused": "w13", "names": LETTERS},
         "fused, projection first": {"fused": "gate_up_proj", "template": PROJECTION_FIRST},
     }.items()

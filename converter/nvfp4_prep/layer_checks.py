@@ -221,8 +221,8 @@ def _check_dtype(group: TensorGroup) -> None:
 
 
 def _check_scalar(group: TensorGroup, experts: int) -> None:
-    count = math.prod(group.shape)
-    if group.dtype != "F32" or count not in ({1, experts} if group.stacked else {1}):
+    fits = {1, experts} if group.stacked else {1, len(group.projections)}
+    if group.dtype != "F32" or math.prod(group.shape) not in fits:
         raise refuse(
             "scalar",
             f"{group.name(0)} is {group.dtype} {list(group.shape)}",

@@ -37,7 +37,8 @@ def check_groups(layer: MoeLayer) -> None:
 
 
 def _check_scalar(group: TensorGroup, experts: int) -> None:
-    if group.dtype != "F32" or math.prod(group.shape) not in ({1, experts} if group.stacked else {1}):
+    fits = {1, experts} if group.stacked else {1, len(group.projections)}
+    if group.dtype != "F32" or math.prod(group.shape) not in fits:
         raise ValueError(f"{group.key} must be one float32 for each expert")
 
 

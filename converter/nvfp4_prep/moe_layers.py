@@ -7,6 +7,7 @@ matrices ``uint8 [rows, bytes per row]``, one for each projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,11 @@ class TensorGroup:
     def shared_scalar(self) -> bool:
         """Whether one scalar serves all experts."""
         return self.stacked and self.leaf.is_scalar and not any(size > 1 for size in self.shape)
+
+    @property
+    def scalars_per_expert(self) -> int:
+        """Numbers in one expert's tensor: 1, or one for each of the projections that it holds."""
+        return math.prod(self.shape) if self.leaf.is_scalar and not self.stacked else 1
 
     def name(self, expert: int) -> str:
         """The source name of the tensor that holds expert ``expert``."""

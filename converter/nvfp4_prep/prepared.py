@@ -195,7 +195,7 @@ class PreparedCheckpoint:
             if not group.leaf.is_scalar:
                 continue
             record = self.record(group.key)
-            count = 1 if group.shared_scalar else layer.layer.dims.experts
+            count = 1 if group.shared_scalar else layer.layer.dims.experts * group.scalars_per_expert
             if record.nbytes != 4 * count:
                 raise CheckpointError(
                     f"tensor {record.name!r} has the wrong size",

@@ -97,7 +97,10 @@ def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projecti
     groups = layer.groups_of(leaf, (projection,))
     if not groups:
         return None
-    stored = torch.frombuffer(bytearray(raw[groups[0].key]), dtype=torch.float32)
+    group = groups[0]
+    stored = torch.frombuffer(bytearray(raw[group.key]), dtype=torch.float32)
+    if group.scalars_per_expert > 1:
+        stored = stored.view(-1, group.scalars_per_expert)[:, group.projections.index(projection)].contiguous()
     format_ = known_format(layer)
     convert = format_.global_scale_multiplier if leaf is Leaf.GLOBAL_SCALE else format_.input_scale_multiplier
     return convert(stored).expand(layer.dims.experts) if stored.numel() == 1 else convert(stored)

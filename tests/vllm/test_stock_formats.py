@@ -139,6 +139,14 @@ def test_one_scale_for_gate_and_up_cannot_be_split(vllm_config: None) -> None:
         list(routed(modelopt()).load_weights([("0.gate_up_proj.weight_scale_2", torch.tensor(1.0))]))
 
 
+@pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale"])
+def test_two_scales_of_a_fused_tensor_are_gates_and_ups(vllm_config: None, leaf: str) -> None:
+    layer = routed(modelopt())
+    pairs = [torch.tensor([1.0 + expert, 20.0 + expert]) for expert in EXPERTS]
+    list(layer.load_weights((f"{expert}.gate_up_proj.{leaf}", pair) for expert, pair in enumerate(pairs)))
+    assert torch.equal(getattr(layer, f"w13_{leaf}").data, torch.stack(pairs))
+
+
 def test_the_projection_before_the_number_is_not_read(vllm_config: None) -> None:
     codes = below(LAYER.tensors())["0.gate_proj.weight"]
     layer = routed(modelopt())

@@ -81,6 +81,7 @@ UNKNOWN_NAMES: dict[str, tuple[Callable[[], Tensors], str]] = {
     "underscore": (renamed(("experts.", "experts_")), PATH),
     "dash": (renamed(("experts.", "experts-")), PATH),
     "slash": (renamed(("experts.", "experts/")), PATH),
+    "number at once": (renamed(("experts.", "experts")), PATH),
     "singular": (renamed(("experts.", "expert.")), "model.layers.0.mlp.expert"),
     "prefixed word": (renamed(("experts.", "local_experts.")), "model.layers.0.mlp.local_experts"),
     "leading zeros": (renamed(("experts.", "experts.0")), PATH),
@@ -106,7 +107,14 @@ def test_nvfp4_under_unknown_names_is_nvfp4_under_unknown_names(case: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["shared_experts.0.gate_proj", "shared_expert.gate_proj", "share_expert.up", "residual_expert.gate_proj"]
+    "name",
+    [
+        "shared_experts.0.gate_proj",
+        "shared_expert.gate_proj",
+        "share_expert.up",
+        "residual_expert.gate_proj",
+        "residual_expert.w1",
+    ],
 )
 def test_linear_layers_that_are_no_routed_experts_pass(name: str) -> None:
     codes = torch.zeros(ROWS, HIDDEN // 2, dtype=torch.uint8)
@@ -243,6 +251,16 @@ def test_scales_of_a_fused_tensor_are_one_or_one_for_each_projection(size: int, 
     found = find(made)
     assert bool(found.layers) == fits
     assert [finding.kind for finding in found.others] == ([] if fits else ["scalar"])
+
+
+@pytest.mark.parametrize("alternating", [True, False, None])
+def test_rows_of_a_fused_expert_alternate_where_the_activation_says_so(alternating: bool | None) -> None:
+    made = without(LAYER.tensors(), lambda name: "gate_proj" in name or "up_proj" in name)
+    for expert in range(EXPERTS):
+        made |= fused_expert(expert)
+    found = find_layers(records(made), namings(), formats(), alternating=alternating)
+    assert [finding.kind for finding in found.refused] == (["row order"] if alternating is None else [])
+    assert [layer.groups[0].alternating for layer in found.layers] == ([] if alternating is None else [alternating])
 
 
 def of_expert(expert: int, tensors: Tensors) -> Tensors:

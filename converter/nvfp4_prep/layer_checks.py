@@ -79,7 +79,7 @@ def quark(found: str) -> NotPrepared:
     return refuse(
         "quark",
         f"experts are AMD Quark NVFP4 ({found}), which cannot be prepared: vLLM 0.33 leaves Quark's activation scales"
-        " out of this kernel's",
+        " out of this kernel's alphas",
         "Serve the source as it is with another MoE backend, or quantize with ModelOpt or llm-compressor"
         " (docs/supported-models.md).",
     )

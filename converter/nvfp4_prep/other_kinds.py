@@ -21,11 +21,14 @@ _FLOATS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2"})
 _MX_SCALES = frozenset({"U8", "F8_E8M0"})
 _PACKED = frozenset({"U8", "I8"})
+_CODES = _PACKED | {"F4"}
 _SCALES_PER_BYTE = BLOCK_COLS // 2  # bytes of NVFP4 codes for one block scale
 _MXFP4_BYTES, _MXFP8_BYTES = 16, 32
 _SERVE = "Serve the source as it is."
 _ADD = "Add the names with a small plugin (docs/adding-a-format.md), or serve the source as it is."
 _EXPERT_WORD = re.compile(r".*?experts?", re.IGNORECASE)
+_NUMBERED = re.compile(r"[._/-]?[0-9]+[._/-]|.*\.[0-9]+\.")
+"""What follows the word where experts are numbered: at once after any separator, or as a component of its own."""
 
 
 def other_kind(leaves: Collection[str], records: Collection[TensorRecord]) -> NotPrepared:
@@ -49,8 +52,10 @@ def unknown_nvfp4(records: Collection[TensorRecord]) -> NotPrepared:
 
     They must not pass through: the server would expect prepared experts in their place.
     """
-    names = sorted(record.name for record in records if len(record.shape) >= 2)
-    some = ", ".join(names[:2]) + (" …" if len(names) > 2 else "")
+    matrices = [record for record in records if len(record.shape) >= 2]
+    codes = min(record.name for record in matrices if record.dtype in _CODES)
+    scales = min((record.name for record in matrices if record.dtype == "F8_E4M3"), default="")
+    some = ", ".join(filter(None, [codes, scales])) + (" …" if len(matrices) > 2 else "")
     return refuse(
         "unknown names",
         f"NVFP4 experts under unknown names: packed 4-bit codes with e4m3 scales of {BLOCK_COLS} ({some})",
@@ -67,7 +72,7 @@ def unknown_paths(records: Iterable[TensorRecord]) -> dict[str, list[TensorRecor
     by_path: dict[str, list[TensorRecord]] = defaultdict(list)
     for record in records:
         path = _experts_path(record.name)
-        if path and (len(record.shape) > 2 or any(letter.isdigit() for letter in record.name[len(path) :])):
+        if path and (len(record.shape) > 2 or _NUMBERED.match(record.name, len(path))):
             by_path[path].append(record)
     return {path: found for path, found in by_path.items() if _is_nvfp4(found)}
 

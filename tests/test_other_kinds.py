@@ -243,6 +243,14 @@ def fused_expert(expert: int) -> Tensors:
     return made
 
 
+def test_one_expert_under_an_unknown_name_is_no_missing_expert() -> None:
+    made = {name.replace(".experts.1.", ".experts-1."): tensor for name, tensor in LAYER.tensors().items()}
+    found = find(made)
+    assert not found.layers
+    assert [finding.kind for finding in found.others] == ["unknown names", "ambiguous"]
+    assert f"{PATH}.0.gate_proj.weight and {PATH}-1.gate_proj.weight" in found.others[1].reason
+
+
 @pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (0, False)])
 def test_scales_of_a_fused_tensor_are_one_or_one_for_each_projection(size: int, fits: bool) -> None:
     made = without(LAYER.tensors(), lambda name: "gate_proj" in name or "up_proj" in name)

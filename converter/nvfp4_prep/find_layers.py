@@ -99,7 +99,8 @@ def find_layers(
         else:
             strangers.append(record)
     layers: dict[str, MoeLayer] = {}
-    others = [_finding(path, unknown_nvfp4(records)) for path, records in sorted(unknown_paths(strangers).items())]
+    unknown = unknown_paths(strangers)
+    others = [_finding(path, unknown_nvfp4(unknown[path])) for path in sorted(unknown)]
     for position, ((path, naming_name), members) in enumerate(sorted(by_layer.items(), key=lambda item: item[0])):
         try:
             layer = _layer(path, naming_name, members, formats, _layer_number(path, position), alternating)
@@ -112,7 +113,9 @@ def find_layers(
             layers[path] = layer
         except NotPrepared as why:
             others.append(_finding(path, why))
-    others = _say_mixed_spellings(others, by_layer, layers.keys())
+    spelled = [(path, members[0][1].name) for (path, _), members in sorted(by_layer.items(), key=lambda item: item[0])]
+    spelled += [(path, records[0].name) for path, records in unknown.items()]
+    others = _say_mixed_spellings(others, spelled, layers.keys())
     return FoundLayers(
         tuple(sorted(layers.values(), key=lambda layer: (layer.index, layer.experts_path))), tuple(others)
     )
@@ -123,22 +126,27 @@ def _finding(path: str, why: NotPrepared) -> LayerFinding:
 
 
 def _say_mixed_spellings(
-    findings: list[LayerFinding], by_layer: Mapping[tuple[str, str], _Tensors], whole: Collection[str]
+    findings: list[LayerFinding], spelled: Sequence[tuple[str, str]], whole: Collection[str]
 ) -> list[LayerFinding]:
     """Say once, of experts of one path that are spelled in several ways, why each part looks damaged.
 
     A part of another kind beside a whole layer makes a mixed layer, of which nothing may pass through.
+
+    Args:
+        findings: as the parts by themselves gave them.
+        spelled: path and one tensor's name of each part.
+        whole: paths with a part that is a whole layer.
     """
-    spelled: dict[str, list[str]] = defaultdict(list)
-    for (path, _), members in sorted(by_layer.items(), key=lambda item: item[0]):
-        spelled[path].append(members[0][1].name)
+    names: dict[str, list[str]] = defaultdict(list)
+    for path, name in spelled:
+        names[path].append(name)
     found: dict[tuple[str, str], LayerFinding] = {}
     for finding in findings:
         path, kind = finding.experts_path, finding.kind
-        if finding.refused and len(spelled[path]) > 1 and kind in ("incomplete", "misnumbered"):
+        if finding.refused and len(names[path]) > 1 and kind in ("incomplete", "misnumbered"):
             why = refuse(
                 "ambiguous",
-                f"experts are spelled in different ways: {' and '.join(spelled[path])}",
+                f"experts are spelled in different ways: {' and '.join(names[path])}",
                 "All experts of a layer must be named alike: rename them.",
             )
             finding = _finding(path, why)

@@ -106,7 +106,9 @@ def check_one_kind(
             largest = max((record for _, record in tensors), key=lambda record: record.nbytes)
             examples.setdefault(kind, largest.name)
     if others:
-        found = "; ".join(f"{kind} in {others[kind]} of {len(units)} ({examples[kind]})" for kind in sorted(others))
+        found = "; ".join(
+            f"{kind} in {others[kind]} of {len(units)} projections ({examples[kind]})" for kind in sorted(others)
+        )
         raise refuse(
             "mixed",
             f"experts of one layer mix NVFP4 and other kinds: {found}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import torch
 
 from checkpoint_files import as_bytes, load_tensors
 from nvfp4_prep import ConvertOptions, LayoutName, convert, inspect, relayout, restore, verify
+from nvfp4_prep.find_layers import find_layers
+from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.layer_record_checks import check_groups
+from test_find_layers import records
 from tiny_checkpoints import LEAVES, Tensors, TinyLayer, config, merged, others, write
 
 LETTERS = ("w1", "w3", "w2")
@@ -118,3 +123,26 @@ def test_inspect_counts_renamed_experts(tmp_path: Path) -> None:
     assert [(layer.experts_path, layer.status) for layer in found.layers] == [
         (path, "can be prepared") for path in PATHS
     ]
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((2,), True), ((1, 2), True), ((), True), ((3,), False), ((0,), False)])
+def test_a_manifests_fused_scales_are_one_or_two(shape: tuple[int, ...], fits: bool) -> None:
+    tensors = SPELLINGS["fused, two scales modelopt"].tensors(PATHS[0])
+    (layer,) = find_layers(records(tensors), namings(), formats()).layers
+    groups = tuple(
+        replace(group, shape=shape) if group.leaf.is_scalar and len(group.projections) == 2 else group
+        for group in layer.groups
+    )
+    with nullcontext() if fits else pytest.raises(ValueError, match="one float32 for each expert"):
+        check_groups(replace(layer, groups=groups))
+
+
+def test_a_changed_scale_of_up_in_a_fused_tensor_is_found(tmp_path: Path) -> None:
+    spelling = SPELLINGS["fused, two scales modelopt"]
+    renamed = source(tmp_path / "renamed", spelling)
+    out = convert(renamed, tmp_path / "out").path
+    assert verify(out, source=renamed).ok
+    tensors = merged([*(spelling.tensors(path) for path in PATHS), others()])
+    tensors[f"{PATHS[1]}.2.gate_up_proj.weight_scale_2"][1] *= 2
+    changed = write(tmp_path / "changed", tensors, config(), shards=2)
+    assert not verify(out, source=changed).ok

@@ -12,5 +12,8 @@ README = "README.md"
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a relative name, with forward slashes, cannot lead out of the directory that it belongs to."""
+    """Whether a relative name, with forward slashes, is valid text and cannot lead out of the directory that it belongs
+    to."""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        return False  # from a name that is not UTF-8: no JSON file could carry it
     return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nvfp4_prep.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.bounded_json import MAX_VALUES
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding
@@ -23,7 +24,7 @@ from nvfp4_prep.plan_data import (
 )
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
-from nvfp4_prep.source import Source, SourceFile
+from nvfp4_prep.source import Source, SourceFile, place_of
 from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
@@ -31,6 +32,8 @@ __all__ = ["check_batched", "layer_files", "make_plan"]
 
 MAX_LAYER_FILE_NBYTES = 45_000_000_000
 MAX_PASSTHROUGH_FILE_NBYTES = 5_000_000_000
+_ENTRY_VALUES = 8
+"""JSON values of a tensor's entry in a header, apart from its shape's."""
 MAX_PASSTHROUGH_SHARDS = 4
 """A passed-through file draws on at most so many shards, so that a source that is downloaded can be deleted early."""
 
@@ -46,7 +49,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     options = options or ConvertOptions()
     index = read_index(source)
     found = classify_layers(index)
-    _check_supported(source.label, index, found)
+    _check_supported(place_of(source), index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
@@ -282,6 +285,13 @@ def _file(
     copies: tuple[TensorRecord, ...] = (),
     served: bool = True,
 ) -> OutputFile:
+    values = sum(_ENTRY_VALUES + len(spec.shape) for spec in specs)
+    if values > MAX_VALUES:  # what is written must be within the bounds of every reader
+        raise SourceError(
+            f"has too many tensors for the output's {name}",
+            expected=f"a header of at most {MAX_VALUES} JSON values",
+            actual=f"{values} for {len(specs)} tensors",
+        )
     header, records = encode_header(name, specs, {"format": "pt"})
     nbytes = len(header) + sum(spec.nbytes for spec in specs)
     return OutputFile(name, kind, header, records, nbytes, shards, layer, tensors, copies, served)

@@ -187,8 +187,8 @@ def _merge(
         )
     listed = ", ".join(ghosts[:3]) + (", …" if ghosts[3:] else "")
     return tensors, (
-        f"{INDEX} lists {count(len(ghosts), 'tensor')} that no file holds ({listed}): the index is wrong as published;"
-        " they are ignored, as vLLM ignores them",
+        f"{INDEX} lists {count(len(ghosts), 'tensor')} that no file holds ({listed}): it is wrong as published;"
+        " servers read what the files hold, and so does the conversion",
     )
 
 

@@ -116,7 +116,7 @@ def left_out_lines(names: Iterable[str]) -> Iterable[str]:
     for folder, run in groupby(names, key=lambda name: name.split("/")[0] if "/" in name else ""):
         inside = list(run)
         if folder:
-            yield f"{folder}/ ({count(len(inside), 'file')}: {', '.join(inside[:3])}{', …' if inside[3:] else ''})"
+            yield f"{', '.join(inside[:3])}{f' and {len(inside) - 3} more' if inside[3:] else ''} (not of this model)"
         else:
             yield from (f"{name} (not in the index, or not safetensors)" for name in inside)
 

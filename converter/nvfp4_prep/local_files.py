@@ -16,7 +16,7 @@ __all__ = ["MAX_FOLDER_DEPTH", "FileState", "ListedFile", "check_state", "list_f
 
 MAX_FOLDER_DEPTH = 64
 """Deepest nesting of folders in a checkpoint."""
-_CHANGED = "Let nothing write to the source, and convert again with --restart."
+_CHANGED = "Let nothing write there while a command runs; a conversion has to begin anew, with --restart."
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_index_that_lists_what_nobody_holds_is_a_warning(tmp_path: Path) -> None
     found = index(tmp_path)
     assert found.tensors.keys() == TinyLayer().tensors().keys()
     (warning,) = found.warnings
-    assert "lists 5 tensors that no file holds (model.layers.0.eh_proj.weight, " in warning
+    assert "lists 5 tensors that no file holds ('model.layers.0.eh_proj.weight', " in warning
     assert "download" not in warning
 
 
@@ -335,3 +335,29 @@ def test_missing_shard_without_an_index(tmp_path: Path, names: list[str], missin
     else:
         with pytest.raises(SourceError, match=missing):
             index(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "\x1b]52;c;aGk=\x07", "n" * 1_000_000])
+@pytest.mark.parametrize("shard", ["model.safetensors", "../x", "x.safetensors"])
+def test_names_from_an_index_are_short_and_printable(tmp_path: Path, name: str, shard: str) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=True)
+    set_weight_map(tmp_path, {name: shard})
+    if shard == "model.safetensors":
+        (text,) = index(tmp_path).warnings
+    else:
+        with pytest.raises(SourceError) as caught:
+            index(tmp_path)
+        text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "n" * 1_000_000])
+def test_names_from_a_header_are_short_and_printable(tmp_path: Path, name: str) -> None:
+    write(tmp_path, TinyLayer().tensors(), index=False)
+    for file in ("a", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{file}.safetensors")
+    with pytest.raises(SourceError) as caught:
+        index(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000

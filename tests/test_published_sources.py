@@ -82,7 +82,7 @@ def test_an_index_that_lists_too_much_is_a_warning_everywhere(tmp_path: Path) ->
     index = json.loads((source / INDEX).read_text())
     index["weight_map"]["model.layers.2.eh_proj.weight"] = "model-00002-of-00002.safetensors"
     (source / INDEX).write_text(json.dumps(index))
-    warning = f"{INDEX} lists 1 tensor that no file holds (model.layers.2.eh_proj.weight)"
+    warning = f"{INDEX} lists 1 tensor that no file holds ('model.layers.2.eh_proj.weight')"
     dry_run, inspected = run("convert", source, tmp_path / "out", "--dry-run"), run("inspect", source)
     for shown in (dry_run, inspected, converted(source, tmp_path / "out")):
         assert shown.exit_code == 0

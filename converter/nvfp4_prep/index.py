@@ -10,7 +10,7 @@ from nvfp4_prep.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.index_files import WEIGHT_SUFFIXES, check_weight_map, other_format, shards_without_index, split_files
 from nvfp4_prep.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.source import LocalSource, Source, SourceFile, place_of
 from nvfp4_prep.units import count
@@ -169,7 +169,7 @@ def _merge(
             ghosts.append(name)
         elif tensors[name].file != shard:
             raise SourceError(
-                f"tensor {name!r} is not where the index says",
+                f"tensor {quoted(name)} is not where the index says",
                 where=place_of(source, INDEX),
                 expected=shard,
                 actual=tensors[name].file,
@@ -182,10 +182,10 @@ def _merge(
         raise SourceError(
             "lists none of the tensors that its files hold",
             where=place_of(source, INDEX),
-            actual=", ".join(map(repr, ghosts[:3])),
+            actual=", ".join(map(quoted, ghosts[:3])),
             next_step="The index is of another checkpoint: get the one that belongs to the shards, or remove it.",
         )
-    listed = ", ".join(ghosts[:3]) + (", …" if ghosts[3:] else "")
+    listed = ", ".join(map(quoted, ghosts[:3])) + (", …" if ghosts[3:] else "")
     return tensors, (
         f"{INDEX} lists {count(len(ghosts), 'tensor')} that no file holds ({listed}): it is wrong as published;"
         " servers read what the files hold, and so does the conversion",
@@ -198,12 +198,12 @@ def _duplicate_error(
     where = f"{place_of(source, shards[0])} and {shards[1]}"
     if weight_map is None:
         return SourceError(
-            f"duplicate: tensor {name!r} stands in two shards",
+            f"duplicate: tensor {quoted(name)} stands in two shards",
             where=where,
             next_step="Files of two exports are in one directory, and no index tells which count: remove one export.",
         )
     return SourceError(
-        f"duplicate: tensor {name!r} stands in two shards",
+        f"duplicate: tensor {quoted(name)} stands in two shards",
         where=where,
         expected=f"only in {weight_map[name]}, as {INDEX} says" if name in weight_map else f"one, listed in {INDEX}",
         actual="both",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
 from nvfp4_prep.source import SourceFile
 
 __all__ = ["WEIGHT_SUFFIXES", "check_weight_map", "other_format", "shards_without_index", "split_files"]
@@ -97,7 +97,7 @@ def check_weight_map(where: str, weight_map: object, names: Iterable[str]) -> Ma
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or "/" in shard or not is_safe_name(shard):
             raise SourceError(
-                f"unsafe file name for tensor {tensor!r}",
+                f"unsafe file name for tensor {quoted(tensor)}",
                 where=where,
                 expected="the name of a file beside the index",
                 actual=repr(shard)[:200],
@@ -123,7 +123,7 @@ def _missing_error(where: str, missing: list[str], of: int, unlisted: list[str])
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    return ", ".join(name[:200] for name in names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def split_files(

@@ -18,6 +18,7 @@ from nvfp4_prep.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
 from nvfp4_prep.local_files import open_regular
+from nvfp4_prep.paths import quoted
 
 __all__ = [
     "DTYPE_BITS",
@@ -204,7 +205,7 @@ def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None =
     records = []
     while entries:  # taken out one by one, so that the decoded entries and the records are never all in memory
         name, entry = entries.popitem()
-        records.append(_record(file, f"{place}, tensor {name!r}", name, entry, data_start))
+        records.append(_record(file, f"{place}, tensor {quoted(name)}", name, entry, data_start))
     records.reverse()
     records.sort(key=lambda record: (record.offset_bytes, record.nbytes))
     _check_coverage(place, records, data_start, file_nbytes)
@@ -217,7 +218,7 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
         found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
-                raise SourceError(f"tensor {key!r} stands twice in the header", where=file)
+                raise SourceError(f"tensor {quoted(key)} stands twice in the header", where=file)
             found[key] = value
         return found
 
@@ -281,7 +282,7 @@ def _check_coverage(file: str, records: list[TensorRecord], data_start: int, fil
             kind = "overlaps the tensor before it" if record.offset_bytes < position else "leaves a hole before it"
             raise SourceError(
                 f"byte range {kind}",
-                where=f"{file}, tensor {record.name!r}",
+                where=f"{file}, tensor {quoted(record.name)}",
                 expected=f"start at {position}",
                 actual=record.offset_bytes,
                 next_step="The header is damaged: download the file again.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nvfp4_prep.activation import Activation, ActivationKind, find_activation
-from nvfp4_prep.bounded_json import MAX_VALUES
 from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.find_layers import FoundLayers, LayerFinding
@@ -13,6 +12,7 @@ from nvfp4_prep.index import CONFIG, INDEX, README, CheckpointIndex, read_index
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+from nvfp4_prep.output_bounds import check_header, check_made_files
 from nvfp4_prep.plan_data import (
     EXPERT_SCALES,
     EXPERTS_PREFIX,
@@ -32,8 +32,6 @@ __all__ = ["check_batched", "layer_files", "make_plan"]
 
 MAX_LAYER_FILE_NBYTES = 45_000_000_000
 MAX_PASSTHROUGH_FILE_NBYTES = 5_000_000_000
-_ENTRY_VALUES = 8
-"""JSON values of a tensor's entry in a header, apart from its shape's."""
 MAX_PASSTHROUGH_SHARDS = 4
 """A passed-through file draws on at most so many shards, so that a source that is downloaded can be deleted early."""
 
@@ -56,6 +54,8 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     )
     files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *_scale_files(layers))
     _check_names(files, index.side_files)
+    served = (record for file in files if file.served for record in file.records)
+    check_made_files(place_of(source), served, index.texts)
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,
@@ -106,6 +106,8 @@ def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> 
 
 
 def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
+    restored = [record for group in layer.groups for record in group.records]  # restore writes one file a layer
+    check_header(f"restored {layer.experts_path}", len(restored), sum(len(record.shape) for record in restored))
     activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
     check_batched(layer, activation, options)
     try:
@@ -285,14 +287,11 @@ def _file(
     copies: tuple[TensorRecord, ...] = (),
     served: bool = True,
 ) -> OutputFile:
-    values = sum(_ENTRY_VALUES + len(spec.shape) for spec in specs)
-    if values > MAX_VALUES:  # what is written must be within the bounds of every reader
-        raise SourceError(
-            f"has too many tensors for the output's {name}",
-            expected=f"a header of at most {MAX_VALUES} JSON values",
-            actual=f"{values} for {len(specs)} tensors",
-        )
-    header, records = encode_header(name, specs, {"format": "pt"})
+    check_header(name, len(specs), sum(len(spec.shape) for spec in specs))
+    try:
+        header, records = encode_header(name, specs, {"format": "pt"})
+    except ValueError as error:
+        raise SourceError(f"its tensors cannot be written ({error})") from error
     nbytes = len(header) + sum(spec.nbytes for spec in specs)
     return OutputFile(name, kind, header, records, nbytes, shards, layer, tensors, copies, served)
 

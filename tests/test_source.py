@@ -386,3 +386,14 @@ def test_errors_name_the_whole_path(folder: Path) -> None:
         source.header("model.safetensors")
     assert str(caught.value).startswith(f"{folder}/model.safetensors: ")
     source.close()
+
+
+@pytest.mark.parametrize("given", [".", "../source", "sub/.."])
+def test_errors_of_a_relative_directory_are_no_bare_file_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder)
+    source = LocalSource(Path(given))
+    assert source.place("config.json") in (str(folder / "config.json"), "../source/config.json")
+    source.close()

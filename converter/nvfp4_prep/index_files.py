@@ -56,7 +56,7 @@ def shards_without_index(where: str, names: Iterable[str]) -> list[str]:
     if not top:
         what, next_step = other_format(known)
         raise SourceError(
-            f"no safetensors files{what}", where=where, next_step=next_step or "Is the download complete?"
+            f"has no safetensors files{what}", where=where, next_step=next_step or "Is the download complete?"
         )
     shards = [name for name in top if not name.startswith(_SECOND_COPY)] or top
     _check_numbers(where, shards)

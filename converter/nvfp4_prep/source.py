@@ -145,8 +145,8 @@ class LocalSource:
         """
         if "\0" in str(root):
             raise SourceError("a path cannot hold a NUL character", where=ascii(str(root)))
-        self._shown = root
         self.root = Path(os.path.realpath(root))  # resolve() fails on a loop of links
+        self._shown = self.root if root.name in ("", "..") else root  # "." would leave the bare file names
         self.label = os.fsencode(self.root.name or "checkpoint").decode("utf-8", "backslashreplace")
         if not root.is_dir():
             what = "is no directory" if root.exists() else "does not exist"

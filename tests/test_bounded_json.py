@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -49,5 +50,20 @@ def test_many_small_values_are_refused() -> None:
 
 @pytest.mark.parametrize("raw", [b"", b"{", b'"\xff"', b"[1]]", b'{"a" 1}', b"1" * 5000])
 def test_what_is_not_json_is_one_typed_error(raw: bytes) -> None:
+    with pytest.raises(SourceError, match="is not valid JSON"):
+        parse_json(raw, "x", SourceError)
+
+
+@pytest.mark.parametrize("piece", [b'\\"', b"\\\\", b'"\\', b"]", b"}", b'"', b"\\"])
+def test_the_scan_is_linear(piece: bytes) -> None:
+    """Megabytes of quotes, escapes and closing brackets take no time worth a limit."""
+    begin = time.monotonic()
+    with pytest.raises(SourceError):
+        parse_json(b'["' + piece * 2_000_000, "x", SourceError)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("raw", [b"\xef\xbb\xbf{}", '{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-32-le")])
+def test_only_plain_utf8_is_json(raw: bytes) -> None:
     with pytest.raises(SourceError, match="is not valid JSON"):
         parse_json(raw, "x", SourceError)

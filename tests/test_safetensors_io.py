@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def test_encode_refuses_a_name_twice() -> None:
 BAD = {
     "not JSON": (raw(b"{nope}"), "not valid JSON"),
     "not UTF-8": (raw(b'{"\xff": 1}'), "not valid JSON"),
-    "deeply nested": (raw(b"[" * 200_000), "not valid JSON"),
+    "deeply nested": (raw(b"[" * 200_000), "nested too deep"),
     "an array": (raw([]), "no JSON object"),
     "entry is a number": (raw({"a": 1}), "no JSON object"),
     "unknown dtype": (raw({"a": {**ENTRY, "dtype": "F5"}}), "unknown dtype"),
@@ -253,3 +254,30 @@ def test_official_library_opens_a_padded_header(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(header + bytes(range(6)))
     with safe_open(tmp_path / "m", framework="pt") as opened:
         assert opened.get_tensor("w").view(torch.uint8).flatten().tolist() == list(range(6))
+
+
+def test_number_of_tensors_is_bounded() -> None:
+    """A header within the format's size may still take gigabytes of memory once it is parsed."""
+    entry = b'"%d":{"dtype":"U8","shape":[],"data_offsets":[0,0]}'
+    text = b"{" + b",".join(entry % number for number in range(1_200_000)) + b"}"
+    with pytest.raises(SourceError, match="header has too many JSON values; expected at most 8,000,000"):
+        parse_header("x", len(text).to_bytes(8, "little") + text, 8 + len(text))
+
+
+def test_header_of_a_fifo_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=r"x\.safetensors: cannot be read \(not a regular file\)"):
+        read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs pointer.*git lfs pull"),
+        (b"GGUF\3\0\0\0\0\0\0\0", "GGUF"),
+        (b"PK\3\4\x14\0\0\0\0\0", "PyTorch or zip"),
+    ],
+)
+def test_other_formats_are_named(content: bytes, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        parse_header("x", content, len(content))

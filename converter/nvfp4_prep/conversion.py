@@ -46,6 +46,7 @@ class ConvertResult:
         already_complete: nothing had to be done, by names, sizes, configs and the experts' scalars; no other bytes of
             source and target were read.
         written_nbytes: bytes written by this run.
+        left_out, warnings: of the source, where something was to be done: see :class:`~nvfp4_prep.plan_data.Plan`.
     """
 
     path: Path
@@ -53,6 +54,8 @@ class ConvertResult:
     resumed: bool
     already_complete: bool
     written_nbytes: int
+    left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> Plan:
@@ -127,7 +130,13 @@ def convert(
             execution = Execution(made, opened, place, taker, where)
             written = execution.write(threads, progress or NoProgress())
             return ConvertResult(
-                path, execution.finish(), place.resumed, already_complete=False, written_nbytes=written
+                path,
+                execution.finish(),
+                place.resumed,
+                already_complete=False,
+                written_nbytes=written,
+                left_out=made.left_out,
+                warnings=made.warnings,
             )
     finally:
         opened.close()

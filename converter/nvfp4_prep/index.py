@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvfp4_prep.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name
+from nvfp4_prep.index_files import WEIGHT_SUFFIXES, check_weight_map, other_format, shards_without_index, split_files
+from nvfp4_prep.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
-from nvfp4_prep.source import Source, SourceFile
+from nvfp4_prep.source import LocalSource, Source, SourceFile, place_of
+from nvfp4_prep.units import count
 
 __all__ = [
     "CONFIG",
@@ -24,10 +26,13 @@ __all__ = [
     "read_json_file",
 ]
 
-_MAX_JSON_NBYTES = 256_000_000
-_NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
-"""Files of weights, in whatever format, end so."""
+_MAX_NBYTES: Mapping[str, int] = {
+    CONFIG: 64_000_000,
+    HF_QUANT_CONFIG: 64_000_000,
+    INDEX: 256_000_000,
+    README: 64_000_000,
+}
+"""Largest sizes of the files that are read whole. The index of Kimi-K2.5 has 25 MB, its configs 100 kB."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class CheckpointIndex:
         hf_quant_config: ``hf_quant_config.json`` where it exists.
         texts: the bytes of the small files that a prepared checkpoint replaces, by name.
         side_files: everything that is copied unchanged (tokenizer, code, licence).
-        left_out: weight files that the index does not mention or that are no safetensors; serving ignores them.
+        left_out: files that are no part of the model, so that serving ignores them: weights that the index does not
+            mention or that are not safetensors, and all files of another checkpoint in a subfolder.
+        warnings: what is wrong with the checkpoint and does not keep it from being served or converted.
     """
 
     headers: Mapping[str, ShardHeader]
@@ -51,139 +58,155 @@ class CheckpointIndex:
     texts: Mapping[str, bytes]
     side_files: tuple[SourceFile, ...]
     left_out: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def read_index(source: Source) -> CheckpointIndex:
     """Indexes a source.
 
     Raises:
-        SourceError: if a file is missing, malformed or unsafe, or a tensor stands in two shards.
+        SourceError: if a file is missing, malformed, unsafe or a git-lfs pointer, or a tensor stands in two shards.
     """
     files = {file.name: file for file in source.files()}
     if CONFIG not in files:
+        what, next_step = other_format(files)
         raise SourceError(
-            f"has no {CONFIG}", where=source.label, next_step="Give the directory of a Hugging Face checkpoint."
+            f"has no {CONFIG}{what}",
+            where=place_of(source),
+            next_step=next_step or "Give the directory of a Hugging Face checkpoint.",
         )
-    texts = {
-        name: _read_small(source, files[name]) for name in (CONFIG, HF_QUANT_CONFIG, INDEX, README) if name in files
+    texts = {name: _read_small(source, files[name]) for name in _MAX_NBYTES if name in files}
+    # A prepared checkpoint's config holds the source's one level deeper.
+    max_depth = MAX_DEPTH if MANIFEST in files else SOURCE_MAX_DEPTH
+    parsed = {
+        name: read_json_file(place_of(source, name), raw, max_depth=max_depth)
+        for name, raw in texts.items()
+        if name != README
     }
-    shards, weight_map = _shards(source.label, files, texts.get(INDEX))
+    shards, weight_map = _shards(source, files, parsed.get(INDEX))
+    side, left_out = split_files(files, shards)
+    _check_pointers(source, [*(files[name] for name in shards), *side])
     headers = {name: source.header(name) for name in shards}
-    tensors = _merge(headers, weight_map)
-    side, left_out = _side_files(files, shards)
-    quant = texts.get(HF_QUANT_CONFIG)
+    tensors, warnings = _merge(source, headers, weight_map)
     return CheckpointIndex(
         headers=headers,
         tensors=tensors,
-        config=read_json_file(CONFIG, texts[CONFIG]),
-        hf_quant_config=None if quant is None else read_json_file(HF_QUANT_CONFIG, quant),
+        config=parsed[CONFIG],
+        hf_quant_config=parsed.get(HF_QUANT_CONFIG),
         texts=texts,
         side_files=side,
         left_out=left_out,
+        warnings=warnings,
     )
 
 
-def read_json_file(name: str, raw: bytes) -> dict[str, Any]:
-    """Decodes a JSON object; raises :class:`SourceError` if it is none."""
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise SourceError(f"is not valid JSON ({error})", where=name, next_step="Download it again.") from error
+def read_json_file(name: str, raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """Decodes a JSON object; raises :class:`SourceError` if it is none, or exceeds a bound of depth or values."""
+    next_step = "It is damaged, or no checkpoint's: restore it or download it again."
+    value = parse_json(raw, name, SourceError, max_depth=max_depth, next_step=next_step)
     if not isinstance(value, dict):
-        raise SourceError(
-            "must be a JSON object", where=name, actual=type(value).__name__, next_step="Download it again."
-        )
+        raise SourceError("must be a JSON object", where=name, actual=type(value).__name__, next_step=next_step)
     return value
 
 
 def _read_small(source: Source, file: SourceFile) -> bytes:
-    if file.nbytes > _MAX_JSON_NBYTES:
+    limit = _MAX_NBYTES[file.name]
+    if file.nbytes > limit:
         raise SourceError(
-            "is too large", where=file.name, expected=f"at most {_MAX_JSON_NBYTES} bytes", actual=file.nbytes
+            "is too large",
+            where=place_of(source, file.name),
+            expected=f"at most {limit} bytes",
+            actual=f"{file.nbytes} bytes",
         )
-    return source.peek(file.name, 0, file.nbytes)
+    content = source.peek(file.name, 0, file.nbytes)
+    if is_lfs_pointer(content):
+        raise _pointer_error(source, [file.name])
+    return content
+
+
+def _check_pointers(source: Source, files: Iterable[SourceFile]) -> None:
+    """Raises :class:`SourceError` if git-lfs left pointers in a clone. The Hub itself gives no pointers out."""
+    if not isinstance(source, LocalSource):
+        return
+    pointers = [
+        file.name
+        for file in files
+        if file.nbytes <= LFS_MAX_NBYTES and is_lfs_pointer(source.peek(file.name, 0, file.nbytes))
+    ]
+    if pointers:
+        raise _pointer_error(source, pointers)
+
+
+def _pointer_error(source: Source, names: list[str]) -> SourceError:
+    more = f" (and so {'is' if len(names) == 2 else 'are'} {count(len(names) - 1, 'more file')})" if names[1:] else ""
+    return SourceError(
+        f"is a git-lfs pointer, not the file itself{more}", where=place_of(source, names[0]), next_step=LFS_NEXT_STEP
+    )
 
 
 def _shards(
-    label: str, files: Mapping[str, SourceFile], index: bytes | None
+    source: Source, files: Mapping[str, SourceFile], index: Mapping[str, Any] | None
 ) -> tuple[list[str], Mapping[str, str] | None]:
-    top_level = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if index is None:
-        named = [name for name in top_level if name.startswith("model")]
-        if not top_level:
-            raise SourceError("no safetensors files", where=label, next_step="Is the download complete?")
-        _check_numbers(named or top_level)
-        return (named or top_level), None
-    weight_map = read_json_file(INDEX, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError("has no weight_map", where=INDEX, next_step="Download it again.")
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or "/" in shard or not is_safe_name(shard):
-            raise SourceError(
-                f"unsafe file name for tensor {tensor!r}",
-                where=INDEX,
-                expected="the name of a file beside the index",
-                actual=repr(shard)[:200],
-            )
-    shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if shard not in files]
-    if missing:
-        raise SourceError(
-            f"names {len(missing)} of {len(shards)} files that do not exist: {', '.join(missing[:5])}"
-            + (" …" if len(missing) > 5 else ""),
-            where=INDEX,
-            next_step="Complete the download.",
-        )
-    return shards, weight_map
+        return shards_without_index(place_of(source), files), None
+    weight_map = check_weight_map(place_of(source, INDEX), index.get("weight_map"), files)
+    return sorted(set(weight_map.values())), weight_map
 
 
-def _check_numbers(names: list[str]) -> None:
-    """Without an index, the shards' own numbering is all that tells whether one is missing."""
-    numbered = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name))]
-    for stem, count in {(match["stem"], match["count"]) for match in numbered}:
-        there = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
-        # some writers number from 0
-        missing = sorted(set(range(0 if 0 in there else 1, int(count) + (0 not in there))) - there)
-        if missing:
-            raise SourceError(
-                f"{len(missing)} of {int(count)} shards are missing: number {', '.join(map(str, missing[:5]))}"
-                + (" …" if len(missing) > 5 else ""),
-                where=f"{stem}-*-of-{count}.safetensors",
-                next_step="Complete the download.",
-            )
-
-
-def _merge(headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | None) -> dict[str, TensorRecord]:
+def _merge(
+    source: Source, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | None
+) -> tuple[dict[str, TensorRecord], tuple[str, ...]]:
+    """All tensors, and warnings about the index."""
     tensors: dict[str, TensorRecord] = {}
     for header in headers.values():
         for record in header.tensors:
             if record.name in tensors:
-                raise SourceError(
-                    f"tensor {record.name!r} stands in two shards",
-                    where=f"{tensors[record.name].file} and {record.file}",
-                    next_step="Remove the files of another download from the directory.",
-                )
+                raise _duplicate_error(source, record.name, (tensors[record.name].file, record.file), weight_map)
             tensors[record.name] = record
+    ghosts = []
     for name, shard in (weight_map or {}).items():
-        if name not in tensors or tensors[name].file != shard:
+        if name not in tensors:
+            ghosts.append(name)
+        elif tensors[name].file != shard:
             raise SourceError(
-                f"tensor {name!r} is not where the index says",
-                where=INDEX,
+                f"tensor {quoted(name)} is not where the index says",
+                where=place_of(source, INDEX),
                 expected=shard,
-                actual=tensors[name].file if name in tensors else "no such tensor",
-                next_step="Index and shards are of different downloads: download them again.",
+                actual=tensors[name].file,
+                next_step="The index is wrong, or of another export than the shards: get the one that belongs to them,"
+                " or remove it (without an index every *.safetensors file is read).",
             )
-    return tensors
+    if not ghosts:
+        return tensors, ()
+    if weight_map is not None and len(ghosts) == len(weight_map):
+        raise SourceError(
+            "lists none of the tensors that its files hold",
+            where=place_of(source, INDEX),
+            actual=", ".join(map(quoted, ghosts[:3])),
+            next_step="The index is of another checkpoint: get the one that belongs to the shards, or remove it.",
+        )
+    listed = ", ".join(map(quoted, ghosts[:3])) + (", …" if ghosts[3:] else "")
+    return tensors, (
+        f"{INDEX} lists {count(len(ghosts), 'tensor')} that no file holds ({listed}): it is wrong as published;"
+        " servers read what the files hold, and so does the conversion",
+    )
 
 
-def _side_files(files: Mapping[str, SourceFile], shards: list[str]) -> tuple[tuple[SourceFile, ...], tuple[str, ...]]:
-    replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, README, MANIFEST, *shards}
-    side, left_out = [], []
-    for name, file in files.items():
-        if name in replaced:
-            continue
-        if name.endswith((*WEIGHT_SUFFIXES, ".safetensors.index.json")):
-            left_out.append(name)
-        else:
-            side.append(file)
-    return tuple(side), tuple(left_out)
+def _duplicate_error(
+    source: Source, name: str, shards: tuple[str, str], weight_map: Mapping[str, str] | None
+) -> SourceError:
+    where = f"{place_of(source, shards[0])} and {shards[1]}"
+    if weight_map is None:
+        return SourceError(
+            f"duplicate: tensor {quoted(name)} stands in two shards",
+            where=where,
+            next_step="Files of two exports are in one directory, and no index tells which count: remove one export.",
+        )
+    return SourceError(
+        f"duplicate: tensor {quoted(name)} stands in two shards",
+        where=where,
+        expected=f"only in {weight_map[name]}, as {INDEX} says" if name in weight_map else f"one, listed in {INDEX}",
+        actual="both",
+        next_step="Shards and index disagree: they are of two exports, or wrong as published. Nobody can tell which"
+        " values count.",
+    )

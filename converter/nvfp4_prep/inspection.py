@@ -68,7 +68,8 @@ class Inspection:
         quantization: the quantization config that counts, without long lists.
         layers: MoE layers.
         tensors, shards, nbytes: of the whole checkpoint.
-        left_out: weight files that are no part of the checkpoint.
+        left_out: files that are no part of the model.
+        warnings: what is wrong with the checkpoint and does not keep it from being converted.
         refusal: what convert would say instead of converting; empty if it would convert.
         prepared_as: layout and provenance of a prepared checkpoint.
     """
@@ -83,6 +84,7 @@ class Inspection:
     shards: int
     nbytes: int
     left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     refusal: str = ""
     prepared_as: dict[str, Any] = field(default_factory=dict)
 
@@ -124,6 +126,7 @@ def _inspect_source(source: Source, path: str) -> Inspection:
         quantization=_short(next(iter(configs.values()), {})),
         layers=(*others, *layers),
         left_out=index.left_out,
+        warnings=index.warnings,
         refusal=refusal,
     )
 

@@ -158,7 +158,13 @@ def join_parts(
             execution = Execution(made, opened, place, KeepFiles())
             written = execution.write(threads, progress or NoProgress())
             return ConvertResult(
-                path, execution.finish(), place.resumed, already_complete=False, written_nbytes=written
+                path,
+                execution.finish(),
+                place.resumed,
+                already_complete=False,
+                written_nbytes=written,
+                left_out=made.left_out,
+                warnings=made.warnings,
             )
     finally:
         opened.close()

@@ -138,6 +138,16 @@ class Plan:
     side_files: tuple[SourceFile, ...]
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """The source's files that are no part of the model: see :class:`~nvfp4_prep.index.CheckpointIndex`."""
+        return self.index.left_out
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the source and does not keep it from being converted."""
+        return self.index.warnings
+
+    @property
     def output_nbytes(self) -> int:
         """Bytes of all safetensors and copied files (configs and manifest come on top)."""
         return sum(file.nbytes for file in self.files) + sum(file.nbytes for file in self.side_files)

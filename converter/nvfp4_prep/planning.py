@@ -12,6 +12,7 @@ from nvfp4_prep.index import CONFIG, INDEX, README, CheckpointIndex, read_index
 from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+from nvfp4_prep.output_bounds import check_header, check_made_files
 from nvfp4_prep.plan_data import (
     EXPERT_SCALES,
     EXPERTS_PREFIX,
@@ -23,7 +24,7 @@ from nvfp4_prep.plan_data import (
 )
 from nvfp4_prep.safetensors_io import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.scalars import LayerScalars, read_scalars
-from nvfp4_prep.source import Source, SourceFile
+from nvfp4_prep.source import Source, SourceFile, place_of
 from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
@@ -46,13 +47,15 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     options = options or ConvertOptions()
     index = read_index(source)
     found = classify_layers(index)
-    _check_supported(source.label, index, found)
+    _check_supported(place_of(source), index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
     )
     files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *_scale_files(layers))
     _check_names(files, index.side_files)
+    served = (record for file in files if file.served for record in file.records)
+    check_made_files(place_of(source), served, index.texts)
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,
@@ -103,6 +106,8 @@ def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> 
 
 
 def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
+    restored = [record for group in layer.groups for record in group.records]  # restore writes one file a layer
+    check_header(f"restored {layer.experts_path}", len(restored), sum(len(record.shape) for record in restored))
     activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
     check_batched(layer, activation, options)
     try:
@@ -282,7 +287,11 @@ def _file(
     copies: tuple[TensorRecord, ...] = (),
     served: bool = True,
 ) -> OutputFile:
-    header, records = encode_header(name, specs, {"format": "pt"})
+    check_header(name, len(specs), sum(len(spec.shape) for spec in specs))
+    try:
+        header, records = encode_header(name, specs, {"format": "pt"})
+    except ValueError as error:
+        raise SourceError(f"its tensors cannot be written ({error})") from error
     nbytes = len(header) + sum(spec.nbytes for spec in specs)
     return OutputFile(name, kind, header, records, nbytes, shards, layer, tensors, copies, served)
 

@@ -24,6 +24,7 @@ __all__ = [
     "inspection_text",
     "inspection_value",
     "layout_text",
+    "left_out_lines",
     "outlook_text",
     "outlook_value",
     "plan_text",
@@ -62,7 +63,8 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
         "passed_through_experts": {item.experts_path: item.reason for item in plan.others},
         "files": [{"name": file.name, "kind": file.kind.value, "nbytes": file.nbytes} for file in plan.files],
         "side_files": [file.name for file in plan.side_files],
-        "left_out": list(plan.index.left_out),
+        "left_out": list(plan.left_out),
+        "warnings": list(plan.warnings),
         "source_nbytes": plan.source_nbytes,
         "output_nbytes": plan.output_nbytes,
         "memory_nbytes": MEMORY_BUDGET_NBYTES,
@@ -93,7 +95,8 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
     lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
     lines += [f"passes   {count(passed, 'other tensor')}, {count(len(plan.side_files), 'other file')}"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
-    lines += [f"left out {name} (not in the index)" for name in plan.index.left_out]
+    lines += [f"left out {line}" for line in left_out_lines(plan.left_out)]
+    lines += [f"warning  {warning}" for warning in plan.warnings]
     lines += [
         f"writes   {count(kinds[kind], f'{kind.value} file')}, {format_nbytes(sizes[kind])}"
         for kind in FileKind
@@ -106,6 +109,16 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
     ]
     return "\n".join(lines)
+
+
+def left_out_lines(names: Iterable[str]) -> Iterable[str]:
+    """The source's files that are no part of the model: one line for each, or for a whole subfolder."""
+    for folder, run in groupby(names, key=lambda name: name.split("/")[0] if "/" in name else ""):
+        inside = list(run)
+        if folder:
+            yield f"{', '.join(inside[:3])}{f' and {len(inside) - 3} more' if inside[3:] else ''} (not of this model)"
+        else:
+            yield from (f"{name} (not in the index, or not safetensors)" for name in inside)
 
 
 def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
@@ -225,7 +238,8 @@ def inspection_text(found: Inspection) -> str:
             f"serves tensor-parallel sizes {', '.join(map(str, made['tp_sizes'])) or 'none in common'}",
         ]
     lines += [_inspected_line(layer) for layer in found.layers]
-    lines += [f"not part of the checkpoint: {name}" for name in found.left_out]
+    lines += [f"not part of the model: {line}" for line in left_out_lines(found.left_out)]
+    lines += [f"warning: {warning}" for warning in found.warnings]
     if found.layers:
         lines += (f"vLLM {line}" for line in quantization_lines([found.quantization]))
     if not found.prepared:

@@ -14,7 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
 from nvfp4_prep.errors import SourceError
+from nvfp4_prep.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
+from nvfp4_prep.local_files import open_regular
+from nvfp4_prep.paths import quoted
 
 __all__ = [
     "DTYPE_BITS",
@@ -58,6 +62,16 @@ DTYPE_BITS: Mapping[str, int] = {
     "C64": 64,
 }
 _MAX_DIMENSIONS = 32
+_ONLY_SAFETENSORS = "Give a checkpoint in safetensors files: only those can be prepared."
+_OTHER_FORMATS: Mapping[bytes, tuple[str, str]] = {
+    LFS_MAGIC[:8]: ("is a git-lfs pointer, not the file itself", LFS_NEXT_STEP),
+    b"GGUF": ("is a GGUF file under the name of a safetensors file", "Only safetensors checkpoints can be prepared."),
+    b"PK\x03\x04": (
+        "is a PyTorch or zip file, not a safetensors file",
+        "Only safetensors checkpoints can be prepared.",
+    ),
+}
+"""First bytes that no safetensors file has: each would be the length of a header beyond the format's limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,26 +134,26 @@ def read_header(path: Path, file: str | None = None) -> ShardHeader:
 
     Args:
         path: the file.
-        file: the name that errors and records carry; the path's last part if left out.
+        file: the name that records carry; the path's last part if left out. Errors name the whole path.
 
     Raises:
         SourceError: if the file cannot be read or its header is malformed.
     """
-    name = file if file is not None else path.name
+    name, where = file if file is not None else path.name, str(path)
     try:
-        with path.open("rb") as stream:
+        with open(open_regular(path), "rb") as stream:
             nbytes = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
-            length = header_nbytes(name, prefix, nbytes)
-            return parse_header(name, prefix + stream.read(length), nbytes)
+            length = header_nbytes(where, prefix, nbytes)
+            return parse_header(name, prefix + stream.read(length), nbytes, where=where)
     except OSError as error:
         raise SourceError(
-            f"cannot be read ({error.strerror})", where=str(path), next_step="Check that it exists and is readable."
+            f"cannot be read ({error.strerror})", where=where, next_step="Check that it exists and is readable."
         ) from error
 
 
 def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
-    """The header's length from the first eight bytes of a file, checked against the file's size."""
+    """Return the header's length from the first eight bytes of a file, checked against the file's size."""
     hint = "The file is truncated or no safetensors file: download it again."
     if len(prefix) < 8:
         raise SourceError(
@@ -147,6 +161,9 @@ def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
         )
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_NBYTES:
+        for magic, (what, next_step) in _OTHER_FORMATS.items():
+            if prefix.startswith(magic):
+                raise SourceError(what, where=file, next_step=next_step)
         raise SourceError(
             "header claims more than the format allows",
             where=file,
@@ -165,28 +182,33 @@ def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
     return length
 
 
-def parse_header(file: str, raw: bytes, file_nbytes: int) -> ShardHeader:
+def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None = None) -> ShardHeader:
     """Parses length prefix and header.
 
     Args:
-        file: name for errors and records.
+        file: name for records.
         raw: the first ``8 + header length`` bytes of the file.
         file_nbytes: size of the whole file.
+        where: name for errors; ``file`` if left out.
 
     Raises:
-        SourceError: if anything in the header is malformed, overlaps, leaves holes or leaves the file.
+        SourceError: if anything in the header is malformed, overlaps, leaves holes or leaves the file, or if it has
+            more than :data:`~nvfp4_prep.bounded_json.MAX_VALUES` values.
     """
-    length = header_nbytes(file, raw, file_nbytes)
+    place = where or file
+    length = header_nbytes(place, raw, file_nbytes)
     if len(raw) < 8 + length:
-        raise SourceError("header is cut off", where=file, expected=8 + length, actual=len(raw))
-    entries = _decode(file, raw[8 : 8 + length])
-    metadata = _metadata(file, entries.pop("__metadata__", {}))
+        raise SourceError("header is cut off", where=place, expected=8 + length, actual=len(raw))
+    entries = _decode(place, raw[8 : 8 + length])
+    metadata = _metadata(place, entries.pop("__metadata__", {}))
     data_start = 8 + length
-    records = sorted(
-        (_record(file, name, entry, data_start) for name, entry in entries.items()),
-        key=lambda record: (record.offset_bytes, record.nbytes),
-    )
-    _check_coverage(file, records, data_start, file_nbytes)
+    records = []
+    while entries:  # taken out one by one, so that the decoded entries and the records are never all in memory
+        name, entry = entries.popitem()
+        records.append(_record(file, f"{place}, tensor {quoted(name)}", name, entry, data_start))
+    records.reverse()
+    records.sort(key=lambda record: (record.offset_bytes, record.nbytes))
+    _check_coverage(place, records, data_start, file_nbytes)
     digest = hashlib.sha256(raw[: 8 + length]).hexdigest()
     return ShardHeader(file, file_nbytes, data_start, digest, metadata, tuple(records))
 
@@ -196,12 +218,17 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
         found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
-                raise SourceError(f"tensor {key!r} stands twice in the header", where=file)
+                raise SourceError(f"tensor {quoted(key)} stands twice in the header", where=file)
             found[key] = value
         return found
 
     try:
+        check_bounds(text, SOURCE_MAX_DEPTH)
         decoded = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except JsonBounds as error:
+        raise SourceError(
+            f"header {error.what}", where=file, expected=f"at most {error.expected}", actual=error.actual
+        ) from error
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise SourceError(
             f"header is not valid JSON ({error})", where=file, next_step="Download the file again."
@@ -221,8 +248,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _record(file: str, name: str, entry: object, data_start: int) -> TensorRecord:
-    where = f"{file}, tensor {name!r}"
+def _record(file: str, where: str, name: str, entry: object, data_start: int) -> TensorRecord:
     if not isinstance(entry, dict):
         raise SourceError("entry is no JSON object", where=where)
     if any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -256,7 +282,7 @@ def _check_coverage(file: str, records: list[TensorRecord], data_start: int, fil
             kind = "overlaps the tensor before it" if record.offset_bytes < position else "leaves a hole before it"
             raise SourceError(
                 f"byte range {kind}",
-                where=f"{file}, tensor {record.name!r}",
+                where=f"{file}, tensor {quoted(record.name)}",
                 expected=f"start at {position}",
                 actual=record.offset_bytes,
                 next_step="The header is damaged: download the file again.",

@@ -7,18 +7,18 @@ or must be downloaded first.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from nvfp4_prep.descriptor_pool import DescriptorPool
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.paths import is_safe_name
-from nvfp4_prep.safetensors_io import ShardHeader, read_header
+from nvfp4_prep.local_files import ListedFile, check_state, list_files, open_listed
+from nvfp4_prep.safetensors_io import ShardHeader, header_nbytes, parse_header
 
-__all__ = ["LocalSource", "Source", "SourceFile", "read_exactly"]
+__all__ = ["LocalSource", "Source", "SourceFile", "place_of", "read_exactly"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class SourceFile:
     Attributes:
         name: path relative to the source, with forward slashes.
         nbytes: size.
-        identity: changes when the content does: modification time locally, content hash on the Hub.
+        identity: changes when the content does: modification and change time locally, content hash on the Hub. The
+            same on every machine that sees the file, so that a run may go on elsewhere.
     """
 
     name: str
@@ -120,10 +121,18 @@ def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryv
         done += count
 
 
+def place_of(source: Source, file: str | None = None) -> str:
+    """Return what errors call a source, or one of its files: the whole path of a local one."""
+    if isinstance(source, LocalSource):
+        return source.place(file or "")
+    return source.label if file is None else f"{source.label}/{file}"
+
+
 class LocalSource:
     """A directory as a quantizer or the Hub left it. Nothing in it is ever written.
 
     Symbolic links may point to files inside the directory, and, in a snapshot of the Hub's cache, to its ``blobs``.
+    A file is read only while it is the one that was listed: size, both times, inode and device.
     """
 
     revision: str | None = None
@@ -132,81 +141,41 @@ class LocalSource:
         """Opens a directory.
 
         Raises:
-            SourceError: if it does not exist, is no directory or cannot be listed.
+            SourceError: if it does not exist, is no directory or cannot be listed, or holds something else than files.
         """
+        if "\0" in str(root):
+            raise SourceError("a path cannot hold a NUL character", where=ascii(str(root)))
         self.root = Path(os.path.realpath(root))  # resolve() fails on a loop of links
-        self.label = self.root.name or "checkpoint"
+        self._shown = self.root if root.name in ("", "..") else root  # "." would leave the bare file names
+        self.label = os.fsencode(self.root.name or "checkpoint").decode("utf-8", "backslashreplace")
         if not root.is_dir():
             what = "is no directory" if root.exists() else "does not exist"
             raise SourceError(what, where=str(root), next_step="Give the directory that holds config.json.")
-        self._blobs = self._cache_blobs()
-        if self._blobs is not None:
+        blobs = self._cache_blobs()
+        if blobs is not None:
             repository = self.root.parent.parent.name
             self.label = repository.removeprefix("models--").replace("--", "/")
             self.revision = self.root.name
-        self._files = tuple(sorted(self._walk(self.root), key=lambda file: file.name))
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self._listed = list_files(self.root, root, [self.root] if blobs is None else [self.root, blobs])
+        self._descriptors = DescriptorPool(self._open)
 
     def _cache_blobs(self) -> Path | None:
         blobs = self.root.parent.parent / "blobs"
         return blobs.resolve() if self.root.parent.name == "snapshots" and blobs.is_dir() else None
 
-    def _walk(self, folder: Path) -> Iterator[SourceFile]:
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise SourceError(
-                f"cannot be listed ({error.strerror})", where=str(folder), next_step="Check its permissions."
-            ) from error
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                continue  # .git, .cache, .gitattributes: of the repository, not of the checkpoint
-            if entry.is_symlink():
-                self._check_link(path)
-            if path.is_dir():
-                if entry.is_symlink():
-                    raise SourceError("is a symbolic link to a directory", where=str(path), next_step="Replace it.")
-                yield from self._walk(path)
-            elif path.is_file():
-                yield self._file(path.relative_to(self.root).as_posix(), path.stat())
-            else:
-                raise SourceError("is neither a file nor a directory", where=str(path), next_step="Remove it.")
-
-    @staticmethod
-    def _file(name: str, status: os.stat_result) -> SourceFile:
-        if not is_safe_name(name):
-            raise SourceError(
-                "file name cannot be kept in a manifest", where=repr(name), next_step="Rename the file, or remove it."
-            )
-        return SourceFile(name, status.st_size, f"mtime_ns={status.st_mtime_ns}")
-
-    def _check_link(self, path: Path) -> None:
-        target = Path(os.path.realpath(path))
-        allowed = [self.root] if self._blobs is None else [self.root, self._blobs]
-        if not any(target.is_relative_to(folder) for folder in allowed):
-            raise SourceError(
-                "symbolic link leaves the source",
-                where=str(path),
-                actual=target,
-                next_step="Copy the file into the source directory, if you trust it.",
-            )
-        if not target.exists():
-            raise SourceError(
-                "symbolic link to a file that does not exist",
-                where=str(path),
-                actual=target,
-                next_step="Complete the download, or remove the link.",
-            )
+    def place(self, file: str) -> str:
+        """The path of a file for errors, as the user gave the directory."""
+        return str(self._shown / file)
 
     def files(self) -> tuple[SourceFile, ...]:
         """All files, sorted by name; hidden ones left out."""
-        return self._files
+        return tuple(SourceFile(file.name, file.state.nbytes, file.state.identity) for file in self._listed.values())
 
     def header(self, file: str) -> ShardHeader:
         """See :class:`Source`."""
-        return read_header(self.root / file, file)
+        place, nbytes = self.place(file), self._file(file).state.nbytes
+        length = header_nbytes(place, self.peek(file, 0, min(8, nbytes)), nbytes)
+        return parse_header(file, self.peek(file, 0, 8 + length), nbytes, where=place)
 
     def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
         """See :class:`Source`."""
@@ -223,54 +192,46 @@ class LocalSource:
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
         """See :class:`Source`."""
-        read_exactly(self._descriptor(file), file, offset_bytes, buffer)
+        with self._descriptors.use(file) as descriptor:
+            read_exactly(descriptor, self.place(file), offset_bytes, buffer)
 
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise SourceError(
-                        f"cannot be opened ({error.strerror})", where=file, next_step="Check its permissions."
-                    ) from error
-            return self._descriptors[file]
+    def _file(self, file: str) -> ListedFile:
+        try:
+            return self._listed[file]
+        except KeyError:
+            raise SourceError(
+                "cannot be opened (it was not there when the directory was listed)", where=self.place(file)
+            ) from None
+
+    def _open(self, file: str) -> int:
+        return open_listed(self.root / file, self._file(file), self.place(file))
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
         """Starts the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
-        with suppress(OSError, SourceError):
-            os.posix_fadvise(self._descriptor(file), offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError, SourceError), self._descriptors.use(file) as descriptor:
+            os.posix_fadvise(descriptor, offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, shard: str) -> None:
         """Closes the shard's descriptor; reading it again opens it again."""
-        with self._lock:
-            descriptor = self._descriptors.pop(shard, None)
-        if descriptor is not None:
-            os.close(descriptor)
+        self._descriptors.forget(shard)
 
     def check_unchanged(self) -> None:
-        """See :class:`Source`. Goes by size and modification time."""
-        for file in self._files:
+        """See :class:`Source`. Goes by size, modification and change time, inode and device."""
+        for file in self._listed.values():
+            place = self.place(file.name)
             try:
-                now = self._file(file.name, (self.root / file.name).stat())
+                status = (self.root / file.name).stat()
             except OSError as error:
-                raise SourceError(f"has gone meanwhile ({error.strerror})", where=file.name) from error
-            if now != file:
                 raise SourceError(
-                    "changed while it was converted",
-                    where=file.name,
-                    expected=f"{file.nbytes} bytes, {file.identity}",
-                    actual=f"{now.nbytes} bytes, {now.identity}",
-                    next_step="Let nothing write to the source, and convert again with --restart.",
-                )
+                    f"has gone meanwhile ({error.strerror})",
+                    where=place,
+                    next_step="Put it back, and convert again with --restart.",
+                ) from error
+            check_state(file.state, status, place)
 
     def interrupt(self) -> None:
         """Nothing waits here."""
 
     def close(self) -> None:
         """Closes all descriptors."""
-        with self._lock:
-            descriptors, self._descriptors = self._descriptors, {}
-        for descriptor in descriptors.values():
-            with suppress(OSError):
-                os.close(descriptor)
+        self._descriptors.close()

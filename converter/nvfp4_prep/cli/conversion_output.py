@@ -26,6 +26,8 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
         "written_nbytes": result.written_nbytes,
         "layers": len(manifest.layers),
         "tp_sizes": list(manifest.tp_sizes),
+        "left_out": list(result.left_out),
+        "warnings": list(result.warnings),
         "verified": [dict(check) for check in manifest.verified],
         "pushed": None if pushed is None else pushed.to_dict(),
     }
@@ -33,7 +35,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
 
 def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
-    from nvfp4_prep.reporting import quantization_lines, relative_error_text, tp_lines
+    from nvfp4_prep.reporting import left_out_lines, quantization_lines, relative_error_text, tp_lines
     from nvfp4_prep.units import count, format_nbytes
 
     manifest = result.manifest
@@ -47,6 +49,8 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
         *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
+        *(f"left out {line}" for line in left_out_lines(result.left_out)),
+        *(f"warning: {warning}" for warning in result.warnings),
     ]
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
     if differing:

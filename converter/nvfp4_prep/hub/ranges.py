@@ -80,8 +80,9 @@ class RangeSource:
         """See :class:`nvfp4_prep.source.Source`. The first call asks for the heads of all shards at once."""
         remote = self._remote(file)
         prefix = self.peek(file, 0, min(8, remote.nbytes))
-        length = header_nbytes(file, prefix, remote.nbytes)
-        return parse_header(file, self.peek(file, 0, 8 + length), remote.nbytes)
+        where = f"{self.label}/{file}"
+        length = header_nbytes(where, prefix, remote.nbytes)
+        return parse_header(file, self.peek(file, 0, 8 + length), remote.nbytes, where=where)
 
     def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
         """See :class:`nvfp4_prep.source.Source`. What it gave is noted, for

@@ -7,22 +7,25 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
+from nvfp4_prep.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.scalars import LayerScalars, interpret_scalars
+from nvfp4_prep.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
-__all__ = ["PreparedCheckpoint"]
+__all__ = ["PreparedCheckpoint", "source_configs"]
 
 
 class PreparedCheckpoint:
@@ -76,15 +79,26 @@ class PreparedCheckpoint:
         return {file.name: file.nbytes for file in self.files.files()}
 
     def read_file(self, name: str) -> bytes:
-        """A small file, whole.
+        """Return a small file, whole.
 
         Raises:
-            CheckpointError: if it is missing.
+            CheckpointError: if it is missing, or too large to be what its name says.
             SourceError: if it cannot be read.
         """
         if name not in self.sizes:
-            raise CheckpointError("is missing", where=name)
+            raise CheckpointError("is missing", where=str(self.path / name))
+        if self.sizes[name] > MAX_SMALL_NBYTES:
+            raise CheckpointError(
+                "is too large",
+                where=str(self.path / name),
+                expected=f"at most {MAX_SMALL_NBYTES} bytes",
+                actual=f"{self.sizes[name]} bytes",
+            )
         return self.files.peek(name, 0, self.sizes[name])
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object that a small file holds; raises as :meth:`read_file`, or if it holds none."""
+        return _json_object(self.read_file(name), str(self.path / name))
 
     def __enter__(self) -> Self:
         return self
@@ -266,3 +280,25 @@ class PreparedCheckpoint:
             if name in self.headers:
                 names |= {record.name for record in self.headers[name].tensors}
         return names
+
+
+def source_configs(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the source's ``config.json`` and ``hf_quant_config.json``, as the manifest keeps them.
+
+    Raises:
+        CheckpointError: if it does not have the first one, or either is not a JSON object.
+    """
+    if CONFIG not in manifest.texts:
+        raise CheckpointError(f"does not hold the source's {CONFIG}", where=MANIFEST)
+    config, quant = manifest.texts[CONFIG], manifest.texts.get(HF_QUANT_CONFIG)
+    return (
+        _json_object(config, f"{MANIFEST}, the source's {CONFIG}"),
+        None if quant is None else _json_object(quant, f"{MANIFEST}, the source's {HF_QUANT_CONFIG}"),
+    )
+
+
+def _json_object(raw: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH)
+    if not isinstance(value, dict):
+        raise CheckpointError("must be a JSON object", where=where, actual=type(value).__name__)
+    return value

@@ -22,8 +22,13 @@ __all__ = ["check_structure", "expected_config", "require_sound"]
 _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 
 
-def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_config: bool = True) -> None:
     """Manifest, stamp, files, sizes, headers, index, and the digests of the small files.
+
+    Args:
+        checkpoint: what to check.
+        problems: takes what is wrong.
+        with_config: look at ``config.json`` too.
 
     Raises:
         UnsupportedCheckpointError: if its source's format is of a package that is not here, which is no damage.
@@ -36,7 +41,8 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     for name, error in checkpoint.header_errors.items():
         if checkpoint.sizes.get(name) == checkpoint.manifest.files[name].nbytes:  # another size says it already
             problems.add(name, error.what, error.expected, error.actual)
-    _check_config(checkpoint, problems)
+    if with_config:
+        _check_config(checkpoint, problems)
     if not problems.found:
         _check_tensors(checkpoint, problems)
     if problems.found:

@@ -36,9 +36,7 @@ def open_regular(path: Path, kind: type[NvfpPrepError], next_step: str | None = 
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise os_error_kind(error, kind)(
-            f"cannot be opened ({reason})", where=str(path), next_step=next_step
-        ) from error
+        raise os_error_kind(error, kind)(f"cannot be read ({reason})", where=str(path), next_step=next_step) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

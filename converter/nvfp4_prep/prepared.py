@@ -147,7 +147,7 @@ class PreparedCheckpoint:
         for header in self.headers.values():
             for record in header.tensors:
                 if record.name in found:
-                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=record.file)
+                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=str(self.path / record.file))
                 found[record.name] = record
         return found
 
@@ -176,7 +176,7 @@ class PreparedCheckpoint:
         if (record.dtype, record.shape) != want:
             raise CheckpointError(
                 f"tensor {record.name!r} has the wrong dtype or shape",
-                where=record.file,
+                where=str(self.path / record.file),
                 expected=f"{want[0]} {list(want[1])}",
                 actual=f"{record.dtype} {list(record.shape)}",
             )
@@ -213,7 +213,7 @@ class PreparedCheckpoint:
             if record.nbytes != 4 * count:
                 raise CheckpointError(
                     f"tensor {record.name!r} has the wrong size",
-                    where=record.file,
+                    where=str(self.path / record.file),
                     expected=f"{4 * count} bytes",
                     actual=f"{record.nbytes} bytes",
                 )
@@ -229,7 +229,7 @@ class PreparedCheckpoint:
         record = self.record(layer.layer.prepared_name("source_block_scale"))
         shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims)
         if record.shape != (len(layer.gate_up.reconciled), *shape):
-            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=record.file)
+            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=str(self.path / record.file))
         nbytes = shape[0] * shape[1]
         return Projection(side), self.read(record, position * nbytes, nbytes).view(shape)
 

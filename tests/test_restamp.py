@@ -246,6 +246,21 @@ def test_edits_round_trip() -> None:
     assert ConfigEdit(("a", "b")).name == "a.b"
 
 
+@pytest.mark.parametrize("command", ["restore", "relayout --gate-up-block 16", "convert"])
+def test_what_works_on_it_says_the_same(copy: Path, sample_source: Path, tmp_path: Path, command: str) -> None:
+    """No command calls an edited config damage that only another conversion would mend."""
+    change(copy, eos_token_id=7)
+    name, *options = command.split()
+    paths = [sample_source, copy] if name == "convert" else [copy, tmp_path / "out"]
+    result = CliRunner().invoke(cli, [name, *map(str, paths), *options])
+    assert result.exit_code == 6
+    assert "config.json: was edited: eos_token_id" in result.stderr
+    assert "nvfp4-prep restamp" in result.stderr
+    assert "convert again" not in result.stderr
+    restamp(copy)
+    assert CliRunner().invoke(cli, [name, *map(str, paths), *options]).exit_code == 0
+
+
 def test_command(copy: Path) -> None:
     change(copy, eos_token_id=7)
     verified = CliRunner().invoke(cli, ["verify", str(copy), "--quick"])

@@ -61,7 +61,8 @@ class SourceComparison:
         """
         known = len(self._compared | self._differing)
         if 2 * len(self._differing) > known and len(self._differing) > 1:
-            first = next(problem for problem in self._problems.found if problem.where.split(",")[0] in self._differing)
+            found = self._problems.found
+            first = next((it for it in found if it.where.split(", expert ")[0] in self._differing), found[0])
             self._all_problems.add(
                 self._name,
                 f"is not the source of {self._checkpoint.path}: {len(self._differing)} of {count(known, 'tensor')}"

@@ -27,6 +27,8 @@ from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["ExpertLoader"]
 
+_THREADS = "nvfp4-load-"
+
 
 class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
@@ -82,7 +84,7 @@ class ExpertLoader:
             for _ in range(self.options.thread_count)
         ]
         self._threads = [
-            threading.Thread(target=self._work, args=(reading,), name=f"nvfp4-load-read-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(reading,), name=f"{_THREADS}read-{number}", daemon=True)
             for number, reading in enumerate(self._reading)
         ]
         self._start_threads()
@@ -217,6 +219,8 @@ class ExpertLoader:
 
     def close(self) -> None:
         """Drops what is still queued, ends the threads and gives staging and files back."""
+        if threading.current_thread().name.startswith(_THREADS):
+            raise _in_use()  # from its own progress: it would wait for itself
         with self._state:
             self._error = self._error or LoadError("the loader was closed")
         with self._call:  # a load that another thread waits for ends at once, because of the error

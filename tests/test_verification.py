@@ -165,6 +165,21 @@ def test_what_may_not_be_read_or_is_not_there_is_no_damage(copy: Path, monkeypat
         verify(copy)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b"])
+def test_paths_that_no_file_system_has(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=r"cannot be read|does not exist"):
+        verify(tmp_path / name)
+
+
+def test_short_reprs(sample_prepared: Path) -> None:
+    report = verify(sample_prepared, quick=True)
+    assert repr(report).startswith(f"<VerifyReport of '{sample_prepared}': ok, quick, ")
+    assert repr(report.manifest).startswith("<Manifest of 'source': 2 layers, ")
+    assert len(repr(report)) < 500
+    assert len(repr(report.manifest)) < 300
+    assert all(len(repr(layer)) < 600 for layer in report.manifest.layers)
+
+
 def test_quick_with_source(sample_source: Path, sample_prepared: Path) -> None:
     report = verify(sample_prepared, source=sample_source, quick=True)
     assert report.depth == "quick with source"

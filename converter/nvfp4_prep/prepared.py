@@ -61,8 +61,11 @@ class PreparedCheckpoint:
         self.manifest = Manifest.from_bytes(self.read_file(MANIFEST), str(self.path / MANIFEST))
 
     def _check_directory(self) -> None:
-        if (self.path / MANIFEST).is_file():
-            return
+        try:
+            if (self.path / MANIFEST).is_file():
+                return
+        except OSError as error:  # a folder that may not be entered, a name too long: no verdict on a checkpoint
+            raise SourceError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
         if (self.path / WORK_FOLDER).is_dir():
             what, next_step = "holds an unfinished conversion", "Run the same convert command again."
         elif os.path.lexists(self.path):

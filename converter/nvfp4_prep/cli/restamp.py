@@ -31,7 +31,8 @@ def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         say(to_json({"path": str(result.path), "config_edits": list(result.edits), "written": result.written}))
         return
-    edits = f"differs from what was converted in {', '.join(result.edits)}" if result.edits else "has no edits, formatting aside"
+    differing = f"differs from what was converted in {', '.join(result.edits)}"
+    edits = differing if result.edits else "has no edits, formatting aside"
     done = "recorded" if result.written else "recorded before"
     say(f"{result.path}: config.json {edits}; {done} in nvfp4_prep.json")
     if not quiet:

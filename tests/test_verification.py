@@ -356,6 +356,16 @@ def test_forged_manifest(copy: Path, where: tuple[Any, ...], key: str, value: ob
     assert told in problems(copy, quick=True)
 
 
+def test_groups_whose_tensors_would_have_one_name(copy: Path) -> None:
+    """Two layers that claim the same source tensors: each alone is consistent."""
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    for one, other in zip(*(layer["source_tensors"] for layer in manifest["layers"][:2]), strict=True):
+        if one["leaf"] in ("codes", "block_scale"):
+            other["head"] = one["head"]
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    assert "stands twice" in problems(copy, quick=True)
+
+
 def test_layer_under_another_number(copy: Path) -> None:
     forge(copy, ("layers", 0), "layer", 9)
     assert "number of model.layers.1.mlp.experts" in problems(copy, quick=True)

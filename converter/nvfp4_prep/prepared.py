@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -271,18 +271,19 @@ class PreparedCheckpoint:
             found.append((group, raw))
         return found
 
-    def source_names(self) -> set[str]:
-        """Names of all tensors of the source that this checkpoint holds."""
-        names = {
-            spec.name
-            for layer in self.manifest.layers
-            for group in layer.layer.groups
-            for spec in group.specs(layer.layer.dims.experts)
-        }
+    def source_tensor_names(self) -> Iterator[str]:
+        """Yield the names of all tensors of the source that this checkpoint says it holds; none should come twice."""
+        for layer in self.manifest.layers:
+            for group in layer.layer.groups:
+                for spec in group.specs(layer.layer.dims.experts):
+                    yield spec.name
         for name in self.names(FileKind.PASSTHROUGH):
             if name in self.headers:
-                names |= {record.name for record in self.headers[name].tensors}
-        return names
+                yield from (record.name for record in self.headers[name].tensors)
+
+    def source_names(self) -> set[str]:
+        """Names of all tensors of the source that this checkpoint holds."""
+        return set(self.source_tensor_names())
 
 
 def source_configs(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -15,6 +15,7 @@ from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import FOREIGN, Problems
 from nvfp4_prep.scalars import known_format
 from nvfp4_prep.served_config import RESTAMP, expected_config, read_served_config
+from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]
@@ -114,7 +115,13 @@ def _check_kinds(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 
 def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    """Files of the experts hold their tensors and no others: a server would load whatever the index names."""
+    """Files of the experts hold their tensors and no others: a server would load whatever the index names.
+
+    And no two tensors of the source have one name, or restore would write only one of them.
+    """
+    twice = [name for name, times in Counter(checkpoint.source_tensor_names()).items() if times > 1]
+    if twice:
+        problems.add(MANIFEST, f"source tensor {min(twice)!r} stands twice ({count(len(twice), 'such tensor')})")
     layers = checkpoint.manifest.layers
     expected = {
         FileKind.EXPERTS: {layer.layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},

@@ -50,7 +50,7 @@ def write_checkpoint(
     for number in layers:
         path = f"model.layers.{number}.mlp.experts"
         layer = MoeLayer(path, number, dims, gated, "modelopt", "per-expert", _groups(path, dims, gated))
-        digests = {group.key: "" for group in layer.groups}
+        digests = {group.key: "0" * 64 for group in layer.groups}
         big, crc32 = {}, {}
         for tensor in PreparedTensor:
             shape = (dims.experts, *layout.expert_shape(tensor, dims))

@@ -220,7 +220,7 @@ class TestFailures:
             loader.submit(tmp_path / record.file, record, part, [0], parameter[:1])
             loader.finish()
             source = reader.FileReader(tmp_path / record.file)
-            loader._readers[tmp_path / record.file] = source  # opened while the file was whole
+            loader._files._readers[tmp_path / record.file] = source  # opened while the file was whole
             os.truncate(written.file(1), record.offset_bytes + 100)
             loader.submit(tmp_path / record.file, record, part, [0, 1, 2], parameter)
             with pytest.raises(LoadError, match="file ended") as caught:
@@ -233,7 +233,7 @@ class TestFailures:
         parameter = torch.empty(DIMS.experts, *part.shape, dtype=torch.uint8)
         with (
             ExpertLoader("cpu", SMALL) as loader,
-            pytest.raises(LoadError, match=r"gone\.safetensors: cannot be opened"),
+            pytest.raises(LoadError, match=r"gone\.safetensors: cannot be read"),
         ):
             loader.submit(tmp_path / "gone.safetensors", record, part, range(DIMS.experts), parameter)
 

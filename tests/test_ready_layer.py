@@ -88,9 +88,9 @@ def test_the_batched_layout_is_refused_before_it_is_read(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("{", CheckpointError, "cannot be read"),
-        ("[" * 100_000, CheckpointError, "cannot be read"),
-        ("[]", CheckpointError, "is no JSON object"),
+        ("{", CheckpointError, "is not valid JSON"),
+        ("[" * 100_000, CheckpointError, "is nested too deep; expected at most 200 levels"),
+        ("[]", CheckpointError, "must be a JSON object"),
         (None, CheckpointError, "cannot be read"),
     ],
 )

@@ -104,7 +104,11 @@ def test_the_plugin_reads_what_convert_stamps(layout: LayoutName) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe_tp": math.inf}, "stamp is incomplete or damaged .OverflowError"),
+        ({"moe_tp": math.inf}, "stamp is incomplete or damaged .ValueError: moe_tp must be a whole number"),
+        ({"moe_tp": True}, "moe_tp must be a whole number"),
+        ({"gate_up_block": "64"}, "gate_up_block must be a whole number"),
+        ({"fingerprint": "0"}, "fingerprint must be a sha256"),
+        ({"name": None}, "name must be a text"),
         ({"gate_up_block": 48}, "stamp is incomplete or damaged .LayoutError"),
         ({"hidden_alignment": 128}, "unknown layout.*hidden_alignment 256.*'hidden_alignment': 128"),
         ({"scale_swizzle": "64x4"}, "unknown layout"),
@@ -122,3 +126,16 @@ def test_a_stamp_without_a_usable_source_is_refused(source: Any) -> None:
     stamp = {**make_stamp({}, ConvertOptions(), gated=True), "source": source}
     with pytest.raises(ServingError, match=r"stamp is incomplete or damaged .TypeError"):
         Stamp.parse(stamp)
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "1", 2, None])
+def test_a_version_that_is_not_this_one(version: Any) -> None:
+    stamp = {**make_stamp(QUANT, ConvertOptions(), gated=True), "format_version": version}
+    with pytest.raises(ServingError, match="does not know"):
+        Stamp.parse(stamp)
+
+
+def test_a_later_version_s_keys_are_ignored() -> None:
+    stamp = make_stamp(QUANT, ConvertOptions(), gated=True)
+    later = {**stamp, "later": 1, "layout": {**stamp["layout"], "later": 1}}
+    assert Stamp.parse(later) == Stamp.parse(stamp)

@@ -140,7 +140,7 @@ def test_one_damage_is_one_problem(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"hidden_size": 7}))
     assert problems(copy) == problems(copy, quick=True)
-    assert problems(copy) == "config.json: differs from what was converted in hidden_size"
+    assert problems(copy) == "config.json: was edited: hidden_size"
     (copy / "config.json").unlink()
     assert problems(copy) == problems(copy, quick=True) == "config.json: is missing"
 
@@ -163,6 +163,21 @@ def test_what_may_not_be_read_or_is_not_there_is_no_damage(copy: Path, monkeypat
     monkeypatch.setattr(LocalSource, "header", refuse)
     with pytest.raises(SourceError, match="Permission denied"):
         verify(copy)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\0b"])
+def test_paths_that_no_file_system_has(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SourceError, match=r"cannot be read|does not exist"):
+        verify(tmp_path / name)
+
+
+def test_short_reprs(sample_prepared: Path) -> None:
+    report = verify(sample_prepared, quick=True)
+    assert repr(report).startswith(f"<VerifyReport of '{sample_prepared}': ok, quick, ")
+    assert repr(report.manifest).startswith("<Manifest of 'source': 2 layers, ")
+    assert len(repr(report)) < 500
+    assert len(repr(report.manifest)) < 300
+    assert all(len(repr(layer)) < 600 for layer in report.manifest.layers)
 
 
 def test_quick_with_source(sample_source: Path, sample_prepared: Path) -> None:
@@ -281,8 +296,19 @@ def test_changed_passed_through_tensor_is_found_with_the_source(sample_source: P
 def test_another_source(copy: Path, tmp_path: Path) -> None:
     model = SampleModel(experts=5, intermediate=96, hidden=336, shard_nbytes=200_000, differing=0.5, seed=4)
     write_sample(tmp_path / "other", model)
-    found = problems(copy, source=tmp_path / "other")
-    assert "differs from byte" in found
+    report = verify(copy, source=tmp_path / "other")
+    assert len(report.problems) == 1  # one cause is one line, whatever follows from it
+    tensors = len(read_index(LocalSource(tmp_path / "other")).tensors)
+    assert report.problems[0].where == str(tmp_path / "other")
+    assert report.problems[0].what.startswith(f"is not the source of {copy}: {tensors} of {tensors} tensors differ")
+    assert report.next_step == "Give the source that the manifest names: source."
+
+
+def test_a_source_with_other_names(copy: Path, tmp_path: Path) -> None:
+    write_sample(tmp_path / "other", SampleModel(experts=3))
+    found = problems(copy, source=tmp_path / "other", quick=True)
+    assert found.startswith(f"{tmp_path / 'other'}: is not the source of {copy}: ")
+    assert len(found.splitlines()) == 1
 
 
 def test_manifest_that_lies(copy: Path) -> None:
@@ -315,7 +341,6 @@ def test_what_is_no_prepared_checkpoint(sample_source: Path, tmp_path: Path) -> 
     ("where", "key", "value", "told"),
     [
         ((), "tp_sizes", [1, 2, 4, 8, 16], "tp_sizes does not follow"),
-        ((), "extra", 1, "extra does not follow"),
         (("source",), "quantization", {}, "quantization configs"),
         (("layers", 0), "padded_hidden", 8192, "layers.0.padded_hidden does not follow"),
         (("layers", 0, "activation"), "kind", "swigluoai", "activation of"),
@@ -329,6 +354,16 @@ def test_forged_manifest(copy: Path, where: tuple[Any, ...], key: str, value: ob
     """Values that follow from others are worked out again, so that no lie passes that files and configs contradict."""
     forge(copy, where, key, value)
     assert told in problems(copy, quick=True)
+
+
+def test_groups_whose_tensors_would_have_one_name(copy: Path) -> None:
+    """Two layers that claim the same source tensors: each alone is consistent."""
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    for one, other in zip(*(layer["source_tensors"] for layer in manifest["layers"][:2]), strict=True):
+        if one["leaf"] in ("codes", "block_scale"):
+            other["head"] = one["head"]
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    assert "stands twice" in problems(copy, quick=True)
 
 
 def test_layer_under_another_number(copy: Path) -> None:

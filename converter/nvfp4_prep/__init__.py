@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.plan_data import Plan
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
+    from nvfp4_prep.restamping import RestampResult, restamp
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
     from nvfp4_prep.smoke import SmokeReport, run_smoke
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "ReadyLayer",
     "RelayoutResult",
+    "RestampResult",
     "RestoreResult",
     "SampleModel",
     "SmokeReport",
@@ -46,6 +48,7 @@ __all__ = [
     "load_layer",
     "plan",
     "relayout",
+    "restamp",
     "restore",
     "run_smoke",
     "verify",
@@ -62,6 +65,7 @@ _HOMES = {
     "Plan": "plan_data",
     "ReadyLayer": "ready_layer",
     "RelayoutResult": "new_layout",
+    "RestampResult": "restamping",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
     "SmokeReport": "smoke",
@@ -73,6 +77,7 @@ _HOMES = {
     "load_layer": "ready_layer",
     "plan": "conversion",
     "relayout": "new_layout",
+    "restamp": "restamping",
     "restore": "restoration",
     "run_smoke": "smoke",
     "verify": "verification",

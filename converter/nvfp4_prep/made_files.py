@@ -11,7 +11,7 @@ from nvfp4_prep.manifest import MANIFEST, FileRecord, Manifest
 from nvfp4_prep.model_card import make_model_card
 from nvfp4_prep.records import make_index
 from nvfp4_prep.safetensors_io import TensorRecord
-from nvfp4_prep.structure import expected_config
+from nvfp4_prep.served_config import expected_config
 from nvfp4_prep.target import Target
 
 __all__ = ["MADE_FILES", "write_made_files"]

@@ -7,16 +7,16 @@ were rounded, the relative errors) are a record of the conversion and are not wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nvfp4_prep.activation import find_activation
+from nvfp4_prep.config_edits import same_value
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, read_json_file
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.plan_data import layer_file_stem
-from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.prepared import PreparedCheckpoint, source_configs
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.stamp import quantization_configs
 
@@ -26,13 +26,11 @@ __all__ = ["changed_keys", "check_manifest"]
 def check_manifest(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     """Notes every value of the manifest that does not follow from what it should follow from."""
     manifest = checkpoint.manifest
-    written = read_json_file(MANIFEST, checkpoint.read_file(MANIFEST))
+    written = checkpoint.read_json(MANIFEST)
     for key in changed_keys(manifest.to_dict(), written):
         problems.add(MANIFEST, f"{key} does not follow from the rest of the manifest")
-    config = read_json_file(CONFIG, manifest.texts[CONFIG])
-    quant = manifest.texts.get(HF_QUANT_CONFIG)
-    hf_quant_config = None if quant is None else read_json_file(HF_QUANT_CONFIG, quant)
-    if dict(manifest.quantization) != quantization_configs(config, hf_quant_config):
+    config, hf_quant_config = source_configs(manifest)
+    if not same_value(manifest.quantization, quantization_configs(config, hf_quant_config)):
         problems.add(MANIFEST, "the quantization configs are not those of the source's config files")
     for layer in manifest.layers:
         _check_activation(layer, config, problems)
@@ -45,22 +43,24 @@ def check_manifest(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
             problems.add_error(layer.layer.experts_path, error)
 
 
-def changed_keys(expected: object, actual: object, path: str = "") -> list[str]:
-    """Paths of the values in which two JSON values differ, as ``layers.0.experts``."""
-    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
-        names: Sequence[Any] = sorted({*expected, *actual})
-        pairs = [(name, expected.get(name), actual.get(name)) for name in names]
-        missing = [name for name in names if (name in expected) != (name in actual)]
-    elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
-        pairs, missing = [(str(at), *pair) for at, pair in enumerate(zip(expected, actual, strict=True))], []
-    else:
-        return [] if expected == actual else [path]
-    here = f"{path}." if path else ""
-    return [
-        key
-        for name, mine, theirs in pairs
-        for key in ([f"{here}{name}"] if name in missing else changed_keys(mine, theirs, f"{here}{name}"))
-    ]
+def changed_keys(expected: object, actual: object) -> list[str]:
+    """Return the paths of the keys of ``expected`` that have another value in ``actual``, or none.
+
+    Keys that ``actual`` has beside them are a later version's, which readers ignore.
+    """
+    changed: list[str] = []
+    pending: list[tuple[str, object, object]] = [("", expected, actual)]
+    while pending:
+        path, mine, theirs = pending.pop()
+        here = f"{path}." if path else ""
+        if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+            changed += [f"{here}{key}" for key in mine if key not in theirs]
+            pending += [(f"{here}{key}", mine[key], theirs[key]) for key in mine if key in theirs]
+        elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+            pending += [(f"{here}{at}", *pair) for at, pair in enumerate(zip(mine, theirs, strict=True))]
+        elif not same_value(mine, theirs):
+            changed.append(path)
+    return sorted(changed)
 
 
 def _check_activation(layer: LayerRecord, config: Mapping[str, Any], problems: Problems) -> None:

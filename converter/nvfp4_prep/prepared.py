@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 
+from nvfp4_prep.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.scalars import LayerScalars, interpret_scalars
+from nvfp4_prep.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
-__all__ = ["PreparedCheckpoint"]
+__all__ = ["PreparedCheckpoint", "source_configs"]
 
 
 class PreparedCheckpoint:
@@ -58,8 +61,11 @@ class PreparedCheckpoint:
         self.manifest = Manifest.from_bytes(self.read_file(MANIFEST), str(self.path / MANIFEST))
 
     def _check_directory(self) -> None:
-        if (self.path / MANIFEST).is_file():
-            return
+        try:
+            if (self.path / MANIFEST).is_file():
+                return
+        except OSError as error:  # a folder that may not be entered, a name too long: no verdict on a checkpoint
+            raise SourceError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
         if (self.path / WORK_FOLDER).is_dir():
             what, next_step = "holds an unfinished conversion", "Run the same convert command again."
         elif os.path.lexists(self.path):
@@ -76,15 +82,26 @@ class PreparedCheckpoint:
         return {file.name: file.nbytes for file in self.files.files()}
 
     def read_file(self, name: str) -> bytes:
-        """A small file, whole.
+        """Return a small file, whole.
 
         Raises:
-            CheckpointError: if it is missing.
+            CheckpointError: if it is missing, or too large to be what its name says.
             SourceError: if it cannot be read.
         """
         if name not in self.sizes:
-            raise CheckpointError("is missing", where=name)
+            raise CheckpointError("is missing", where=str(self.path / name))
+        if self.sizes[name] > MAX_SMALL_NBYTES:
+            raise CheckpointError(
+                "is too large",
+                where=str(self.path / name),
+                expected=f"at most {MAX_SMALL_NBYTES} bytes",
+                actual=f"{self.sizes[name]} bytes",
+            )
         return self.files.peek(name, 0, self.sizes[name])
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the object that a small file holds; raises as :meth:`read_file`, or if it holds none."""
+        return _json_object(self.read_file(name), str(self.path / name))
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +150,7 @@ class PreparedCheckpoint:
         for header in self.headers.values():
             for record in header.tensors:
                 if record.name in found:
-                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=record.file)
+                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=str(self.path / record.file))
                 found[record.name] = record
         return found
 
@@ -162,7 +179,7 @@ class PreparedCheckpoint:
         if (record.dtype, record.shape) != want:
             raise CheckpointError(
                 f"tensor {record.name!r} has the wrong dtype or shape",
-                where=record.file,
+                where=str(self.path / record.file),
                 expected=f"{want[0]} {list(want[1])}",
                 actual=f"{record.dtype} {list(record.shape)}",
             )
@@ -199,7 +216,7 @@ class PreparedCheckpoint:
             if record.nbytes != 4 * count:
                 raise CheckpointError(
                     f"tensor {record.name!r} has the wrong size",
-                    where=record.file,
+                    where=str(self.path / record.file),
                     expected=f"{4 * count} bytes",
                     actual=f"{record.nbytes} bytes",
                 )
@@ -215,7 +232,7 @@ class PreparedCheckpoint:
         record = self.record(layer.layer.prepared_name("source_block_scale"))
         shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims)
         if record.shape != (len(layer.gate_up.reconciled), *shape):
-            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=record.file)
+            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=str(self.path / record.file))
         nbytes = shape[0] * shape[1]
         return Projection(side), self.read(record, position * nbytes, nbytes).view(shape)
 
@@ -254,15 +271,38 @@ class PreparedCheckpoint:
             found.append((group, raw))
         return found
 
-    def source_names(self) -> set[str]:
-        """Names of all tensors of the source that this checkpoint holds."""
-        names = {
-            spec.name
-            for layer in self.manifest.layers
-            for group in layer.layer.groups
-            for spec in group.specs(layer.layer.dims.experts)
-        }
+    def source_tensor_names(self) -> Iterator[str]:
+        """Yield the names of all tensors of the source that this checkpoint says it holds; none should come twice."""
+        for layer in self.manifest.layers:
+            for group in layer.layer.groups:
+                for spec in group.specs(layer.layer.dims.experts):
+                    yield spec.name
         for name in self.names(FileKind.PASSTHROUGH):
             if name in self.headers:
-                names |= {record.name for record in self.headers[name].tensors}
-        return names
+                yield from (record.name for record in self.headers[name].tensors)
+
+    def source_names(self) -> set[str]:
+        """Names of all tensors of the source that this checkpoint holds."""
+        return set(self.source_tensor_names())
+
+
+def source_configs(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the source's ``config.json`` and ``hf_quant_config.json``, as the manifest keeps them.
+
+    Raises:
+        CheckpointError: if it does not have the first one, or either is not a JSON object.
+    """
+    if CONFIG not in manifest.texts:
+        raise CheckpointError(f"does not hold the source's {CONFIG}", where=MANIFEST)
+    config, quant = manifest.texts[CONFIG], manifest.texts.get(HF_QUANT_CONFIG)
+    return (
+        _json_object(config, f"{MANIFEST}, the source's {CONFIG}"),
+        None if quant is None else _json_object(quant, f"{MANIFEST}, the source's {HF_QUANT_CONFIG}"),
+    )
+
+
+def _json_object(raw: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH)
+    if not isinstance(value, dict):
+        raise CheckpointError("must be a JSON object", where=where, actual=type(value).__name__)
+    return value

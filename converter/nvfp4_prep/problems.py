@@ -7,17 +7,22 @@ from dataclasses import asdict, dataclass
 
 from nvfp4_prep.errors import NvfpPrepError
 
-__all__ = ["Problem", "Problems"]
+__all__ = ["FOREIGN", "Problem", "Problems"]
+
+FOREIGN = "Move away what is not part of the checkpoint."
+"""Next step for a file that conversion did not write."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One disagreement: where, what, and the two values where there are two."""
+    """One disagreement: where, what, the two values where there are two, and what helps where converting again would
+    be the wrong advice."""
 
     where: str
     what: str
     expected: str | None = None
     actual: str | None = None
+    next_step: str | None = None
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
@@ -39,11 +44,11 @@ class Problems:
         self._found: set[Problem] = set()
         self._lock = threading.Lock()
 
-    def add(self, where: str, what: str, expected: object = None, actual: object = None) -> None:
+    def add(
+        self, where: str, what: str, expected: object = None, actual: object = None, next_step: str | None = None
+    ) -> None:
         """Notes one problem, once."""
-        problem = Problem(
-            where, what, None if expected is None else str(expected), None if actual is None else str(actual)
-        )
+        problem = Problem(where, what, _text(expected), _text(actual), next_step)
         with self._lock:
             self._found.add(problem)
 
@@ -56,3 +61,7 @@ class Problems:
         """All problems, in a stable order."""
         with self._lock:
             return tuple(sorted(self._found, key=lambda problem: (problem.where, problem.what)))
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -6,7 +6,6 @@ For servers other than vLLM and for kernel work. What is left to the caller is w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,13 @@ from typing import Any
 
 import torch
 
+from nvfp4_prep.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.index import CONFIG
 from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions
 from nvfp4_prep.load import load_layer as load_tensors
+from nvfp4_prep.load.arguments import as_experts
+from nvfp4_prep.small_files import read_small_file
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep_kernels.flashinfer_moe import activation_arguments, mma_view
 from nvfp4_prep_kernels.moe_types import MoeActivation
@@ -42,6 +44,9 @@ class ReadyLayer:
     arguments: Mapping[str, Any]
     activation: MoeActivation
     x_global_scale: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"<ReadyLayer of {self.loaded!r}, {self.activation}>"
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -86,6 +91,7 @@ def load_layer(
             next_step="Take the tensors from nvfp4_prep.load.load_layer, or convert again with --layout cutedsl.",
         )
     if experts is not None:
+        experts = as_experts(experts)
         _check_consecutive(experts, record.layer.experts_path)
     activation = moe_activation(record.activation, _config(path), where=record.layer.experts_path)
     loaded = load_tensors(path, layer, tp=tp, ep=ep, experts=experts, device=device, options=options)
@@ -122,10 +128,7 @@ def _arguments(loaded: LoadedLayer, activation: MoeActivation) -> dict[str, Any]
 
 def _config(path: Path | str) -> Mapping[str, Any]:
     file = Path(path) / CONFIG
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=str(file)) from error
+    config = parse_json(read_small_file(file, CheckpointError), str(file), CheckpointError, max_depth=MAX_DEPTH)
     if not isinstance(config, Mapping):
-        raise CheckpointError("is no JSON object", where=str(file))
+        raise CheckpointError("must be a JSON object", where=str(file), actual=type(config).__name__)
     return config

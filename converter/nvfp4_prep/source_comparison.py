@@ -14,11 +14,12 @@ from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError
 from nvfp4_prep.index import read_index
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.manifest_values import SIDE
 from nvfp4_prep.moe_layers import TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import read_experts
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import Problems
+from nvfp4_prep.problems import FOREIGN, Problems
 from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.units import count
@@ -32,8 +33,11 @@ class SourceComparison:
     def __init__(self, checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> None:
         """Indexes the source; raises :class:`SourceError` if it cannot be read."""
         self._checkpoint = checkpoint
+        self._name = str(source) if isinstance(source, str | Path) else source.label
         self._source: Source = LocalSource(Path(source)) if isinstance(source, str | Path) else source
-        self._problems = problems
+        self._all_problems = problems
+        self._problems = Problems()  # of the comparison; see finish
+        self._differing: set[str] = set()
         self._index = read_index(self._source)
         found = classify_layers(self._index)
         self._passed = {finding.experts_path for finding in found.others}
@@ -50,6 +54,27 @@ class SourceComparison:
         """Closes the source."""
         self._source.close()
 
+    def finish(self) -> None:
+        """Hand over what was found: everything, or one line where most tensors differ, for then it is another source.
+
+        Call it once, after all comparisons.
+        """
+        known = len(self._compared | self._differing)
+        if 2 * len(self._differing) > known and len(self._differing) > 1:
+            found = self._problems.found
+            first = next((it for it in found if it.where.split(", expert ")[0] in self._differing), found[0])
+            self._all_problems.add(
+                self._name,
+                f"is not the source of {self._checkpoint.path}: {len(self._differing)} of {count(known, 'tensor')}"
+                f" differ or are missing; the first: {first}",
+                next_step=f"Give the source that the manifest names: {self._checkpoint.manifest.source}.",
+            )
+            return
+        for problem in self._problems.found:
+            self._all_problems.add(
+                problem.where, problem.what, problem.expected, problem.actual, next_step=problem.next_step
+            )
+
     def check_names(self) -> None:
         """Same tensors, same scalars, same texts and the same list of side files."""
         have, want = self._checkpoint.source_names(), set(self._index.tensors)
@@ -57,6 +82,8 @@ class SourceComparison:
             self._problems.add(name, "is in the source, but not in the prepared checkpoint")
         for name in have - want:
             self._problems.add(name, "is in the prepared checkpoint, but not in the source")
+        self._differing |= want ^ have
+        self._check_side_files()
         if self._checkpoint.manifest.passed.keys() != self._passed:
             self._problems.add(MANIFEST, "names other layers than the source's that pass through")
         texts = self._checkpoint.manifest.texts
@@ -76,17 +103,32 @@ class SourceComparison:
                 raw = b"".join(self._source.peek(r.file, r.offset_bytes, r.nbytes) for r in source.records)
                 self._compared |= {record.name for record in source.records}
                 if raw != scalars.raw[group.key]:
-                    self._problems.add(group.key, "scalars differ from the source's")
+                    self._problems.add(source.records[0].name, "scalars differ from the source's")
+                    self._differing |= {record.name for record in source.records}
+
+    def _check_side_files(self) -> None:
+        """The same files beside the weights. A checkpoint with one more is not the source's: code, a chat template or
+        a tokenizer changes what the model answers."""
+        wanted = {file.name: file.nbytes for file in self._index.side_files}
+        listed = self._checkpoint.manifest.files
+        for name in sorted(name for name, file in listed.items() if file.kind == SIDE and name not in wanted):
+            self._problems.add(name, "is not in the source", next_step=FOREIGN)
+        for name, nbytes in wanted.items():
+            there = listed.get(name)
+            if there is None or there.kind != SIDE or there.nbytes != nbytes:
+                self._problems.add(name, "is not as in the source")
 
     def compare_experts(self, layer: LayerRecord, group: TensorGroup, chunk: range, raw: torch.Tensor) -> None:
         """Compares the restored bytes of some experts (``uint8 [n, nbytes]``) with the source's."""
         source = self._groups.get(group.key)
         if source is None:
-            self._problems.add(group.key, "is no NVFP4 expert tensor in the source")
+            self._problems.add(group.name(chunk.start), "is not an NVFP4 expert tensor in the source")
+            self._differing.update(group.name(expert) for expert in chunk)
             return
         experts = layer.layer.dims.experts
         if (source.dtype, source.shape, source.stacked) != (group.dtype, group.shape, group.stacked):
-            self._problems.add(group.key, "has another dtype or shape in the source")
+            self._problems.add(group.name(chunk.start), "has another dtype or shape in the source")
+            self._differing.update(group.name(expert) for expert in chunk)
             return
         self._compared.update(group.name(expert) for expert in chunk)
         want = read_experts(self._source, source, chunk, experts)
@@ -95,6 +137,7 @@ class SourceComparison:
         for row, expert in enumerate(chunk):
             if not torch.equal(want[row], raw[row]):
                 position = int((want[row] != raw[row]).nonzero()[0])
+                self._differing.add(group.name(expert))
                 self._problems.add(f"{group.name(expert)}, expert {expert}", f"differs from byte {position} on")
 
     def jobs(self) -> list[FileJob]:
@@ -118,8 +161,7 @@ class SourceComparison:
             here = TensorRecord(file.name, "U8", (file.nbytes,), file.name, 0, file.nbytes)
             there = self._checkpoint.manifest.files.get(file.name)
             if there is None or there.nbytes != file.nbytes:
-                self._problems.add(file.name, "is not as in the source")
-                continue
+                continue  # a problem already
             jobs.append(self._job(file.name, file.nbytes, [(here, here)]))
             self._compared_files += 1
         return jobs
@@ -131,6 +173,7 @@ class SourceComparison:
         for mine, source in pairs:
             if (mine.dtype, mine.shape) != (source.dtype, source.shape):
                 self._problems.add(mine.name, "has another dtype or shape in the source")
+                self._differing.add(mine.name)
                 continue
             if mine.name in self._index.tensors:
                 self._compared.add(mine.name)
@@ -145,4 +188,6 @@ class SourceComparison:
         if not same_bytes(a, b):
             position = begin + int((a != b).nonzero()[0])
             self._problems.add(mine.name, f"differs from the source from byte {position} on")
+            if mine.name in self._index.tensors:
+                self._differing.add(mine.name)
         return UnitResult()

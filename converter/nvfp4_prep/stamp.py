@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nvfp4_prep.config_edits import find_edits, same_value
 from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.manifest import FORMAT_VERSION
 from nvfp4_prep.model_config import NESTED_KEYS
@@ -18,8 +19,19 @@ from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
-__all__ = ["LAYOUT_NAMES", "QUANT_METHOD", "make_stamp", "quantization_configs", "stamped_config"]
+__all__ = [
+    "LAYOUT_NAMES",
+    "QUANT_METHOD",
+    "changed_stamp",
+    "config_bytes",
+    "make_stamp",
+    "quantization_configs",
+    "stamp_places",
+    "stamped",
+    "stamped_config",
+]
 
+STAMPED_KEY = "quantization_config"
 QUANT_METHOD = "nvfp4_prep"
 LAYOUT_NAMES = {
     LayoutName.CUTEDSL: "flashinfer_cutedsl",
@@ -91,23 +103,66 @@ def _layout_dict(options: ConvertOptions, layout: MoeLayout) -> dict[str, Any]:
     }
 
 
-def stamped_config(
+def stamped(
     source: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None, options: ConvertOptions, *, gated: bool
-) -> bytes:
-    """The prepared checkpoint's ``config.json``: the source's, with the stamp wherever a ``quantization_config``
-    stood (at the top if nowhere). Other keys keep their values and order.
+) -> dict[str, Any]:
+    """Return the source's config with the stamp wherever a ``quantization_config`` stood (at the top if nowhere).
+
+    Other keys keep their values and order.
     """
     configs = quantization_configs(source, hf_quant_config)
     stamp = make_stamp(_counting_config(configs), options, gated=gated)
     config = dict(source)
-    places = 0
+    for *above, key in stamp_places(source):
+        if above:
+            config[above[0]] = {**config[above[0]], key: stamp}
+        else:
+            config[key] = stamp
+    return config
+
+
+def stamp_places(source: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return where the stamp of a source's config stands: paths of keys from the top."""
+    places: list[tuple[str, ...]] = []
     for key in NESTED_KEYS:
-        nested = config.get(key)
-        if isinstance(nested, Mapping) and "quantization_config" in nested:
-            config[key] = {**nested, "quantization_config": stamp}
-            places += 1
-    if "quantization_config" in config or not places:
-        config["quantization_config"] = stamp
+        nested = source.get(key)
+        if isinstance(nested, Mapping) and STAMPED_KEY in nested:
+            places.append((key, STAMPED_KEY))
+    if STAMPED_KEY in source or not places:
+        places.append((STAMPED_KEY,))
+    return places
+
+
+def changed_stamp(expected: Mapping[str, Any], actual: object) -> list[str]:
+    """Return the keys of a stamp that differ, as dotted paths; keys of a later version are ignored.
+
+    What is the source's own (``source`` and the keys beside it) must be equal whole.
+    """
+    if not isinstance(actual, Mapping):
+        return [""]
+    changed = [
+        f"layout.{key}" if isinstance(actual.get("layout"), Mapping) else "layout"
+        for key, value in expected["layout"].items()
+        if not isinstance(actual.get("layout"), Mapping) or not same_value(actual["layout"].get(key), value)
+    ]
+    changed += [edit.name for edit in find_edits(_verbatim(expected), _verbatim(actual))]
+    return sorted(set(changed))
+
+
+def _verbatim(stamp: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("quant_method", "format_version", "source", "producer", "quantization", *_FLAT_KEYS)
+    return {key: stamp[key] for key in known if key in stamp}
+
+
+def stamped_config(
+    source: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None, options: ConvertOptions, *, gated: bool
+) -> bytes:
+    """Return the prepared checkpoint's ``config.json``: see :func:`stamped`."""
+    return config_bytes(stamped(source, hf_quant_config, options, gated=gated))
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return the text of a config as this package writes it."""
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     # half a surrogate pair has no UTF-8: it stays escaped, as it must have been in the source
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text).encode("utf-8")

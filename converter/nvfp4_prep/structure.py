@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
-from nvfp4_prep.errors import NvfpPrepError, VerificationError
-from nvfp4_prep.index import CONFIG, HF_QUANT_CONFIG, INDEX, read_json_file
-from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
-from nvfp4_prep.manifest_checks import changed_keys, check_manifest
-from nvfp4_prep.plan_data import FileKind
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
+from nvfp4_prep.index import CONFIG, INDEX, README
+from nvfp4_prep.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.manifest_checks import check_manifest
+from nvfp4_prep.manifest_values import MADE
+from nvfp4_prep.plan_data import EXPERT_SCALES, SOURCE_SCALES, FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import Problems
+from nvfp4_prep.problems import FOREIGN, Problems
 from nvfp4_prep.scalars import known_format
-from nvfp4_prep.stamp import stamped_config
+from nvfp4_prep.served_config import RESTAMP, expected_config, read_served_config
+from nvfp4_prep.units import count
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]
@@ -20,19 +23,13 @@ __all__ = ["check_structure", "expected_config", "require_sound"]
 _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 
 
-def expected_config(manifest: Manifest) -> bytes:
-    """The ``config.json`` that belongs to a manifest."""
-    quant = manifest.texts.get(HF_QUANT_CONFIG)
-    return stamped_config(
-        read_json_file(CONFIG, manifest.texts[CONFIG]),
-        None if quant is None else read_json_file(HF_QUANT_CONFIG, quant),
-        manifest.options,
-        gated=any(layer.layer.gated for layer in manifest.layers),
-    )
-
-
-def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_config: bool = True) -> None:
     """Manifest, stamp, files, sizes, headers, index, and the digests of the small files.
+
+    Args:
+        checkpoint: what to check.
+        problems: takes what is wrong.
+        with_config: look at ``config.json`` too.
 
     Raises:
         UnsupportedCheckpointError: if its source's format is of a package that is not here, which is no damage.
@@ -45,7 +42,10 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     for name, error in checkpoint.header_errors.items():
         if checkpoint.sizes.get(name) == checkpoint.manifest.files[name].nbytes:  # another size says it already
             problems.add(name, error.what, error.expected, error.actual)
-    _check_config(checkpoint, problems)
+    if with_config:
+        _check_config(checkpoint, problems)
+    if not problems.found:
+        _check_tensors(checkpoint, problems)
     if problems.found:
         return
     check_manifest(checkpoint, problems)
@@ -67,46 +67,98 @@ def require_sound(checkpoint: PreparedCheckpoint) -> None:
     problems = Problems()
     check_structure(checkpoint, problems)
     if problems.found:
+        first = problems.found[0]
         raise VerificationError(
-            f"is damaged: {problems.found[0]}",
+            f"is damaged: {first}",
             where=str(checkpoint.path),
-            next_step="Run nvfp4-prep verify for all problems.",
+            next_step=first.next_step or "Run nvfp4-prep verify for all problems.",
         )
 
 
 def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    there = checkpoint.sizes
-    for name, file in checkpoint.manifest.files.items():
+    there, listed = checkpoint.sizes, checkpoint.manifest.files
+    for name, file in listed.items():
         if name == CONFIG:
             continue  # _check_config knows what it must say
         if name not in there:
             problems.add(name, "is missing")
         elif there[name] != file.nbytes:
             problems.add(name, "has the wrong size", f"{file.nbytes} bytes", f"{there[name]} bytes")
-        elif file.kind == "made":
-            digest = hashlib.sha256(checkpoint.files.peek(name, 0, file.nbytes)).hexdigest()
-            if digest != file.sha256:
-                problems.add(name, "was changed", f"sha256 {file.sha256}", digest)
-    for name in sorted(there.keys() - checkpoint.manifest.files.keys() - {MANIFEST}):
-        if name.endswith((".safetensors", ".json")):
-            problems.add(name, "does not belong to this checkpoint: the manifest does not name it")
+        elif file.kind == MADE:
+            _check_made(checkpoint, name, file.sha256, problems)
+    for name in sorted(there.keys() - listed.keys() - {MANIFEST, CONFIG}):
+        problems.add(name, "does not belong to this checkpoint: the manifest does not name it", next_step=FOREIGN)
+    for name in {INDEX, README, CONFIG} - listed.keys():
+        problems.add(MANIFEST, f"does not name {name}")
+    _check_kinds(checkpoint, problems)
+
+
+def _check_made(checkpoint: PreparedCheckpoint, name: str, sha256: str, problems: Problems) -> None:
+    try:
+        digest = hashlib.sha256(checkpoint.read_file(name)).hexdigest()
+    except CheckpointError as error:
+        problems.add(name, error.what, error.expected, error.actual)
+        return
+    if digest != sha256:
+        problems.add(name, "was changed", f"sha256 {sha256}", digest)
+
+
+def _check_kinds(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    """Each file of tensors is of the kind that its layer or its name says, so that all of them are looked into."""
+    manifest = checkpoint.manifest
+    experts = Counter(name for layer in manifest.layers for name in layer.files)
+    if set(experts) != set(checkpoint.names(FileKind.EXPERTS)) or any(times > 1 for times in experts.values()):
+        problems.add(MANIFEST, "files of kind experts are not those of the layers, each once")
+    for kind, only in ((FileKind.EXPERT_SCALES, EXPERT_SCALES), (FileKind.SOURCE_SCALES, SOURCE_SCALES)):
+        if checkpoint.names(kind) != [only]:
+            problems.add(MANIFEST, f"must name one file of kind {kind}, {only}")
+
+
+def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    """Files of the experts hold their tensors and no others: a server would load whatever the index names.
+
+    And no two tensors of the source have one name, or restore would write only one of them.
+    """
+    twice = [name for name, times in Counter(checkpoint.source_tensor_names()).items() if times > 1]
+    if twice:
+        problems.add(MANIFEST, f"source tensor {min(twice)!r} stands twice ({count(len(twice), 'such tensor')})")
+    layers = checkpoint.manifest.layers
+    expected = {
+        FileKind.EXPERTS: {layer.layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},
+        FileKind.EXPERT_SCALES: {layer.layer.prepared_name(vector) for layer in layers for vector in SCALE_VECTORS},
+        FileKind.SOURCE_SCALES: {g.key for layer in layers for g in layer.layer.groups if g.leaf.is_scalar},
+        FileKind.SOURCE_BLOCK_SCALES: {layer.layer.prepared_name("source_block_scale") for layer in layers},
+    }
+    for kind, known in expected.items():
+        for name in checkpoint.names(kind):
+            for record in checkpoint.headers[name].tensors:
+                if record.name not in known:
+                    problems.add(name, f"tensor {record.name!r} does not belong into a file of kind {kind}")
 
 
 def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    if CONFIG not in checkpoint.sizes:
+        problems.add(CONFIG, "is missing")
+        return
     try:
-        raw = checkpoint.read_file(CONFIG)
-        expected = expected_config(checkpoint.manifest)
-        if raw != expected:
-            changed = changed_keys(read_json_file(CONFIG, expected), read_json_file(CONFIG, raw))
-            problems.add(CONFIG, f"differs from what was converted in {', '.join(changed) or 'its formatting'}")
-        elif (file := checkpoint.manifest.files.get(CONFIG)) is not None:
-            digest = hashlib.sha256(raw).hexdigest()
-            if (file.nbytes, file.sha256) != (len(raw), digest):
-                problems.add(MANIFEST, f"has another size or digest of {CONFIG}", file.sha256, digest)
-    except KeyError:
-        problems.add(MANIFEST, f"does not hold the source's {CONFIG}")
+        found = read_served_config(checkpoint)
     except NvfpPrepError as error:
-        problems.add_error(CONFIG, error)
+        on_config = error.where == str(checkpoint.path / CONFIG)
+        problems.add(CONFIG if on_config else error.where or CONFIG, error.what, error.expected, error.actual)
+        return
+    recorded = checkpoint.manifest.files.get(CONFIG)
+    if found.stamp:
+        problems.add(CONFIG, f"its stamp was edited: {', '.join(found.stamp)}")
+    if found.unrecorded:
+        problems.add(CONFIG, f"was edited: {', '.join(found.unrecorded)}", next_step=RESTAMP)
+    if found.stamp or found.unrecorded or recorded is None:
+        return
+    if (recorded.nbytes, recorded.sha256) == (found.nbytes, found.sha256):
+        return
+    if found.canonical:
+        problems.add(MANIFEST, f"has another size or digest of {CONFIG}", recorded.sha256, found.sha256)
+    else:
+        problems.add(CONFIG, "was edited; these keys differ: none, only its formatting", next_step=RESTAMP)
 
 
 def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
@@ -118,8 +170,7 @@ def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems:
 
 
 def _check_index(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    raw = checkpoint.read_file(INDEX)
-    weight_map = read_json_file(INDEX, raw).get("weight_map")
+    weight_map = checkpoint.read_json(INDEX).get("weight_map")
     served = {record.name: name for name in checkpoint.names(*_SERVED) for record in checkpoint.headers[name].tensors}
     if not isinstance(weight_map, dict):
         problems.add(INDEX, "has no weight_map")

@@ -22,6 +22,7 @@ from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult,
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
 from nvfp4_prep.manifest import LayerRecord, Manifest
+from nvfp4_prep.manifest_values import MADE
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
@@ -35,7 +36,10 @@ from nvfp4_prep.units import count
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["STRUCTURE", "VerifyReport", "edited_config_lines", "verify"]
+
+STRUCTURE = "structure: manifest, stamp, file list, sizes, headers, index"
+"""What :func:`check_structure` looks at, as reports say it."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,25 @@ class VerifyReport:
             first, more = self.problems[0], len(self.problems) - 1
             raise VerificationError(
                 first.what + (f" (and {count(more, 'more problem')})" if more else ""),
-                where=first.where,
+                where=first.where if Path(first.where).is_absolute() else f"{self.path}, {first.where}",
                 expected=first.expected,
                 actual=first.actual,
-                next_step="Do not serve this checkpoint: remove it and convert again.",
+                next_step=self.next_step,
             )
+
+    @property
+    def next_step(self) -> str | None:
+        """What to do about the problems: what helps each of them, if something does."""
+        if not self.problems:
+            return None
+        steps = [problem.next_step for problem in self.problems]
+        if None in steps:
+            return "Do not serve this checkpoint: remove it and convert again."
+        return " ".join(dict.fromkeys(step for step in steps if step is not None))
+
+    def __repr__(self) -> str:
+        state = "ok" if self.ok else count(len(self.problems), "problem")
+        return f"<VerifyReport of {str(self.path)!r}: {state}, {self.depth}, {self.checked_nbytes} bytes read>"
 
     def to_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -84,6 +102,8 @@ class VerifyReport:
             "checks": list(self.checks),
             "checked_nbytes": self.checked_nbytes,
             "problems": [problem.to_dict() for problem in self.problems],
+            "config_edits": [edit.name for edit in self.manifest.config_edits],
+            "next_step": self.next_step,
         }
 
 
@@ -113,7 +133,7 @@ def verify(
     with PreparedCheckpoint(checkpoint) as opened:
         problems = Problems()
         check_structure(opened, problems)
-        checks = ["structure: manifest, stamp, file list, sizes, headers, index"]
+        checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
         depth, nbytes = "quick", 0
         comparison = None if source is None else SourceComparison(opened, source, problems)
         try:
@@ -125,12 +145,19 @@ def verify(
                 nbytes = verification.run(threads, progress or NoProgress())
                 checks += verification.checks
             if comparison is not None:
+                comparison.finish()
                 depth = "quick with source" if quick else "full with source"
                 checks.append(f"source: {'names of all tensors; bytes of ' if quick else ''}{comparison.summary}")
         finally:
             if comparison is not None:
                 comparison.close()
         return VerifyReport(opened.path, opened.manifest, depth, problems.found, tuple(checks), nbytes)
+
+
+def edited_config_lines(manifest: Manifest) -> list[str]:
+    """Return a line that names recorded edits of ``config.json``, where there are some."""
+    names = ", ".join(edit.name for edit in manifest.config_edits)
+    return [f"config.json: edited since the conversion, as the manifest records: {names}"] if names else []
 
 
 class _Verification:
@@ -261,7 +288,7 @@ class _Verification:
         self._digests |= result.digests
         self._turned_back += result.facts
         file = self._checkpoint.manifest.files.get(result.name)
-        if file is None or file.kind == "made":  # check_structure has compared those
+        if file is None or file.kind == MADE:  # check_structure has compared those
             return
         if result.sha256 is not None and result.sha256 != file.sha256:
             self._problems.add(result.name, "bytes changed", f"sha256 {file.sha256}", result.sha256)

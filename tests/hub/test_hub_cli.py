@@ -159,7 +159,7 @@ def test_verify_reads_a_small_part(hub: LoopbackHub, made: Path) -> None:
     assert report.checked_nbytes > 0
 
 
-@pytest.mark.parametrize("damage", ["bytes", "missing", "side file", "config", "surplus", "shorter"])
+@pytest.mark.parametrize("damage", ["bytes", "missing", "side file", "config", "surplus", "shorter", "code"])
 def test_verify_finds_what_is_wrong(hub: LoopbackHub, made: Path, damage: str) -> None:
     content = read_folder(made)
     victim = next(name for name in content if name.startswith("experts-"))
@@ -178,7 +178,7 @@ def test_verify_finds_what_is_wrong(hub: LoopbackHub, made: Path, damage: str) -
         content["config.json"] = json.dumps(config).encode()
         victim = "config.json"
     else:
-        victim = "surplus.safetensors"
+        victim = "modeling_deepseek.py" if damage == "code" else "surplus.safetensors"
         content[victim] = b"x"
     hub.store.publish(REPO, content)
     report = verify_published(HubAddress(REPO), patience=QUICK)

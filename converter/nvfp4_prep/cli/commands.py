@@ -17,6 +17,7 @@ from nvfp4_prep.cli.inspect import inspect
 from nvfp4_prep.cli.output import report_errors, stdout_failed
 from nvfp4_prep.cli.push import push
 from nvfp4_prep.cli.relayout import relayout
+from nvfp4_prep.cli.restamp import restamp
 from nvfp4_prep.cli.restore import restore
 from nvfp4_prep.cli.sample import sample
 from nvfp4_prep.cli.verify import verify
@@ -84,6 +85,7 @@ def cli() -> None:
     nvfp4-prep verify   ./out --source ./source           check every byte against its source
     nvfp4-prep push     ./out me/Kimi-K2.5-NVFP4-prepared publish it
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
+    nvfp4-prep restamp  ./out                             keep edits of its config.json
     nvfp4-prep restore  ./out ./back                      and back again, bit for bit
 
     vLLM with this package installed serves the result as it is: vllm serve ./out
@@ -93,5 +95,5 @@ def cli() -> None:
     """
 
 
-for _command in (inspect, convert, verify, restore, relayout, push, sample, doctor, completion):
+for _command in (inspect, convert, verify, restamp, restore, relayout, push, sample, doctor, completion):
     cli.add_command(_command)

@@ -244,13 +244,14 @@ def _check_finished(target: Path) -> None:
     from nvfp4_prep.units import count
     from nvfp4_prep.verification import verify
 
-    problems = verify(target, quick=True).problems
+    found = verify(target, quick=True)
+    problems = found.problems
     if problems:
         more = f" (and {count(len(problems) - 1, 'more problem')})" if problems[1:] else ""
         raise VerificationError(
             f"was converted before, but is damaged: {problems[0]}{more}",
             where=str(target),
-            next_step="Remove it and convert again.",
+            next_step=found.next_step,
         )
 
 

@@ -41,7 +41,11 @@ def verify(
     """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
 
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
-    Exit code 6 if anything is wrong.
+    Exit code 6 if anything is wrong, also for files that conversion did not write.
+
+    Not covered: who made the checkpoint and what the model card says. Name and revision of the source, the tool's
+    version and the figures of the manifest are its maker's word; only --source compares with the source itself.
+    Edits of config.json that `nvfp4-prep restamp` recorded are named and pass.
 
     \b
     nvfp4-prep verify ./out                             every byte against the manifest
@@ -69,7 +73,7 @@ def verify(
     if as_json:
         say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
     else:
-        _say_verified(found, ran, source)
+        _say_verified(found, ran)
     if not found.ok or (ran is not None and not ran.passed):
         sys.exit(VerificationError.exit_code)
 
@@ -102,11 +106,10 @@ def _verify_published(address: HubAddress) -> VerifyReport:
     return verify_published(address)
 
 
-def _say_verified(found: VerifyReport, ran: SmokeReport | None, source: str | None) -> None:
+def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
     from nvfp4_prep.reporting import verify_text
 
     say(verify_text(found))
     say_smoke(ran)
     if not found.ok:
-        sure = "" if source is None else f" (if {source} is what it was made from)"
-        hint(f"next: do not serve it; remove it and convert again{sure}")
+        hint(f"next: {found.next_step}")

@@ -13,7 +13,7 @@ from nvfp4_prep.manifest import Manifest
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.structure import check_structure
-from nvfp4_prep.verification import VerifyReport
+from nvfp4_prep.verification import STRUCTURE, VerifyReport, edited_config_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -42,7 +42,8 @@ def verify_published(
         checks = (
             f"published: sizes and hashes of {compared} files against the manifest, as the Hub lists them"
             f" at commit {files.snapshot.commit}",
-            "structure: manifest, stamp, file list, sizes, headers, index",
+            STRUCTURE,
+            *edited_config_lines(opened.manifest),
         )
         return VerifyReport(opened.path, opened.manifest, "published", problems.found, checks, files.received_nbytes)
 

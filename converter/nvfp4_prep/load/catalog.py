@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
+from nvfp4_prep.load.arguments import as_path
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.plan_data import EXPERT_SCALES
 from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord, read_header
+from nvfp4_prep.small_files import open_regular, os_error_kind, read_small_file
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
 __all__ = ["Catalog"]
@@ -30,21 +33,17 @@ class Catalog:
 
     @classmethod
     def open(cls, root: Path | str) -> Catalog:
-        """Reads the manifest.
+        """Read the manifest.
 
         Raises:
-            CheckpointError: if the directory is no complete prepared checkpoint.
+            CheckpointError: if the directory is not a complete prepared checkpoint.
+            LoadError: if this process has no descriptors or memory left.
+            UsageError: if the argument is not a path.
         """
-        path = Path(root) / MANIFEST
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot be read ({error.strerror})",
-                where=str(path),
-                next_step="Give a directory that `nvfp4-prep convert` finished.",
-            ) from error
-        return cls(Path(root), Manifest.from_bytes(raw, str(path)))
+        folder = as_path(root)
+        path = folder / MANIFEST
+        raw = read_small_file(path, CheckpointError, "Give a directory that `nvfp4-prep convert` finished.")
+        return cls(folder, Manifest.from_bytes(raw, str(path)))
 
     def layer(self, which: int | str) -> LayerRecord:
         """A layer by its number, or by its experts' module path where a number is not unique.
@@ -52,6 +51,8 @@ class Catalog:
         Raises:
             UsageError: if there is no such layer, or more than one.
         """
+        if isinstance(which, bool) or not isinstance(which, int | str):
+            raise UsageError("is not a layer", expected="its number, or its experts' path", actual=repr(which)[:80])
         found = [record for record in self.manifest.layers if which in (record.layer.index, record.layer.experts_path)]
         if len(found) == 1:
             return found[0]
@@ -94,26 +95,32 @@ class Catalog:
 
     def check_sha256(self, file: str) -> None:
         """Reads a small file whole and compares its digest; raises :class:`CheckpointError` if it differs."""
-        try:
-            digest = hashlib.sha256((self.root / file).read_bytes()).hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(self.root / file)) from error
-        if digest != self.manifest.files[file].sha256:
+        listed = self.manifest.files.get(file)
+        if listed is None:
+            raise CheckpointError(
+                f"does not name {file}",
+                where=str(self.root / MANIFEST),
+                next_step="The manifest is damaged: download or convert the checkpoint again.",
+            )
+        digest = hashlib.sha256(read_small_file(self.root / file, CheckpointError)).hexdigest()
+        if digest != listed.sha256:
             raise CheckpointError(
                 "does not have the bytes that were converted",
                 where=str(self.root / file),
-                expected=f"sha256 {self.manifest.files[file].sha256}",
+                expected=f"sha256 {listed.sha256}",
                 actual=digest,
                 next_step="The file is damaged: download or convert it again.",
             )
 
     def _header(self, file: str) -> ShardHeader:
+        path = self.root / file
+        os.close(open_regular(path, CheckpointError)[0])  # not a FIFO, which would be waited for
         try:
-            header = read_header(self.root / file, file)
+            header = read_header(path, file)
         except SourceError as error:
-            raise CheckpointError(
+            raise os_error_kind(error.__cause__, CheckpointError)(
                 error.what,
-                where=error.where,
+                where=str(path),
                 expected=error.expected,
                 actual=error.actual,
                 next_step="The checkpoint is incomplete or damaged: run `nvfp4-prep verify` on it.",

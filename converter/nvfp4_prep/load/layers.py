@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep.buffers import byte_view
-from nvfp4_prep.errors import LoadError, UsageError
+from nvfp4_prep.errors import LoadError, SourceError, UsageError
+from nvfp4_prep.load.arguments import as_experts, as_rank
 from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
@@ -17,6 +19,7 @@ from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.plan_data import EXPERT_SCALES
 from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.small_files import open_regular
 from nvfp4_prep.source import read_exactly
 from nvfp4_prep.units import format_nbytes
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
@@ -37,6 +40,12 @@ class RankShare:
     tp_rank: int = 0
     tp_size: int = 1
 
+    def __post_init__(self) -> None:
+        """Check what may come from a caller's own placement; raises :class:`UsageError`."""
+        as_rank((self.tp_rank, self.tp_size), "tp")
+        if self.experts is not None:
+            object.__setattr__(self, "experts", as_experts(self.experts))
+
     @classmethod
     def of(cls, experts: int, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1)) -> RankShare:
         """The share of tensor-parallel and expert-parallel ranks, each ``(rank, size)``, of ``experts`` experts.
@@ -46,10 +55,7 @@ class RankShare:
         Raises:
             UsageError: if a rank does not exist.
         """
-        for name, (rank, size) in (("tp", tp), ("ep", ep)):
-            if not 0 <= rank < size:
-                raise UsageError(f"no rank {rank} of {size}", expected=f"0 <= {name} rank < {name} size")
-        rank, size = ep
+        tp, (rank, size) = as_rank(tp, "tp"), as_rank(ep, "ep")
         each, more = divmod(experts, size)
         first = rank * each + min(rank, more)
         return cls(tuple(range(first, first + each + (rank < more))), *tp)
@@ -69,6 +75,10 @@ class LoadedLayer:
     record: LayerRecord
     share: RankShare
     tensors: Mapping[str, torch.Tensor]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"<LoadedLayer {self.record.layer.experts_path!r}: {shapes}>"
 
 
 def load_layer(
@@ -100,7 +110,7 @@ def load_layer(
     record = catalog.layer(layer)
     share = RankShare.of(record.layer.dims.experts, tp, ep)
     if experts is not None:
-        share = RankShare(tuple(experts), *tp)
+        share = RankShare(as_experts(experts), share.tp_rank, share.tp_size)
     with ExpertLoader(device, options) as loader:
         loaded, _ = load_layers(catalog, [record], share, loader)
     return loaded[0]
@@ -160,6 +170,12 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
 def _read_vector(path: Path, record: TensorRecord) -> torch.Tensor:
     vector = torch.empty(record.shape, dtype=torch.float32, device="cpu")
-    with path.open("rb") as stream:
-        read_exactly(stream.fileno(), str(path), record.offset_bytes, byte_view(vector))
+    descriptor, _ = open_regular(path, LoadError, "Complete the download.")
+    try:
+        read_exactly(descriptor, str(path), record.offset_bytes, byte_view(vector))
+    except SourceError as error:
+        where = f"{path}, tensor {record.name!r}"
+        raise LoadError(error.what, where=where, expected=error.expected, actual=error.actual) from error
+    finally:
+        os.close(descriptor)
     return vector

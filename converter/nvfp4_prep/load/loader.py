@@ -6,24 +6,28 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from nvfp4_prep.errors import LoadError, NvfpPrepError
-from nvfp4_prep.load.options import DirectIO, LoadOptions
-from nvfp4_prep.load.plan import ALIGNMENT, Task, plan_reads
-from nvfp4_prep.load.reader import FileReader, ReadCounts
+from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
+from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
+from nvfp4_prep.load.open_files import OpenFiles
+from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.plan import Task, plan_reads
+from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.staging import make_buffers
 from nvfp4_prep.load.transfer import Transfer
 from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Times, as_load_error
 from nvfp4_prep.safetensors_io import TensorRecord
-from nvfp4_prep.units import format_nbytes
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["ExpertLoader"]
+
+_THREADS = "nvfp4-load-"
 
 
 class ExpertLoader:
@@ -32,6 +36,10 @@ class ExpertLoader:
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
     memory for a GPU; nothing on the device. A load that failed is void: :meth:`finish` raises, and none of the
     parameters submitted since the last one may be used.
+
+    For one thread at a time, because the failure of a load is told once: from the first :meth:`submit` to the
+    :meth:`finish` that belongs to it every call must come from the same thread, and another one's gets a
+    :class:`LoadError`. :meth:`close` may be called by any thread; it ends a load that is under way.
     """
 
     def __init__(
@@ -49,37 +57,37 @@ class ExpertLoader:
             progress: called with numbers of bytes that arrived, from several threads; an error in it ends the load.
 
         Raises:
-            LoadError: if the device is of another kind or staging memory is refused.
+            UsageError: if an argument is not what it should be.
+            LoadError: if this machine does not have the device, or staging memory or threads are refused.
         """
-        self.options = options or LoadOptions()
-        self.device = torch.device(device)
-        if self.device.type not in ("cpu", "cuda"):
-            raise LoadError("cannot load to this device", expected="cpu or cuda", actual=self.device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.options = LoadOptions() if options is None else options
+        if not isinstance(self.options, LoadOptions) or not (progress is None or callable(progress)):
+            raise UsageError(
+                "unusable argument", expected="LoadOptions and a callable", actual=f"{options}, {progress}"
+            )
+        self.device = as_device(device)
         self._progress = progress
-        self._readers: dict[Path, FileReader] = {}
+        self._files = OpenFiles(self.options.direct_io)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._state = threading.Condition()
+        self._call = threading.Lock()
+        self._owner: int | None = None
         self._pending = 0
         self._closed = False
         self._error: NvfpPrepError | None = None
         self._begin()
-        buffers = self._make_buffers()
-        self._transfer = (
-            Transfer(self.device, buffers, self._arrived, self._driver_failed) if self.device.type == "cuda" else None
-        )
+        buffers = make_buffers(self.options, pinned=self.device.type == "cuda")
+        self._transfer = self._make_transfer(buffers)
         filled = None if self._transfer is None else self._transfer.put
         self._reading = [
             Reading(buffers, self.options.buffer_nbytes, filled, lambda nbytes: self._arrived(1, nbytes))
             for _ in range(self.options.thread_count)
         ]
         self._threads = [
-            threading.Thread(target=self._work, args=(reading,), name=f"nvfp4-load-read-{number}", daemon=True)
+            threading.Thread(target=self._work, args=(reading,), name=f"{_THREADS}read-{number}", daemon=True)
             for number, reading in enumerate(self._reading)
         ]
-        for thread in self._threads:
-            thread.start()
+        self._start_threads()
         self._cpu = self._cpu_seconds()
 
     def __enter__(self) -> ExpertLoader:
@@ -93,6 +101,20 @@ class ExpertLoader:
                 self.finish()
         finally:
             self.close()
+
+    @contextlib.contextmanager
+    def _called(self) -> Iterator[None]:
+        """One call at a time, and from one thread until the load is finished."""
+        if not self._call.acquire(blocking=False):
+            raise _in_use()
+        try:
+            if self._closed:
+                raise LoadError("the loader is closed")
+            if self._owner not in (None, threading.get_ident()):
+                raise _in_use()
+            yield
+        finally:
+            self._call.release()
 
     def submit(
         self,
@@ -114,14 +136,25 @@ class ExpertLoader:
             crc32: the manifest's checksums, compared if the options say ``verify``.
 
         Raises:
-            LoadError: if the parameter or the experts do not fit, or the file cannot be opened.
+            LoadError: if the parameter or the experts do not fit, the file cannot be opened, or another thread is
+                using this loader.
         """
-        if self._closed:
-            raise LoadError("the loader is closed", where=record.name)
-        self._check(record, part, experts, parameter)
+        with self._called():
+            self._queue(path, record, part, as_experts(experts), parameter, crc32)
+
+    def _queue(
+        self,
+        path: Path,
+        record: TensorRecord,
+        part: ExpertSlice,
+        experts: tuple[int, ...],
+        parameter: torch.Tensor,
+        crc32: Sequence[int] | None,
+    ) -> None:
+        check_parameter(record, part, experts, parameter, self.device)
         if self.options.verify and crc32 is None:
             raise LoadError("the manifest has no checksums to verify against", where=f"{path}, tensor {record.name!r}")
-        reader = self._reader(path, record, experts)
+        reader = self._files.reader(path, record, experts)
         checks = crc32 if self.options.verify else None
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
@@ -132,6 +165,7 @@ class ExpertLoader:
                 self._begun = time.perf_counter()
             self._pending += sum(task.units for task in tasks)
             self._submitted += target.numel()
+            self._owner = threading.get_ident()
         for task in tasks:
             self._jobs.put(
                 Job(
@@ -147,10 +181,12 @@ class ExpertLoader:
 
         Raises:
             LoadError, VerificationError: the first failure; all parameters since the last call are void.
-            LoadError: if the loader is closed.
+            LoadError: if the loader is closed, or another thread is using it.
         """
-        if self._closed:
-            raise LoadError("the loader is closed")
+        with self._called():
+            return self._wait()
+
+    def _wait(self) -> LoadReport:
         with self._state:
             while self._pending:
                 self._state.wait()
@@ -166,53 +202,67 @@ class ExpertLoader:
         if self._transfer is not None:
             times.submit, self._transfer.submit_s = self._transfer.submit_s, 0.0
         self._begin()
-        self._close_readers()
+        self._files.close()
         if error is not None:
             raise error
         return LoadReport(seconds if submitted else 0.0, submitted, counts, times, len(self._reading))
 
     def abandon(self) -> None:
-        """Drops what is still queued and waits for what is under way; the parameters submitted so far are void."""
-        with self._state:
-            self._error = self._error or LoadError("the load was abandoned")
-        with contextlib.suppress(NvfpPrepError):
-            self.finish()
+        """Drops what is still queued and waits for what is under way; the parameters submitted so far are void.
+
+        Does nothing where another thread is using this loader: its load goes on.
+        """
+        with contextlib.suppress(NvfpPrepError), self._called():
+            with self._state:
+                self._error = self._error or LoadError("the load was abandoned")
+            self._wait()
 
     def close(self) -> None:
         """Drops what is still queued, ends the threads and gives staging and files back."""
-        if self._closed:
-            return
-        self._closed = True
+        if threading.current_thread().name.startswith(_THREADS):
+            raise _in_use()  # from its own progress: it would wait for itself
         with self._state:
             self._error = self._error or LoadError("the loader was closed")
+        with self._call:  # a load that another thread waits for ends at once, because of the error
+            if self._closed:
+                return
+            self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
         if self._transfer is not None:
             self._transfer.close()
-        self._close_readers()
+        self._files.close()
         self._reading, self._transfer = [], None  # which hold the staging memory
+
+    def _make_transfer(self, buffers: Buffers) -> Transfer | None:
+        if self.device.type != "cuda":
+            return None
+        try:
+            return Transfer(self.device, buffers, self._arrived, self._driver_failed)
+        except RuntimeError as error:  # no more threads for this process
+            raise LoadError(f"copies to {self.device} cannot begin ({error})") from error
+
+    def _start_threads(self) -> None:
+        started = []
+        try:
+            for thread in self._threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError as error:  # no more threads for this process
+            self._threads = started
+            self.close()
+            raise LoadError(
+                f"only {len(started)} of {self.options.thread_count} threads could be started ({error})",
+                next_step="Use fewer threads (LoadOptions.threads).",
+            ) from error
 
     def _begin(self) -> None:
         self._error = None
+        self._owner = None
         self._submitted = 0
         self._begun = time.perf_counter()
-
-    def _make_buffers(self) -> Buffers:
-        options, pinned = self.options, self.device.type == "cuda"
-        try:
-            nbytes = options.staging_nbytes + ALIGNMENT
-            slab = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        except RuntimeError as error:
-            raise LoadError(
-                f"{format_nbytes(options.staging_nbytes)} of {'pinned ' if pinned else ''}staging memory refused"
-                f" ({str(error).splitlines()[0]})",
-                next_step="Use fewer or smaller buffers.",
-            ) from error
-        lead = -slab.data_ptr() % ALIGNMENT
-        staging = slab[lead : lead + options.staging_nbytes]
-        return Buffers(staging, options.buffer_nbytes, options.chunk_nbytes)
 
     def _arrived(self, units: int, nbytes: int) -> None:
         failure = None
@@ -263,56 +313,12 @@ class ExpertLoader:
             return 0.0
         return sum(time.clock_gettime(clock_of(thread.ident)) for thread in self._threads if thread.ident is not None)
 
-    def _reader(self, path: Path, record: TensorRecord, experts: Sequence[int]) -> FileReader:
-        reader = self._readers.get(path)
-        if reader is None:
-            mode = self.options.direct_io
-            reader = FileReader(path, direct=mode is not DirectIO.NEVER)
-            stored = record.nbytes // record.shape[0]
-            first, last = min(experts), max(experts)
-            if mode is DirectIO.AUTO and reader.cached(
-                record.offset_bytes + first * stored, (last + 1 - first) * stored
-            ):
-                reader.direct = False
-            self._readers[path] = reader
-        if reader.nbytes < record.offset_bytes + record.nbytes:
-            raise LoadError(
-                "file is shorter than its header says",
-                where=f"{path}, tensor {record.name!r}",
-                expected=f"at least {record.offset_bytes + record.nbytes} bytes",
-                actual=f"{reader.nbytes} bytes",
-                next_step="The file is truncated: download it again.",
-            )
-        return reader
 
-    def _close_readers(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
-
-    def _check(self, record: TensorRecord, part: ExpertSlice, experts: Sequence[int], parameter: torch.Tensor) -> None:
-        where = f"{record.file}, tensor {record.name!r}"
-        expected = (len(experts), *part.shape)
-        if tuple(parameter.shape) != expected or parameter.element_size() != 1 or not parameter.is_contiguous():
-            raise LoadError(
-                "the parameter does not fit the rank's share",
-                where=where,
-                expected=f"contiguous {list(expected)} of one-byte elements",
-                actual=f"{list(parameter.shape)} {parameter.dtype}, strides {list(parameter.stride())}",
-            )
-        if parameter.device != self.device:
-            raise LoadError(
-                "the parameter is on another device", where=where, expected=self.device, actual=parameter.device
-            )
-        stored = record.shape[0]
-        wrong = [expert for expert in experts if not 0 <= expert < stored]
-        if wrong or not experts:
-            raise LoadError(
-                "no such experts" if wrong else "no experts to load",
-                where=where,
-                expected=f"0 to {stored - 1}",
-                actual=", ".join(map(str, wrong[:8])),
-            )
+def _in_use() -> LoadError:
+    return LoadError(
+        "the loader is in use by another thread, or called from its own progress",
+        next_step="Give every thread a loader of its own, or finish one load before the next.",
+    )
 
 
 def _places(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:

@@ -11,6 +11,9 @@ from nvfp4_prep.load.plan import ALIGNMENT, LONG_RUN_NBYTES
 
 __all__ = ["DirectIO", "LoadOptions", "default_threads", "usable_cores"]
 
+MAX_THREADS, MAX_BUFFERS, MAX_CHUNK_NBYTES = 1024, 65536, 1 << 30
+"""More is a mistake: 12 threads saturate the bus."""
+
 
 class DirectIO(enum.StrEnum):
     """Whether long ranges are read past the page cache: ``auto`` does so where the file is not in it."""
@@ -66,6 +69,12 @@ class LoadOptions:
                 raise UsageError(f"unusable option {name}", expected=f"of type {kind.__name__}", actual=repr(value))
         if self.threads < 0 or self.buffers < 0:
             raise UsageError("threads and buffers cannot be negative", actual=str(self))
+        if self.threads > MAX_THREADS or self.buffers > MAX_BUFFERS or self.chunk_nbytes > MAX_CHUNK_NBYTES:
+            raise UsageError(
+                "unusable option of the loader",
+                expected=f"at most {MAX_THREADS} threads, {MAX_BUFFERS} buffers, {MAX_CHUNK_NBYTES} bytes a chunk",
+                actual=str(self),
+            )
         if self.chunk_nbytes < LONG_RUN_NBYTES or self.chunk_nbytes % ALIGNMENT:
             raise UsageError(
                 "unusable staging buffer size",

@@ -15,6 +15,7 @@ from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.mapping import FileMapping, gather_runs, mapping_supported
 from nvfp4_prep.load.plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
+from nvfp4_prep.small_files import open_regular
 
 __all__ = ["FileReader", "ReadCounts"]
 
@@ -74,13 +75,7 @@ class FileReader:
         self._mapping: FileMapping | None = None
         self._lock = threading.Lock()
         self._direct_descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.nbytes = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise LoadError(
-                f"cannot be opened ({error.strerror})", where=str(path), next_step="Complete the download."
-            ) from error
+        self._descriptor, self.nbytes = open_regular(path, LoadError, "Complete the download.")
         self.direct = False
         if direct:
             self._open_direct()

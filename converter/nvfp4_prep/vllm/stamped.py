@@ -9,6 +9,7 @@ from typing import Any
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.manifest import FORMAT_VERSION
+from nvfp4_prep.manifest_values import sha256, text, whole
 from nvfp4_prep.options import LayoutName
 from nvfp4_prep.stamp import LAYOUT_NAMES
 from nvfp4_prep_kernels import LayoutError, MoeLayout
@@ -49,7 +50,7 @@ class Stamp:
             ServingError: if it is incomplete or was written by a newer nvfp4-prep.
         """
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ServingError(
                 "prepared checkpoint in a format that this version of nvfp4-prep does not know",
                 where="config.json, quantization_config.format_version",
@@ -60,11 +61,11 @@ class Stamp:
         try:
             layout, source = config["layout"], config["source"]
             stamp = cls(
-                layout_name=str(layout["name"]),
-                gate_up_block=int(layout["gate_up_block"]),
-                hidden_alignment=int(layout["hidden_alignment"]),
-                moe_tp=int(layout["moe_tp"]),
-                fingerprint=str(layout["fingerprint"]),
+                layout_name=text(layout["name"], "name"),
+                gate_up_block=whole(layout["gate_up_block"], "gate_up_block", 1),
+                hidden_alignment=whole(layout["hidden_alignment"], "hidden_alignment", 1),
+                moe_tp=whole(layout["moe_tp"], "moe_tp", 1),
+                fingerprint=sha256(layout["fingerprint"], "fingerprint"),
                 source=copy.deepcopy(dict(source)),
             )
             if not isinstance(stamp.source.get("quant_method", ""), str):
@@ -72,7 +73,7 @@ class Stamp:
             made = stamp.moe_layout(gated=True)
             known = stamp.layout_name in (STANDARD, BATCHED) and layout["scale_swizzle"] == _SWIZZLE
             known = known and stamp.hidden_alignment == made.hidden_alignment
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ServingError(
                 f"stamp is incomplete or damaged ({type(error).__name__}: {error})",
                 where="config.json, quantization_config",

@@ -1,0 +1,39 @@
+"""``nvfp4-prep restamp``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.output import say, say_next, to_json
+
+__all__ = ["restamp"]
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@common
+def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
+    """Keep edits of the config.json of a prepared CHECKPOINT: record them in its manifest.
+
+    Everything but the stamp (quantization_config) may be edited: rope scaling, EOS tokens, context length. verify
+    passes afterwards and names the edits, relayout keeps them, restore gives back the source's own config. Run it again
+    after the next edit; a config that was put back loses its record. Only the manifest is written.
+
+    \b
+    nvfp4-prep restamp ./out
+    """
+    from nvfp4_prep import restamping
+
+    result = restamping.restamp(checkpoint)
+    if as_json:
+        say(to_json({"path": str(result.path), "config_edits": list(result.edits), "written": result.written}))
+        return
+    differing = f"differs from what was converted in {', '.join(result.edits)}"
+    edits = differing if result.edits else "has no edits, formatting aside"
+    done = "recorded" if result.written else "recorded before"
+    say(f"{result.path}: config.json {edits}; {done} in nvfp4_prep.json")
+    if not quiet:
+        say_next("verify", result.path)

@@ -1,0 +1,155 @@
+"""Restamp: keep edits of a prepared checkpoint's ``config.json`` by recording them in its manifest.
+
+Served fleets edit configs: rope scaling, EOS tokens, context lengths. The stamp must stay as it is; everything beside
+it may change. Only the manifest is written, in one rename, so a run that is killed leaves the old or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep.config_edits import edits_to_json
+from nvfp4_prep.errors import BusyError, TargetError, VerificationError
+from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.manifest_values import MADE
+from nvfp4_prep.paths import CONFIG
+from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.problems import Problems
+from nvfp4_prep.served_config import ServedConfig, read_served_config
+from nvfp4_prep.structure import check_structure
+from nvfp4_prep.target_file import sync_folder, translate_os_error
+
+__all__ = ["RestampResult", "restamp"]
+
+_NEW = f".{MANIFEST}.new"
+"""Written first, then renamed. Hidden: a leftover is not part of the checkpoint, and the next run takes it over."""
+
+
+@dataclass(frozen=True)
+class RestampResult:
+    """The outcome of a restamp.
+
+    Attributes:
+        path: the checkpoint.
+        edits: keys of ``config.json`` that differ from what was converted, as the manifest records them now.
+        written: whether the manifest had to be changed.
+    """
+
+    path: Path
+    edits: tuple[str, ...]
+    written: bool
+
+
+def restamp(checkpoint: str | Path) -> RestampResult:
+    """Record the edits of a prepared checkpoint's ``config.json`` in its manifest.
+
+    ``verify`` passes afterwards and names the edits, ``relayout`` keeps them, ``restore`` still gives back the source's
+    own config. A config that was put back loses its record. The config itself is not written.
+
+    Args:
+        checkpoint: a directory that ``convert`` wrote.
+
+    Raises:
+        CheckpointError, VerificationError: if it is not a prepared checkpoint, if its stamp was edited, or if anything
+            but the config is not as the manifest says.
+        TargetError, BusyError, NoSpaceError: if the manifest cannot be written.
+    """
+    with PreparedCheckpoint(checkpoint) as opened:
+        found = read_served_config(opened)
+        _check(opened, found)
+        raw = opened.read_file(MANIFEST)
+        new = _recorded(opened.read_json(MANIFEST), found)
+        path = opened.path / MANIFEST
+        Manifest.from_bytes(new, str(path))  # what is written can be read
+        written = new != raw
+        if written:
+            _replace(path, new)
+        return RestampResult(opened.path, tuple(edit.name for edit in found.edits), written)
+
+
+def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
+    """Raise :class:`VerificationError` for anything that recording the edits would not mend."""
+    if found.stamp:
+        raise VerificationError(
+            f"its stamp was edited: {', '.join(found.stamp)}",
+            where=str(checkpoint.path / CONFIG),
+            next_step="Put these keys back as they were, or convert again: they say what the weights are.",
+        )
+    problems = Problems()
+    check_structure(checkpoint, problems, with_config=False)
+    if problems.found:
+        raise VerificationError(
+            f"is damaged: {problems.found[0]}",
+            where=str(checkpoint.path),
+            next_step=problems.found[0].next_step or "Run nvfp4-prep verify for all problems.",
+        )
+
+
+def _recorded(manifest: dict[str, Any], found: ServedConfig) -> bytes:
+    """Return the manifest's text with the edits and the config's digest; keys of a later version stay."""
+    manifest.pop("config_edits", None)
+    if found.edits:
+        manifest["config_edits"] = edits_to_json(found.edits)
+    record = manifest["files"].get(CONFIG, {})
+    manifest["files"][CONFIG] = {**record, "nbytes": found.nbytes, "sha256": found.sha256, "kind": MADE}
+    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    if path.is_symlink():
+        raise TargetError(
+            "is a symbolic link, which restamp would replace",
+            where=str(path),
+            next_step="Copy the checkpoint (cp -rL) and restamp the copy.",
+        )
+    try:
+        with _new_file(path) as descriptor:
+            os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+            os.ftruncate(descriptor, 0)
+            with open(descriptor, "wb", closefd=False) as stream:
+                stream.write(data)
+            os.fsync(descriptor)
+            (path.parent / _NEW).rename(path)
+            sync_folder(path.parent)
+    except OSError as error:
+        raise translate_os_error(error, path) from error
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """Open the file that takes the manifest's place, locked; removed again if the work fails."""
+    new = path.parent / _NEW
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(new, flags, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise TargetError("is not a regular file", where=str(new), next_step="Remove it.")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError("another restamp is at work", where=str(path.parent), next_step="Wait for it.") from error
+        if not _same(descriptor, new):
+            raise BusyError("another restamp has just finished", where=str(path.parent), next_step="Look at it.")
+        try:
+            yield descriptor
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Return whether a name still belongs to an open file: another run may have renamed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False

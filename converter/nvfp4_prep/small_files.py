@@ -1,0 +1,63 @@
+"""Reading the small files of a checkpoint whole: regular files only, and no more than a bound."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from nvfp4_prep.errors import LoadError, NvfpPrepError
+
+__all__ = ["MAX_SMALL_NBYTES", "open_regular", "os_error_kind", "read_small_file"]
+
+MAX_SMALL_NBYTES = 256_000_000
+"""Largest manifest, config, index or model card that is read. The manifest of Kimi-K2.5 has 3 MB, its index 25 MB."""
+_HERE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+"""What this process lacks, which says nothing about the file."""
+
+
+def os_error_kind(error: BaseException | None, kind: type[NvfpPrepError]) -> type[NvfpPrepError]:
+    """Return the type of error for a file that was refused: ``kind``, unless this process lacks something."""
+    return LoadError if isinstance(error, OSError) and error.errno in _HERE else kind
+
+
+def open_regular(path: Path, kind: type[NvfpPrepError], next_step: str | None = None) -> tuple[int, int]:
+    """Open a regular file for reading, without waiting for the other end of a FIFO.
+
+    Returns:
+        Descriptor and size.
+
+    Raises:
+        NvfpPrepError: of type ``kind``, if it does not exist or is not a regular file; :class:`LoadError` if this
+            process has no descriptors or memory left.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise os_error_kind(error, kind)(f"cannot be read ({reason})", where=str(path), next_step=next_step) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise kind("is not a regular file", where=str(path), next_step=next_step)
+    return descriptor, status.st_size
+
+
+def read_small_file(path: Path, kind: type[NvfpPrepError], next_step: str | None = None) -> bytes:
+    """Return the bytes of a small regular file; raises as :func:`open_regular`, or if it is too large."""
+    descriptor, nbytes = open_regular(path, kind, next_step)
+    with open(descriptor, "rb") as stream:
+        try:
+            data = stream.read(nbytes + 1) if nbytes <= MAX_SMALL_NBYTES else b""
+        except OSError as error:
+            raise kind(f"cannot be read ({error.strerror})", where=str(path), next_step=next_step) from error
+    if max(nbytes, len(data)) > MAX_SMALL_NBYTES:
+        raise kind(
+            "is too large",
+            where=str(path),
+            expected=f"at most {MAX_SMALL_NBYTES} bytes",
+            actual=f"{max(nbytes, len(data))} bytes",
+            next_step=next_step,
+        )
+    return data

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nvfp4_prep.cli.common import decorated
-from nvfp4_prep.cli.output import hint, say, shell_line
+from nvfp4_prep.cli.output import hint, say_text, shell_line
 from nvfp4_prep.errors import ConversionInterrupted, UsageError
 
 if TYPE_CHECKING:
@@ -181,6 +181,6 @@ def say_smoke(report: SmokeReport | None) -> None:
 
     if report is None:
         return
-    say(smoke_text(report))
+    say_text(smoke_text(report))
     if not report.passed:
         hint("error: the smoke run failed: do not serve this checkpoint, report it")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nvfp4_prep.cli.common import common, threads_option
-from nvfp4_prep.cli.output import hint, make_progress, say, tell_address, to_json
+from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -105,7 +105,7 @@ def _verify_published(address: HubAddress) -> VerifyReport:
 def _say_verified(found: VerifyReport, ran: SmokeReport | None, source: str | None) -> None:
     from nvfp4_prep.reporting import verify_text
 
-    say(verify_text(found))
+    say_text(verify_text(found))
     say_smoke(ran)
     if not found.ok:
         sure = "" if source is None else f" (if {source} is what it was made from)"

@@ -54,10 +54,16 @@ def open_ranges(text: str) -> str | RangeSource:
 
 
 def quiet_client() -> None:
-    """Prepares the official client for a program: no bars beside ours, and no request that waits for ever."""
+    """Prepare the official client for a program: no bars beside ours, no raw text of a server in its log, and no
+    request that waits for ever.
+    """
+    import logging
+
     from huggingface_hub.utils import disable_progress_bars
 
     from nvfp4_prep.hub.client import limit_waiting
+    from nvfp4_prep.printable import escape_logs
 
     disable_progress_bars()
+    escape_logs(logging.getLogger("huggingface_hub").handlers)
     limit_waiting()

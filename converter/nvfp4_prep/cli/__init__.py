@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from nvfp4_prep.cli.commands import cli
 
 __all__ = ["cli", "main"]
+
+_DEAF_S = 2.0
+"""How long signals are ignored after a result was printed: the command ends within milliseconds."""
+_result_printed_s: list[float] = []
 
 
 def __getattr__(name: str) -> Any:
@@ -40,19 +45,27 @@ def main() -> None:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
                 signal.signal(number, _interrupt)
         from nvfp4_prep.cli.commands import cli
+        from nvfp4_prep.cli.output import on_result
+        from nvfp4_prep.printable import escape_logs
 
+        escape_logs()
+        on_result(lambda: _result_printed_s.append(time.monotonic()))
         cli(prog_name="nvfp4-prep")
     except KeyboardInterrupt:  # between two imports, or where no command had begun
         _end()
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the exit code is decided: Python's own end must not change it
+            signal.signal(number, signal.SIG_IGN)
         _forget_unwritten_log()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C and SIGTERM are the same. While a module is imported, the process ends here and now: native modules
     lose an exception that is raised in the middle of their import, or abort. Wherever it ends, the same command
-    continues.
+    continues. Right after the result was printed they come too late to change anything, and are ignored.
     """
+    if _result_printed_s and time.monotonic() - _result_printed_s[-1] < _DEAF_S:
+        return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _end()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["escape_logs", "join_lines", "printable", "printable_text"]
+__all__ = ["escape_logs", "join_lines", "mask_passwords", "printable", "printable_text"]
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Control, format (bidirectional overrides, invisible characters), surrogates, line and paragraph separators."""
 _JOINERS = frozenset("\u200c\u200d")
 """Zero-width joiners, which scripts and emoji need and which cannot reorder or hide anything."""
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]*@")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
@@ -32,6 +34,11 @@ def printable_text(text: str) -> str:
 def join_lines(lines: Iterable[str]) -> str:
     """Return one text of these lines, each made :func:`printable`: a line break in a name begins no line."""
     return "\n".join(map(printable, lines))
+
+
+def mask_passwords(text: str) -> str:
+    """Return ``text`` without user names and passwords of the addresses in it."""
+    return _USER_INFO.sub("***@", text)
 
 
 def _escaped(text: str, kept: str) -> str:
@@ -57,7 +64,7 @@ class _PrintableFormatter(logging.Formatter):
     """Log lines of ours and of the Hub's client, which quote what a server said."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable_text(super().format(record))
+        return printable_text(mask_passwords(super().format(record)))
 
 
 def escape_logs(handlers: list[logging.Handler] | None = None) -> None:

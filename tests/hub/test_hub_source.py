@@ -145,7 +145,7 @@ def test_unsafe_names_are_refused(hub: LoopbackHub, name: str) -> None:
         (lambda hub: None, HubAddress("alice/nothing"), r"alice/nothing: does not exist.*hf auth login"),
         (lambda hub: None, HubAddress(REPO, "v9"), r"alice/model@v9: has no such revision.*branch"),
         (lambda hub: hub.tokens.clear(), HubAddress(REPO), r"token is invalid or has expired.*hf auth login"),
-        (lambda hub: None, HubAddress("alice/a--b"), r"no valid repository id"),
+        (lambda hub: None, HubAddress("alice/a--b"), r"is not a valid repository id"),
     ],
 )
 def test_refusals_name_the_next_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from functools import cache
 from typing import TypeVar
 
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
+from nvfp4_prep.printable import mask_passwords
 
 __all__ = ["AGAIN", "Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
 
@@ -21,7 +23,12 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 _FIRST_CONTACT_S = 60.0
+_UNRESOLVED_S = 2.0
+_CHECK_ADDRESS = "Check HF_ENDPOINT, proxies and firewalls."
+_BAD_ADDRESS = frozenset({"InvalidURL", "UnsupportedProtocol"})
+_BAD_HEADER = frozenset({"LocalProtocolError", "UnicodeEncodeError"})
 AGAIN = "Run the same command again: it continues where it stopped."
+_ONCE_MORE = "Run the same command again."
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,11 @@ class Patience:
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
     give_up_after_s: float = 1800.0
+    is_first_contact: bool = False
 
     def at_first_contact(self) -> Patience:
         """Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
-        return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S))
+        return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S), is_first_contact=True)
 
 
 @cache
@@ -71,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for item in _chain(error):
-        if isinstance(item, OfflineModeIsEnabled):
+        if isinstance(item, OfflineModeIsEnabled) or type(item).__name__ in _BAD_ADDRESS | _BAD_HEADER:
             return False
         if isinstance(item, HfHubHTTPError):
             return item.response.status_code in _TRANSIENT_STATUS
@@ -82,6 +90,16 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(item, RuntimeError) and "client has been closed" in str(item):
             return True  # the client closes its shared session when one of its threads cannot connect
     return False
+
+
+def _is_unresolved(error: BaseException) -> bool:
+    """Whether a host name has no address: where nothing ever worked, waiting does not help."""
+    current: BaseException | None = error
+    for _ in range(10):
+        if current is None or isinstance(current, socket.gaierror):
+            break
+        current = current.__cause__ or current.__context__  # the HTTP library chains by context only
+    return isinstance(current, socket.gaierror)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -121,9 +139,12 @@ def persist(
             if (now := progress()) != mark:
                 wait_s, mark, since = patience.first_wait_s, now, time.monotonic()
             waited_s = time.monotonic() - since
-            if waited_s + wait_s > patience.give_up_after_s:
+            first = patience.is_first_contact
+            limit_s = _UNRESOLVED_S if first and _is_unresolved(error) else patience.give_up_after_s
+            if waited_s + wait_s > limit_s:
                 raise HubError(
-                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})", next_step=AGAIN
+                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})",
+                    next_step=f"{_CHECK_ADDRESS} {_ONCE_MORE}" if first else AGAIN,
                 ) from error
             _log.warning("%s: %s; next attempt in %.0f s", what, _brief(error), wait_s)
             if (stop or threading.Event()).wait(wait_s):
@@ -132,7 +153,7 @@ def persist(
 
 
 def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in mask_passwords(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
@@ -143,8 +164,16 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
     for item in _chain(error):
         if isinstance(item, NvfpPrepError):
             return item
+        if type(item).__name__ in _BAD_HEADER:  # the message would quote the token
+            return HubError(
+                "the access token has characters that no token has",
+                where=where,
+                next_step="Set HF_TOKEN anew, or log in with: hf auth login.",
+            )
+        if type(item).__name__ in _BAD_ADDRESS:
+            return HubError(f"has no usable address ({_brief(item)})", where=where, next_step=_CHECK_ADDRESS)
         if isinstance(item, hub.HFValidationError):
-            return UsageError("is no valid repository id", where=where, expected="ORG/NAME", actual=_brief(item))
+            return UsageError("is not a valid repository id", where=where, expected="ORG/NAME", actual=_brief(item))
         if isinstance(item, hub.OfflineModeIsEnabled):
             return HubError(
                 "HF_HUB_OFFLINE is set, and this needs the Hub",
@@ -159,10 +188,10 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
             return HubError(
                 f"the answer did not come from a Hub ({_brief(item)})",
                 where=where,
-                next_step="Check HF_ENDPOINT, proxies and firewalls.",
+                next_step=_CHECK_ADDRESS,
             )
     if is_transient(error):
-        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=AGAIN)
+        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=_ONCE_MORE)
     return None
 
 
@@ -175,7 +204,7 @@ def _translate_http(error: Exception, where: str) -> HubError:
     elif isinstance(error, hub.DisabledRepoError):
         what, step = "is disabled on the Hub", "Choose another repository."
     elif status == 401 and "Invalid" in str(error) + (error.response.text if hasattr(error, "response") else ""):
-        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {AGAIN}"
+        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {_ONCE_MORE}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = "does not exist on the Hub, or is private and your token cannot see it"
         step = (
@@ -192,7 +221,7 @@ def _translate_http(error: Exception, where: str) -> HubError:
             "Use a token that may do this: hf auth login.",
         )
     else:
-        what, step = f"the Hub answered {status} ({_brief(error)})", AGAIN
+        what, step = f"the Hub answered {status} ({_brief(error)})", _ONCE_MORE
     return HubError(what, where=where, next_step=step)
 
 

@@ -7,15 +7,18 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from nvfp4_prep.errors import HubError, SourceError
+from nvfp4_prep.errors import HubError, SourceError, TargetError
 from nvfp4_prep.hub.client import Patience, hub_errors, persist
 from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
+from nvfp4_prep.printable import mask_passwords
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -72,6 +75,8 @@ class Downloader:
         """
         partial = partial_path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for path in (target.parent, target, partial, partial.with_suffix(".xet")):
+            refuse_link(path)
         with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
             for _ in range(_CORRUPT_ATTEMPTS):
                 if not (self._xet_wanted(file) and self._fetch_by_xet(file, partial)):
@@ -173,7 +178,7 @@ class Downloader:
             if part is not None and response.status_code != 206:
                 raise HubError(
                     "does not answer range requests",
-                    where=self.api.endpoint,
+                    where=mask_passwords(self.api.endpoint),
                     expected="status 206",
                     actual=response.status_code,
                     next_step="Use the Hub itself or a mirror that serves ranges (HF_ENDPOINT).",
@@ -191,7 +196,7 @@ class Downloader:
         from huggingface_hub.file_download import http_get
 
         def transfer() -> None:
-            with partial.open("ab+") as stream:
+            with _open_partial(partial) as stream:
                 if stream.seek(0, 2) > file.nbytes:
                     stream.truncate(0)
                 http_get(
@@ -234,7 +239,9 @@ class Downloader:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             # hf_xet raises whatever its native code reports: there is nothing to tell apart, and HTTP will tell.
-            _log.warning("%s: Xet transfer failed (%s); using plain HTTP from here on", file.name, error)
+            _log.warning(
+                "%s: Xet transfer failed (%s); using plain HTTP from here on", file.name, mask_passwords(str(error))
+            )
             self._xet_failed = True
             return False
         finally:
@@ -264,6 +271,26 @@ class Downloader:
 def partial_path(target: Path) -> Path:
     """Where a file lies while it is fetched."""
     return target.with_name(target.name + ".part")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise :class:`TargetError` for a link where only files and folders of our own may lie: it leads elsewhere."""
+    if path.is_symlink():
+        raise TargetError(
+            "is a symbolic link; downloads are written to no other place",
+            where=str(path),
+            next_step="Remove the link and run the same command again.",
+        )
+
+
+def _open_partial(path: Path) -> BinaryIO:
+    """Open a partial file for appending, never through a link and never anything but a regular file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise TargetError("is not a regular file", where=str(path), next_step="Remove it.")
+    return os.fdopen(descriptor, "ab+")
 
 
 def remove_tree(folder: Path) -> None:

@@ -80,7 +80,7 @@ class _Job:
             )
         if self.push_to is not None:
             check_repository(self.push_to)
-        check_page(self.report)
+        check_page(self.report, self.target, self.source)
 
     @property
     def divided(self) -> bool:

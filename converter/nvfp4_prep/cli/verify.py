@@ -91,7 +91,7 @@ def _check_combination(
         raise UsageError(
             "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."
         )
-    check_page(options.page)
+    check_page(options.page, checkpoint, source)
 
 
 def _verify_published(address: HubAddress) -> VerifyReport:

@@ -157,8 +157,14 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def translate(error: BaseException, where: str) -> NvfpPrepError | None:
-    """The typed error for what the client raised about ``where``; None where it is not the client's."""
+def translate(error: BaseException, where: str, again: str = AGAIN) -> NvfpPrepError | None:
+    """Return the typed error for what the client raised about ``where``; None where it is not the client's.
+
+    Args:
+        error: what it raised.
+        where: repository or file.
+        again: the sentence about running the command again.
+    """
     from huggingface_hub import errors as hub
 
     for item in _chain(error):
@@ -181,7 +187,7 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
                 next_step="Unset it, or give the directory of a downloaded snapshot.",
             )
         if isinstance(item, hub.HfHubHTTPError):
-            return _translate_http(item, where)
+            return _translate_http(item, where, again)
         if isinstance(item, OSError) and item.errno == errno.ENOSPC:
             return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {AGAIN}")
         if isinstance(item, hub.FileMetadataError):
@@ -191,11 +197,11 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
                 next_step=_CHECK_ADDRESS,
             )
     if is_transient(error):
-        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=_ONCE_MORE)
+        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=again)
     return None
 
 
-def _translate_http(error: Exception, where: str) -> HubError:
+def _translate_http(error: Exception, where: str, again: str) -> HubError:
     from huggingface_hub import errors as hub
 
     status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
@@ -204,7 +210,7 @@ def _translate_http(error: Exception, where: str) -> HubError:
     elif isinstance(error, hub.DisabledRepoError):
         what, step = "is disabled on the Hub", "Choose another repository."
     elif status == 401 and "Invalid" in str(error) + (error.response.text if hasattr(error, "response") else ""):
-        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {_ONCE_MORE}"
+        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {again}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = "does not exist on the Hub, or is private and your token cannot see it"
         step = (
@@ -221,19 +227,19 @@ def _translate_http(error: Exception, where: str) -> HubError:
             "Use a token that may do this: hf auth login.",
         )
     else:
-        what, step = f"the Hub answered {status} ({_brief(error)})", _ONCE_MORE
+        what, step = f"the Hub answered {status} ({_brief(error)})", again
     return HubError(what, where=where, next_step=step)
 
 
 @contextmanager
-def hub_errors(where: str) -> Iterator[None]:
-    """Turns the client's exceptions into ours; everything else passes."""
+def hub_errors(where: str, *, begun: bool = True) -> Iterator[None]:
+    """Turn the client's exceptions into ours; everything else passes. Only what has ``begun`` can continue."""
     try:
         yield
     except NvfpPrepError:
         raise
     except Exception as error:
-        translated = translate(error, where)
+        translated = translate(error, where, AGAIN if begun else _ONCE_MORE)
         if translated is None:
             raise
         raise translated from error

@@ -136,7 +136,8 @@ def read_snapshot(api: HfApi, repo_id: str, revision: str | None, patience: Pati
         found = [_remote_file(repo_id, entry) for entry in listed if isinstance(entry, RepoFile)]
         return Snapshot(repo_id, commit, {file.name: file for file in found})
 
-    with hub_errors(repo_id + (f"@{revision}" if revision else "")):
+    where = repo_id + (f"@{revision}" if revision else "")
+    with hub_errors(where, begun=not patience.is_first_contact):
         return persist(ask, what=f"listing {repo_id}", patience=patience)
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import hub_server
 import pytest
 from hub_server import LoopbackHub, _Api
-from hub_support import QUICK, make_checkpoint, shard
+from hub_support import QUICK, make_checkpoint, shard, write_checkpoint
 
-from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError
+from nvfp4_prep.conversion import convert
+from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError, VerificationError
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience, persist
+from nvfp4_prep.hub.push import push
 from nvfp4_prep.hub.ranges import RangeSource
 from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.printable import mask_passwords
@@ -263,3 +265,25 @@ def test_a_mistyped_path_is_named_as_such(hub: LoopbackHub, tmp_path: Path, monk
     with pytest.raises(HubError) as caught:
         open_source("unreal/nothere")
     assert "local path" not in str(caught.value)
+
+
+@pytest.mark.parametrize("etag", ["/x/y", "../../x", ".hidden", "a/b", "x" * 300])
+def test_an_etag_becomes_no_path_of_the_cache(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, etag: str
+) -> None:
+    """The client names files of its cache after what the server sends."""
+    hub.store.publish(REPO, {NAME: shard(1000, 1)})
+    source = HubSource(HubAddress(REPO), keep_source=True, patience=QUICK)
+    metadata = type("Metadata", (), {"etag": etag})()
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *a, **k: metadata)
+    with pytest.raises(HubError, match="the ETag in the Hub's listing is malformed"):
+        source.downloader.fetch_to_cache(source.snapshot.files[NAME])
+
+
+def test_a_file_that_the_manifest_does_not_describe_is_not_published(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Also without --full: small files are compared before they leave this machine, not only after."""
+    out = convert(write_checkpoint(tmp_path / "source", make_checkpoint(layers=1, shards=1)), tmp_path / "out").path
+    (out / "tokenizer.json").write_bytes(bytes((out / "tokenizer.json").stat().st_size))
+    with pytest.raises(VerificationError, match="is not what the manifest says"):
+        push(out, "alice/prepared", patience=QUICK)
+    assert "tokenizer.json" not in hub.store.repositories["alice/prepared"].resolve("main").tree

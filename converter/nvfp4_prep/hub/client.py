@@ -17,7 +17,18 @@ from typing import TypeVar
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
 from nvfp4_prep.printable import mask_passwords
 
-__all__ = ["AGAIN", "Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
+__all__ = [
+    "AGAIN",
+    "Patience",
+    "hub_errors",
+    "is_conflict",
+    "is_transient",
+    "limit_waiting",
+    "malformed",
+    "persist",
+    "translate",
+    "well_formed",
+]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -243,6 +254,29 @@ def hub_errors(where: str, *, begun: bool = True) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+
+
+@contextmanager
+def well_formed(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises about an answer of other types than the Hub's into a :class:`HubError`."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (NvfpPrepError, HFValidationError, UnicodeEncodeError):
+        raise
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise malformed(repo_id, "the answer", f"{type(error).__name__}: {error}") from error
+
+
+def malformed(where: str, what: str, actual: object) -> HubError:
+    """Return the error for a value of an answer that is not what a Hub gives."""
+    return HubError(
+        f"{what} in the Hub's listing is malformed",
+        where=where,
+        actual=mask_passwords(repr(actual))[:200],
+        next_step=_CHECK_ADDRESS,
+    )
 
 
 def limit_waiting(read_s: float = 300.0) -> None:

@@ -7,17 +7,16 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import os
-import shutil
-import stat
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from nvfp4_prep.errors import HubError, SourceError, TargetError
-from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.errors import HubError, SourceError
+from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
+from nvfp4_prep.hub.work_files import open_partial, partial_path, refuse_link, remove_tree
 from nvfp4_prep.printable import mask_passwords
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ __all__ = ["Downloader"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CORRUPT_ATTEMPTS = 3
+_FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._=+-]{1,200}")
 _DAMAGED = "The Hub's storage or a proxy on the way damages it: try another network, or run the same command later."
 
 
@@ -102,6 +102,7 @@ class Downloader:
         from huggingface_hub import hf_hub_download
 
         def get(force: bool) -> Path:
+            self._check_etag(file)
             return Path(
                 hf_hub_download(
                     self.snapshot.repo_id,
@@ -125,6 +126,14 @@ class Downloader:
             expected=file.identity,
             next_step=_DAMAGED,
         )
+
+    def _check_etag(self, file: RemoteFile) -> None:
+        """Refuse an ETag that the client would take for the name of a file in the cache and that is none."""
+        from huggingface_hub import get_hf_file_metadata
+
+        etag = get_hf_file_metadata(self._url(file), token=self.api.token).etag
+        if etag is not None and _FILE_NAME.fullmatch(etag) is None:
+            raise malformed(f"{self.snapshot.repo_id}/{file.name}", "the ETag", etag)
 
     def read_whole(self, file: RemoteFile) -> bytes:
         """A small file's checked bytes, from the user's cache or the Hub; nothing is written."""
@@ -196,7 +205,7 @@ class Downloader:
         from huggingface_hub.file_download import http_get
 
         def transfer() -> None:
-            with _open_partial(partial) as stream:
+            with open_partial(partial) as stream:
                 if stream.seek(0, 2) > file.nbytes:
                     stream.truncate(0)
                 http_get(
@@ -225,6 +234,7 @@ class Downloader:
         if partial.exists() and partial.stat().st_size > 0:
             return False  # a plain transfer stopped here: going on is cheaper than starting over
         try:
+            self._check_etag(file)
             found = hf_hub_download(
                 self.snapshot.repo_id,
                 file.name,
@@ -249,8 +259,12 @@ class Downloader:
         return True
 
     def _persist(self, file: RemoteFile, action: Callable[[], _T], progress: Callable[[], int] | None = None) -> _T:
+        def well() -> _T:
+            with well_formed(f"{self.snapshot.repo_id}/{file.name}"):
+                return action()
+
         return persist(
-            action,
+            well,
             what=f"downloading {file.name}",
             patience=self.patience,
             progress=progress or (lambda: 0),
@@ -266,36 +280,6 @@ class Downloader:
         from huggingface_hub.utils import build_hf_headers
 
         return dict(build_hf_headers(token=self.api.token))
-
-
-def partial_path(target: Path) -> Path:
-    """Where a file lies while it is fetched."""
-    return target.with_name(target.name + ".part")
-
-
-def refuse_link(path: Path) -> None:
-    """Raise :class:`TargetError` for a link where only files and folders of our own may lie: it leads elsewhere."""
-    if path.is_symlink():
-        raise TargetError(
-            "is a symbolic link; downloads are written to no other place",
-            where=str(path),
-            next_step="Remove the link and run the same command again.",
-        )
-
-
-def _open_partial(path: Path) -> BinaryIO:
-    """Open a partial file for appending, never through a link and never anything but a regular file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise TargetError("is not a regular file", where=str(path), next_step="Remove it.")
-    return os.fdopen(descriptor, "ab+")
-
-
-def remove_tree(folder: Path) -> None:
-    """Deletes a folder of our own making; nothing happens where there is none."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _content_matches(file: RemoteFile, content: bytes) -> bool:

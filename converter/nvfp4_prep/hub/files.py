@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError
-from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.errors import SourceError
+from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.paths import is_safe_name
 
 if TYPE_CHECKING:
@@ -124,15 +123,15 @@ def read_snapshot(api: HfApi, repo_id: str, revision: str | None, patience: Pati
     def ask() -> Snapshot:
         from huggingface_hub.hf_api import RepoFile
 
-        with _well_formed(repo_id):
+        with well_formed(repo_id):
             commit = api.model_info(repo_id, revision=revision).sha
         if not is_git_id(commit) or commit is None:
-            raise _malformed(repo_id, "the commit", commit)
-        with _well_formed(repo_id):
+            raise malformed(repo_id, "the commit", commit)
+        with well_formed(repo_id):
             entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
             listed = list(islice(entries, _MAX_FILES + 1))
         if len(listed) > _MAX_FILES:
-            raise _malformed(repo_id, "the number of files", f"more than {_MAX_FILES}")
+            raise malformed(repo_id, "the number of files", f"more than {_MAX_FILES}")
         found = [_remote_file(repo_id, entry) for entry in listed if isinstance(entry, RepoFile)]
         return Snapshot(repo_id, commit, {file.name: file for file in found})
 
@@ -148,35 +147,13 @@ def _remote_file(repo_id: str, entry: RepoFile) -> RemoteFile:
         raise SourceError("unsafe file name on the Hub", where=repo_id, actual=repr(name)[:200])
     sha256 = entry.lfs.sha256 if entry.lfs else None
     if entry.lfs and not is_sha256(sha256):
-        raise _malformed(where, "the LFS sha256", sha256)
+        raise malformed(where, "the LFS sha256", sha256)
     if not is_git_id(entry.blob_id):
-        raise _malformed(where, "the git id", entry.blob_id)
+        raise malformed(where, "the git id", entry.blob_id)
     for size in (entry.size, entry.lfs.size if entry.lfs else entry.size):
         if type(size) is not int or not 0 <= size <= _MAX_NBYTES:
-            raise _malformed(where, "the size", size)
+            raise malformed(where, "the size", size)
     return RemoteFile(name, entry.size, sha256, entry.blob_id, in_xet=bool(entry.xet_hash))
-
-
-@contextmanager
-def _well_formed(repo_id: str) -> Iterator[None]:
-    """Turn what the client raises about an answer of other types than the Hub's into a :class:`HubError`."""
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        yield
-    except (NvfpPrepError, HFValidationError, UnicodeEncodeError):
-        raise
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise _malformed(repo_id, "the answer", f"{type(error).__name__}: {error}") from error
-
-
-def _malformed(where: str, what: str, actual: object) -> HubError:
-    return HubError(
-        f"{what} in the Hub's listing is malformed",
-        where=where,
-        actual=repr(actual)[:200],
-        next_step="Check HF_ENDPOINT, proxies and firewalls.",
-    )
 
 
 def git_blob_sha1(content: bytes) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nvfp4_prep.errors import HubError, TargetError, UsageError
-from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist
+from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist, well_formed
 from nvfp4_prep.hub.files import LocalFile, Snapshot, read_snapshot
 from nvfp4_prep.printable import mask_passwords
 
@@ -83,7 +83,7 @@ class RemoteRepository:
         self.patience = patience or Patience()
         self.stop = stop or threading.Event()
         self.pull_request: int | None = None
-        with hub_errors(repo_id):
+        with hub_errors(repo_id), well_formed(repo_id):
             first = self.patience.at_first_contact()
             self._persist("creating the repository", lambda: self._create(options), first)
             self.revision = self._persist("preparing the branch", lambda: self._branch(options))

@@ -220,3 +220,10 @@ def test_progress_and_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     written = capsys.readouterr()
     assert all(UNSAFE.search(text) is None for text in [*seen, written.err, written.out])
     assert written.out.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["verify", "--help"], ["--version"]])
+def test_help_on_a_terminal_without_unicode(words: list[str]) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([*MAIN, *words], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")

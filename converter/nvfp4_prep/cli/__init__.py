@@ -9,6 +9,7 @@ This module is the entry point: it takes the signals before it imports anything 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ def main() -> None:
     """Entry point of ``nvfp4-prep``."""
     try:
         _keep_standard_descriptors()
+        _show_what_cannot_be_encoded()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
                 signal.signal(number, _interrupt)
@@ -85,6 +87,13 @@ def _end() -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {error}\n".encode())
     os._exit(error.exit_code)
+
+
+def _show_what_cannot_be_encoded() -> None:
+    """A character that the terminal's encoding lacks becomes an escape, in help and progress too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _forget_unwritten_log() -> None:

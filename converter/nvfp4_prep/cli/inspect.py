@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from nvfp4_prep.cli.common import common
-from nvfp4_prep.cli.output import name_whole_path, say, say_text, tell_address, to_json
+from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
 
 __all__ = ["inspect"]
 
@@ -28,8 +28,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep.reporting import inspection_text, inspection_value
 
     tell_address(checkpoint, quiet=quiet)
-    with name_whole_path(checkpoint):
-        found = inspection.inspect(open_source(checkpoint))
+    found = inspection.inspect(open_source(checkpoint))
     if as_json:
         say(to_json(inspection_value(found)))
     else:

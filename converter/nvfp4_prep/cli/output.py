@@ -17,14 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from nvfp4_prep.errors import (
-    ConversionInterrupted,
-    NoSpaceError,
-    NvfpPrepError,
-    SourceError,
-    UnsupportedCheckpointError,
-    VerificationError,
-)
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
 from nvfp4_prep.printable import printable, printable_text
 
 if TYPE_CHECKING:
@@ -33,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "hint",
     "make_progress",
-    "name_whole_path",
     "on_result",
     "report_errors",
     "say",
@@ -82,18 +74,6 @@ def tell_leftovers(target: Path) -> Iterator[None]:
         if Target.has_journal(target):
             left = f"{target} holds what was written until then, without a config; remove it if you give up."
             error.next_step = f"{error.next_step or ''} {left}".strip()
-        raise
-
-
-@contextlib.contextmanager
-def name_whole_path(root: str) -> Iterator[None]:
-    """Where an error names a file by its name in ``root`` only, have it name the whole path."""
-    try:
-        yield
-    except (SourceError, UnsupportedCheckpointError) as error:
-        name = error.where
-        if name and not Path(name).is_absolute() and not name.startswith(root) and os.path.lexists(Path(root) / name):
-            error.where = str(Path(root) / name)
         raise
 
 
@@ -205,7 +185,7 @@ def _finite(value: Any) -> Any:
 
 
 def tell_address(text: str, *, quiet: bool) -> None:
-    """Says it where a name that looks like a path is going to be looked up on the Hub."""
+    """Say it where a name that looks like a path is going to be looked up on the Hub."""
     from nvfp4_prep.hub import parse_address
 
     if not quiet and not text.startswith("hf://") and parse_address(text) is not None:

@@ -46,3 +46,28 @@ def test_a_signal_after_a_conversion(sample_source: Path, tmp_path: Path) -> Non
     command = ["convert", str(sample_source), str(tmp_path / "out"), "-q", "--no-smoke"]
     code, messages = _ended_by(command, signal.SIGTERM, 0.0005)
     assert code == 0 and messages.startswith("next: nvfp4-prep verify")
+
+
+_BLOCKED = """
+import os
+os.set_blocking(1, False)
+try:
+    while True: os.write(1, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(1, True)
+from nvfp4_prep.cli import main
+main()
+"""
+
+
+def test_a_reader_that_takes_nothing_can_be_left() -> None:
+    """A result that waits for its reader is not printed yet: Ctrl-C ends the waiting."""
+    command = [sys.executable, "-c", _BLOCKED, "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(20) == 130
+        finally:
+            process.kill()

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
+import select
 import signal
 import sys
 import time
@@ -30,6 +32,7 @@ __all__ = ["cli", "main"]
 _DEAF_S = 2.0
 """How long signals are ignored after a result was printed: the command ends within milliseconds."""
 _result_printed_s: list[float] = []
+"""When results were printed; infinity stands for one that is being printed."""
 
 
 def __getattr__(name: str) -> Any:
@@ -51,7 +54,7 @@ def main() -> None:
         from nvfp4_prep.printable import escape_logs
 
         escape_logs()
-        on_result(lambda: _result_printed_s.append(time.monotonic()))
+        on_result(lambda printed: _result_printed_s.append(time.monotonic() if printed else math.inf))
         cli(prog_name="nvfp4-prep")
     except KeyboardInterrupt:  # between two imports, or where no command had begun
         _end()
@@ -66,13 +69,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     lose an exception that is raised in the middle of their import, or abort. Wherever it ends, the same command
     continues. Right after the result was printed they come too late to change anything, and are ignored.
     """
-    if _result_printed_s and time.monotonic() - _result_printed_s[-1] < _DEAF_S:
+    if _comes_after_the_result():
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _end()
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _comes_after_the_result() -> bool:
+    """Whether the result was just printed, or is being printed to a reader that takes it: one that does not may be
+    waited for in vain.
+    """
+    since_s = time.monotonic() - _result_printed_s[-1] if _result_printed_s else math.inf
+    if since_s > -math.inf:
+        return since_s < _DEAF_S
+    return bool(select.select([], [1], [], 0)[1])
 
 
 def _end() -> NoReturn:

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _OPTION = re.compile("--[a-z-]+")
-_result_hooks: list[Callable[[], None]] = []
+_result_hooks: list[Callable[[bool], None]] = []
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
         with contextlib.suppress(NvfpPrepError):  # the exit code and stderr still say what happened
             say(to_json(error.to_dict()))
     hint(f"error: {error}")
-    _tell_result_hooks()
+    _tell_result_hooks(True)
     sys.exit(error.exit_code)
 
 
@@ -115,20 +115,21 @@ def say(text: str) -> None:
 
 def say_text(text: str) -> None:
     """Print a result of several lines that :func:`~nvfp4_prep.printable.join_lines` made; otherwise as :func:`say`."""
+    _tell_result_hooks(False)
     try:
         _echo(printable_text(text), err=False)
     except OSError as error:
         stdout_failed(error)
-    _tell_result_hooks()
+    _tell_result_hooks(True)
 
 
-def _tell_result_hooks() -> None:
+def _tell_result_hooks(printed: bool) -> None:
     for hook in _result_hooks:
-        hook()
+        hook(printed)
 
 
-def on_result(hook: Callable[[], None]) -> None:
-    """Have ``hook`` called whenever a result or an error was printed: the command's work is over then."""
+def on_result(hook: Callable[[bool], None]) -> None:
+    """Have ``hook`` called with False before and with True after a result or an error is printed: the work is over."""
     _result_hooks.append(hook)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import yaml  # a dependency of huggingface-hub, which reads the front matter with it too
 
+from nvfp4_prep.front_matter import FrontMatter, read_front_matter
 from nvfp4_prep.index import README
 from nvfp4_prep.manifest import LayerRecord, Manifest
+from nvfp4_prep.markdown import code_span, plain_text
 from nvfp4_prep.units import count, format_nbytes, spans
 
 __all__ = ["front_matter", "make_model_card"]
 
-_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NOT_CARRIED = (
     "base_model",
     "base_model_relation",
@@ -43,36 +45,33 @@ def front_matter(manifest: Manifest) -> dict[str, Any]:
 
     A source that came from a directory has no address: then the source's own ``base_model`` stays.
     """
-    source = _source_metadata(manifest)
+    source = _source_metadata(manifest).values
     found = {key: value for key, value in source.items() if key not in _NOT_CARRIED}
     tags = source.get("tags")
-    carried = [str(tag) for tag in tags] if isinstance(tags, list) else []
+    carried = [str(tag) for tag in tags if isinstance(tag, str | int | float)] if isinstance(tags, list) else []
     found["tags"] = list(dict.fromkeys([*carried, *_TAGS]))
     found["library_name"] = "vllm"
     if _is_hub_id(manifest):
         found["base_model"] = [manifest.source]
         found["base_model_relation"] = "quantized"
-    elif "base_model" in source:
+    elif _is_base_model(source.get("base_model")):
         found["base_model"] = source["base_model"]
         found["base_model_relation"] = "quantized"
     return found
 
 
+def _is_base_model(value: object) -> bool:
+    """Whether this names models: one, or a list."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) for item in items)
+
+
 def _is_hub_id(manifest: Manifest) -> bool:
-    return manifest.revision is not None and manifest.source.count("/") == 1
+    return manifest.revision is not None and _REPOSITORY.fullmatch(manifest.source) is not None
 
 
-def _source_metadata(manifest: Manifest) -> dict[str, Any]:
-    """The source card's front matter; empty where there is none or the Hub could not read it either."""
-    match = _FRONT_MATTER.match(manifest.texts.get(README, b"").decode("utf-8", "replace"))
-    if match is None:
-        return {}
-    try:
-        value = yaml.safe_load(match[1])
-        yaml.safe_dump(value)
-    except Exception:  # PyYAML lets through what int, date and the like say of a value, and the stack's end
-        return {}
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+def _source_metadata(manifest: Manifest) -> FrontMatter:
+    return read_front_matter(manifest.texts.get(README, b""))
 
 
 def _body(manifest: Manifest) -> Iterator[str]:
@@ -84,8 +83,9 @@ def _body(manifest: Manifest) -> Iterator[str]:
 
 
 def _head(manifest: Manifest) -> Iterator[str]:
-    name = f"[{manifest.source}](https://huggingface.co/{manifest.source})" if _is_hub_id(manifest) else manifest.source
-    yield f"# {manifest.source}, prepared for FlashInfer's CuteDSL fused MoE"
+    source = plain_text(manifest.source)
+    name = f"[{source}](https://huggingface.co/{manifest.source})" if _is_hub_id(manifest) else source
+    yield f"# {source}, prepared for FlashInfer's CuteDSL fused MoE"
     yield ""
     yield (
         f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
@@ -100,8 +100,11 @@ def _what(manifest: Manifest) -> Iterator[str]:
     alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
     gate_up = f"gate/up block {options.gate_up_block}, " if any(layer.layer.gated for layer in manifest.layers) else ""
     rows = [
-        ("source", f"{manifest.source}" + (f" at commit `{manifest.revision}`" if manifest.revision else "")),
-        ("made by", f"nvfp4-prep {manifest.tool_version}"),
+        (
+            "source",
+            plain_text(manifest.source) + (f" at commit {code_span(manifest.revision)}" if manifest.revision else ""),
+        ),
+        ("made by", f"nvfp4-prep {plain_text(manifest.tool_version)}"),
         ("layout", f"`{options.layout.value}`, {gate_up}block scales in tiles of 128x4"),
         ("padding", "; ".join(f"hidden to {hidden}, intermediate to {inter}" for hidden, inter in alignment)),
         ("tensor parallel", ", ".join(map(str, manifest.tp_sizes)) or "no size that all layers serve"),
@@ -114,11 +117,15 @@ def _what(manifest: Manifest) -> Iterator[str]:
     for key, value in rows:
         yield f"| {key} | {value} |"
     yield ""
+    note = _source_metadata(manifest).note
+    if note is not None:
+        yield f"The front matter of the source's card was not taken over: {note}."
+        yield ""
     passed = list(manifest.passed.items())
     if passed:
         yield "Experts that were passed through unchanged:"
         yield ""
-        yield from (f"- `{path}`: {reason}" for path, reason in passed[:_LINE])
+        yield from (f"- {code_span(path)}: {plain_text(reason)}" for path, reason in passed[:_LINE])
         if len(passed) > _LINE:
             yield f"- and {len(passed) - _LINE} more, listed in `nvfp4_prep.json`"
         yield ""
@@ -133,7 +140,7 @@ def _layers(layers: tuple[LayerRecord, ...]) -> Iterator[str]:
         dims, numbers = run[0].layer.dims, spans(record.layer.index for record in run)
         yield (
             f"{count(len(run), 'layer')} ({numbers}): {dims.experts} {'gated' if gated else 'non-gated'} experts,"
-            f" intermediate {dims.intermediate}, hidden {dims.hidden}, {activation}"
+            f" intermediate {dims.intermediate}, hidden {dims.hidden}, {plain_text(activation)}"
         )
 
 
@@ -171,9 +178,10 @@ def _scales(manifest: Manifest) -> Iterator[str]:
 def _verified(manifest: Manifest) -> Iterator[str]:
     yield "## What was verified"
     yield ""
-    for check in manifest.verified:
+    for check in manifest.verified[:_LINE]:
         figures = _figures(check)
-        yield f"- {check.get('check')}: {check.get('result')}" + (f" ({figures})" if figures else "")
+        head = f"- {plain_text(check.get('check'))}: {plain_text(check.get('result'))}"
+        yield head + (f" ({figures})" if figures else "")
     rescaled = any(layer.gate_up.reconciled for layer in manifest.layers)
     but = ", but for the rescaled block scales above" if rescaled else ""
     yield f"- not measured here: the model's quality. The weights are the source's{but}; see the source's card."
@@ -182,10 +190,11 @@ def _verified(manifest: Manifest) -> Iterator[str]:
 
 def _figures(check: Mapping[str, Any]) -> str:
     parts = []
-    for key, value in check.items():
+    for key, value in list(check.items())[:_LINE]:
         if key in ("check", "result") or isinstance(value, Mapping | list):
             continue
-        parts.append(format_nbytes(value) if key == "nbytes" and isinstance(value, int) else f"{key} {value}")
+        size = key == "nbytes" and isinstance(value, int)
+        parts.append(format_nbytes(value) if size else f"{plain_text(key)} {plain_text(value)}")
     return ", ".join(parts)
 
 

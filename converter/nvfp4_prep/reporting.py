@@ -12,6 +12,7 @@ from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.outlook import Outlook
 from nvfp4_prep.plan_data import FileKind, Plan
+from nvfp4_prep.printable import join_lines, printable
 from nvfp4_prep.room import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.units import count, format_nbytes, spans
@@ -108,7 +109,7 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         *_room_lines(plan, room or Room(plan.output_nbytes)),
         f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
     ]
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def left_out_lines(names: Iterable[str]) -> Iterable[str]:
@@ -146,15 +147,15 @@ def outlook_value(outlook: Outlook) -> dict[str, Any]:
 def outlook_text(outlook: Outlook) -> str:
     """What would happen at the target, in one line for people."""
     if outlook.refusal is not None:
-        return f"target   refused with exit code {outlook.refusal.exit_code}: {outlook.refusal}"
+        return printable(f"target   refused with exit code {outlook.refusal.exit_code}: {outlook.refusal}")
     if outlook.state == "complete":
-        return f"target   {outlook.path} is complete already: nothing would be written"
+        return printable(f"target   {outlook.path} is complete already: nothing would be written")
     there = f"{count(outlook.done, 'finished file')} {'is' if outlook.done == 1 else 'are'} there"
     what = f"continues an unfinished run: {there}" if outlook.state == "continues" else "is new"
     if outlook.state == "new" and outlook.done:
         what = f"joins parts: {there}"
     room = f"{format_nbytes(outlook.needed_nbytes)} needed, {format_nbytes(outlook.free_nbytes)} free"
-    return f"target   {outlook.path} {what}; {room}"
+    return printable(f"target   {outlook.path} {what}; {room}")
 
 
 def _layer_lines(plan: Plan) -> Iterable[str]:
@@ -244,7 +245,7 @@ def inspection_text(found: Inspection) -> str:
         lines += (f"vLLM {line}" for line in quantization_lines([found.quantization]))
     if not found.prepared:
         lines.append(f"convert would refuse: {found.refusal}" if found.refusal else "convert would prepare it")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def _inspected_line(layer: InspectedLayer) -> str:
@@ -277,4 +278,4 @@ def verify_text(report: VerifyReport) -> str:
         lines.append(f"… and {count(len(report.problems) - 50, 'more problem')}")
     state = "verified" if report.ok else f"NOT what it claims to be: {count(len(report.problems), 'problem')}"
     lines.append(f"{report.path}: {state} ({report.depth}, {format_nbytes(report.checked_nbytes)} read)")
-    return "\n".join(lines)
+    return join_lines(lines)

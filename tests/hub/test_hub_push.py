@@ -58,7 +58,7 @@ def test_a_hub_that_was_never_reached_is_not_waited_for_long(
     assert Patience().at_first_contact().give_up_after_s == 60.0
     monkeypatch.setattr("nvfp4_prep.hub.client._FIRST_CONTACT_S", 0.05)
     hub.fault("/api/repos/create", "status", method="POST", status=503, times=1000)
-    with pytest.raises(HubError, match=r"creating the repository failed .* without progress.*continues"):
+    with pytest.raises(HubError, match=r"creating the repository failed .* without progress.*command again"):
         send(made, Patience(0.01, 0.02, 3600.0))
 
 

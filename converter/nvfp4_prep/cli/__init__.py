@@ -9,10 +9,14 @@ This module is the entry point: it takes the signals before it imports anything 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
+import select
 import signal
 import sys
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
+_DEAF_S = 2.0
+"""How long signals are ignored after a result was printed: the command ends within milliseconds."""
+_result_printed_s: list[float] = []
+"""When results were printed; infinity stands for one that is being printed."""
+
 
 def __getattr__(name: str) -> Any:
     if name != "cli":
@@ -36,28 +45,47 @@ def main() -> None:
     """Entry point of ``nvfp4-prep``."""
     try:
         _keep_standard_descriptors()
+        _show_what_cannot_be_encoded()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
                 signal.signal(number, _interrupt)
         from nvfp4_prep.cli.commands import cli
+        from nvfp4_prep.cli.output import on_result
+        from nvfp4_prep.printable import escape_logs
 
+        escape_logs()
+        on_result(lambda printed: _result_printed_s.append(time.monotonic() if printed else math.inf))
         cli(prog_name="nvfp4-prep")
     except KeyboardInterrupt:  # between two imports, or where no command had begun
         _end()
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the exit code is decided: Python's own end must not change it
+            signal.signal(number, signal.SIG_IGN)
         _forget_unwritten_log()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ctrl-C and SIGTERM are the same. While a module is imported, the process ends here and now: native modules
     lose an exception that is raised in the middle of their import, or abort. Wherever it ends, the same command
-    continues.
+    continues. Right after the result was printed they come too late to change anything, and are ignored.
     """
+    if _comes_after_the_result():
+        return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             _end()
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _comes_after_the_result() -> bool:
+    """Whether the result was just printed, or is being printed to a reader that takes it: one that does not may be
+    waited for in vain.
+    """
+    since_s = time.monotonic() - _result_printed_s[-1] if _result_printed_s else math.inf
+    if since_s > -math.inf:
+        return since_s < _DEAF_S
+    return bool(select.select([], [1], [], 0)[1])
 
 
 def _end() -> NoReturn:
@@ -72,6 +100,13 @@ def _end() -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"error: {error}\n".encode())
     os._exit(error.exit_code)
+
+
+def _show_what_cannot_be_encoded() -> None:
+    """A character that the terminal's encoding lacks becomes an escape, in help and progress too."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _forget_unwritten_log() -> None:

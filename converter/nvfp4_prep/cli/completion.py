@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
-from nvfp4_prep.cli.output import say
+from nvfp4_prep.cli.output import say_text
 
 __all__ = ["completion"]
 
@@ -24,4 +24,4 @@ def completion(context: click.Context, shell: str) -> None:
     nvfp4-prep completion fish > ~/.config/fish/completions/nvfp4-prep.fish
     """
     complete = _CLASSES[shell](context.find_root().command, {}, "nvfp4-prep", "_NVFP4_PREP_COMPLETE")
-    say(complete.source_template % complete.source_vars())
+    say_text(complete.source_template % complete.source_vars())

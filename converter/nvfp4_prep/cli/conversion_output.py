@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep.cli.output import hint, say, shell_line
+from nvfp4_prep.cli.output import hint, say, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
+from nvfp4_prep.printable import join_lines
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult
@@ -64,7 +65,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
             f" {relative_error_text(worst)}"
         )
     lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
-    say("\n".join(lines))
+    say_text(join_lines(lines))
 
 
 def warn_of_policy(result: ConvertResult) -> None:

@@ -19,7 +19,7 @@ from nvfp4_prep.cli.common import (
     threads_option,
 )
 from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
-from nvfp4_prep.cli.output import hint, make_progress, say, say_next, shell_line, tell_address, to_json
+from nvfp4_prep.cli.output import hint, make_progress, say, say_next, say_text, shell_line, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeGate, check_page, say_smoke
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -80,7 +80,7 @@ class _Job:
             )
         if self.push_to is not None:
             check_repository(self.push_to)
-        check_page(self.report)
+        check_page(self.report, self.target, self.source)
 
     @property
     def divided(self) -> bool:
@@ -184,7 +184,7 @@ def _show_plan(job: _Job) -> None:
     if job.as_json:
         say(to_json(plan_value(made, room) | {"target": outlook_value(outlook)}))
     else:
-        say(f"{plan_text(made, room)}\n{outlook_text(outlook)}")
+        say_text(f"{plan_text(made, room)}\n{outlook_text(outlook)}")
     if outlook.refusal is not None:
         hint(f"error: {outlook.refusal}")
         sys.exit(outlook.refusal.exit_code)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nvfp4_prep.cli.common import common
-from nvfp4_prep.cli.output import say, to_json
+from nvfp4_prep.cli.output import say, say_text, to_json
 
 if TYPE_CHECKING:
     from nvfp4_prep.doctor import Diagnosis
@@ -32,12 +32,16 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     from nvfp4_prep import doctor as diagnosing
 
     found = diagnosing.diagnose(directory)
-    say(to_json(found.to_dict()) if as_json else _text(found))
+    if as_json:
+        say(to_json(found.to_dict()))
+    else:
+        say_text(_text(found))
     if not found.ok:
         sys.exit(1)
 
 
 def _text(found: Diagnosis) -> str:
+    from nvfp4_prep.printable import join_lines
     from nvfp4_prep.units import format_nbytes
 
     lines = [f"{name:20} {version or 'not installed'}" for name, version in found.versions.items()]
@@ -51,4 +55,4 @@ def _text(found: Diagnosis) -> str:
             f" {'locks' if disk.locks else 'NO locks: never start two runs on one target'}"
         )
     lines += ["", *(f"{'yes' if item.works else 'NO':4}{item.name}: {item.reason}" for item in found.abilities)]
-    return "\n".join(lines)
+    return join_lines(lines)

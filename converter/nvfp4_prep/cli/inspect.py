@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from nvfp4_prep.cli.common import common
-from nvfp4_prep.cli.output import say, tell_address, to_json
+from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
 
 __all__ = ["inspect"]
 
@@ -29,4 +29,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
 
     tell_address(checkpoint, quiet=quiet)
     found = inspection.inspect(open_source(checkpoint))
-    say(to_json(inspection_value(found)) if as_json else inspection_text(found))
+    if as_json:
+        say(to_json(inspection_value(found)))
+    else:
+        say_text(inspection_text(found))

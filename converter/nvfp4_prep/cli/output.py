@@ -11,13 +11,14 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
+from nvfp4_prep.printable import printable, printable_text
 
 if TYPE_CHECKING:
     from nvfp4_prep.progress import Progress
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 __all__ = [
     "hint",
     "make_progress",
+    "on_result",
     "report_errors",
     "say",
     "say_next",
+    "say_text",
     "shell_line",
     "stdout_failed",
     "tell_address",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 _OPTION = re.compile("--[a-z-]+")
+_result_hooks: list[Callable[[bool], None]] = []
 
 
 @contextlib.contextmanager
@@ -95,19 +99,44 @@ def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
         with contextlib.suppress(NvfpPrepError):  # the exit code and stderr still say what happened
             say(to_json(error.to_dict()))
     hint(f"error: {error}")
+    _tell_result_hooks(True)
     sys.exit(error.exit_code)
 
 
 def say(text: str) -> None:
-    """A result, on stdout. A reader that has gone (``| head``) changes neither the work nor the exit code.
+    """Print one line of a result on stdout, made printable. A reader that has gone (``| head``) changes neither the
+    work nor the exit code.
 
     Raises:
         NvfpPrepError: if stdout takes nothing for another reason.
     """
+    say_text(printable(text))
+
+
+def say_text(text: str) -> None:
+    """Print a result of several lines that :func:`~nvfp4_prep.printable.join_lines` made; otherwise as :func:`say`."""
+    _tell_result_hooks(False)
     try:
-        click.echo(text)
+        _echo(printable_text(text), err=False)
     except OSError as error:
         stdout_failed(error)
+    _tell_result_hooks(True)
+
+
+def _tell_result_hooks(printed: bool) -> None:
+    for hook in _result_hooks:
+        hook(printed)
+
+
+def on_result(hook: Callable[[bool], None]) -> None:
+    """Have ``hook`` called with False before and with True after a result or an error is printed: the work is over."""
+    _result_hooks.append(hook)
+
+
+def _echo(text: str, *, err: bool) -> None:
+    """Print on a stream whatever its encoding: what it lacks becomes an escape, so that no success ends in an error."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 def stdout_failed(error: OSError) -> None:
@@ -119,15 +148,23 @@ def stdout_failed(error: OSError) -> None:
 
 
 def hint(text: str) -> None:
-    """Anything else, on stderr; a stderr that takes nothing breaks no work."""
+    """Print anything else as one line on stderr, made printable; a stderr that takes nothing breaks no work."""
     with contextlib.suppress(OSError):
-        click.echo(text, err=True)
+        _echo(printable(text), err=True)
 
 
 def shell_line(*words: object) -> str:
-    """A command of ours as one types it, whatever is in the paths."""
+    """Return a command of ours as one types it, whatever is in the paths."""
     texts = [text if _OPTION.fullmatch(text) or text[:1] != "-" else f"./{text}" for text in map(str, words)]
-    return shlex.join(["nvfp4-prep", *texts])
+    return " ".join(["nvfp4-prep", *map(_quoted, texts)])
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell; one that cannot be shown becomes bash's ``$'...'``."""
+    if printable(word) == word:
+        return shlex.quote(word)
+    shown = (chr(byte) if 0x20 <= byte < 0x7F and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(word))
+    return f"$'{''.join(shown)}'"
 
 
 def say_next(*words: object) -> None:
@@ -149,7 +186,7 @@ def _finite(value: Any) -> Any:
 
 
 def tell_address(text: str, *, quiet: bool) -> None:
-    """Says it where a name that looks like a path is going to be looked up on the Hub."""
+    """Say it where a name that looks like a path is going to be looked up on the Hub."""
     from nvfp4_prep.hub import parse_address
 
     if not quiet and not text.startswith("hf://") and parse_address(text) is not None:
@@ -171,11 +208,11 @@ class _HarmlessProgress:
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
         with contextlib.suppress(OSError):
-            self._inner.start(title, total_nbytes, done_nbytes)
+            self._inner.start(printable(title), total_nbytes, done_nbytes)
 
     def advance(self, nbytes: int, label: str) -> None:
         with contextlib.suppress(OSError):
-            self._inner.advance(nbytes, label)
+            self._inner.advance(nbytes, printable(label))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

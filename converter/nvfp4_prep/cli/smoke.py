@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nvfp4_prep.cli.common import decorated
-from nvfp4_prep.cli.output import hint, say, shell_line
-from nvfp4_prep.errors import ConversionInterrupted, UsageError
+from nvfp4_prep.cli.output import hint, say_text, shell_line
+from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.report_file import check_report_path, write_report
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult
@@ -67,14 +67,12 @@ def smoke_options(command: _Command) -> _Command:
     return decorated(run, decorators)  # type: ignore[return-value]
 
 
-def check_page(page: Path | None) -> None:
-    """Raises :class:`UsageError` before the work begins if the page could not be written after it."""
-    if page is None:
-        return
-    if not page.parent.is_dir():
-        raise UsageError("--report: its directory does not exist", where=str(page), next_step="Give another path.")
-    if not os.access(page if page.exists() else page.parent, os.W_OK):
-        raise UsageError("--report: cannot be written", where=str(page), next_step="Give another path.")
+def check_page(page: Path | None, *directories: str | Path | None) -> None:
+    """Raise :class:`UsageError` before the work begins if the page could not be written after it, or would be written
+    into one of ``directories``.
+    """
+    if page is not None:
+        check_report_path(page, *directories)
 
 
 def smoke_run(
@@ -98,7 +96,7 @@ def smoke_run(
         if source is not None and not isinstance(source, str):
             source.close()
     if options.page is not None:
-        options.page.write_text(make_page(report), encoding="utf-8")
+        write_report(options.page, make_page(report), checkpoint, source if isinstance(source, str) else None)
     return report
 
 
@@ -181,6 +179,6 @@ def say_smoke(report: SmokeReport | None) -> None:
 
     if report is None:
         return
-    say(smoke_text(report))
+    say_text(smoke_text(report))
     if not report.passed:
         hint("error: the smoke run failed: do not serve this checkpoint, report it")

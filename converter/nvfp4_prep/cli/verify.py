@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nvfp4_prep.cli.common import common, threads_option
-from nvfp4_prep.cli.output import hint, make_progress, say, tell_address, to_json
+from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 
@@ -95,7 +95,7 @@ def _check_combination(
         raise UsageError(
             "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."
         )
-    check_page(options.page)
+    check_page(options.page, checkpoint, source)
 
 
 def _verify_published(address: HubAddress) -> VerifyReport:
@@ -109,7 +109,7 @@ def _verify_published(address: HubAddress) -> VerifyReport:
 def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
     from nvfp4_prep.reporting import verify_text
 
-    say(verify_text(found))
+    say_text(verify_text(found))
     say_smoke(ran)
     if not found.ok:
         hint(f"next: {found.next_step}")

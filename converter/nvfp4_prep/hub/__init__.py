@@ -5,9 +5,12 @@ The command line's side of it; the work is done in the modules beside this one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
 
     quiet_client()
     work_dir = None if target is None else target / WORK_FOLDER / SOURCE_FOLDER
-    return HubSource(address, work_dir=work_dir, keep_source=keep_source)
+    with _naming_directory(text):
+        return HubSource(address, work_dir=work_dir, keep_source=keep_source)
 
 
 def open_ranges(text: str) -> str | RangeSource:
@@ -50,14 +54,37 @@ def open_ranges(text: str) -> str | RangeSource:
     from nvfp4_prep.hub.ranges import RangeSource
 
     quiet_client()
-    return RangeSource(address)
+    with _naming_directory(text):
+        return RangeSource(address)
+
+
+@contextmanager
+def _naming_directory(text: str) -> Iterator[None]:
+    """Where an id that is not on the Hub may be a mistyped path, have the error say what is here."""
+    path = Path(text)
+    try:
+        yield
+    except HubError as error:
+        if path.parent.is_dir() and not path.exists():
+            meant = f"If a local path was meant: directory {path.parent} has no {path.name}."
+            error.next_step = f"{error.next_step or ''} {meant}".strip()
+        raise
 
 
 def quiet_client() -> None:
-    """Prepares the official client for a program: no bars beside ours, and no request that waits for ever."""
-    from huggingface_hub.utils import disable_progress_bars
+    """Prepare the official client for a program: no bars beside ours, no raw text of a server in its log, and no
+    request that waits for ever.
+    """
+    import logging
+
+    try:
+        from huggingface_hub.utils import disable_progress_bars
+    except ValueError as error:  # the client reads HF_ENDPOINT when it is imported
+        raise HubError(f"HF_ENDPOINT is not an address ({error})", next_step="Set it anew, or unset it.") from error
 
     from nvfp4_prep.hub.client import limit_waiting
+    from nvfp4_prep.printable import escape_logs
 
     disable_progress_bars()
+    escape_logs(logging.getLogger("huggingface_hub").handlers)
     limit_waiting()

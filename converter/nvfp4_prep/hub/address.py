@@ -52,7 +52,7 @@ def parse_address(text: str) -> HubAddress | None:
     if match is None or ".." in body or "--" in match["repo"]:
         if explicit:
             raise UsageError(
-                "is no address of a model repository",
+                "is not the address of a model repository",
                 where=text,
                 expected="hf://ORG/NAME or hf://ORG/NAME@REVISION",
                 next_step="Copy the id from the model's page.",

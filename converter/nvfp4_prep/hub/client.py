@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +15,31 @@ from functools import cache
 from typing import TypeVar
 
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
+from nvfp4_prep.printable import mask_passwords
 
-__all__ = ["AGAIN", "Patience", "hub_errors", "is_conflict", "is_transient", "limit_waiting", "persist", "translate"]
+__all__ = [
+    "AGAIN",
+    "Patience",
+    "hub_errors",
+    "is_conflict",
+    "is_transient",
+    "limit_waiting",
+    "malformed",
+    "persist",
+    "translate",
+    "well_formed",
+]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 _FIRST_CONTACT_S = 60.0
+_UNRESOLVED_S = 2.0
+_CHECK_ADDRESS = "Check HF_ENDPOINT, proxies and firewalls."
+_BAD_ADDRESS = frozenset({"InvalidURL", "UnsupportedProtocol"})
+_BAD_HEADER = frozenset({"LocalProtocolError", "UnicodeEncodeError"})
 AGAIN = "Run the same command again: it continues where it stopped."
+_ONCE_MORE = "Run the same command again."
 
 
 @dataclass(frozen=True)
@@ -35,10 +53,11 @@ class Patience:
     first_wait_s: float = 1.0
     longest_wait_s: float = 60.0
     give_up_after_s: float = 1800.0
+    is_first_contact: bool = False
 
     def at_first_contact(self) -> Patience:
         """Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
-        return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S))
+        return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S), is_first_contact=True)
 
 
 @cache
@@ -71,7 +90,7 @@ def is_transient(error: BaseException) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for item in _chain(error):
-        if isinstance(item, OfflineModeIsEnabled):
+        if isinstance(item, OfflineModeIsEnabled) or type(item).__name__ in _BAD_ADDRESS | _BAD_HEADER:
             return False
         if isinstance(item, HfHubHTTPError):
             return item.response.status_code in _TRANSIENT_STATUS
@@ -82,6 +101,16 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(item, RuntimeError) and "client has been closed" in str(item):
             return True  # the client closes its shared session when one of its threads cannot connect
     return False
+
+
+def _is_unresolved(error: BaseException) -> bool:
+    """Whether a host name has no address: where nothing ever worked, waiting does not help."""
+    current: BaseException | None = error
+    for _ in range(10):
+        if current is None or isinstance(current, socket.gaierror):
+            break
+        current = current.__cause__ or current.__context__  # the HTTP library chains by context only
+    return isinstance(current, socket.gaierror)
 
 
 def is_conflict(error: BaseException) -> bool:
@@ -121,9 +150,12 @@ def persist(
             if (now := progress()) != mark:
                 wait_s, mark, since = patience.first_wait_s, now, time.monotonic()
             waited_s = time.monotonic() - since
-            if waited_s + wait_s > patience.give_up_after_s:
+            first = patience.is_first_contact
+            limit_s = _UNRESOLVED_S if first and _is_unresolved(error) else patience.give_up_after_s
+            if waited_s + wait_s > limit_s:
                 raise HubError(
-                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})", next_step=AGAIN
+                    f"{what} failed for {waited_s:.0f} s without progress ({_brief(error)})",
+                    next_step=f"{_CHECK_ADDRESS} {_ONCE_MORE}" if first else AGAIN,
                 ) from error
             _log.warning("%s: %s; next attempt in %.0f s", what, _brief(error), wait_s)
             if (stop or threading.Event()).wait(wait_s):
@@ -132,19 +164,33 @@ def persist(
 
 
 def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in mask_passwords(str(error)).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def translate(error: BaseException, where: str) -> NvfpPrepError | None:
-    """The typed error for what the client raised about ``where``; None where it is not the client's."""
+def translate(error: BaseException, where: str, again: str = AGAIN) -> NvfpPrepError | None:
+    """Return the typed error for what the client raised about ``where``; None where it is not the client's.
+
+    Args:
+        error: what it raised.
+        where: repository or file.
+        again: the sentence about running the command again.
+    """
     from huggingface_hub import errors as hub
 
     for item in _chain(error):
         if isinstance(item, NvfpPrepError):
             return item
+        if type(item).__name__ in _BAD_HEADER:  # the message would quote the token
+            return HubError(
+                "the access token has characters that no token has",
+                where=where,
+                next_step="Set HF_TOKEN anew, or log in with: hf auth login.",
+            )
+        if type(item).__name__ in _BAD_ADDRESS:
+            return HubError(f"has no usable address ({_brief(item)})", where=where, next_step=_CHECK_ADDRESS)
         if isinstance(item, hub.HFValidationError):
-            return UsageError("is no valid repository id", where=where, expected="ORG/NAME", actual=_brief(item))
+            return UsageError("is not a valid repository id", where=where, expected="ORG/NAME", actual=_brief(item))
         if isinstance(item, hub.OfflineModeIsEnabled):
             return HubError(
                 "HF_HUB_OFFLINE is set, and this needs the Hub",
@@ -152,21 +198,21 @@ def translate(error: BaseException, where: str) -> NvfpPrepError | None:
                 next_step="Unset it, or give the directory of a downloaded snapshot.",
             )
         if isinstance(item, hub.HfHubHTTPError):
-            return _translate_http(item, where)
+            return _translate_http(item, where, again)
         if isinstance(item, OSError) and item.errno == errno.ENOSPC:
             return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {AGAIN}")
         if isinstance(item, hub.FileMetadataError):
             return HubError(
                 f"the answer did not come from a Hub ({_brief(item)})",
                 where=where,
-                next_step="Check HF_ENDPOINT, proxies and firewalls.",
+                next_step=_CHECK_ADDRESS,
             )
     if is_transient(error):
-        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=AGAIN)
+        return HubError(f"the Hub could not be reached ({_brief(error)})", where=where, next_step=again)
     return None
 
 
-def _translate_http(error: Exception, where: str) -> HubError:
+def _translate_http(error: Exception, where: str, again: str) -> HubError:
     from huggingface_hub import errors as hub
 
     status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
@@ -175,7 +221,7 @@ def _translate_http(error: Exception, where: str) -> HubError:
     elif isinstance(error, hub.DisabledRepoError):
         what, step = "is disabled on the Hub", "Choose another repository."
     elif status == 401 and "Invalid" in str(error) + (error.response.text if hasattr(error, "response") else ""):
-        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {AGAIN}"
+        what, step = "your token is invalid or has expired", f"Log in with: hf auth login. {again}"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = "does not exist on the Hub, or is private and your token cannot see it"
         step = (
@@ -192,22 +238,45 @@ def _translate_http(error: Exception, where: str) -> HubError:
             "Use a token that may do this: hf auth login.",
         )
     else:
-        what, step = f"the Hub answered {status} ({_brief(error)})", AGAIN
+        what, step = f"the Hub answered {status} ({_brief(error)})", again
     return HubError(what, where=where, next_step=step)
 
 
 @contextmanager
-def hub_errors(where: str) -> Iterator[None]:
-    """Turns the client's exceptions into ours; everything else passes."""
+def hub_errors(where: str, *, begun: bool = True) -> Iterator[None]:
+    """Turn the client's exceptions into ours; everything else passes. Only what has ``begun`` can continue."""
     try:
         yield
     except NvfpPrepError:
         raise
     except Exception as error:
-        translated = translate(error, where)
+        translated = translate(error, where, AGAIN if begun else _ONCE_MORE)
         if translated is None:
             raise
         raise translated from error
+
+
+@contextmanager
+def well_formed(repo_id: str) -> Iterator[None]:
+    """Turn what the client raises about an answer of other types than the Hub's into a :class:`HubError`."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (NvfpPrepError, HFValidationError, UnicodeEncodeError):
+        raise
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise malformed(repo_id, "the answer", f"{type(error).__name__}: {error}") from error
+
+
+def malformed(where: str, what: str, actual: object) -> HubError:
+    """Return the error for a value of an answer that is not what a Hub gives."""
+    return HubError(
+        f"{what} in the Hub's listing is malformed",
+        where=where,
+        actual=mask_passwords(repr(actual))[:200],
+        next_step=_CHECK_ADDRESS,
+    )
 
 
 def limit_waiting(read_s: float = 300.0) -> None:

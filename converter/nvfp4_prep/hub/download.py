@@ -7,15 +7,17 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import shutil
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_prep.errors import HubError, SourceError
-from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
+from nvfp4_prep.hub.work_files import open_partial, partial_path, refuse_link, remove_tree
+from nvfp4_prep.printable import mask_passwords
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,6 +27,7 @@ __all__ = ["Downloader"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CORRUPT_ATTEMPTS = 3
+_FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._=+-]{1,200}")
 _DAMAGED = "The Hub's storage or a proxy on the way damages it: try another network, or run the same command later."
 
 
@@ -72,6 +75,8 @@ class Downloader:
         """
         partial = partial_path(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for path in (target.parent, target, partial, partial.with_suffix(".xet")):
+            refuse_link(path)
         with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
             for _ in range(_CORRUPT_ATTEMPTS):
                 if not (self._xet_wanted(file) and self._fetch_by_xet(file, partial)):
@@ -97,6 +102,7 @@ class Downloader:
         from huggingface_hub import hf_hub_download
 
         def get(force: bool) -> Path:
+            self._check_etag(file)
             return Path(
                 hf_hub_download(
                     self.snapshot.repo_id,
@@ -120,6 +126,14 @@ class Downloader:
             expected=file.identity,
             next_step=_DAMAGED,
         )
+
+    def _check_etag(self, file: RemoteFile) -> None:
+        """Refuse an ETag that the client would take for the name of a file in the cache and that is none."""
+        from huggingface_hub import get_hf_file_metadata
+
+        etag = get_hf_file_metadata(self._url(file), token=self.api.token).etag
+        if etag is not None and _FILE_NAME.fullmatch(etag) is None:
+            raise malformed(f"{self.snapshot.repo_id}/{file.name}", "the ETag", etag)
 
     def read_whole(self, file: RemoteFile) -> bytes:
         """A small file's checked bytes, from the user's cache or the Hub; nothing is written."""
@@ -173,7 +187,7 @@ class Downloader:
             if part is not None and response.status_code != 206:
                 raise HubError(
                     "does not answer range requests",
-                    where=self.api.endpoint,
+                    where=mask_passwords(self.api.endpoint),
                     expected="status 206",
                     actual=response.status_code,
                     next_step="Use the Hub itself or a mirror that serves ranges (HF_ENDPOINT).",
@@ -191,7 +205,7 @@ class Downloader:
         from huggingface_hub.file_download import http_get
 
         def transfer() -> None:
-            with partial.open("ab+") as stream:
+            with open_partial(partial) as stream:
                 if stream.seek(0, 2) > file.nbytes:
                     stream.truncate(0)
                 http_get(
@@ -220,6 +234,7 @@ class Downloader:
         if partial.exists() and partial.stat().st_size > 0:
             return False  # a plain transfer stopped here: going on is cheaper than starting over
         try:
+            self._check_etag(file)
             found = hf_hub_download(
                 self.snapshot.repo_id,
                 file.name,
@@ -234,7 +249,9 @@ class Downloader:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             # hf_xet raises whatever its native code reports: there is nothing to tell apart, and HTTP will tell.
-            _log.warning("%s: Xet transfer failed (%s); using plain HTTP from here on", file.name, error)
+            _log.warning(
+                "%s: Xet transfer failed (%s); using plain HTTP from here on", file.name, mask_passwords(str(error))
+            )
             self._xet_failed = True
             return False
         finally:
@@ -242,8 +259,12 @@ class Downloader:
         return True
 
     def _persist(self, file: RemoteFile, action: Callable[[], _T], progress: Callable[[], int] | None = None) -> _T:
+        def well() -> _T:
+            with well_formed(f"{self.snapshot.repo_id}/{file.name}"):
+                return action()
+
         return persist(
-            action,
+            well,
             what=f"downloading {file.name}",
             patience=self.patience,
             progress=progress or (lambda: 0),
@@ -259,16 +280,6 @@ class Downloader:
         from huggingface_hub.utils import build_hf_headers
 
         return dict(build_hf_headers(token=self.api.token))
-
-
-def partial_path(target: Path) -> Path:
-    """Where a file lies while it is fetched."""
-    return target.with_name(target.name + ".part")
-
-
-def remove_tree(folder: Path) -> None:
-    """Deletes a folder of our own making; nothing happens where there is none."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _content_matches(file: RemoteFile, content: bytes) -> bool:

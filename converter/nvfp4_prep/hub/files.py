@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.hub.client import Patience, hub_errors, persist
+from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.paths import is_safe_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-__all__ = ["LocalFile", "RemoteFile", "Snapshot", "git_blob_sha1", "hash_matches", "read_snapshot"]
+__all__ = [
+    "LocalFile",
+    "RemoteFile",
+    "Snapshot",
+    "git_blob_sha1",
+    "hash_matches",
+    "is_git_id",
+    "is_sha256",
+    "read_snapshot",
+]
 
 _CHUNK_NBYTES = 8 << 20
+_MAX_FILES = 100_000
+"""Most files of one listing, which a server could make endless."""
+_MAX_NBYTES = 1 << 60
+_SHA256 = re.compile("[0-9a-f]{64}")
+_GIT_ID = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -85,34 +101,59 @@ class LocalFile:
         return None if git_blob_sha1(content) == remote.git_sha1 else "has another content"
 
 
+def is_sha256(value: object) -> bool:
+    """Whether this is a sha256 as the Hub writes it: it becomes the name of a file."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def is_git_id(value: object) -> bool:
+    """Whether this is the id of a git object: it becomes the name of a file, and part of addresses."""
+    return isinstance(value, str) and _GIT_ID.fullmatch(value) is not None
+
+
 def read_snapshot(api: HfApi, repo_id: str, revision: str | None, patience: Patience) -> Snapshot:
-    """Resolves a revision to a commit and lists its files.
+    """Resolve a revision to a commit and list its files.
 
     Raises:
-        HubError: if the repository, the revision or the access is missing, or the Hub cannot be reached.
+        HubError: if the repository, the revision or the access is missing, the Hub cannot be reached, or its answer is
+            not what a Hub answers.
         SourceError: if a file's name would leave a directory.
     """
-    from huggingface_hub.hf_api import RepoFile
 
     def ask() -> Snapshot:
-        commit = api.model_info(repo_id, revision=revision).sha
-        if commit is None:
-            raise SourceError("the Hub named no commit", where=repo_id, next_step="Try again later.")
-        entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-        found = [_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)]
+        from huggingface_hub.hf_api import RepoFile
+
+        with well_formed(repo_id):
+            commit = api.model_info(repo_id, revision=revision).sha
+        if not is_git_id(commit) or commit is None:
+            raise malformed(repo_id, "the commit", commit)
+        with well_formed(repo_id):
+            entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+            listed = list(islice(entries, _MAX_FILES + 1))
+        if len(listed) > _MAX_FILES:
+            raise malformed(repo_id, "the number of files", f"more than {_MAX_FILES}")
+        found = [_remote_file(repo_id, entry) for entry in listed if isinstance(entry, RepoFile)]
         return Snapshot(repo_id, commit, {file.name: file for file in found})
 
-    with hub_errors(repo_id + (f"@{revision}" if revision else "")):
-        snapshot = persist(ask, what=f"listing {repo_id}", patience=patience)
-    for name in snapshot.files:
-        if not is_safe_name(name):
-            raise SourceError("unsafe file name on the Hub", where=repo_id, actual=repr(name)[:200])
-    return snapshot
+    where = repo_id + (f"@{revision}" if revision else "")
+    with hub_errors(where, begun=not patience.is_first_contact):
+        return persist(ask, what=f"listing {repo_id}", patience=patience)
 
 
-def _remote_file(entry: RepoFile) -> RemoteFile:
+def _remote_file(repo_id: str, entry: RepoFile) -> RemoteFile:
+    """Return a listing's entry, every value checked: names and hashes become paths, sizes become room and memory."""
+    name, where = entry.path, f"{repo_id}/{str(entry.path)[:200]}"
+    if not isinstance(name, str) or not is_safe_name(name):
+        raise SourceError("unsafe file name on the Hub", where=repo_id, actual=repr(name)[:200])
     sha256 = entry.lfs.sha256 if entry.lfs else None
-    return RemoteFile(entry.path, entry.size, sha256, entry.blob_id, in_xet=bool(entry.xet_hash))
+    if entry.lfs and not is_sha256(sha256):
+        raise malformed(where, "the LFS sha256", sha256)
+    if not is_git_id(entry.blob_id):
+        raise malformed(where, "the git id", entry.blob_id)
+    for size in (entry.size, entry.lfs.size if entry.lfs else entry.size):
+        if type(size) is not int or not 0 <= size <= _MAX_NBYTES:
+            raise malformed(where, "the size", size)
+    return RemoteFile(name, entry.size, sha256, entry.blob_id, in_xet=bool(entry.xet_hash))
 
 
 def git_blob_sha1(content: bytes) -> str:

@@ -18,6 +18,7 @@ from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.index import CONFIG, INDEX, README, WEIGHT_SUFFIXES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.printable import printable
 from nvfp4_prep.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def publication_title(source: str, revision: str | None, options: ConvertOptions
     """Title of commits and pull requests: the same for the same conversion, so that a second run finds the first's."""
     kind = hashlib.sha256(json.dumps([source, revision, options.to_dict()], sort_keys=True).encode()).hexdigest()[:8]
     at = f"@{revision[:12]}" if revision else ""
-    return f"nvfp4-prep {kind}: {source}{at}"[:150]
+    return printable(f"nvfp4-prep {kind}: {source}{at}")[:150]
 
 
 def push(
@@ -198,6 +199,13 @@ class _Publication:
                     expected=f"{file.nbytes} bytes",
                     actual="no file" if actual is None else f"{actual} bytes",
                     next_step="Convert again.",
+                )
+            if not name.endswith(WEIGHT_SUFFIXES) and _sha256(file.path.read_bytes()) != file.sha256:
+                raise VerificationError(  # before it is published, and not only after
+                    "is not what the manifest says",
+                    where=str(file.path),
+                    expected=f"sha256 {file.sha256}",
+                    next_step="Verify the directory (not --quick).",
                 )
 
     def _batches(self, missing: list[str]) -> Iterator[dict[str, LocalFile]]:

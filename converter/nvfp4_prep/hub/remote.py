@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nvfp4_prep.errors import HubError, TargetError, UsageError
-from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist
+from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist, well_formed
 from nvfp4_prep.hub.files import LocalFile, Snapshot, read_snapshot
+from nvfp4_prep.printable import mask_passwords
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -82,7 +83,7 @@ class RemoteRepository:
         self.patience = patience or Patience()
         self.stop = stop or threading.Event()
         self.pull_request: int | None = None
-        with hub_errors(repo_id):
+        with hub_errors(repo_id), well_formed(repo_id):
             first = self.patience.at_first_contact()
             self._persist("creating the repository", lambda: self._create(options), first)
             self.revision = self._persist("preparing the branch", lambda: self._branch(options))
@@ -196,7 +197,7 @@ class RemoteRepository:
     @property
     def page(self) -> str:
         """The address where people find the result: of the pull request or of the branch."""
-        base = f"{self.api.endpoint}/{self.repo_id}"
+        base = f"{mask_passwords(self.api.endpoint)}/{self.repo_id}"
         if self.pull_request is not None:
             return f"{base}/discussions/{self.pull_request}"
         return base if self.revision == _MAIN else f"{base}/tree/{self.revision}"

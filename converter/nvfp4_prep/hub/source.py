@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience, hub_errors
-from nvfp4_prep.hub.download import partial_path, remove_tree
-from nvfp4_prep.hub.files import RemoteFile, hash_matches
+from nvfp4_prep.hub.files import RemoteFile, hash_matches, is_git_id
 from nvfp4_prep.hub.ranges import RangeSource, is_small
+from nvfp4_prep.hub.work_files import partial_path, refuse_link, remove_tree
 from nvfp4_prep.source import read_exactly
 
 if TYPE_CHECKING:
@@ -111,11 +111,16 @@ class HubSource(RangeSource):
         return max(at_once_nbytes, largest) + self.ahead * largest
 
     def _tidy(self) -> None:
-        if self.work_dir is None or not self.work_dir.is_dir():
+        if self.work_dir is None:
+            return
+        for folder in (self.work_dir, self.work_dir.parent):
+            refuse_link(folder)
+        if not self.work_dir.is_dir():
             return
         targets = [self._target(self._shards[name].file) for name in self._order]
         wanted = {*targets, *map(partial_path, targets)}
         for path in self.work_dir.iterdir():
+            refuse_link(path)
             if path.is_dir():
                 remove_tree(path)
             elif path not in wanted:
@@ -124,7 +129,12 @@ class HubSource(RangeSource):
     def _target(self, file: RemoteFile) -> Path:
         if self.work_dir is None:
             raise SourceError("must be downloaded, and no place was given for it", where=f"{self.label}/{file.name}")
-        return self.work_dir / (file.sha256 or file.git_sha1)
+        name = file.sha256 or file.git_sha1
+        if not is_git_id(name):  # checked where the listing was read, and here again: it becomes a path
+            raise HubError("hash in the Hub's listing is malformed", where=f"{self.label}/{file.name}", actual=name)
+        for folder in (self.work_dir, self.work_dir.parent):
+            refuse_link(folder)
+        return self.work_dir / name
 
     def _pump(self) -> None:
         """Starts what fits, in order; call it with the lock held."""
@@ -162,10 +172,12 @@ class HubSource(RangeSource):
             shard.path = self.downloader.fetch_to_cache(file)
         else:
             shard.path, shard.is_ours = self._target(file), True
+            refuse_link(shard.path)
             if not (shard.path.is_file() and hash_matches(file, shard.path)):
                 self.downloader.fetch(file, shard.path)
         with hub_errors(f"{self.label}/{file.name}"):
-            shard.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            follow = os.O_NOFOLLOW if shard.is_ours else 0  # the client's cache is made of links
+            shard.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
         self._check_seen(shard)
 
     def _check_seen(self, shard: _Shard) -> None:

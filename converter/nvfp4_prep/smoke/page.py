@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as escape_html
 
+from nvfp4_prep.printable import printable
+from nvfp4_prep.report_file import REPORT_MARKER
 from nvfp4_prep.smoke.chart import error_chart
 from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport, StageFigures
 
@@ -44,10 +46,10 @@ li { margin: .2rem 0; }
 
 def make_page(report: SmokeReport) -> str:
     """The page. It loads nothing from anywhere."""
-    title = f"Fused-MoE smoke run: {report.checkpoint}"
+    title = _escape(f"Fused-MoE smoke run: {report.checkpoint}")
     body = "".join(
         (
-            f"<h1>{escape(title)}</h1>",
+            f"<h1>{title}</h1>",
             _verdict(report),
             _facts(report),
             _problems(report.layers),
@@ -64,10 +66,15 @@ def make_page(report: SmokeReport) -> str:
         )
     )
     return (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{REPORT_MARKER}<title>{title}</title>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
+
+
+def _escape(text: str) -> str:
+    """Return text from outside as HTML shows it, without characters that reorder or hide."""
+    return escape_html(printable(text))
 
 
 def _verdict(report: SmokeReport) -> str:
@@ -89,7 +96,7 @@ def _verdict(report: SmokeReport) -> str:
             " read the same bytes by the published layout and did the same arithmetic."
         )
     source = "" if report.reference == "source" else _RESTORED
-    words = "".join(f"<p>{escape(text)}</p>" for text in (f"{covered}.", kernel))
+    words = "".join(f"<p>{_escape(text)}</p>" for text in (f"{covered}.", kernel))
     return f"<div class='verdict {kind}'><strong>{word}</strong>{words}{source}</div>"
 
 
@@ -113,13 +120,13 @@ def _facts(report: SmokeReport) -> str:
         "Reference": f"computed from the {report.reference} tensors",
         "Time": f"{seconds:.1f} s, reading included" + (f"; {peak / 1e9:.2f} GB on the device" if peak else ""),
     }
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    items = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
     return f"<dl>{items}</dl>"
 
 
 def _problems(layers: Iterable[LayerReport]) -> str:
     items = "".join(
-        f"<li><b>{escape(layer.name)}</b>: {escape(problem)}</li>" for layer in layers for problem in layer.problems
+        f"<li><b>{_escape(layer.name)}</b>: {_escape(problem)}</li>" for layer in layers for problem in layer.problems
     )
     return f"<h2 class='bad'>What is wrong</h2><ul>{items}</ul>" if items else ""
 
@@ -216,7 +223,7 @@ def _error_cells(errors: ErrorFigures) -> tuple[str, ...]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    top = "".join(f"<th>{_escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 

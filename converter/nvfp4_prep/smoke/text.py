@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nvfp4_prep.printable import join_lines
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 from nvfp4_prep.units import count
 
@@ -34,7 +35,7 @@ def smoke_text(report: SmokeReport) -> str:
             else ""
         )
     )
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def layer_line(layer: LayerReport, number: int, total: int) -> str:

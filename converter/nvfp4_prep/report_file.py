@@ -1,0 +1,111 @@
+"""The one file that a user may name for the command line to write: a report, which never takes another file's place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from nvfp4_prep.errors import UsageError
+
+__all__ = ["REPORT_MARKER", "check_report_path", "write_report"]
+
+REPORT_MARKER = "<meta name='generator' content='nvfp4-prep report'>"
+"""Stands at the beginning of every report: a file with it may be replaced by the next report."""
+
+_OLDER_BEGINNING = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke run: "
+_HEAD_NBYTES = 4096
+
+
+def check_report_path(path: Path, *directories: str | Path | None) -> None:
+    """Refuse a path that a report must not be written to; writes nothing.
+
+    Args:
+        path: what the user named.
+        directories: checkpoints that nothing is added to, whether they exist or not; Hub ids and None are passed over.
+
+    Raises:
+        UsageError: if the path lies in one of them, is taken by anything but an earlier report, or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise _refused(path, "its directory does not exist")
+    for directory in directories:
+        if directory is not None and _overlaps(path, Path(directory)):
+            raise _refused(path, f"is part of {directory}, to which nothing is added")
+    if not _is_free(path) and not _is_report(path):
+        raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _refused(path, "cannot be written")
+
+
+def write_report(path: Path, text: str, *directories: str | Path | None) -> None:
+    """Write a report whole or not at all, after another look at its path; arguments as for :func:`check_report_path`.
+
+    Raises:
+        UsageError: as :func:`check_report_path`, also for a file that appeared meanwhile.
+        OSError: if the disk is full or fails.
+    """
+    check_report_path(path, *directories)
+    begun = path.parent / f".nvfp4-prep-report-{secrets.token_hex(8)}"
+    descriptor = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _put_in_place(begun, path)
+    finally:
+        begun.unlink(missing_ok=True)
+
+
+def _put_in_place(begun: Path, path: Path) -> None:
+    if not _is_free(path):
+        if not _is_report(path):
+            raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
+        begun.replace(path)
+        return
+    try:
+        os.link(begun, path, follow_symlinks=False)  # unlike a rename it replaces nothing
+    except FileExistsError as error:
+        raise _refused(path, "appeared meanwhile: nothing is overwritten") from error
+    except OSError:  # a file system without hard links
+        begun.rename(path)
+
+
+def _is_free(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()
+        return False
+    return True
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a regular file, not a link to one, begins as a report."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        head = os.read(descriptor, _HEAD_NBYTES)
+    finally:
+        os.close(descriptor)
+    return REPORT_MARKER.encode() in head or head.startswith(_OLDER_BEGINNING)
+
+
+def _overlaps(path: Path, directory: Path) -> bool:
+    """Whether a path is or lies in a directory, or would be above it, by name or through links and mounts."""
+    place, root = path.parent.resolve() / path.name, directory.resolve()
+    if place.is_relative_to(root) or root.is_relative_to(place):
+        return True
+    with contextlib.suppress(OSError):
+        known = directory.stat()
+        return any(os.path.samestat(known, folder.stat()) for folder in place.parents)
+    return False
+
+
+def _refused(path: Path, what: str) -> UsageError:
+    return UsageError(f"--report: {what}", where=str(path), next_step="Give another path.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from nvfp4_prep import SampleModel, convert, write_sample
 
 # small tensors: more threads only wait for each other, ten times slower on a busy machine
 torch.set_num_threads(1)
+
+# A suite started in the background ignores SIGINT, and its children inherit that: the Ctrl-C tests would hang or fail.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -86,6 +86,12 @@ class Inspection:
     refusal: str = ""
     prepared_as: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.path!r:.80}, prepared={self.prepared}, model_type={self.model_type!r:.40},"
+            f" layers={len(self.layers)}, tensors={self.tensors}, nbytes={self.nbytes}, refusal={self.refusal!r:.60})"
+        )
+
 
 def inspect(checkpoint: str | Path | Source) -> Inspection:
     """Describes a checkpoint. Reads headers, configs and scalars only.

@@ -112,6 +112,12 @@ class Manifest:
     files: Mapping[str, FileRecord]
     verified: tuple[Mapping[str, Any], ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Manifest({self.source!r:.80}, layers={len(self.layers)}, files={len(self.files)},"
+            f" tool_version={self.tool_version!r:.20})"
+        )
+
     @property
     def tp_sizes(self) -> tuple[int, ...]:
         """Tensor-parallel sizes that all layers serve."""

@@ -62,6 +62,12 @@ class PartResult:
     joined: bool
     written_nbytes: int
 
+    def __repr__(self) -> str:
+        return (
+            f"PartResult({str(self.path)!r}, layers={len(self.layers)}, files={self.files}, resumed={self.resumed},"
+            f" joined={self.joined}, written_nbytes={self.written_nbytes})"
+        )
+
 
 def convert_part(
     source: str | Path | Source,

@@ -137,6 +137,12 @@ class Plan:
     files: tuple[OutputFile, ...]
     side_files: tuple[SourceFile, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.source_label!r:.80}, layers={len(self.layers)}, others={len(self.others)}, files={len(self.files)},"
+            f" output_nbytes={self.output_nbytes})"
+        )
+
     @property
     def output_nbytes(self) -> int:
         """Bytes of all safetensors and copied files (configs and manifest come on top)."""

@@ -139,8 +139,8 @@ class Plan:
 
     def __repr__(self) -> str:
         return (
-            f"Plan({self.source_label!r:.80}, layers={len(self.layers)}, others={len(self.others)}, files={len(self.files)},"
-            f" output_nbytes={self.output_nbytes})"
+            f"Plan({self.source_label!r:.80}, layers={len(self.layers)}, others={len(self.others)},"
+            f" files={len(self.files)}, output_nbytes={self.output_nbytes})"
         )
 
     @property

@@ -27,6 +27,8 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
         "layers": len(manifest.layers),
         "tp_sizes": list(manifest.tp_sizes),
         "verified": [dict(check) for check in manifest.verified],
+        "smoke": None if result.smoke is None else result.smoke.summary(),
+        "left_out": list(result.left_out),
         "pushed": None if pushed is None else pushed.to_dict(),
     }
 
@@ -60,6 +62,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
             f" {relative_error_text(worst)}"
         )
     lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
+    lines += [f"left out {name} (not in the index)" for name in result.left_out]
     say("\n".join(lines))
 
 

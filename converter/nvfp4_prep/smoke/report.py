@@ -119,7 +119,7 @@ class ExpertFigures:
         return tuple(found)
 
     def _right(self, figures: ErrorFigures) -> bool:
-        return figures.passed or (self.inconclusive and figures.right)
+        return figures.passed or (self.inconclusive != "" and figures.right)
 
     @property
     def inconclusive(self) -> str:

@@ -100,6 +100,10 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         SourceError: if it cannot be read.
         CheckpointError: if it is a prepared checkpoint with a broken manifest, or an unfinished one.
     """
+    if isinstance(checkpoint, str):
+        from nvfp4_prep.hub import open_source
+
+        checkpoint = open_source(checkpoint)
     if isinstance(checkpoint, str | Path):
         root = Path(checkpoint)
         unfinished = (root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file()

@@ -111,7 +111,7 @@ def check_integer(name: str, value: object, least: int, most: int) -> None:
 def _member(kind: type[_Member], value: object, name: str) -> _Member:
     """Return the member that a name or a member stands for; raise :class:`UsageError` with the choices for others."""
     try:
-        return kind(value)  # a member, or its value as a string
+        return kind(value)  # type: ignore[arg-type]  # a member, or its value as a string
     except ValueError:
         raise UsageError(
             f"option {name} is wrong",

@@ -86,21 +86,19 @@ def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> N
 def test_convert_fails_if_the_smoke_run_does(
     sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import nvfp4_prep.conversion as conversion
+    import nvfp4_prep.execution as execution
 
-    real = conversion.convert
+    real = execution.pass_smoke_run
 
-    def broken(*arguments: object, **rest: object) -> object:
-        result = real(*arguments, **rest)  # type: ignore[arg-type]
-        damage(result.path)
-        return result
+    def broken(path: Path, *rest: object) -> object:
+        damage(path)
+        return real(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(conversion, "convert", broken)
+    monkeypatch.setattr(execution, "pass_smoke_run", broken)
     done = run("convert", sample_source, tmp_path / "out", "-q")
     assert done.exit_code == 6 and "smoke run FAILED" in done.output and "do not serve" in done.output
     assert not (tmp_path / "out" / "config.json").exists()
-    assert (tmp_path / "out" / "config.json.smoke-failed").exists()
-    assert run("convert", sample_source, tmp_path / "out", "-q").exit_code == 8  # never "complete already"
+    assert run("convert", sample_source, tmp_path / "out", "-q").exit_code == 6  # never "complete already"
     assert run("convert", sample_source, tmp_path / "o2", "-q", "--json").exit_code == 6
 
 

@@ -13,40 +13,55 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult, convert, plan
+    from nvfp4_prep.doctor import Diagnosis, diagnose
+    from nvfp4_prep.hub.push import PushResult, push
+    from nvfp4_prep.hub.remote import PublishOptions
+    from nvfp4_prep.hub.stream import convert_and_publish
     from nvfp4_prep.inspection import Inspection, inspect
     from nvfp4_prep.new_layout import RelayoutResult, relayout
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.plan_data import Plan
+    from nvfp4_prep.progress import choose_progress
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.restamping import RestampResult, restamp
     from nvfp4_prep.restoration import RestoreResult, restore
     from nvfp4_prep.sample import SampleModel, write_sample
     from nvfp4_prep.smoke import SmokeReport, run_smoke
+    from nvfp4_prep.smoke_gate import SmokeFailedError, SmokePolicy
     from nvfp4_prep.verification import VerifyReport, verify
 
 __all__ = [
     "ConvertOptions",
     "ConvertResult",
+    "Diagnosis",
     "GateUpPolicy",
     "Inspection",
     "LayoutName",
     "PartResult",
     "Plan",
+    "PublishOptions",
+    "PushResult",
     "ReadyLayer",
     "RelayoutResult",
     "RestampResult",
     "RestoreResult",
     "SampleModel",
+    "SmokeFailedError",
+    "SmokePolicy",
     "SmokeReport",
     "VerifyReport",
     "__version__",
+    "choose_progress",
     "convert",
+    "convert_and_publish",
     "convert_part",
+    "diagnose",
     "inspect",
     "join_parts",
     "load_layer",
     "plan",
+    "push",
     "relayout",
     "restamp",
     "restore",
@@ -58,6 +73,7 @@ __all__ = [
 _HOMES = {
     "ConvertOptions": "options",
     "ConvertResult": "conversion",
+    "Diagnosis": "doctor",
     "GateUpPolicy": "options",
     "Inspection": "inspection",
     "LayoutName": "options",
@@ -68,9 +84,17 @@ _HOMES = {
     "RestampResult": "restamping",
     "RestoreResult": "restoration",
     "SampleModel": "sample",
+    "SmokeFailedError": "smoke_gate",
+    "SmokePolicy": "smoke_gate",
     "SmokeReport": "smoke",
     "VerifyReport": "verification",
+    "PublishOptions": "hub.remote",
+    "PushResult": "hub.push",
+    "choose_progress": "progress",
     "convert": "conversion",
+    "convert_and_publish": "hub.stream",
+    "diagnose": "doctor",
+    "push": "hub.push",
     "convert_part": "parts",
     "inspect": "inspection",
     "join_parts": "parts",

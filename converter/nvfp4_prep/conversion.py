@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
@@ -20,8 +21,12 @@ from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.sink import FileSink, KeepFiles
+from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER, Target
+
+if TYPE_CHECKING:
+    from nvfp4_prep.smoke import SmokeReport
 
 __all__ = [
     "ConvertResult",
@@ -47,6 +52,7 @@ class ConvertResult:
             source and target were read.
         written_nbytes: bytes written by this run.
         left_out, warnings: of the source, where something was to be done: see :class:`~nvfp4_prep.plan_data.Plan`.
+        smoke: the smoke run's report; ``None`` where none was made.
     """
 
     path: Path
@@ -56,13 +62,21 @@ class ConvertResult:
     written_nbytes: int
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    smoke: SmokeReport | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"ConvertResult({str(self.path)!r}, layers={len(self.manifest.layers)}, resumed={self.resumed},"
+            f" already_complete={self.already_complete}, written_nbytes={self.written_nbytes},"
+            f" smoke={None if self.smoke is None else self.smoke.result})"
+        )
 
 
 def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> Plan:
     """Plans a conversion without writing anything.
 
     Args:
-        source: a directory, or an opened source.
+        source: a directory, a Hub id, or an opened source.
         options: what the output's bytes depend on.
 
     Raises:
@@ -87,6 +101,8 @@ def convert(
     restart: bool = False,
     sink: FileSink | None = None,
     device: str = "cpu",
+    smoke: SmokePolicy | None = DEFAULT_SMOKE,
+    smoke_again: bool = False,
 ) -> ConvertResult:
     """Converts a checkpoint.
 
@@ -95,7 +111,7 @@ def convert(
     :mod:`nvfp4_prep.engine`).
 
     Args:
-        source: a directory, or an opened source.
+        source: a directory, a Hub id, or an opened source.
         target: output directory; made if it does not exist.
         options: what the output's bytes depend on.
         threads: workers; does not change the output.
@@ -103,16 +119,19 @@ def convert(
         restart: discard an unfinished earlier run instead of continuing it.
         sink: takes every finished file, also those that an earlier run finished.
         device: ``cpu`` or ``cuda``: where the layout is applied; does not change the output.
+        smoke: what the smoke run before the config is written runs; ``None`` leaves it out.
+        smoke_again: run it also on what was complete already.
 
     Raises:
         SourceError, UnsupportedCheckpointError: as :func:`plan`.
         TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
         VerificationError: if a prepared byte does not turn back into the source's.
+        SmokeFailedError: if the smoke run failed; the same call runs it again, and no config is there until it passes.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
     where = choose_device(device)
-    opened = open_source(source)
     path = Path(target)
+    opened = open_source(source, path)
     try:
         check_apart(opened, path)
         if not restart:
@@ -123,28 +142,49 @@ def convert(
         taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
         complete = complete_manifest(path, made, taker)
         if complete is not None:
-            return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
+            report = pass_smoke_run(path, complete, opened, smoke) if smoke is not None and smoke_again else None
+            return ConvertResult(
+                path, complete, False, True, 0, left_out=made.left_out, warnings=made.warnings, smoke=report
+            )
         if restart:
             discard_parts(path)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
             execution = Execution(made, opened, place, taker, where)
             written = execution.write(threads, progress or NoProgress())
+            manifest, report = execution.finish(smoke)
             return ConvertResult(
                 path,
-                execution.finish(),
+                manifest,
                 place.resumed,
                 already_complete=False,
                 written_nbytes=written,
                 left_out=made.left_out,
                 warnings=made.warnings,
+                smoke=report,
             )
     finally:
         opened.close()
 
 
-def open_source(source: str | Path | Source) -> Source:
-    """A directory as a source; an opened source as it is. Raises :class:`SourceError`."""
-    return LocalSource(Path(source)) if isinstance(source, str | Path) else source
+def open_source(source: str | Path | Source, target: Path | None = None) -> Source:
+    """Open a directory or, where none has that name, a Hub id (``ORG/NAME``, ``hf://…``); an opened source stays as is.
+
+    Args:
+        source: as the user gave it.
+        target: the conversion's, whose work folder takes downloads.
+
+    Raises:
+        SourceError, HubError, UsageError: if it cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    if isinstance(source, str):
+        from nvfp4_prep.hub import open_source as open_address
+
+        named = open_address(source, target=target)
+        if not isinstance(named, str):
+            return named
+    return LocalSource(Path(source))
 
 
 def check_apart(source: Source, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +21,14 @@ from nvfp4_prep.records import layer_record, reconciled_sides
 from nvfp4_prep.room import room_for
 from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.sink import FileSink
+from nvfp4_prep.smoke_gate import SmokePolicy, pass_smoke_run
 from nvfp4_prep.source import Source
 from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.target import Target
 from nvfp4_prep.working import working
+
+if TYPE_CHECKING:
+    from nvfp4_prep.smoke import SmokeReport
 
 __all__ = ["Execution"]
 
@@ -108,11 +113,18 @@ class Execution:
             return experts_job(layer, file, self._source, self._device)
         return source_block_scales_job(layer, file, self._source)
 
-    def finish(self) -> Manifest:
+    def finish(self, smoke: SmokePolicy | None = None) -> tuple[Manifest, SmokeReport | None]:
         """Writes index, card, manifest and config, the last two last, and removes the work folder.
+
+        The config is written only after the smoke run passed, and the journal stays until then: a run that was killed
+        in it or failed it leaves an unfinished conversion, which the same command takes up at the smoke run.
+
+        Args:
+            smoke: what is run; ``None`` runs nothing.
 
         Raises:
             SourceError: if the source changed since it was planned; nothing that looks whole is left then.
+            SmokeFailedError: if the smoke run failed; no config is left then.
         """
         self._source.check_unchanged()
         made = self._plan
@@ -142,7 +154,14 @@ class Execution:
             for name, result in sorted(self._results.items())
         }
         served = (record for file in made.files if file.served for record in file.records)
-        return write_made_files(self._target, replace(draft, files=files), served)
+        reports: list[SmokeReport] = []
+
+        def accept(manifest: Manifest) -> None:
+            if smoke is not None:
+                reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke))
+
+        manifest = write_made_files(self._target, replace(draft, files=files), served, accept)
+        return manifest, next(iter(reports), None)
 
     def _kind(self, name: str) -> str:
         return self._files[name].kind.value if name in self._files else "side"

@@ -88,6 +88,12 @@ class Inspection:
     refusal: str = ""
     prepared_as: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return (
+            f"Inspection({self.path!r:.80}, prepared={self.prepared}, model_type={self.model_type!r:.40},"
+            f" layers={len(self.layers)}, tensors={self.tensors}, nbytes={self.nbytes}, refusal={self.refusal!r:.60})"
+        )
+
 
 def inspect(checkpoint: str | Path | Source) -> Inspection:
     """Describes a checkpoint. Reads headers, configs and scalars only.
@@ -96,6 +102,10 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         SourceError: if it cannot be read.
         CheckpointError: if it is a prepared checkpoint with a broken manifest, or an unfinished one.
     """
+    if isinstance(checkpoint, str):
+        from nvfp4_prep.hub import open_source
+
+        checkpoint = open_source(checkpoint)
     if isinstance(checkpoint, str | Path):
         root = Path(checkpoint)
         unfinished = (root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file()

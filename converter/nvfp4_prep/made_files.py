@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from nvfp4_prep.index import CONFIG, INDEX, README
@@ -20,13 +20,19 @@ MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
 """In the order of writing: without the last two a directory is no checkpoint."""
 
 
-def write_made_files(target: Target, draft: Manifest, served: Iterable[TensorRecord]) -> Manifest:
+def write_made_files(
+    target: Target,
+    draft: Manifest,
+    served: Iterable[TensorRecord],
+    accept: Callable[[Manifest], None] = lambda manifest: None,
+) -> Manifest:
     """Writes the last files and finishes the target.
 
     Args:
         target: holds all other files.
         draft: the manifest, with those files.
         served: the tensors that the index lists.
+        accept: looks at the whole before the config is there; if it raises, the target stays unfinished.
 
     Returns:
         The manifest as it was written, with the made files in it.
@@ -35,7 +41,10 @@ def write_made_files(target: Target, draft: Manifest, served: Iterable[TensorRec
     made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made") for name, text in texts.items()}
     manifest = replace(draft, files={**draft.files, **made})
     texts[MANIFEST] = manifest.to_bytes()
+    (target.path / CONFIG).unlink(missing_ok=True)  # of a run that was killed after it, and may be judged anew
     for name in MADE_FILES:
+        if name == CONFIG:
+            accept(manifest)
         target.write_file(name, texts[name])
     target.finish()
     return manifest

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep_kernels import LayoutError, MoeLayout
 
-__all__ = ["ConvertOptions", "GateUpPolicy", "LayoutName"]
+__all__ = ["MAX_MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName", "check_integer"]
+
+MAX_MOE_TP = 1024
+"""Largest tensor-parallel size to pad for."""
+_Member = TypeVar("_Member", bound=enum.StrEnum)
 
 
 class LayoutName(enum.StrEnum):
@@ -48,6 +52,11 @@ class ConvertOptions:
     moe_tp: int = 1
 
     def __post_init__(self) -> None:
+        # a frozen dataclass lets only object.__setattr__ replace what was given by what it means
+        object.__setattr__(self, "layout", _member(LayoutName, self.layout, "layout"))
+        object.__setattr__(self, "gate_up_scales", _member(GateUpPolicy, self.gate_up_scales, "gate_up_scales"))
+        check_integer("gate_up_block", self.gate_up_block, 16, 64)
+        check_integer("moe_tp", self.moe_tp, 1, MAX_MOE_TP)
         if self.layout is LayoutName.CUTEDSL_BATCHED and self.gate_up_block != 64:
             raise UsageError(
                 "the batched layout does not interleave gate and up",
@@ -86,3 +95,27 @@ class ConvertOptions:
             gate_up_scales=GateUpPolicy(value["gate_up_scales"]),
             moe_tp=int(value["moe_tp"]),
         )
+
+
+def check_integer(name: str, value: object, least: int, most: int) -> None:
+    """Raise :class:`UsageError` unless an option is a whole number within its bounds."""
+    if type(value) is not int or not least <= value <= most:  # bool is an int, but True is not a size
+        raise UsageError(
+            f"option {name} is wrong",
+            expected=f"a whole number from {least} to {most}",
+            actual=repr(value)[:80],
+            next_step=f"Give {name} as an int within these bounds.",
+        )
+
+
+def _member(kind: type[_Member], value: object, name: str) -> _Member:
+    """Return the member that a name or a member stands for; raise :class:`UsageError` with the choices for others."""
+    try:
+        return kind(value)  # type: ignore[arg-type]  # a member, or its value as a string
+    except ValueError:
+        raise UsageError(
+            f"option {name} is wrong",
+            expected=" or ".join(repr(choice.value) for choice in kind),
+            actual=repr(value)[:80],
+            next_step=f"Give {name} one of these names.",
+        ) from None

@@ -23,6 +23,7 @@ from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.sink import KeepFiles
+from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
 from nvfp4_prep.source import Source
 from nvfp4_prep.target import Target
 from nvfp4_prep.units import count, spans
@@ -62,6 +63,12 @@ class PartResult:
     joined: bool
     written_nbytes: int
 
+    def __repr__(self) -> str:
+        return (
+            f"PartResult({str(self.path)!r}, layers={len(self.layers)}, files={self.files}, resumed={self.resumed},"
+            f" joined={self.joined}, written_nbytes={self.written_nbytes})"
+        )
+
 
 def convert_part(
     source: str | Path | Source,
@@ -94,7 +101,8 @@ def convert_part(
         NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
     """
     selection = LayerSelection.parse(layers) if isinstance(layers, str) else layers
-    opened, path = open_source(source), Path(target)
+    path = Path(target)
+    opened = open_source(source, part_folder(path, selection))
     try:
         check_apart(opened, path)
         made = make_plan(opened, options)
@@ -119,6 +127,7 @@ def join_parts(
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    smoke: SmokePolicy | None = DEFAULT_SMOKE,
 ) -> ConvertResult:
     """Makes a whole checkpoint of finished parts. Killed at any moment, the same call continues.
 
@@ -127,6 +136,7 @@ def join_parts(
         target: the output directory that was given for the parts.
         threads: workers.
         progress: told how it goes.
+        smoke: as for :func:`~nvfp4_prep.conversion.convert`.
 
     Raises:
         PartsMissingError: if layers are missing; nothing was changed.
@@ -135,13 +145,14 @@ def join_parts(
         VerificationError: if two parts made the same file with different bytes.
         NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
     """
-    opened, path = open_source(source), Path(target)
+    path = Path(target)
+    opened = open_source(source, path)
     try:
         check_apart(opened, path)
         made = make_plan(opened, options)
         complete = complete_manifest(path, made, KeepFiles())
         if complete is not None:
-            return ConvertResult(path, complete, resumed=False, already_complete=True, written_nbytes=0)
+            return ConvertResult(path, complete, False, True, 0, left_out=made.left_out, warnings=made.warnings)
         with contextlib.ExitStack() as held:
             parts = [
                 held.enter_context(Target(folder, part_identity(made, LayerSelection.parse(text))))
@@ -157,14 +168,16 @@ def join_parts(
                         place.adopt(entry, part.path / name)
             execution = Execution(made, opened, place, KeepFiles())
             written = execution.write(threads, progress or NoProgress())
+            manifest, report = execution.finish(smoke)
             return ConvertResult(
                 path,
-                execution.finish(),
+                manifest,
                 place.resumed,
                 already_complete=False,
                 written_nbytes=written,
                 left_out=made.left_out,
                 warnings=made.warnings,
+                smoke=report,
             )
     finally:
         opened.close()

@@ -137,6 +137,12 @@ class Plan:
     files: tuple[OutputFile, ...]
     side_files: tuple[SourceFile, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.source_label!r:.80}, layers={len(self.layers)}, others={len(self.others)},"
+            f" files={len(self.files)}, output_nbytes={self.output_nbytes})"
+        )
+
     @property
     def left_out(self) -> tuple[str, ...]:
         """The source's files that are no part of the model: see :class:`~nvfp4_prep.index.CheckpointIndex`."""

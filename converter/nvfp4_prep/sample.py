@@ -18,6 +18,7 @@ import torch
 
 from nvfp4_prep.buffers import byte_view
 from nvfp4_prep.errors import TargetError, UsageError
+from nvfp4_prep.options import check_integer
 from nvfp4_prep.safetensors_io import TensorSpec, encode_header
 from nvfp4_prep.target_file import translate_os_error
 
@@ -49,6 +50,13 @@ class SampleModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("layers", "experts", "intermediate", "hidden", "vocabulary", "shard_nbytes"):
+            check_integer(name, getattr(self, name), 1, 2**62)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        if type(self.differing) not in (int, float) or not 0 <= self.differing <= 1:
+            raise UsageError(
+                "option differing is wrong", expected="a share from 0 to 1", actual=repr(self.differing)[:80]
+            )
         if self.layers < 2 or self.experts < 1:
             raise UsageError("a sample needs a dense layer, an MoE layer and an expert")
         if self.hidden % 16 or self.intermediate % 16:

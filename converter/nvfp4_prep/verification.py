@@ -21,6 +21,7 @@ from nvfp4_prep.buffers import byte_view, empty_bytes
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
+from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.manifest_values import MADE
 from nvfp4_prep.plan_data import FileKind
@@ -135,6 +136,8 @@ def verify(
         check_structure(opened, problems)
         checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
         depth, nbytes = "quick", 0
+        if isinstance(source, str):
+            source = open_ranges(source)  # a Hub id is read by ranges and never downloaded
         comparison = None if source is None else SourceComparison(opened, source, problems)
         try:
             if comparison is not None:

@@ -21,7 +21,7 @@ from hub_support import (
 )
 
 from nvfp4_prep.conversion import ConvertResult, convert, plan
-from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError
+from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError, VerificationError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.push import PushResult
@@ -188,9 +188,15 @@ def test_what_the_repository_lost_is_made_again(hub: LoopbackHub, local: Path, e
     assert published(hub) == expected
 
 
-def test_what_is_not_accepted_is_not_stamped(hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path) -> None:
-    _, pushed = go(local, tmp_path / "out", accept=lambda result: False)
-    assert pushed is None
+def test_what_is_not_accepted_is_not_stamped(
+    hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *rest: object) -> None:
+        raise VerificationError("the smoke run failed", where=str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(VerificationError):
+        patch.setattr("nvfp4_prep.execution.pass_smoke_run", refuse)
+        go(local, tmp_path / "out")
     assert "config.json" not in published(hub)
     go(local, tmp_path / "out")
     assert published(hub) == expected

@@ -30,6 +30,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
         "left_out": list(result.left_out),
         "warnings": list(result.warnings),
         "verified": [dict(check) for check in manifest.verified],
+        "smoke": None if result.smoke is None else result.smoke.summary(),
         "pushed": None if pushed is None else pushed.to_dict(),
     }
 

@@ -20,7 +20,7 @@ from nvfp4_prep.cli.common import (
 )
 from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
 from nvfp4_prep.cli.output import hint, make_progress, say, say_next, say_text, shell_line, tell_address, to_json
-from nvfp4_prep.cli.smoke import SmokeGate, check_page, say_smoke
+from nvfp4_prep.cli.smoke import check_page, say_smoke, smoke_policy, write_page
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.part_folders import LayerSelection
+    from nvfp4_prep.smoke_gate import SmokeFailedError, SmokePolicy
 
 __all__ = ["convert"]
 
@@ -204,39 +205,59 @@ def _make_part(job: _Job, selection: LayerSelection) -> None:
 
 
 def _make_checkpoint(job: _Job) -> None:
-    opened = job.open()
-    gate = SmokeGate(
-        job.target,
-        opened if isinstance(opened, str) else None,  # a source from the Hub may be gone by then
-        skip=job.no_smoke or job.stream_out,
-        again=job.push_to is not None,
-        page=job.report,
-        quiet=job.quiet,
-    )
-    pushed: PushResult | None = None
-    if job.push_to is not None:
-        result, pushed = _convert_and_publish(job, opened, job.push_to, gate)
-    else:
-        result = _join(job, opened) if job.join else _convert_here(job, opened)
-        gate.passes(result)
+    from nvfp4_prep.smoke_gate import SmokeFailedError
+
+    try:
+        result, pushed = _run(job, job.open())
+    except SmokeFailedError as error:
+        _say_failed(job, error)
+        sys.exit(error.exit_code)
     if result.already_complete and job.push_to is None:
         _check_finished(job.target)
+    if job.report is not None and result.smoke is not None:
+        write_page(job.report, result.smoke, job.target, job.source)
     if job.as_json:
-        smoke = None if gate.report is None else gate.report.summary()
-        say(to_json(conversion_value(result, pushed) | {"smoke": smoke}))
+        say(to_json(conversion_value(result, pushed)))
     else:
         say_conversion(result, pushed, job.source, job.target)
-        say_smoke(gate.report)
-    if gate.failed:
-        if job.push_to is None:
-            gate.set_aside()
-        sys.exit(VerificationError.exit_code)
-    if job.report is not None and gate.report is None:
+        say_smoke(result.smoke)
+    if job.report is not None and result.smoke is None:
         page = shell_line("verify", job.target, "--smoke", "--report", job.report)
         hint(f"no smoke run of what was complete already, and no {job.report}: {page} makes it")
     if not job.as_json and not result.already_complete:
         warn_of_policy(result)
         say_next("verify", job.target, "--source", job.source)
+
+
+def _run(job: _Job, opened: str | HubSource) -> tuple[ConvertResult, PushResult | None]:
+    """The library's one call."""
+    smoke = None if job.no_smoke else smoke_policy(quiet=job.quiet)
+    if job.push_to is not None:
+        return _convert_and_publish(job, opened, job.push_to, smoke)
+    if job.join:
+        from nvfp4_prep.parts import join_parts
+
+        return join_parts(opened, job.target, smoke=smoke, **job.arguments()), None
+    from nvfp4_prep.conversion import convert
+
+    return convert(opened, job.target, restart=job.restart, device=job.device, smoke=smoke, **job.arguments()), None
+
+
+def _say_failed(job: _Job, error: SmokeFailedError) -> None:
+    """A conversion that is whole but for the config, which the failed smoke run keeps back."""
+    from nvfp4_prep.conversion import ConvertResult
+
+    if job.report is not None:
+        write_page(job.report, error.report, job.target, job.source)
+    if job.as_json:
+        say(
+            to_json(
+                conversion_value(ConvertResult(job.target, error.manifest, False, False, 0, smoke=error.report), None)
+            )
+        )
+    else:
+        say_smoke(error.report)
+    hint(f"error: {job.target} has no config.json, so that nothing serves this checkpoint; {error.next_step}")
 
 
 def _check_finished(target: Path) -> None:
@@ -255,21 +276,9 @@ def _check_finished(target: Path) -> None:
         )
 
 
-def _convert_here(job: _Job, opened: str | HubSource) -> ConvertResult:
-    from nvfp4_prep.conversion import convert
-
-    return convert(opened, job.target, restart=job.restart, device=job.device, **job.arguments())
-
-
-def _join(job: _Job, opened: str | HubSource) -> ConvertResult:
-    from nvfp4_prep.parts import join_parts
-
-    return join_parts(opened, job.target, **job.arguments())
-
-
 def _convert_and_publish(
-    job: _Job, opened: str | HubSource, repository: str, gate: SmokeGate
-) -> tuple[ConvertResult, PushResult | None]:
+    job: _Job, opened: str | HubSource, repository: str, smoke: SmokePolicy | None
+) -> tuple[ConvertResult, PushResult]:
     from nvfp4_prep.hub import quiet_client
     from nvfp4_prep.hub.stream import convert_and_publish
 
@@ -282,6 +291,6 @@ def _convert_and_publish(
         stream_out=job.stream_out,
         restart=job.restart,
         device=job.device,
-        accept=gate.passes,
+        smoke=smoke,
         **job.arguments(),
     )

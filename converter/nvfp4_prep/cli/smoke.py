@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from nvfp4_prep.cli.common import decorated
-from nvfp4_prep.cli.output import hint, say_text, shell_line
-from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.cli.output import hint, say_text
 from nvfp4_prep.report_file import check_report_path, write_report
 
 if TYPE_CHECKING:
-    from nvfp4_prep.conversion import ConvertResult
     from nvfp4_prep.smoke import SmokeReport
+    from nvfp4_prep.smoke_gate import SmokePolicy
     from nvfp4_prep.source import Source
 
-__all__ = ["SmokeGate", "SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_run"]
+__all__ = ["SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_policy", "smoke_run", "write_page"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -80,7 +79,6 @@ def smoke_run(
 ) -> SmokeReport:
     """Runs it, tells of each layer on stderr, and writes the page."""
     from nvfp4_prep.smoke import run_smoke
-    from nvfp4_prep.smoke.page import make_page
     from nvfp4_prep.smoke.text import layer_line
 
     try:
@@ -96,7 +94,7 @@ def smoke_run(
         if source is not None and not isinstance(source, str):
             source.close()
     if options.page is not None:
-        write_report(options.page, make_page(report), checkpoint, source if isinstance(source, str) else None)
+        write_page(options.page, report, checkpoint, source if isinstance(source, str) else None)
     return report
 
 
@@ -113,64 +111,19 @@ def _layer_numbers(checkpoint: str | Path) -> list[int]:
         return sorted({record.layer.index for record in opened.manifest.layers})
 
 
-class SmokeGate:
-    """The run that ends a conversion, before anything is published in loadable form.
+def smoke_policy(*, quiet: bool) -> SmokePolicy:
+    """The library's default, which tells of each layer on stderr."""
+    from nvfp4_prep.smoke.text import layer_line
+    from nvfp4_prep.smoke_gate import SmokePolicy
 
-    Attributes:
-        report: the run's, once there was one.
-    """
+    return SmokePolicy(on_layer=None if quiet else lambda *layer: hint(layer_line(*layer)))
 
-    def __init__(self, target: Path, source: str | None, *, skip: bool, again: bool, page: Path | None, quiet: bool):
-        """Runs nothing yet.
 
-        Args:
-            target: what is made.
-            source: directory to compare with; without it the prepared tensors are turned back.
-            skip: let everything pass.
-            again: run also on a checkpoint that was complete already.
-            page: HTML page to write.
-            quiet: tell nothing on stderr.
-        """
-        self.report: SmokeReport | None = None
-        self._target, self._source = target, source
-        self._skip, self._again = skip, again
-        self._page, self._quiet = page, quiet
+def write_page(page: Path, report: SmokeReport, *directories: str | Path | None) -> None:
+    """Write the HTML page of ``--report``, outside ``directories``."""
+    from nvfp4_prep.smoke.page import make_page
 
-    def passes(self, result: ConvertResult) -> bool:
-        """Whether the conversion may go out: everything is run on a card, a few layers and experts on a CPU."""
-        if self._skip or (result.already_complete and not self._again):
-            return True
-        try:
-            self.report = smoke_run(self._target, self._source, self._options(), quiet=self._quiet)
-        except KeyboardInterrupt as error:
-            raise ConversionInterrupted(
-                "interrupted in the smoke run: the conversion is complete, but was not tried",
-                where=str(self._target),
-                next_step=f"Run: {shell_line('verify', self._target, '--smoke')}",
-            ) from error
-        return self.report.passed
-
-    @property
-    def failed(self) -> bool:
-        """Whether a run found something wrong."""
-        return self.report is not None and not self.report.passed
-
-    def set_aside(self) -> None:
-        """Takes the stamp from a failed checkpoint: nothing can serve it, and no second run finds it complete."""
-        from nvfp4_prep.index import CONFIG
-
-        kept = self._target / f"{CONFIG}.smoke-failed"
-        (self._target / CONFIG).rename(kept)
-        hint(f"error: {CONFIG} was set aside as {kept}, so that nothing serves this checkpoint")
-
-    def _options(self) -> SmokeOptions:
-        from nvfp4_prep.smoke.backends import choose_backend
-
-        if choose_backend().device.type == "cuda":
-            return SmokeOptions(page=self._page)
-        numbers = _layer_numbers(self._target)
-        few = sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]})
-        return SmokeOptions(layers=",".join(map(str, few)), sample=4, page=self._page)
+    write_report(page, make_page(report), *directories)
 
 
 def say_smoke(report: SmokeReport | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.progress import Progress
 from nvfp4_prep.sink import KeepFiles
+from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
 from nvfp4_prep.source import Source
 
 if TYPE_CHECKING:
@@ -221,10 +222,10 @@ def convert_and_publish(
     progress: Progress | None = None,
     restart: bool = False,
     device: str = "cpu",
-    accept: Callable[[ConvertResult], bool] = lambda result: True,
+    smoke: SmokePolicy | None = DEFAULT_SMOKE,
     api: HfApi | None = None,
     patience: Patience | None = None,
-) -> tuple[ConvertResult, PushResult | None]:
+) -> tuple[ConvertResult, PushResult]:
     """Converts and publishes at the same time; killed at any moment, the same call continues.
 
     Args:
@@ -232,8 +233,8 @@ def convert_and_publish(
         repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
-        accept: looks at the finished conversion before the stamp is published; if it says no, the repository stays
-            without a stamp, so that nobody can load it, and there is no second result.
+        smoke: what is run before the stamp is published, also of what was complete already: if it fails, the
+            repository stays without a stamp, so that nobody can load it. With ``stream_out`` nothing is run.
 
     Raises:
         NvfpPrepError: as both of them.
@@ -242,10 +243,17 @@ def convert_and_publish(
     sink = StreamPublisher(repo_id, options_there, stream_out=stream_out, api=api, patience=patience)
     try:
         result = convert(
-            source, target, options, threads=threads, progress=progress, restart=restart, sink=sink, device=device
+            source,
+            target,
+            options,
+            threads=threads,
+            progress=progress,
+            restart=restart,
+            sink=sink,
+            device=device,
+            smoke=None if stream_out else smoke,
+            smoke_again=True,
         )
-        if not accept(result):
-            return result, None
         return result, publish(Path(target), repo_id, options_there, progress=progress, remote=sink.remote)
     finally:
         sink.interrupt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -139,7 +139,9 @@ def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[floa
             if expert.gate is not None:
                 gate = x @ expert.gate.decode().T * (expert.gate.global_scale * layer.input_scale)
             up = x @ expert.up.decode().T * (expert.up.global_scale * layer.input_scale)
-            largest = max(largest, float(layer.activation(gate, up).abs().max()))
+            size = float(layer.activation(gate, up).abs().max())
+            if math.isfinite(size):  # one expert with NaN or infinite scales must not make the others' tokens tiny
+                largest = max(largest, size)
         reach = largest / (layer.fc2_input_scale * E2M1_MAX * E4M3_MAX)
         if 0.2 <= reach <= 0.95 or (reach < 0.2 and amplitude == 1.0):
             break
@@ -180,12 +182,13 @@ def _stages(
     hidden, quantized = (values[rows][:, columns].to(torch.float32) for values in (trace.hidden, trace.quantized))
     known = torch.where(quantized.isfinite(), quantized, 0.0)
     strayed = (quantized - wanted.quantized[:count]).abs() > wanted.spread[:count] * (1 + 1e-6)
+    defined = wanted.hidden[:count].isfinite().all(dim=1, keepdim=True)
     down, tolerance = evaluate_down(expert, known, layer.fc2_input_scale)
     weights = alone.weights[rows]
     return StageFigures(
         first=compare(hidden, wanted.hidden[:count], wanted.hidden_tolerance[:count]),
-        misrounded=int((strayed | ~quantized.isfinite()).sum()),
-        second=compare(out[rows], down * weights, tolerance * weights),
+        misrounded=int(((strayed | ~quantized.isfinite()) & defined).sum()),
+        second=compare(out[rows], torch.where(defined, down * weights, math.nan), tolerance * weights),
     )
 
 
@@ -227,9 +230,11 @@ class _Expected:
             torch.randperm(dims.intermediate, device=x.device, generator=generator),
         )
         first, second = self._evaluate(expert, x), self._evaluate(expert, x, order)
-        difference = (second.out - first.out).abs()
-        worst = in_tolerances(difference, first.tolerance).max()
-        return float(difference.norm() / first.out.norm().clamp(min=1e-30)), float(worst)
+        defined = first.out.isfinite() & second.out.isfinite()
+        difference = torch.where(defined, (second.out - first.out).abs(), 0.0)
+        tolerance = torch.where(defined, first.tolerance, 0.0) + torch.finfo(torch.float32).tiny
+        size = torch.where(defined, first.out, 0.0).norm().clamp(min=1e-30)
+        return float(difference.norm() / size), float(in_tolerances(difference, tolerance).max())
 
     def judge(self, case: Routing, out: torch.Tensor, dtype: torch.dtype, rows: slice | None = None) -> ErrorFigures:
         """Compares the outputs of one case, or some of its rows."""
@@ -245,7 +250,10 @@ class _Expected:
         self, expert: SourceExpert, x: torch.Tensor, order: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Evaluation:
         layer = self._layer
-        return evaluate(expert, x, layer.activation, layer.input_scale, layer.fc2_input_scale, order=order)
+        found = evaluate(expert, x, layer.activation, layer.input_scale, layer.fc2_input_scale, order=order)
+        # what quantization makes of NaN and infinity is not defined, so neither are the outputs
+        defined = found.hidden.isfinite().all(dim=1, keepdim=True)
+        return replace(found, out=torch.where(defined, found.out, math.nan))
 
     def _tokens_of(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and router weights ``[n, 1]`` of an expert's tokens over all cases."""

@@ -28,8 +28,9 @@ class ErrorFigures:
         relative_limit: |tolerance| / |reference|: the largest relative error that rounding can explain.
         worst: largest error of one element in units of its own tolerance; above 1 is wrong.
         worst_of_rms: that element's error over the reference's root mean square.
-        unwritten: elements that are not finite; the output is NaN before the run.
-        reference_rms: root mean square of the reference.
+        unwritten: elements that are not finite where the reference is; the output is NaN before the run.
+        reference_rms: root mean square of the reference's finite elements.
+        undefined: elements whose reference is not finite: nothing is compared there.
     """
 
     cosine: float
@@ -39,25 +40,33 @@ class ErrorFigures:
     worst_of_rms: float
     unwritten: int
     reference_rms: float
+    undefined: int = 0
 
     @property
     def passed(self) -> bool:
-        """Whether everything was written, lies within its tolerance, and the tolerance means something."""
-        return self.unwritten == 0 and self.worst <= 1.0 and self.meaningful
+        """Whether nothing is wrong, and the tolerance means something."""
+        return self.right and self.meaningful
 
     @property
-    def exact(self) -> bool:
-        """Whether every element was written and equals the reference."""
-        return self.unwritten == 0 and self.worst == 0.0
+    def right(self) -> bool:
+        """Whether everything that the reference says was written and lies within its tolerance."""
+        return self.unwritten == 0 and self.worst <= 1.0
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether the reference is zero, or nearly, or not finite: a fact about what was given, not about the bytes."""
+        return self.undefined > 0 or self.reference_rms <= NEARLY_ZERO
 
     @property
     def meaningful(self) -> bool:
         """Whether the reference is away from zero and the tolerance is small against it."""
-        return self.reference_rms > 0.0 and self.relative_limit <= RELATIVE_LIMIT
+        return not self.degenerate and self.relative_limit <= RELATIVE_LIMIT
 
 
 RELATIVE_LIMIT = 0.1
 """Above this the intermediate is so often between two codes that a comparison would prove little."""
+NEARLY_ZERO = 1e-25
+"""Outputs below this are nothing beside others of bfloat16 activations, and float32 products underflow on the way."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,17 @@ class ExpertFigures:
         return tuple(found)
 
     def _right(self, figures: ErrorFigures) -> bool:
-        return figures.passed or (self.zero and figures.exact)
+        return figures.passed or (self.inconclusive != "" and figures.right)
+
+    @property
+    def inconclusive(self) -> str:
+        """Why there was nothing to compare, or not everywhere; empty for an expert that computes something."""
+        seen = [self.errors] if self.stages is None else [self.errors, self.stages.first]
+        if any(figures.undefined for figures in seen):
+            return "reference is not finite"
+        if self.zero or any(figures.degenerate for figures in seen):
+            return "reference is zero"
+        return ""
 
     @property
     def worst(self) -> float:
@@ -204,8 +223,18 @@ class LayerReport:
                 text = next(text for text in worst.problems if text.startswith(figure))
                 count = f"{len(bad)} of {len(self.figures)} experts wrong"
                 found.append(f"{figure}: {count}, expert {worst.expert}{text[len(figure) :]}")
-        found += [f"routing: {case.name}: {_say(case.errors)}" for case in self.cases if not case.errors.passed]
+        dead = bool(self.inconclusive)
+        found += [
+            f"routing: {case.name}: {_say(case.errors)}"
+            for case in self.cases
+            if not (case.errors.right if dead else case.errors.passed)
+        ]
         return tuple(found)
+
+    @property
+    def inconclusive(self) -> dict[int, str]:
+        """Experts of which there was nothing to compare, or not everywhere, with the reason."""
+        return {figure.expert: figure.inconclusive for figure in self.figures if figure.inconclusive}
 
     @property
     def passed(self) -> bool:
@@ -253,17 +282,32 @@ class SmokeReport:
     layers_total: int
     layers: tuple[LayerReport, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"SmokeReport({self.checkpoint!r:.80}, passed={self.passed}, backend={self.backend.name!r},"
+            f" layers={len(self.layers)} of {self.layers_total})"
+        )
+
     @property
     def passed(self) -> bool:
         """Whether every layer that was run passed; a run over no layer proves nothing."""
         return bool(self.layers) and all(layer.passed for layer in self.layers)
+
+    @property
+    def result(self) -> str:
+        """``failed``; ``inconclusive`` if no expert gave anything to compare; else ``passed``."""
+        if not self.passed:
+            return "failed"
+        compared = any(len(layer.inconclusive) < len(layer.figures) for layer in self.layers)
+        return "passed" if compared else "inconclusive"
 
     def summary(self) -> dict[str, Any]:
         """The short form for a manifest: what ran and the worst figures."""
         experts = [figure.errors for layer in self.layers for figure in layer.figures]
         return {
             "check": "fused-MoE smoke run",
-            "result": "passed" if self.passed else "failed",
+            "result": self.result,
+            "inconclusive_experts": sum(len(layer.inconclusive) for layer in self.layers),
             "backend": self.backend.name,
             "real_kernel": self.backend.real_kernel,
             "why_not_better": self.backend.reason,
@@ -286,6 +330,11 @@ class SmokeReport:
             **asdict(self),
             "passed": self.passed,
             "problems": {layer.name: list(layer.problems) for layer in self.layers if layer.problems},
+            "inconclusive": {
+                layer.name: {str(expert): reason for expert, reason in layer.inconclusive.items()}
+                for layer in self.layers
+                if layer.inconclusive
+            },
         }
 
 
@@ -296,7 +345,7 @@ def _order(value: float) -> float:
 def _say(errors: ErrorFigures) -> str:
     if errors.unwritten:
         return f"{errors.unwritten} output elements not written or not finite"
-    if not errors.meaningful:
+    if errors.right and not errors.meaningful:
         return f"inconclusive: reference rms {errors.reference_rms:.3g}, tolerance {errors.relative_limit:.3g} of it"
     return (
         f"worst element {errors.worst:.3g} times its tolerance, relative error {errors.relative:.3g},"

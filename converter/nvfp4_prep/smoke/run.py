@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def run_smoke(
     """
     reports = []
     with contextlib.ExitStack() as held:
+        held.enter_context(_one_torch_thread())
         checkpoint = held.enter_context(PreparedCheckpoint(prepared))
         chosen = choose_backend(backend)
         records = choose_layers(checkpoint.manifest, layers)
@@ -76,6 +77,17 @@ def run_smoke(
         layers_total=len(checkpoint.manifest.layers),
         layers=tuple(reports),
     )
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """One torch thread, as in the conversion: OpenMP's threads spin, and on busy cores cost ten times what they win."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[LayerRecord]:

@@ -12,6 +12,12 @@ __all__ = ["layer_line", "smoke_text"]
 def smoke_text(report: SmokeReport) -> str:
     """What ran, whether it passed, the worst figures and every problem."""
     lines = [f"WRONG {layer.name}: {problem}" for layer in report.layers for problem in layer.problems]
+    origin = "SOURCE" if report.reference == "source" else "checkpoint"
+    lines += [
+        f"note {layer.name}: expert {expert}: {reason} in the {origin}: nothing to compare"
+        for layer in report.layers
+        for expert, reason in layer.inconclusive.items()
+    ]
     backend = report.backend
     if backend.real_kernel:
         lines.append(f"smoke run: FlashInfer's CuteDSL fused-MoE kernel itself, on {backend.device}")
@@ -25,7 +31,7 @@ def smoke_text(report: SmokeReport) -> str:
     figures = [figure for layer in report.layers for figure in layer.figures]
     total = sum(layer.experts_total for layer in report.layers)
     lines.append(
-        f"smoke run {'passed' if report.passed else 'FAILED'}:"
+        f"smoke run {'FAILED' if report.result == 'failed' else report.result}:"
         f" {len(report.layers)} of {count(report.layers_total, 'layer')},"
         f" {len(figures)} of their {count(total, 'expert')}"
         + (

@@ -1,0 +1,102 @@
+"""The smoke run that a conversion must pass before its ``config.json`` appears, without which it is no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
+from nvfp4_prep.manifest import Manifest
+from nvfp4_prep.source import LocalSource, Source
+
+if TYPE_CHECKING:
+    from nvfp4_prep.smoke import LayerReport, SmokeReport
+
+__all__ = ["DEFAULT_SMOKE", "SmokeFailedError", "SmokePolicy", "pass_smoke_run"]
+
+_BACKENDS = ("auto", "flashinfer", "triton", "torch")
+_CPU_EXPERTS = 4
+
+
+@dataclass(frozen=True)
+class SmokePolicy:
+    """What the smoke run at the end of a conversion runs; does not change the output's bytes.
+
+    Attributes:
+        layers: numbers of the layers; by default all on a GPU, and the first, middle and last on a CPU.
+        sample: experts of each layer; by default all on a GPU, and four on a CPU.
+        backend: ``auto``, ``flashinfer``, ``triton`` or ``torch``.
+        on_layer: told of each finished layer, with its number and how many there are.
+    """
+
+    layers: tuple[int, ...] | None = None
+    sample: int | None = None
+    backend: str = "auto"
+    on_layer: Callable[[LayerReport, int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.backend not in _BACKENDS:
+            raise UsageError("no such backend", expected=" or ".join(_BACKENDS), actual=repr(self.backend)[:80])
+        if self.sample is not None and (type(self.sample) is not int or self.sample < 1):
+            raise UsageError("option sample is wrong", expected="at least 1", actual=repr(self.sample)[:80])
+
+
+DEFAULT_SMOKE = SmokePolicy()
+"""The same from Python as from the command line."""
+
+
+class SmokeFailedError(VerificationError):
+    """The smoke run at the end of a conversion found something wrong; the target has no ``config.json``.
+
+    Attributes:
+        report: of the run.
+        manifest: of the conversion that failed.
+    """
+
+    def __init__(self, path: Path, report: SmokeReport, manifest: Manifest) -> None:
+        self.report = report
+        self.manifest = manifest
+        super().__init__(
+            "the smoke run failed: do not serve this checkpoint, report it",
+            where=str(path),
+            next_step="The same command runs it again; --restart (restart=True) converts anew.",
+        )
+
+
+def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy: SmokePolicy) -> SmokeReport:
+    """Run it on a directory that has everything but perhaps ``config.json``.
+
+    Args:
+        path: the directory.
+        manifest: what it holds.
+        source: compared with if its bytes are on this machine; else the prepared tensors are inverted.
+        policy: what is run.
+
+    Raises:
+        SmokeFailedError: if anything is wrong.
+        ConversionInterrupted: on Ctrl-C; the run stays due.
+    """
+    from nvfp4_prep.smoke import run_smoke
+    from nvfp4_prep.smoke.backends import choose_backend
+
+    on_cpu = choose_backend(policy.backend).device.type == "cpu"
+    layers, sample = policy.layers, policy.sample
+    if on_cpu and layers is None:
+        numbers = sorted({record.layer.index for record in manifest.layers})
+        layers = tuple(sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]}))
+    if on_cpu and sample is None:
+        sample = _CPU_EXPERTS
+    local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
+    try:
+        report = run_smoke(path, local, layers=layers, sample=sample, backend=policy.backend, on_layer=policy.on_layer)
+    except KeyboardInterrupt as error:
+        raise ConversionInterrupted(
+            "interrupted in the smoke run: everything is converted, but config.json waits for it",
+            where=str(path),
+            next_step="Run the same command again.",
+        ) from error
+    if not report.passed:
+        raise SmokeFailedError(path, report, manifest)
+    return report

@@ -1,0 +1,32 @@
+"""The Hub from Python, by the same rules as on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub_server import LoopbackHub
+from hub_support import make_checkpoint, write_checkpoint
+
+from nvfp4_prep import convert, inspect, plan, push, verify
+
+REPO = "alice/small-moe"
+
+
+def test_a_hub_id_is_a_source_everywhere(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.store.publish(REPO, make_checkpoint())
+    assert plan(REPO).source_label == REPO
+    assert inspect(f"hf://{REPO}").path == REPO
+    result = convert(REPO, tmp_path / "out")
+    assert result.manifest.source == REPO and result.smoke is not None and result.smoke.reference == "restored"
+    assert not (tmp_path / "out" / ".nvfp4_prep").exists()
+    assert verify(tmp_path / "out", source=f"hf://{REPO}", quick=True).ok
+    assert push(tmp_path / "out", "alice/prepared").repo_id == "alice/prepared"
+
+
+def test_a_directory_of_that_name_wins(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "alice" / "small-moe", make_checkpoint())
+    assert plan(REPO).source_revision is None
+    assert hub.requests("GET", "/") == []

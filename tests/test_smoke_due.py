@@ -1,0 +1,119 @@
+"""The smoke run at the end of a conversion: due on disk until it passed, the same from Python and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, smoke_gate, write_sample
+from nvfp4_prep.cli import cli
+from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.safetensors_io import read_header
+
+
+def run(*arguments: object) -> int:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments]).exit_code
+
+
+def damage(out: Path) -> None:
+    """One zeroed block of the first expert of layer 1's w2, after its bytes were proved."""
+    path = out / "experts-layer-00001.safetensors"
+    record = next(record for record in read_header(path).tensors if record.name.endswith(".w2_weight"))
+    with path.open("r+b") as stream:
+        stream.seek(record.offset_bytes)
+        stream.write(bytes(8))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=3))
+    return tmp_path / "source"
+
+
+def stop_in_smoke_run(monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
+    def stopped(path: Path, *rest: object) -> None:
+        if spoil:
+            damage(path)
+        raise ConversionInterrupted("stopped", where=str(path))
+
+    monkeypatch.setattr("nvfp4_prep.execution.pass_smoke_run", stopped)
+
+
+@pytest.mark.parametrize("spoil", [False, True], ids=["whole", "damaged"])
+def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: bool
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil)
+        with pytest.raises(ConversionInterrupted):
+            convert(source, out)
+    assert not (out / "config.json").exists()
+    if not spoil:
+        result = convert(source, out)
+        assert result.smoke is not None and result.smoke.passed and result.resumed and not result.already_complete
+        assert convert(source, out).already_complete
+        return
+    with pytest.raises(SmokeFailedError):
+        convert(source, out)
+    assert run("convert", source, out, "-q") == 6
+    assert run("convert", source, out, "-q") == 6  # the same verdict again
+    assert not (out / "config.json").exists()
+    assert run("convert", source, out, "-q", "--restart") == 0
+    assert (out / "config.json").exists() and not (out / ".nvfp4_prep").exists()
+
+
+def test_no_smoke_finishes_what_waits_for_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil=False)
+        with pytest.raises(ConversionInterrupted):
+            convert(source, out)
+    result = convert(source, out, smoke=None)
+    assert result.smoke is None and (out / "config.json").exists()
+
+
+def test_ctrl_c_in_the_smoke_run_leaves_it_due(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*rest: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_prep.smoke.run_smoke", interrupted)
+        with pytest.raises(ConversionInterrupted, match="smoke run"):
+            convert(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert convert(source, tmp_path / "out").smoke is not None
+
+
+@pytest.mark.parametrize(
+    ("leaf", "data"),
+    [
+        (".weight", b"\x00"),
+        (".weight_scale", b"\x00"),
+        (".weight_scale", b"\x7f"),
+        (".weight_scale_2", bytes.fromhex("b8db561a")),  # 4.4e-23: silu(gate) * up underflows
+        (".weight_scale_2", bytes.fromhex("50e36c00")),  # 1e-38
+        (".weight_scale_2", bytes.fromhex("caf24971")),  # 1e30
+    ],
+    ids=["codes-0", "blocks-0", "blocks-nan", "underflow", "1e-38", "1e30"],
+)
+def test_an_expert_that_is_degenerate_in_the_source_is_no_failure(tmp_path: Path, leaf: str, data: bytes) -> None:
+    source = tmp_path / "source"
+    write_sample(source, SampleModel(layers=2, experts=3))
+    path = next(source.glob("model-*.safetensors"))
+    whole = bytearray(path.read_bytes())
+    for record in read_header(path).tensors:
+        if ".experts.1." in record.name and record.name.endswith(leaf):
+            end = record.offset_bytes + record.nbytes
+            whole[record.offset_bytes : end] = data * (record.nbytes // len(data))
+    path.write_bytes(whole)
+    result = convert(source, tmp_path / "out", smoke=SmokePolicy(backend="torch"))
+    assert result.smoke is not None and result.smoke.result == "passed"
+    assert list(result.smoke.layers[0].inconclusive) == [1]
+    assert run("convert", source, tmp_path / "out", "-q") == 0
+
+
+def test_default_is_one() -> None:
+    assert SmokePolicy() == smoke_gate.DEFAULT_SMOKE

@@ -27,8 +27,8 @@ from load_sides import Parameters, original_sides, pinned_side, prepared_sides
 from measuring import MemoryWatch, compare
 from page_cache import drop
 
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.load import DirectIO, ExpertLoader, LoadOptions
-from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep_kernels import MoeDims
 
 SHARE = range(144, 192)

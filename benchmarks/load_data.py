@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep.buffers import byte_view
-from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header
+from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor
 
 KIMI = MoeDims(experts=384, intermediate=2048, hidden=7168)

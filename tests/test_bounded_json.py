@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvfp4_prep.bounded_json import MAX_VALUES, JsonBounds, check_bounds, parse_json
+from nvfp4_prep.checkpoint.bounded_json import MAX_VALUES, JsonBounds, check_bounds, parse_json
 from nvfp4_prep.errors import SourceError
 
 _JSON = st.recursive(

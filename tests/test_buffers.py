@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes, same_bytes
+from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes, same_bytes
 
 
 def test_view_shares_memory_and_keeps_the_tensor_alive() -> None:

@@ -15,7 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from nvfp4_prep import __version__
+from nvfp4_prep._version import __version__
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.output import shell_line, to_json
 from nvfp4_prep.errors import EXIT_CODES
@@ -336,7 +336,7 @@ def test_next_commands_can_be_typed(sample_source: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("interval", [0.0])
 def test_log_lines(interval: float, capsys: pytest.CaptureFixture[str]) -> None:
-    from nvfp4_prep.progress import LogProgress
+    from nvfp4_prep._util.progress import LogProgress
 
     progress = LogProgress(sys.stderr, interval)
     progress.start("convert", 4_000_000_000, 1_000_000_000)

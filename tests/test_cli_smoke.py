@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import SampleModel, write_sample
 from nvfp4_prep import convert as convert_function
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
 from nvfp4_prep.device import apply_layout, choose_device
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
 

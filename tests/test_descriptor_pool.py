@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep.descriptor_pool import DescriptorPool
+from nvfp4_prep.checkpoint.descriptor_pool import DescriptorPool
 
 
 class Files:

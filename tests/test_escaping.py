@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from nvfp4_prep._util.printable import escape_logs, join_lines, printable, printable_text
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.output import _HarmlessProgress, hint, say, shell_line
-from nvfp4_prep.printable import escape_logs, join_lines, printable, printable_text
 
 HOSTILE = "x\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egpj.\u2066\r\nerror: forged\u2028y\ud800"
 """OSC 52 (clipboard), CSI in both forms, bidirectional overrides, a line break, a lone surrogate."""

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
+from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.index import CheckpointIndex, read_index
-from nvfp4_prep.source import LocalSource
 from tiny_checkpoints import TinyLayer, config, merged, others, write
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nvfp4_prep import convert, inspect, relayout, restamp, restore, verify
-from nvfp4_prep.bounded_json import SOURCE_MAX_DEPTH
+from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH
 
 DEEP = SOURCE_MAX_DEPTH - 3
 

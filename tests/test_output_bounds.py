@@ -8,9 +8,9 @@ import pytest
 
 import tiny_checkpoints as tiny
 from nvfp4_prep import output_bounds, plan
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header, parse_header
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.output_bounds import check_header, check_made_files
-from nvfp4_prep.safetensors_io import TensorRecord, TensorSpec, encode_header, parse_header
 
 
 def test_a_header_at_the_bound_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_a_header_at_the_bound_can_be_read(monkeypatch: pytest.MonkeyPatch) -> N
     values = 8 * 50 + sum(len(spec.shape) for spec in specs)
     monkeypatch.setattr(output_bounds, "MAX_VALUES", values)
     check_header("x", 50, values - 8 * 50)
-    monkeypatch.setattr("nvfp4_prep.bounded_json.check_bounds.__defaults__", (values,))
+    monkeypatch.setattr("nvfp4_prep.checkpoint.bounded_json.check_bounds.__defaults__", (values,))
     assert len(parse_header("x", raw, len(raw) + 50).tensors) == 50
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import (
     CheckpointError,
     ResumeConflictError,
@@ -19,7 +20,6 @@ from nvfp4_prep.errors import (
     UsageError,
     VerificationError,
 )
-from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from tiny_checkpoints import TinyLayer, config, merged, others, write
 

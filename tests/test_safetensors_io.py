@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
-from nvfp4_prep.errors import SourceError
-from nvfp4_prep.safetensors_io import (
+from nvfp4_prep.checkpoint.safetensors_header import (
     DTYPE_BITS,
     HEADER_ALIGNMENT,
     MAX_HEADER_NBYTES,
@@ -26,6 +25,7 @@ from nvfp4_prep.safetensors_io import (
     read_header,
     tensor_nbytes,
 )
+from nvfp4_prep.errors import SourceError
 
 ENTRY = {"dtype": "U8", "shape": [4, 2], "data_offsets": [0, 8]}
 

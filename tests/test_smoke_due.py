@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, smoke_gate, write_sample
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import ConversionInterrupted
-from nvfp4_prep.safetensors_io import read_header
 
 
 def run(*arguments: object) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, write_sample
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
-from nvfp4_prep.safetensors_io import read_header
 from nvfp4_prep.smoke import SmokeReport, SmokeSettings, reading, run_smoke
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep.smoke.page import make_page

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep import convert
+from nvfp4_prep.checkpoint.local_files import MAX_FOLDER_DEPTH
+from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import ResumeConflictError, SourceError
-from nvfp4_prep.local_files import MAX_FOLDER_DEPTH
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.sink import KeepFiles
-from nvfp4_prep.source import LocalSource
 from tiny_checkpoints import TinyLayer, write
 
 

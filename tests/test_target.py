@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.target import PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target
 

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import SampleModel, convert, inspect, restore, verify, write_sample
+from nvfp4_prep.checkpoint.index import read_index
+from nvfp4_prep.checkpoint.safetensors_header import read_header
+from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, VerificationError
-from nvfp4_prep.index import read_index
-from nvfp4_prep.safetensors_io import read_header
-from nvfp4_prep.source import LocalSource
 
 LAYER = "experts-layer-00001.safetensors"
 PREFIX = "model.layers.1.mlp.experts.routed_experts"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from nvfp4_prep._version import __version__
 
 if TYPE_CHECKING:
+    from nvfp4_prep._util.progress import choose_progress
     from nvfp4_prep.conversion import ConvertResult, convert, plan
     from nvfp4_prep.doctor import Diagnosis, diagnose
     from nvfp4_prep.hub.push import PushResult, push
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.plan_data import Plan
-    from nvfp4_prep.progress import choose_progress
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.restamping import RestampResult, restamp
     from nvfp4_prep.restoration import RestoreResult, restore
@@ -90,7 +90,7 @@ _HOMES = {
     "VerifyReport": "verification",
     "PublishOptions": "hub.remote",
     "PushResult": "hub.push",
-    "choose_progress": "progress",
+    "choose_progress": "_util.progress",
     "convert": "conversion",
     "convert_and_publish": "hub.stream",
     "diagnose": "doctor",

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep.checkpoint.index import CONFIG
+from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.execution import Execution
-from nvfp4_prep.index import CONFIG
 from nvfp4_prep.made_files import MADE_FILES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.part_folders import discard_parts, list_parts
 from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
-from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER, Target
 
 if TYPE_CHECKING:

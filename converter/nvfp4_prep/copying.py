@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep._util.buffers import byte_view, empty_bytes
+from nvfp4_prep.checkpoint.source import Source, SourceFile
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.moe_layers import ByteRange
 from nvfp4_prep.plan_data import OutputFile
-from nvfp4_prep.source import Source, SourceFile
 
 __all__ = ["copy_units", "passthrough_job", "side_file_job", "values_job"]
 

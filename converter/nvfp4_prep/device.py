@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from nvfp4_prep.buffers import empty_bytes
+from nvfp4_prep._util.buffers import empty_bytes
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep import __version__
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.units import format_nbytes
 
 __all__ = ["PLUGIN_GROUP", "Ability", "Diagnosis", "DiskSpeed", "diagnose", "measure_disk"]
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.crew import Budget, Crew, Stopped, Turnstile
 from nvfp4_prep.errors import ConversionInterrupted
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.target import Target
 from nvfp4_prep.target_file import TargetFile
 

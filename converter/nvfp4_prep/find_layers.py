@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.layer_checks import (
     NotPrepared,
@@ -26,7 +27,6 @@ from nvfp4_prep.layer_checks import (
 )
 from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
 from nvfp4_prep.other_kinds import check_one_kind, other_kind, unknown_nvfp4, unknown_paths
-from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep_kernels import Projection
 
 __all__ = ["FoundLayers", "LayerFinding", "find_layers"]

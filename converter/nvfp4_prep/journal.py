@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import ResumeConflictError
-from nvfp4_prep.paths import is_safe_name
 
 __all__ = ["JOURNAL", "check_identity", "file_entries", "finished_files", "read_lines"]
 

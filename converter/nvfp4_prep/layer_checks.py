@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+from nvfp4_prep._util.text import count
 from nvfp4_prep.formats import Leaf, QuantFormat
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.units import count
 from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, Projection
 
 __all__ = [

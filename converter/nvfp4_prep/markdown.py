@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nvfp4_prep.printable import printable
+from nvfp4_prep._util.printable import printable
 
 __all__ = ["MAX_CHARACTERS", "code_span", "plain_text"]
 

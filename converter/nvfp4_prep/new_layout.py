@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep import __version__
-from nvfp4_prep.buffers import byte_view, crc32_each
+from nvfp4_prep._util.buffers import byte_view, crc32_each
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.conversion import check_apart
 from nvfp4_prep.copying import side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
@@ -27,9 +29,7 @@ from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile
 from nvfp4_prep.planning import check_batched, layer_files
 from nvfp4_prep.prepare import expert_chunks, prepare_and_prove
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.room import Room
-from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
 from nvfp4_prep.working import working

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import check_apart, check_not_divided, find_complete
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
@@ -18,7 +19,6 @@ from nvfp4_prep.parts import check_not_whole, check_whole, choose_part, finished
 from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.room import room_for
 from nvfp4_prep.sink import FileSink, KeepFiles
-from nvfp4_prep.source import Source
 from nvfp4_prep.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
 from nvfp4_prep.target_file import free_nbytes
 

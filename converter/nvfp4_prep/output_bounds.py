@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from nvfp4_prep.bounded_json import MAX_VALUES
+from nvfp4_prep.checkpoint.bounded_json import MAX_VALUES
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.safetensors_io import TensorRecord
 
 __all__ = ["MAX_MADE_NBYTES", "check_header", "check_made_files"]
 

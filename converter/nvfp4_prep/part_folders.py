@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from nvfp4_prep._util.text import spans
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.target import PARTS_FOLDER, WORK_FOLDER, Target
-from nvfp4_prep.units import spans
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
 

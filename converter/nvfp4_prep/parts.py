@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep import __version__
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.text import count, spans
+from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import ConvertResult, check_apart, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.execution import Execution
@@ -21,12 +24,9 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.part_folders import LayerSelection, list_parts, part_folder
 from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.sink import KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
-from nvfp4_prep.source import Source
 from nvfp4_prep.target import Target
-from nvfp4_prep.units import count, spans
 
 __all__ = [
     "PartResult",

@@ -13,15 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from nvfp4_prep import __version__
+from nvfp4_prep._version import __version__
 from nvfp4_prep.activation import Activation
+from nvfp4_prep.checkpoint.index import CheckpointIndex
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.find_layers import LayerFinding
-from nvfp4_prep.index import CheckpointIndex
 from nvfp4_prep.moe_layers import MoeLayer
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep.scalars import LayerScalars
-from nvfp4_prep.source import SourceFile
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 __all__ = [
@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The source's files that are no part of the model: see :class:`~nvfp4_prep.index.CheckpointIndex`."""
+        """The source's files that are no part of the model: see ``CheckpointIndex``."""
         return self.index.left_out
 
     @property

@@ -11,17 +11,17 @@ from typing import Any, Self
 
 import torch
 
-from nvfp4_prep.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.buffers import byte_view, crc32_each, empty_bytes
+from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
+from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
+from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe_layers import TensorGroup
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG
 from nvfp4_prep.plan_data import FileKind
-from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
 from nvfp4_prep.scalars import LayerScalars, interpret_scalars
-from nvfp4_prep.small_files import MAX_SMALL_NBYTES
-from nvfp4_prep.source import LocalSource, Source
 from nvfp4_prep.target import WORK_FOLDER
 from nvfp4_prep_kernels import PreparedTensor, Projection
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.index import CONFIG
+from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import CheckpointError, UsageError
-from nvfp4_prep.index import CONFIG
 from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions
 from nvfp4_prep.load import load_layer as load_tensors
 from nvfp4_prep.load.arguments import as_experts
-from nvfp4_prep.small_files import read_small_file
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep_kernels.flashinfer_moe import activation_arguments, mma_view
 from nvfp4_prep_kernels.moe_types import MoeActivation

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from nvfp4_prep._util.printable import join_lines, printable
+from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.outlook import Outlook
 from nvfp4_prep.plan_data import FileKind, Plan
-from nvfp4_prep.printable import join_lines, printable
 from nvfp4_prep.room import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.stamp import quantization_configs
-from nvfp4_prep.units import count, format_nbytes, spans
 from nvfp4_prep.verification import VerifyReport
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.config_edits import edits_to_json
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.manifest_values import MADE
-from nvfp4_prep.paths import CONFIG
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.served_config import ServedConfig, read_served_config

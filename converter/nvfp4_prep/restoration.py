@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep.checkpoint.index import CONFIG, INDEX
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.conversion import check_apart
 from nvfp4_prep.copying import copy_units, side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import VerificationError
-from nvfp4_prep.index import CONFIG, INDEX
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe_layers import ByteRange, TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.records import make_index
 from nvfp4_prep.room import Room
-from nvfp4_prep.safetensors_io import TensorRecord, encode_header
 from nvfp4_prep.structure import require_sound
 from nvfp4_prep.target import Target
 from nvfp4_prep.working import working

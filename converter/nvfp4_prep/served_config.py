@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.config_edits import ConfigEdit, apply_edits, find_edits
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.manifest import MANIFEST, Manifest
-from nvfp4_prep.paths import CONFIG
 from nvfp4_prep.prepared import PreparedCheckpoint, source_configs
 from nvfp4_prep.stamp import changed_stamp, config_bytes, stamp_places, stamped
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
 from nvfp4_prep.manifest import Manifest
-from nvfp4_prep.source import LocalSource, Source
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import LayerReport, SmokeReport

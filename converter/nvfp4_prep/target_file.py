@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.buffers import PAGE_NBYTES, address_of
+from nvfp4_prep._util.buffers import PAGE_NBYTES, address_of
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import NoSpaceError, TargetError
-from nvfp4_prep.units import format_nbytes
 
 __all__ = ["TargetFile", "free_nbytes", "move_into_place", "sync_folder", "translate_os_error"]
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.buffers import byte_view, empty_bytes
+from nvfp4_prep._util.buffers import byte_view, empty_bytes
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.text import count
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.gate_up_scales import rescale
@@ -28,12 +31,9 @@ from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problem, Problems
-from nvfp4_prep.progress import NoProgress, Progress
 from nvfp4_prep.scalars import expert_scale_vectors
-from nvfp4_prep.source import Source
 from nvfp4_prep.source_comparison import SourceComparison
 from nvfp4_prep.structure import check_structure
-from nvfp4_prep.units import count
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor, Projection
 

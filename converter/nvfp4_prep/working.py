@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from nvfp4_prep.progress import Progress
+from nvfp4_prep._util.progress import Progress
 
 __all__ = ["working"]
 

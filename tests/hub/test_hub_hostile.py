@@ -18,6 +18,7 @@ import pytest
 from hub_server import LoopbackHub, _Api
 from hub_support import QUICK, make_checkpoint, shard, write_checkpoint
 
+from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.conversion import convert
 from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError, VerificationError
 from nvfp4_prep.hub import open_source
@@ -26,7 +27,6 @@ from nvfp4_prep.hub.client import Patience, persist
 from nvfp4_prep.hub.push import push
 from nvfp4_prep.hub.ranges import RangeSource
 from nvfp4_prep.hub.source import HubSource
-from nvfp4_prep.printable import mask_passwords
 
 REPO = "alice/model"
 NAME = "model.safetensors"

@@ -20,6 +20,7 @@ from hub_support import (
     write_checkpoint,
 )
 
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import ConvertResult, convert, plan
 from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError, VerificationError
 from nvfp4_prep.hub.address import HubAddress
@@ -28,7 +29,6 @@ from nvfp4_prep.hub.push import PushResult
 from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.hub.stream import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
-from nvfp4_prep.source import Source
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
@@ -249,7 +249,7 @@ def test_a_failed_conversion_does_not_wait_for_uploads(
                 raise HubError("gone", where=file)
             self.inner.read_into(file, offset_bytes, buffer)
 
-    from nvfp4_prep.source import LocalSource
+    from nvfp4_prep.checkpoint.source import LocalSource
 
     began = time.monotonic()
     with pytest.raises(HubError, match="gone"):

@@ -49,9 +49,9 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and the like
                 signal.signal(number, _interrupt)
+        from nvfp4_prep._util.printable import escape_logs
         from nvfp4_prep.cli.commands import cli
         from nvfp4_prep.cli.output import on_result
-        from nvfp4_prep.printable import escape_logs
 
         escape_logs()
         on_result(lambda printed: _result_printed_s.append(time.monotonic() if printed else math.inf))

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from nvfp4_prep import __version__
+from nvfp4_prep._version import __version__
 from nvfp4_prep.cli.completion import completion
 from nvfp4_prep.cli.convert import convert
 from nvfp4_prep.cli.doctor import doctor

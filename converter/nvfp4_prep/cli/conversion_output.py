@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep.cli.output import hint, say, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
-from nvfp4_prep.printable import join_lines
 
 if TYPE_CHECKING:
     from nvfp4_prep.conversion import ConvertResult
@@ -37,8 +37,8 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
 
 def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
+    from nvfp4_prep._util.text import count, format_nbytes
     from nvfp4_prep.reporting import left_out_lines, quantization_lines, relative_error_text, tp_lines
-    from nvfp4_prep.units import count, format_nbytes
 
     manifest = result.manifest
     if pushed is not None:
@@ -78,7 +78,7 @@ def warn_of_policy(result: ConvertResult) -> None:
 
 def say_part(part: PartResult, layers: str, source: str, target: Path) -> None:
     """One machine's part, for people."""
-    from nvfp4_prep.units import count, format_nbytes
+    from nvfp4_prep._util.text import count, format_nbytes
 
     if part.joined:
         say(_complete_text(target, source))

@@ -262,7 +262,7 @@ def _say_failed(job: _Job, error: SmokeFailedError) -> None:
 
 def _check_finished(target: Path) -> None:
     """Raises :class:`VerificationError` if what was there already is damaged, as far as no tensor bytes are needed."""
-    from nvfp4_prep.units import count
+    from nvfp4_prep._util.text import count
     from nvfp4_prep.verification import verify
 
     found = verify(target, quick=True)

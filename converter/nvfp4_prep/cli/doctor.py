@@ -41,8 +41,8 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
 
 
 def _text(found: Diagnosis) -> str:
-    from nvfp4_prep.printable import join_lines
-    from nvfp4_prep.units import format_nbytes
+    from nvfp4_prep._util.printable import join_lines
+    from nvfp4_prep._util.text import format_nbytes
 
     lines = [f"{name:20} {version or 'not installed'}" for name, version in found.versions.items()]
     lines += [f"{'machine':20} {found.machine}", *(f"{'card':20} {card}" for card in found.cards or ("none",))]

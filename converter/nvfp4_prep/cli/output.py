@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from nvfp4_prep._util.printable import printable, printable_text
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
-from nvfp4_prep.printable import printable, printable_text
 
 if TYPE_CHECKING:
-    from nvfp4_prep.progress import Progress
+    from nvfp4_prep._util.progress import Progress
 
 __all__ = [
     "hint",
@@ -114,7 +114,7 @@ def say(text: str) -> None:
 
 
 def say_text(text: str) -> None:
-    """Print a result of several lines that :func:`~nvfp4_prep.printable.join_lines` made; otherwise as :func:`say`."""
+    """Print a result of several lines that ``join_lines`` made; otherwise as :func:`say`."""
     _tell_result_hooks(False)
     try:
         _echo(printable_text(text), err=False)
@@ -195,7 +195,7 @@ def tell_address(text: str, *, quiet: bool) -> None:
 
 def make_progress(quiet: bool) -> Progress:
     """Bar, log lines or nothing, whatever fits stderr."""
-    from nvfp4_prep.progress import choose_progress
+    from nvfp4_prep._util.progress import choose_progress
 
     return _HarmlessProgress(choose_progress(quiet=quiet))
 

@@ -62,7 +62,7 @@ def push(
 
 
 def say_pushed(pushed: PushResult) -> None:
-    from nvfp4_prep.units import count, format_nbytes
+    from nvfp4_prep._util.text import count, format_nbytes
 
     say(
         f"{pushed.page}: {count(pushed.files, 'file')}, {format_nbytes(pushed.nbytes)}, compared with the manifest"

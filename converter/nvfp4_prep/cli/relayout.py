@@ -40,9 +40,9 @@ def relayout(
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
     from nvfp4_prep import new_layout
+    from nvfp4_prep._util.text import count, format_nbytes
     from nvfp4_prep.options import LayoutName
     from nvfp4_prep.reporting import layout_text, tp_lines
-    from nvfp4_prep.units import count, format_nbytes
 
     with tell_leftovers(target):
         result = new_layout.relayout(

@@ -28,7 +28,7 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     nvfp4-prep restore ./out ./back
     """
     from nvfp4_prep import restoration
-    from nvfp4_prep.units import count, format_nbytes
+    from nvfp4_prep._util.text import count, format_nbytes
 
     with tell_leftovers(target):
         result = restoration.restore(

@@ -15,9 +15,9 @@ from nvfp4_prep.cli.output import hint, say_text
 from nvfp4_prep.report_file import check_report_path, write_report
 
 if TYPE_CHECKING:
+    from nvfp4_prep.checkpoint.source import Source
     from nvfp4_prep.smoke import SmokeReport
     from nvfp4_prep.smoke_gate import SmokePolicy
-    from nvfp4_prep.source import Source
 
 __all__ = ["SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_policy", "smoke_run", "write_page"]
 

@@ -82,8 +82,8 @@ def quiet_client() -> None:
     except ValueError as error:  # the client reads HF_ENDPOINT when it is imported
         raise HubError(f"HF_ENDPOINT is not an address ({error})", next_step="Set it anew, or unset it.") from error
 
+    from nvfp4_prep._util.printable import escape_logs
     from nvfp4_prep.hub.client import limit_waiting
-    from nvfp4_prep.printable import escape_logs
 
     disable_progress_bars()
     escape_logs(logging.getLogger("huggingface_hub").handlers)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
+from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.errors import HubError, NoSpaceError, NvfpPrepError, UsageError
-from nvfp4_prep.printable import mask_passwords
 
 __all__ = [
     "AGAIN",

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
 from nvfp4_prep.hub.work_files import open_partial, partial_path, refuse_link, remove_tree
-from nvfp4_prep.printable import mask_passwords
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

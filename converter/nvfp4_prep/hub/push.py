@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvfp4_prep._util.printable import printable
+from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README, WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import LocalFile, Snapshot
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
-from nvfp4_prep.index import CONFIG, INDEX, README, WEIGHT_SUFFIXES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.printable import printable
-from nvfp4_prep.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes, parse_header
+from nvfp4_prep.checkpoint.source import SourceFile, read_exactly
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import RemoteFile, read_snapshot
-from nvfp4_prep.safetensors_io import ShardHeader, header_nbytes, parse_header
-from nvfp4_prep.source import SourceFile, read_exactly
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,7 +30,7 @@ _HEADER_THREADS = 8
 
 
 class RangeSource:
-    """A repository at one commit; a :class:`~nvfp4_prep.source.Source` that needs no disk.
+    """A repository at one commit; a :class:`~nvfp4_prep.checkpoint.source.Source` that needs no disk.
 
     Files of weights are read by range requests, or in the user's cache where they are there. Such bytes are not
     compared with a hash, because no file is ever whole: use it only where wrong bytes cannot pass unnoticed. Small
@@ -77,7 +77,7 @@ class RangeSource:
         )
 
     def header(self, file: str) -> ShardHeader:
-        """See :class:`nvfp4_prep.source.Source`. The first call asks for the heads of all shards at once."""
+        """See :class:`nvfp4_prep.checkpoint.source.Source`. The first call asks for the heads of all shards at once."""
         remote = self._remote(file)
         prefix = self.peek(file, 0, min(8, remote.nbytes))
         where = f"{self.label}/{file}"
@@ -85,7 +85,7 @@ class RangeSource:
         return parse_header(file, self.peek(file, 0, 8 + length), remote.nbytes, where=where)
 
     def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
-        """See :class:`nvfp4_prep.source.Source`. What it gave is noted, for
+        """See :class:`nvfp4_prep.checkpoint.source.Source`. What it gave is noted, for
         sources that see the whole file later."""
         remote = self._remote(file)
         if is_small(remote):
@@ -158,7 +158,7 @@ class RangeSource:
         return 0
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
-        """See :class:`nvfp4_prep.source.Source`."""
+        """See :class:`nvfp4_prep.checkpoint.source.Source`."""
         remote = self._remote(file)
         if is_small(remote) or offset_bytes + len(buffer) <= _HEAD_NBYTES:
             buffer[:] = self.peek(file, offset_bytes, len(buffer))
@@ -175,7 +175,7 @@ class RangeSource:
         """Nothing to check: the revision is a commit, which nobody can change."""
 
     def interrupt(self) -> None:
-        """See :class:`nvfp4_prep.source.Source`."""
+        """See :class:`nvfp4_prep.checkpoint.source.Source`."""
         self.downloader.stop.set()
 
     def close(self) -> None:

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience, hub_errors
 from nvfp4_prep.hub.files import RemoteFile, hash_matches, is_git_id
 from nvfp4_prep.hub.ranges import RangeSource, is_small
 from nvfp4_prep.hub.work_files import partial_path, refuse_link, remove_tree
-from nvfp4_prep.source import read_exactly
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -192,7 +192,7 @@ class HubSource(RangeSource):
                 )
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
-        """See :class:`nvfp4_prep.source.Source`. Waits until the file has arrived and its hash is right."""
+        """See :class:`nvfp4_prep.checkpoint.source.Source`. Waits until the file has arrived and its hash is right."""
         remote = self._remote(file)
         if file not in self._shards and is_small(remote):
             buffer[:] = self._whole(remote)[offset_bytes : offset_bytes + len(buffer)]
@@ -236,7 +236,7 @@ class HubSource(RangeSource):
         """Nothing to check: the revision is a commit, which nobody can change."""
 
     def interrupt(self) -> None:
-        """See :class:`nvfp4_prep.source.Source`."""
+        """See :class:`nvfp4_prep.checkpoint.source.Source`."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()

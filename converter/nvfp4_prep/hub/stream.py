@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.progress import Progress
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import ConvertResult, convert
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.client import Patience, translate
@@ -23,10 +25,8 @@ from nvfp4_prep.hub.push import (
 )
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.progress import Progress
 from nvfp4_prep.sink import KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
-from nvfp4_prep.source import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, UsageError
-from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["as_device", "as_experts", "as_path", "as_rank", "check_parameter"]

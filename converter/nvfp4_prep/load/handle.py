@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.loader import ExpertLoader
-from nvfp4_prep.safetensors_io import TensorRecord
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["TensorHandle", "handle_of", "make_handle"]

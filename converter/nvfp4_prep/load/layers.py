@@ -9,7 +9,11 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.small_files import open_regular
+from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import LoadError, SourceError, UsageError
 from nvfp4_prep.load.arguments import as_experts, as_rank
 from nvfp4_prep.load.catalog import Catalog
@@ -18,10 +22,6 @@ from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.plan_data import EXPERT_SCALES
-from nvfp4_prep.safetensors_io import TensorRecord
-from nvfp4_prep.small_files import open_regular
-from nvfp4_prep.source import read_exactly
-from nvfp4_prep.units import format_nbytes
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
 
 __all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]

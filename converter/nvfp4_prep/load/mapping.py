@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.units import format_nbytes
+from nvfp4_prep._util.text import format_nbytes
 
 __all__ = ["FileMapping", "gather_runs", "mapping_supported"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.options import DirectIO
 from nvfp4_prep.load.reader import FileReader
-from nvfp4_prep.safetensors_io import TensorRecord
 
 __all__ = ["OpenFiles"]
 

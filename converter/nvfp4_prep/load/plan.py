@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvfp4_prep.safetensors_io import TensorRecord
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["ALIGNMENT", "DIRECT_NBYTES", "LONG_RUN_NBYTES", "Chunk", "Segment", "Task", "plan_reads"]

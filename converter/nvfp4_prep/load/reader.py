@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.mapping import FileMapping, gather_runs, mapping_supported
 from nvfp4_prep.load.plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
-from nvfp4_prep.small_files import open_regular
 
 __all__ = ["FileReader", "ReadCounts"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.worker import Times
-from nvfp4_prep.units import format_nbytes
 
 __all__ = ["LoadReport"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.plan import ALIGNMENT
 from nvfp4_prep.load.worker import Buffers
-from nvfp4_prep.units import format_nbytes
 
 __all__ = ["make_buffers"]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.errors import LoadError, NvfpPrepError, VerificationError
 from nvfp4_prep.load.plan import Chunk, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape as escape_html
 
-from nvfp4_prep.printable import printable
+from nvfp4_prep._util.printable import printable
 from nvfp4_prep.report_file import REPORT_MARKER
 from nvfp4_prep.smoke.chart import error_chart
 from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport, StageFigures

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep.buffers import byte_view
+from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep.checkpoint.index import CONFIG, read_json_file
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import CheckpointError
-from nvfp4_prep.index import CONFIG, read_json_file
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.model_config import find_number
 from nvfp4_prep.options import GateUpPolicy
@@ -22,7 +23,6 @@ from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.scalars import LayerScalars
 from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep.smoke.layer import LayerUnderTest
-from nvfp4_prep.source import Source
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import PreparedExperts

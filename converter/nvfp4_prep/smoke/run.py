@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared import PreparedCheckpoint
@@ -17,7 +18,6 @@ from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.reading import CheckpointReader
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
-from nvfp4_prep.source import LocalSource, Source
 
 __all__ = ["CPU_SAMPLE", "choose_layers", "run_smoke", "spread"]
 

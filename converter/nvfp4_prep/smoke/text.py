@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nvfp4_prep.printable import join_lines
+from nvfp4_prep._util.printable import join_lines
+from nvfp4_prep._util.text import count
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
-from nvfp4_prep.units import count
 
 __all__ = ["layer_line", "smoke_text"]
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any, Protocol, TextIO
 
-from nvfp4_prep.units import format_duration, format_nbytes
+from nvfp4_prep._util.text import format_duration, format_nbytes
 
 __all__ = ["LogProgress", "NoProgress", "Progress", "TerminalProgress", "choose_progress"]
 

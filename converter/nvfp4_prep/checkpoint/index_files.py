@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
+from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
-from nvfp4_prep.source import SourceFile
 
 __all__ = ["WEIGHT_SUFFIXES", "check_weight_map", "other_format", "shards_without_index", "split_files"]
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvfp4_prep.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
+from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
+from nvfp4_prep.checkpoint.filenames import quoted
+from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
+from nvfp4_prep.checkpoint.local_files import open_regular
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
-from nvfp4_prep.local_files import open_regular
-from nvfp4_prep.paths import quoted
 
 __all__ = [
     "DTYPE_BITS",
@@ -193,7 +193,7 @@ def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None =
 
     Raises:
         SourceError: if anything in the header is malformed, overlaps, leaves holes or leaves the file, or if it has
-            more than :data:`~nvfp4_prep.bounded_json.MAX_VALUES` values.
+            more than :data:`~nvfp4_prep.checkpoint.bounded_json.MAX_VALUES` values.
     """
     place = where or file
     length = header_nbytes(place, raw, file_nbytes)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from nvfp4_prep.descriptor_pool import DescriptorPool
+from nvfp4_prep.checkpoint.descriptor_pool import DescriptorPool
+from nvfp4_prep.checkpoint.local_files import ListedFile, check_state, list_files, open_listed
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes, parse_header
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.local_files import ListedFile, check_state, list_files, open_listed
-from nvfp4_prep.safetensors_io import ShardHeader, header_nbytes, parse_header
 
 __all__ = ["LocalSource", "Source", "SourceFile", "place_of", "read_exactly"]
 

@@ -6,14 +6,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4_prep.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
+from nvfp4_prep._util.text import count
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
+from nvfp4_prep.checkpoint.index_files import (
+    WEIGHT_SUFFIXES,
+    check_weight_map,
+    other_format,
+    shards_without_index,
+    split_files,
+)
+from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
+from nvfp4_prep.checkpoint.source import LocalSource, Source, SourceFile, place_of
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.index_files import WEIGHT_SUFFIXES, check_weight_map, other_format, shards_without_index, split_files
-from nvfp4_prep.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
-from nvfp4_prep.paths import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
-from nvfp4_prep.safetensors_io import ShardHeader, TensorRecord
-from nvfp4_prep.source import LocalSource, Source, SourceFile, place_of
-from nvfp4_prep.units import count
 
 __all__ = [
     "CONFIG",

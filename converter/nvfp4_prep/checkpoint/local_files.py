@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.paths import is_safe_name
 
 __all__ = ["MAX_FOLDER_DEPTH", "FileState", "ListedFile", "check_state", "list_files", "open_listed", "open_regular"]
 

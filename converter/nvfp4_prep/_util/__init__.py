@@ -1,0 +1,1 @@
+"""Helpers without knowledge of checkpoints: buffers, text for people, progress."""

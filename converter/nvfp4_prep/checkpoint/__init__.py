@@ -1,0 +1,1 @@
+"""Reading of any Hugging Face checkpoint by byte ranges: files, headers, index."""

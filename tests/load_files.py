@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nvfp4_prep.activation import Activation, ActivationKind
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
-from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.activation import Activation, ActivationKind
+from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor, Projection
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks, find_activation
+from nvfp4_prep.moe.activation import Activation, ActivationKind, alternating_stacks, find_activation
 
 K = ActivationKind
 CASES: list[tuple[dict[str, Any], bool, int, Activation]] = [

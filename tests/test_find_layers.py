@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.find_layers import FoundLayers, find_layers
 from nvfp4_prep.formats import formats, namings
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.discovery import FoundLayers, find_layers
+from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep_kernels import MoeDims, Projection
 from tiny_checkpoints import Tensors, TinyLayer, merged, others, without
 

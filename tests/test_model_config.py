@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nvfp4_prep.model_config import NESTED_KEYS, find_number, text_configs
+from nvfp4_prep.moe.model_config import NESTED_KEYS, find_number, text_configs
 
 
 @pytest.mark.parametrize("key", NESTED_KEYS)

@@ -9,9 +9,9 @@ import torch
 
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.source import LocalSource
-from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.formats import Leaf
-from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.gate_up import join_alternating_rows
 from tiny_checkpoints import Tensors, TinyLayer, config, write

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nvfp4_prep import convert
-from nvfp4_prep.config_fit import fit_config
 from nvfp4_prep.errors import UnsupportedCheckpointError
-from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
+from nvfp4_prep.moe.config_fit import fit_config
+from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding, find_layers
 from test_find_layers import records
 from tiny_checkpoints import Tensors, TinyLayer, config, merged, others, without, write
 

@@ -10,9 +10,9 @@ import torch
 
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.source import LocalSource
-from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import UnsupportedCheckpointError
-from nvfp4_prep.scalars import LayerScalars, expert_scale_vectors, read_scalars
+from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.scalars import LayerScalars, expert_scale_vectors, read_scalars
 from tiny_checkpoints import Tensors, TinyLayer, config, merged, write
 
 LAYER = TinyLayer(differing=True)

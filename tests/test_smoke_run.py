@@ -16,8 +16,8 @@ import pytest
 from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, write_sample
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
+from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.smoke import SmokeReport, SmokeSettings, reading, run_smoke
-from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep.smoke.page import make_page
 from nvfp4_prep.smoke.report import ErrorFigures
 from nvfp4_prep.smoke.run import spread
@@ -222,8 +222,8 @@ def test_page_escapes_names_and_draws_broken_numbers(prepared: Path) -> None:
 
 
 def test_activations_of_the_manifest() -> None:
-    from nvfp4_prep.activation import Activation, ActivationKind
     from nvfp4_prep.errors import UnsupportedCheckpointError
+    from nvfp4_prep.moe.activation import Activation, ActivationKind
 
     assert moe_activation(Activation(ActivationKind.SILU), {}, where="x").limit == float("inf")
     assert moe_activation(Activation(ActivationKind.SILU, clamp=10.0), {}, where="x").limit == 10.0

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.activation import Activation, find_activation
 from nvfp4_prep.checkpoint.index import CONFIG, CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.find_layers import LayerFinding
 from nvfp4_prep.manifest import MANIFEST
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.activation import Activation, find_activation
+from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.discovery import LayerFinding
+from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.scalars import read_scalars
 from nvfp4_prep.stamp import quantization_configs
 from nvfp4_prep.target import WORK_FOLDER
 

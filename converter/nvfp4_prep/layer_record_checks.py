@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep.checkpoint.safetensors_header import tensor_nbytes
 from nvfp4_prep.formats import Leaf
-from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep_kernels import BLOCK_COLS, PreparedTensor, Projection
 
 if TYPE_CHECKING:

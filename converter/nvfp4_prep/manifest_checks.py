@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.activation import find_activation
 from nvfp4_prep.config_edits import same_value
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.moe.activation import find_activation
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.plan_data import layer_file_stem
 from nvfp4_prep.prepared import PreparedCheckpoint, source_configs

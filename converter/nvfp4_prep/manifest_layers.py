@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nvfp4_prep.activation import Activation, ActivationKind
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
 from nvfp4_prep.manifest_values import file_name, flag, items, mapping, number, sha256, text, whole
-from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.activation import Activation, ActivationKind
+from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
@@ -27,7 +27,7 @@ class GateUpRecord:
         differing: experts whose two scales differ.
         worst_ratio: largest ratio of the larger to the smaller.
         reconciled: experts whose block scales were rescaled, with the side (``gate`` or ``up``), in the experts' order.
-        figures: what that cost: see :class:`~nvfp4_prep.gate_up_scales.Reconciled`, and ``relative_error`` of the
+        figures: what that cost: see :class:`~nvfp4_prep.moe.gate_up_scales.Reconciled`, and ``relative_error`` of the
             differing experts' dequantized gate and up weights under each policy.
     """
 

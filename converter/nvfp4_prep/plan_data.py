@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nvfp4_prep._version import __version__
-from nvfp4_prep.activation import Activation
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import SourceFile
-from nvfp4_prep.find_layers import LayerFinding
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.activation import Activation
+from nvfp4_prep.moe.discovery import LayerFinding
+from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.scalars import LayerScalars
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 __all__ = [

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nvfp4_prep._util.text import count
-from nvfp4_prep.activation import Activation, ActivationKind, find_activation
 from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README, CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
-from nvfp4_prep.config_fit import classify_layers
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.find_layers import FoundLayers, LayerFinding
 from nvfp4_prep.manifest import MANIFEST
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.activation import Activation, ActivationKind, find_activation
+from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
+from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.output_bounds import check_header, check_made_files
 from nvfp4_prep.plan_data import (
@@ -25,7 +26,6 @@ from nvfp4_prep.plan_data import (
     OutputFile,
     Plan,
 )
-from nvfp4_prep.scalars import LayerScalars, read_scalars
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan"]

@@ -20,8 +20,8 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.device import apply_layout
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
-from nvfp4_prep.gate_up_scales import Reconciled, measure, reconcile
-from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.moe.gate_up_scales import Reconciled, measure, reconcile
+from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.plan_data import LayerPlan, OutputFile
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
@@ -164,7 +164,7 @@ def _prepare(
 
 
 def reconcile_expert(plan: LayerPlan, expert: int, gate: torch.Tensor, up: torch.Tensor) -> Reconciled:
-    """:func:`~nvfp4_prep.gate_up_scales.reconcile` with the layer's scalars; gate and up are ``uint8 [I, H/16]``."""
+    """``reconcile`` with the layer's scalars; gate and up are ``uint8 [I, H/16]``."""
     gates = plan.scalars.gate_scale_2 or plan.scalars.up_scale_2
     return reconcile(gate, up, gates[expert], plan.scalars.up_scale_2[expert])
 

@@ -19,9 +19,9 @@ from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
-from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.moe.layers import TensorGroup
+from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.plan_data import FileKind
-from nvfp4_prep.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.target import WORK_FOLDER
 from nvfp4_prep_kernels import PreparedTensor, Projection
 

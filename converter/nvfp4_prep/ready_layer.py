@@ -20,7 +20,7 @@ from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions
 from nvfp4_prep.load import load_layer as load_tensors
 from nvfp4_prep.load.arguments import as_experts
-from nvfp4_prep.smoke.activations import moe_activation
+from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep_kernels.flashinfer_moe import activation_arguments, mma_view
 from nvfp4_prep_kernels.moe_types import MoeActivation
 

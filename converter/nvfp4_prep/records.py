@@ -10,9 +10,9 @@ from typing import Any
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.engine import JobResult
-from nvfp4_prep.gate_up_scales import PolicyErrors
 from nvfp4_prep.manifest import GateUpRecord, LayerRecord
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.gate_up_scales import PolicyErrors
+from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile, Plan
 from nvfp4_prep_kernels import PreparedTensor
 

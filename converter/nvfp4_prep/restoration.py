@@ -17,7 +17,7 @@ from nvfp4_prep.copying import copy_units, side_file_job
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.manifest import LayerRecord
-from nvfp4_prep.moe_layers import ByteRange, TensorGroup
+from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint

@@ -23,15 +23,15 @@ from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
-from nvfp4_prep.gate_up_scales import rescale
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.manifest_values import MADE
+from nvfp4_prep.moe.gate_up_scales import rescale
+from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.plan_data import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problem, Problems
-from nvfp4_prep.scalars import expert_scale_vectors
 from nvfp4_prep.source_comparison import SourceComparison
 from nvfp4_prep.structure import check_structure
 from nvfp4_prep.working import working

@@ -14,14 +14,14 @@ from nvfp4_prep.checkpoint.index import CONFIG, read_json_file
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.manifest import LayerRecord
-from nvfp4_prep.model_config import find_number
+from nvfp4_prep.moe.kernel_activation import moe_activation
+from nvfp4_prep.moe.model_config import find_number
+from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.plan_data import EXPERT_SCALES, SOURCE_SCALES, LayerPlan
 from nvfp4_prep.planning import make_plan
 from nvfp4_prep.prepare import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.scalars import LayerScalars
-from nvfp4_prep.smoke.activations import moe_activation
 from nvfp4_prep.smoke.layer import LayerUnderTest
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix

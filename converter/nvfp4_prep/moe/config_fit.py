@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.activation import Activation, ActivationKind, alternating_stacks, find_activation
 from nvfp4_prep.checkpoint.index import CheckpointIndex
-from nvfp4_prep.find_layers import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.formats import formats, namings
-from nvfp4_prep.layer_checks import quark
-from nvfp4_prep.model_config import text_configs
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.activation import Activation, ActivationKind, alternating_stacks, find_activation
+from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding, find_layers
+from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.model_config import text_configs
+from nvfp4_prep.moe.validation import quark
 
 __all__ = ["classify_layers", "fit_config"]
 

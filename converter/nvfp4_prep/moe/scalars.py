@@ -12,7 +12,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.formats import Leaf, QuantFormat, formats
-from nvfp4_prep.moe_layers import MoeLayer
+from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep_kernels import Projection
 
 __all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "known_format", "read_scalars"]

@@ -1,6 +1,6 @@
 """What a group of expert tensors must fulfil to be an NVFP4 layer that the layout can hold.
 
-Each check raises :class:`NotPrepared` with what was found and what would work; :mod:`nvfp4_prep.find_layers` turns it
+Each check raises :class:`NotPrepared` with what was found and what would work; :mod:`nvfp4_prep.moe.discovery` turns it
 into a finding.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from nvfp4_prep._util.text import count
 from nvfp4_prep.formats import Leaf, QuantFormat
-from nvfp4_prep.moe_layers import TensorGroup
+from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, Projection
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class NotPrepared(Exception):
-    """Why a layer is not prepared: see :class:`~nvfp4_prep.find_layers.LayerFinding`."""
+    """Why a layer is not prepared: see :class:`~nvfp4_prep.moe.discovery.LayerFinding`."""
 
     def __init__(self, kind: str, reason: str, instead: str, *, refused: bool) -> None:
         super().__init__(reason)

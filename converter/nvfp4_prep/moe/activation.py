@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4_prep.model_config import positive, text_configs
+from nvfp4_prep.moe.model_config import positive, text_configs
 
 __all__ = ["Activation", "ActivationKind", "alternating_stacks", "find_activation"]
 

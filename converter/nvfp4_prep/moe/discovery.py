@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
-from nvfp4_prep.layer_checks import (
+from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.other_kinds import check_one_kind, other_kind, unknown_nvfp4, unknown_paths
+from nvfp4_prep.moe.validation import (
     NotPrepared,
     check_complete,
     check_foreign,
@@ -25,8 +27,6 @@ from nvfp4_prep.layer_checks import (
     is_transposed,
     refuse,
 )
-from nvfp4_prep.moe_layers import MoeLayer, TensorGroup
-from nvfp4_prep.other_kinds import check_one_kind, other_kind, unknown_nvfp4, unknown_paths
 from nvfp4_prep_kernels import Projection
 
 __all__ = ["FoundLayers", "LayerFinding", "find_layers"]
@@ -86,7 +86,7 @@ def find_layers(
         namings: asked in this order; the first that understands a name wins.
         formats: known formats by name.
         alternating: whether gate and up rows of fused tensors alternate, where the naming does not say; ``None`` if
-            that is not known (:func:`nvfp4_prep.activation.alternating_stacks`).
+            that is not known (:func:`nvfp4_prep.moe.activation.alternating_stacks`).
     """
     by_layer: dict[tuple[str, str], _Tensors] = defaultdict(list)
     strangers = []

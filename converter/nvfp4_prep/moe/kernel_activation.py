@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.activation import Activation, ActivationKind
 from nvfp4_prep.errors import UnsupportedCheckpointError
-from nvfp4_prep.model_config import find_number
+from nvfp4_prep.moe.activation import Activation, ActivationKind
+from nvfp4_prep.moe.model_config import find_number
 from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation
 
 __all__ = ["moe_activation"]

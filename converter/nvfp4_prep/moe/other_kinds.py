@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.formats import ExpertTensorName, Leaf, QuantFormat
-from nvfp4_prep.layer_checks import NotPrepared, pass_through, refuse
+from nvfp4_prep.moe.validation import NotPrepared, pass_through, refuse
 from nvfp4_prep_kernels import BLOCK_COLS, Projection
 
 __all__ = ["check_one_kind", "other_kind", "unknown_nvfp4", "unknown_paths"]

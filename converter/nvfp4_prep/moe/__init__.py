@@ -1,0 +1,1 @@
+"""NVFP4 MoE layers of a source: discovery, validation, activation, scalars."""

@@ -155,7 +155,7 @@ def test_refusal_for_too_little_space_claims_nothing(
 ) -> None:
     out = tmp_path / "new" / "b"
     with monkeypatch.context() as patch:
-        patch.setattr("nvfp4_prep.target.free_nbytes", lambda path: 1000)
+        patch.setattr("nvfp4_prep.output.target.free_nbytes", lambda path: 1000)
         for command in (
             ["restore", sample_prepared, out],
             ["relayout", sample_prepared, out, "--gate-up-block", "16"],

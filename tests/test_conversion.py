@@ -34,8 +34,8 @@ from nvfp4_prep.errors import (
     TargetError,
     UnsupportedCheckpointError,
 )
-from nvfp4_prep.sink import KeepFiles
-from nvfp4_prep.target import WORK_FOLDER
+from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.output.target import WORK_FOLDER
 
 PATH = "model.layers.1.mlp.experts"
 

@@ -15,8 +15,8 @@ import pytest
 from nvfp4_prep import engine
 from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError
-from nvfp4_prep.target import Target
-from nvfp4_prep.target_file import TargetFile
+from nvfp4_prep.output.atomic_file import TargetFile
+from nvfp4_prep.output.target import Target
 
 HEADER = b"h" * 16
 

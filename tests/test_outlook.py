@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.cli import cli
 from nvfp4_prep.conversion import convert
-from nvfp4_prep.sink import KeepFiles
-from nvfp4_prep.target import WORK_FOLDER, Target
+from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.output.target import WORK_FOLDER, Target
 
 
 class Stop(Exception):

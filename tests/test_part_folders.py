@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.part_folders import LayerSelection
+from nvfp4_prep.output.layer_selection import LayerSelection
 
 
 def test_layers_that_are_run_exist() -> None:

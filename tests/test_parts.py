@@ -33,8 +33,8 @@ from nvfp4_prep.errors import (
     UsageError,
     VerificationError,
 )
-from nvfp4_prep.part_folders import LayerSelection, part_folder
-from nvfp4_prep.target import WORK_FOLDER, Target
+from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
+from nvfp4_prep.output.target import WORK_FOLDER, Target
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def _identity(out: Path, text: str) -> dict[str, object]:
 
 def test_files_of_two_writers_never_share_a_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks across machines: each writes its own temporary file."""
-    from nvfp4_prep import target
+    from nvfp4_prep.output import target
 
     with Target(tmp_path / "out", {}) as place:
         mine = place.create("a", 3)

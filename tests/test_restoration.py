@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from checkpoint_files import file_digests, read_tensors
 from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, restore, write_sample
 from nvfp4_prep.errors import CheckpointError, TargetError, VerificationError
-from nvfp4_prep.target import Target
+from nvfp4_prep.output.target import Target
 
 
 def assert_same(source: Path, back: Path) -> None:

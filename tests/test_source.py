@@ -15,8 +15,8 @@ from nvfp4_prep import convert
 from nvfp4_prep.checkpoint.local_files import MAX_FOLDER_DEPTH
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import ResumeConflictError, SourceError
+from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.sink import KeepFiles
 from tiny_checkpoints import TinyLayer, write
 
 

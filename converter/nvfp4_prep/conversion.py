@@ -18,12 +18,12 @@ from nvfp4_prep.execution import Execution
 from nvfp4_prep.made_files import MADE_FILES
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.part_folders import discard_parts, list_parts
+from nvfp4_prep.output.layer_selection import discard_parts, list_parts
+from nvfp4_prep.output.sink import FileSink, KeepFiles
+from nvfp4_prep.output.target import WORK_FOLDER, Target
 from nvfp4_prep.plan_data import Plan
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.sink import FileSink, KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
-from nvfp4_prep.target import WORK_FOLDER, Target
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport

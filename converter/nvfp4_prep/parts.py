@@ -21,12 +21,12 @@ from nvfp4_prep.conversion import ConvertResult, check_apart, complete_manifest,
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.execution import Execution
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.part_folders import LayerSelection, list_parts, part_folder
+from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
+from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.output.target import Target
 from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
 from nvfp4_prep.planning import make_plan
-from nvfp4_prep.sink import KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
-from nvfp4_prep.target import Target
 
 __all__ = [
     "PartResult",

@@ -21,11 +21,11 @@ from nvfp4_prep.config_edits import edits_to_json
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.manifest_values import MADE
+from nvfp4_prep.output.atomic_file import sync_folder, translate_os_error
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.served_config import ServedConfig, read_served_config
 from nvfp4_prep.structure import check_structure
-from nvfp4_prep.target_file import sync_folder, translate_os_error
 
 __all__ = ["RestampResult", "restamp"]
 

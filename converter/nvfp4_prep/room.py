@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.plan_data import FileKind, Plan
-from nvfp4_prep.sink import FileSink
 
 __all__ = ["SMALL_FILES_NBYTES", "Room", "room_for"]
 

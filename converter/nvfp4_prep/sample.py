@@ -20,7 +20,7 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
 from nvfp4_prep.errors import TargetError, UsageError
 from nvfp4_prep.options import check_integer
-from nvfp4_prep.target_file import translate_os_error
+from nvfp4_prep.output.atomic_file import translate_os_error
 
 __all__ = ["KIMI_LAYER", "SampleModel", "write_sample"]
 

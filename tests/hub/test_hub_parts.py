@@ -11,7 +11,7 @@ from hub_support import make_checkpoint
 from checkpoint_files import file_digests
 from nvfp4_prep import convert, convert_part, join_parts
 from nvfp4_prep.hub import open_source
-from nvfp4_prep.part_folders import LayerSelection, part_folder
+from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
 
 SOURCE = "alice/small-moe"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.hub.push import PushResult
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
-    from nvfp4_prep.part_folders import LayerSelection
+    from nvfp4_prep.output.layer_selection import LayerSelection
     from nvfp4_prep.smoke_gate import SmokeFailedError, SmokePolicy
 
 __all__ = ["convert"]
@@ -91,14 +91,14 @@ class _Job:
     @property
     def selection(self) -> LayerSelection | None:
         """The layers of a part."""
-        from nvfp4_prep.part_folders import LayerSelection
+        from nvfp4_prep.output.layer_selection import LayerSelection
 
         return None if self.layers is None else LayerSelection.parse(self.layers)
 
     def open(self) -> str | HubSource:
         """The source; what is downloaded of it lies in the folder that the job works in."""
         from nvfp4_prep.hub import open_source
-        from nvfp4_prep.part_folders import part_folder
+        from nvfp4_prep.output.layer_selection import part_folder
 
         tell_address(self.source, quiet=self.quiet)
         part = self.selection
@@ -165,9 +165,9 @@ def _show_plan(job: _Job) -> None:
     from nvfp4_prep.conversion import open_source, plan
     from nvfp4_prep.hub.stream import PublishedFiles
     from nvfp4_prep.outlook import TargetState, look_ahead
+    from nvfp4_prep.output.sink import KeepFiles
     from nvfp4_prep.reporting import outlook_text, outlook_value, plan_text, plan_value
     from nvfp4_prep.room import room_for
-    from nvfp4_prep.sink import KeepFiles
 
     sink = PublishedFiles() if job.stream_out else KeepFiles()
     source = open_source(job.open())

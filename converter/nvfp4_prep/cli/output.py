@@ -66,7 +66,7 @@ def report_errors(as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def tell_leftovers(target: Path) -> Iterator[None]:
     """Where damage of what is read ends a command: the error also says what is left in the target."""
-    from nvfp4_prep.target import Target
+    from nvfp4_prep.output.target import Target
 
     try:
         yield

@@ -29,7 +29,7 @@ class SmokeOptions:
     """What is run: ``verify``'s options.
 
     Attributes:
-        layers: as :meth:`~nvfp4_prep.part_folders.LayerSelection.parse` takes it; all without.
+        layers: as :meth:`~nvfp4_prep.output.layer_selection.LayerSelection.parse` takes it; all without.
         sample: experts of each layer.
         backend: what runs the layers.
         page: HTML page to write.
@@ -99,7 +99,7 @@ def smoke_run(
 
 
 def _choose_layers(checkpoint: str | Path, text: str | None) -> list[int] | None:
-    from nvfp4_prep.part_folders import LayerSelection
+    from nvfp4_prep.output.layer_selection import LayerSelection
 
     return None if text is None else list(LayerSelection.parse(text).choose_present(_layer_numbers(checkpoint)))
 

@@ -25,7 +25,7 @@ from nvfp4_prep.hub.push import (
 )
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.sink import KeepFiles
+from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class PublishedFiles(KeepFiles):
         return sha256 is not None
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
-        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
         return stream_room_nbytes(sizes)
 
 
 class StreamPublisher:
-    """A :class:`~nvfp4_prep.sink.FileSink` that uploads each file in a thread of its own, one commit after the other.
+    """A ``FileSink`` that uploads each file in a thread of its own, one commit after the other.
 
     With ``stream_out`` a file is deleted once the Hub lists it with the right size and sha256, and a new one is only
     created when it fits into :data:`FILES_AT_ONCE` times the largest. Small files that the Hub keeps in git stay.
@@ -100,7 +100,7 @@ class StreamPublisher:
         self._thread: threading.Thread | None = None
 
     def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
-        """See :class:`~nvfp4_prep.sink.FileSink`. Repository, rights and foreign files are checked here."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`. Repository, rights and foreign files are checked here."""
         self.remote = RemoteRepository(
             self._repo_id,
             self._options,
@@ -116,7 +116,7 @@ class StreamPublisher:
         self._thread.start()
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """See :class:`~nvfp4_prep.sink.FileSink`: only with ``stream_out``, and if the Hub lists it now."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`: only with ``stream_out``, and if the Hub lists it now."""
         remote = self._state.files.get(name) if self._state is not None else None
         return (
             self._stream_out
@@ -126,11 +126,11 @@ class StreamPublisher:
         )
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
-        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
         return stream_room_nbytes(sizes) if self._stream_out else sum(sizes.values())
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
-        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
         with self._changed:
             while self._stream_out and self._held and sum(self._held.values()) + nbytes > self._limit_nbytes:
                 if stop.is_set():
@@ -141,7 +141,7 @@ class StreamPublisher:
             self._held[name] = nbytes
 
     def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
-        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
         with self._changed:
             self._raise_failure()
             self._held[name] = nbytes
@@ -149,7 +149,7 @@ class StreamPublisher:
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """See :class:`~nvfp4_prep.sink.FileSink`."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
         with self._changed:
             while self._waiting or self._sending:
                 self._raise_failure()
@@ -157,7 +157,7 @@ class StreamPublisher:
             self._raise_failure()
 
     def interrupt(self) -> None:
-        """See :class:`~nvfp4_prep.sink.FileSink`. What is being sent at this moment is not waited for."""
+        """See :class:`~nvfp4_prep.output.sink.FileSink`. What is being sent at this moment is not waited for."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()

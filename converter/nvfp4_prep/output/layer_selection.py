@@ -11,7 +11,7 @@ from typing import Self
 
 from nvfp4_prep._util.text import spans
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.target import PARTS_FOLDER, WORK_FOLDER, Target
+from nvfp4_prep.output.target import PARTS_FOLDER, WORK_FOLDER, Target
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import tiny_checkpoints as tiny
-from nvfp4_prep import output_bounds, plan
+from nvfp4_prep import plan
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header, parse_header
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.output_bounds import check_header, check_made_files
+from nvfp4_prep.planning.builder import output_bounds
+from nvfp4_prep.planning.output_bounds import check_header, check_made_files
 
 
 def test_a_header_at_the_bound_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, SampleModel, convert, inspect, plan, write_sample
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.plan_data import FileKind, Plan
+from nvfp4_prep.planning.plan import FileKind, Plan
 from nvfp4_prep.reporting import inspection_text, plan_text
 from tiny_checkpoints import Tensors, TinyLayer, config, merged, others, without, write
 

@@ -16,7 +16,7 @@ from nvfp4_prep.checkpoint.local_files import MAX_FOLDER_DEPTH
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import ResumeConflictError, SourceError
 from nvfp4_prep.output.sink import KeepFiles
-from nvfp4_prep.planning import make_plan
+from nvfp4_prep.planning.builder import make_plan
 from tiny_checkpoints import TinyLayer, write
 
 

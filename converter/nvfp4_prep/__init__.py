@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.new_layout import RelayoutResult, relayout
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.parts import PartResult, convert_part, join_parts
-    from nvfp4_prep.plan_data import Plan
+    from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.restamping import RestampResult, restamp
     from nvfp4_prep.restoration import RestoreResult, restore
@@ -78,7 +78,7 @@ _HOMES = {
     "Inspection": "inspection",
     "LayoutName": "options",
     "PartResult": "parts",
-    "Plan": "plan_data",
+    "Plan": "planning.plan",
     "ReadyLayer": "ready_layer",
     "RelayoutResult": "new_layout",
     "RestampResult": "restamping",

@@ -21,8 +21,8 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import WORK_FOLDER, Target
-from nvfp4_prep.plan_data import Plan
-from nvfp4_prep.planning import make_plan
+from nvfp4_prep.planning.builder import make_plan
+from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ConvertResult:
         already_complete: nothing had to be done, by names, sizes, configs and the experts' scalars; no other bytes of
             source and target were read.
         written_nbytes: bytes written by this run.
-        left_out, warnings: of the source, where something was to be done: see :class:`~nvfp4_prep.plan_data.Plan`.
+        left_out, warnings: of the source, where something was to be done: see :class:`~nvfp4_prep.planning.plan.Plan`.
         smoke: the smoke run's report; ``None`` where none was made.
     """
 

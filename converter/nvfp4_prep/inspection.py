@@ -17,7 +17,7 @@ from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.target import WORK_FOLDER
-from nvfp4_prep.planning import make_plan
+from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.stamp import quantization_configs
 

@@ -29,7 +29,7 @@ _DAMAGED = "The file is damaged: download it again, or convert again."
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.plan_data.FileKind` value, or ``side`` or
+    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.planning.plan.FileKind` value, or ``side`` or
     ``made``."""
 
     nbytes: int

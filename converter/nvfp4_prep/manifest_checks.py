@@ -15,7 +15,7 @@ from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.moe.activation import find_activation
 from nvfp4_prep.options import GateUpPolicy
-from nvfp4_prep.plan_data import layer_file_stem
+from nvfp4_prep.planning.plan import layer_file_stem
 from nvfp4_prep.prepared import PreparedCheckpoint, source_configs
 from nvfp4_prep.problems import Problems
 from nvfp4_prep.stamp import quantization_configs

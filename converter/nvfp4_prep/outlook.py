@@ -19,8 +19,8 @@ from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_f
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
 from nvfp4_prep.parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
-from nvfp4_prep.plan_data import Plan
-from nvfp4_prep.room import room_for
+from nvfp4_prep.planning.disk_space import room_for
+from nvfp4_prep.planning.plan import Plan
 
 __all__ = ["Outlook", "TargetState", "look_ahead"]
 

@@ -24,8 +24,8 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.plan_data import FileKind, OutputFile, Plan
-from nvfp4_prep.planning import make_plan
+from nvfp4_prep.planning.builder import make_plan
+from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
 
 __all__ = [

@@ -22,7 +22,7 @@ from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.gate_up_scales import Reconciled, measure, reconcile
 from nvfp4_prep.moe.layers import TensorGroup
-from nvfp4_prep.plan_data import LayerPlan, OutputFile
+from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
 __all__ = [

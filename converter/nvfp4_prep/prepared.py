@@ -22,7 +22,7 @@ from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.output.target import WORK_FOLDER
-from nvfp4_prep.plan_data import FileKind
+from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["PreparedCheckpoint", "source_configs"]

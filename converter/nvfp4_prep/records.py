@@ -13,7 +13,7 @@ from nvfp4_prep.engine import JobResult
 from nvfp4_prep.manifest import GateUpRecord, LayerRecord
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep.plan_data import FileKind, LayerPlan, OutputFile, Plan
+from nvfp4_prep.planning.plan import FileKind, LayerPlan, OutputFile, Plan
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["layer_record", "make_index", "reconciled_sides"]

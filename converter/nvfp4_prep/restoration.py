@@ -19,11 +19,11 @@ from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.plan_data import FileKind
+from nvfp4_prep.planning.disk_space import Room
+from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.records import make_index
-from nvfp4_prep.room import Room
 from nvfp4_prep.structure import require_sound
 from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor

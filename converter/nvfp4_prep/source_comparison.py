@@ -19,7 +19,7 @@ from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.manifest_values import SIDE
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.layers import TensorGroup
-from nvfp4_prep.plan_data import FileKind
+from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepare import read_experts
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import FOREIGN, Problems

@@ -12,7 +12,7 @@ from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.manifest_checks import check_manifest
 from nvfp4_prep.manifest_values import MADE
 from nvfp4_prep.moe.scalars import known_format
-from nvfp4_prep.plan_data import EXPERT_SCALES, SOURCE_SCALES, FileKind
+from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, FileKind
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import FOREIGN, Problems
 from nvfp4_prep.served_config import RESTAMP, expected_config, read_served_config

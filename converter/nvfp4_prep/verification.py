@@ -28,7 +28,7 @@ from nvfp4_prep.manifest import LayerRecord, Manifest
 from nvfp4_prep.manifest_values import MADE
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
-from nvfp4_prep.plan_data import FileKind
+from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared import PreparedCheckpoint
 from nvfp4_prep.problems import Problem, Problems

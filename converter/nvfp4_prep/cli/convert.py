@@ -166,8 +166,8 @@ def _show_plan(job: _Job) -> None:
     from nvfp4_prep.hub.stream import PublishedFiles
     from nvfp4_prep.outlook import TargetState, look_ahead
     from nvfp4_prep.output.sink import KeepFiles
+    from nvfp4_prep.planning.disk_space import room_for
     from nvfp4_prep.reporting import outlook_text, outlook_value, plan_text, plan_value
-    from nvfp4_prep.room import room_for
 
     sink = PublishedFiles() if job.stream_out else KeepFiles()
     source = open_source(job.open())

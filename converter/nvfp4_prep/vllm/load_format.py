@@ -28,7 +28,7 @@ from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, make_handle
 from nvfp4_prep.load.options import default_threads, usable_cores
 from nvfp4_prep.load.rate_log import RateLog
 from nvfp4_prep.manifest import MANIFEST
-from nvfp4_prep.plan_data import EXPERT_SCALES, EXPERTS_PREFIX
+from nvfp4_prep.planning.plan import EXPERT_SCALES, EXPERTS_PREFIX
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.output.sink import FileSink
-from nvfp4_prep.plan_data import FileKind, Plan
+from nvfp4_prep.planning.plan import FileKind, Plan
 
 __all__ = ["SMALL_FILES_NBYTES", "Room", "room_for"]
 

@@ -1,4 +1,4 @@
-"""Planning: from a source and options to a :class:`~nvfp4_prep.plan_data.Plan`, without writing anything."""
+"""Planning: from a source and options to a :class:`~nvfp4_prep.planning.plan.Plan`, without writing anything."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-from nvfp4_prep.output_bounds import check_header, check_made_files
-from nvfp4_prep.plan_data import (
+from nvfp4_prep.planning.output_bounds import check_header, check_made_files
+from nvfp4_prep.planning.plan import (
     EXPERT_SCALES,
     EXPERTS_PREFIX,
     SOURCE_SCALES,

@@ -1,0 +1,1 @@
+"""Plans: frozen values that say which bytes go where. Nothing here writes."""

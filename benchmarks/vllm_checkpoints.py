@@ -13,7 +13,7 @@ from load_data import create, prepared_name, write_layer
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, read_header
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.stamp import make_stamp
+from nvfp4_prep.prepared.stamp import make_stamp
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims
 
 LAYER = 0

@@ -15,7 +15,7 @@ from nvfp4_prep import ConvertOptions, convert, plan, restore, verify
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.activation import ActivationKind
-from nvfp4_prep.stamp import quantization_configs, stamped_config
+from nvfp4_prep.prepared.stamp import quantization_configs, stamped_config
 from nvfp4_prep_kernels import MoeDims
 from tiny_checkpoints import TinyLayer, write
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from nvfp4_prep.front_matter import MAX_DEPTH, MAX_ITEMS, MAX_NBYTES, read_front_matter
-from nvfp4_prep.manifest import MANIFEST, Manifest
-from nvfp4_prep.markdown import MAX_CHARACTERS, code_span, plain_text
-from nvfp4_prep.model_card import front_matter, make_model_card
+from nvfp4_prep.prepared.front_matter import MAX_DEPTH, MAX_ITEMS, MAX_NBYTES, read_front_matter
+from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.markdown import MAX_CHARACTERS, code_span, plain_text
+from nvfp4_prep.prepared.model_card import front_matter, make_model_card
 
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)

@@ -12,8 +12,8 @@ import torch
 from checkpoint_files import as_bytes, load_tensors
 from nvfp4_prep import ConvertOptions, LayoutName, convert, inspect, relayout, restore, verify
 from nvfp4_prep.formats import formats, namings
-from nvfp4_prep.layer_record_checks import check_groups
 from nvfp4_prep.moe.discovery import find_layers
+from nvfp4_prep.prepared.layer_record_checks import check_groups
 from test_find_layers import records
 from tiny_checkpoints import LEAVES, Tensors, TinyLayer, config, merged, others, write
 

@@ -15,9 +15,16 @@ from click.testing import CliRunner
 
 from nvfp4_prep import relayout, restamp, restore, verify
 from nvfp4_prep.cli.commands import cli
-from nvfp4_prep.config_edits import ConfigEdit, apply_edits, edits_from_json, edits_to_json, find_edits, same_value
 from nvfp4_prep.errors import BusyError, CheckpointError, TargetError, VerificationError
-from nvfp4_prep.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.config_edits import (
+    ConfigEdit,
+    apply_edits,
+    edits_from_json,
+    edits_to_json,
+    find_edits,
+    same_value,
+)
+from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
 
 NAN = float("nan")
 

@@ -16,13 +16,13 @@ from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.execution import Execution
 from nvfp4_prep.made_files import MADE_FILES
-from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import WORK_FOLDER, Target
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:

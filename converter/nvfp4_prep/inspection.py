@@ -9,7 +9,6 @@ from typing import Any
 from nvfp4_prep.checkpoint.index import CONFIG, CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe.activation import Activation, find_activation
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.discovery import LayerFinding
@@ -18,8 +17,9 @@ from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.target import WORK_FOLDER
 from nvfp4_prep.planning.builder import make_plan
-from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.stamp import quantization_configs
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import MANIFEST
+from nvfp4_prep.prepared.stamp import quantization_configs
 
 __all__ = ["InspectedLayer", "Inspection", "inspect"]
 

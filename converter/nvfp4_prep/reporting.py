@@ -15,7 +15,7 @@ from nvfp4_prep.inspection import InspectedLayer, Inspection
 from nvfp4_prep.outlook import Outlook
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.planning.plan import FileKind, Plan
-from nvfp4_prep.stamp import quantization_configs
+from nvfp4_prep.prepared.stamp import quantization_configs
 from nvfp4_prep.verification import VerifyReport
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
 

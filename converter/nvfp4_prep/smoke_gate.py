@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
-from nvfp4_prep.manifest import Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import LayerReport, SmokeReport

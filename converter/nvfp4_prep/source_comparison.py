@@ -15,14 +15,14 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError
-from nvfp4_prep.manifest import MANIFEST, LayerRecord
-from nvfp4_prep.manifest_values import SIDE
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepare import read_experts
-from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import FOREIGN, Problems
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.prepared.manifest_values import SIDE
+from nvfp4_prep.prepared.problems import FOREIGN, Problems
 
 __all__ = ["SourceComparison"]
 

@@ -14,7 +14,7 @@ from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.source import HubSource
-from nvfp4_prep.manifest import MANIFEST
+from nvfp4_prep.prepared.manifest import MANIFEST
 
 REPO = "alice/small-moe"
 MADE = {MANIFEST, "README.md"}

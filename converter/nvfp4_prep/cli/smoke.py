@@ -105,7 +105,7 @@ def _choose_layers(checkpoint: str | Path, text: str | None) -> list[int] | None
 
 
 def _layer_numbers(checkpoint: str | Path) -> list[int]:
-    from nvfp4_prep.prepared import PreparedCheckpoint
+    from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 
     with PreparedCheckpoint(checkpoint) as opened:
         return sorted({record.layer.index for record in opened.manifest.layers})

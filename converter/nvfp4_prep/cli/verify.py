@@ -81,7 +81,7 @@ def verify(
 def _check_combination(
     checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
 ) -> None:
-    from nvfp4_prep.manifest import MANIFEST
+    from nvfp4_prep.prepared.manifest import MANIFEST
 
     if not smoke and options != SmokeOptions():
         raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.ranges import RangeSource
-from nvfp4_prep.manifest import Manifest
-from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import Problems
-from nvfp4_prep.structure import check_structure
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.problems import Problems
+from nvfp4_prep.prepared.structure import check_structure
 from nvfp4_prep.verification import STRUCTURE, VerifyReport, edited_config_lines
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.files import LocalFile, Snapshot
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
-from nvfp4_prep.manifest import MANIFEST, Manifest
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

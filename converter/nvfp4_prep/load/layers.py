@@ -20,8 +20,8 @@ from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
-from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.planning.plan import EXPERT_SCALES
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
 
 __all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]

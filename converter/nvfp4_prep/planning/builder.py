@@ -9,7 +9,6 @@ from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README, CheckpointIndex, 
 from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.moe.activation import Activation, ActivationKind, find_activation
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
@@ -26,6 +25,7 @@ from nvfp4_prep.planning.plan import (
     OutputFile,
     Plan,
 )
+from nvfp4_prep.prepared.manifest import MANIFEST
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan"]

@@ -13,7 +13,6 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.index import CONFIG, read_json_file
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import CheckpointError
-from nvfp4_prep.manifest import LayerRecord
 from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.moe.model_config import find_number
 from nvfp4_prep.moe.scalars import LayerScalars
@@ -21,7 +20,8 @@ from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, LayerPlan
 from nvfp4_prep.prepare import arrange_experts, read_experts, reconcile_expert
-from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke.layer import LayerUnderTest
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix

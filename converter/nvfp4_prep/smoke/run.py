@@ -12,8 +12,8 @@ import torch
 
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.manifest import LayerRecord, Manifest
-from nvfp4_prep.prepared import PreparedCheckpoint
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.reading import CheckpointReader

@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecis
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.stamp import QUANT_METHOD
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
 from nvfp4_prep.vllm.method import PreparedNvFp4MoEMethod
 from nvfp4_prep.vllm.stamped import STAMP_KEY, Stamp
 

@@ -27,8 +27,8 @@ from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, make_handle
 from nvfp4_prep.load.options import default_threads, usable_cores
 from nvfp4_prep.load.rate_log import RateLog
-from nvfp4_prep.manifest import MANIFEST
 from nvfp4_prep.planning.plan import EXPERT_SCALES, EXPERTS_PREFIX
+from nvfp4_prep.prepared.manifest import MANIFEST
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 

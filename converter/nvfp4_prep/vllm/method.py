@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.stamp import QUANT_METHOD
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
 from nvfp4_prep.vllm.installed_layout import check_installed_layout
 from nvfp4_prep.vllm.loading import PreparedWeights
 from nvfp4_prep.vllm.placement import Placement

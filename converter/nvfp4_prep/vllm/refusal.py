@@ -8,7 +8,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.stamp import QUANT_METHOD
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
 
 __all__ = ["register_refusal"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvfp4_prep.formats import Leaf
-from nvfp4_prep.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
-from nvfp4_prep.manifest_values import file_name, flag, items, mapping, number, sha256, text, whole
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.prepared.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
+from nvfp4_prep.prepared.manifest_values import file_name, flag, items, mapping, number, sha256, text, whole
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
 __all__ = ["GateUpRecord", "LayerRecord", "layer_from_dict", "layer_to_dict"]

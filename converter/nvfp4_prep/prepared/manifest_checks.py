@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.config_edits import same_value
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.manifest import MANIFEST, LayerRecord
 from nvfp4_prep.moe.activation import find_activation
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.planning.plan import layer_file_stem
-from nvfp4_prep.prepared import PreparedCheckpoint, source_configs
-from nvfp4_prep.problems import Problems
-from nvfp4_prep.stamp import quantization_configs
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint, source_configs
+from nvfp4_prep.prepared.config_edits import same_value
+from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.prepared.problems import Problems
+from nvfp4_prep.prepared.stamp import quantization_configs
 
 __all__ = ["changed_keys", "check_manifest"]
 

@@ -13,7 +13,7 @@ from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep_kernels import BLOCK_COLS, PreparedTensor, Projection
 
 if TYPE_CHECKING:
-    from nvfp4_prep.manifest import GateUpRecord
+    from nvfp4_prep.prepared.manifest import GateUpRecord
 
 __all__ = ["check_expert_crc32", "check_gate_up", "check_groups"]
 

@@ -11,9 +11,9 @@ import yaml  # a dependency of huggingface-hub, which reads the front matter wit
 
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.index import README
-from nvfp4_prep.front_matter import FrontMatter, read_front_matter
-from nvfp4_prep.manifest import LayerRecord, Manifest
-from nvfp4_prep.markdown import code_span, plain_text
+from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
+from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared.markdown import code_span, plain_text
 
 __all__ = ["front_matter", "make_model_card"]
 

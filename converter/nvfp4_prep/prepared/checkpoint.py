@@ -18,11 +18,11 @@ from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, SourceError
-from nvfp4_prep.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.output.target import WORK_FOLDER
 from nvfp4_prep.planning.plan import FileKind
+from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord, Manifest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["PreparedCheckpoint", "source_configs"]

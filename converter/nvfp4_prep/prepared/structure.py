@@ -8,14 +8,14 @@ from collections import Counter
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
-from nvfp4_prep.manifest import MANIFEST, LayerRecord
-from nvfp4_prep.manifest_checks import check_manifest
-from nvfp4_prep.manifest_values import MADE
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, FileKind
-from nvfp4_prep.prepared import PreparedCheckpoint
-from nvfp4_prep.problems import FOREIGN, Problems
-from nvfp4_prep.served_config import RESTAMP, expected_config, read_served_config
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.prepared.manifest_checks import check_manifest
+from nvfp4_prep.prepared.manifest_values import MADE
+from nvfp4_prep.prepared.problems import FOREIGN, Problems
+from nvfp4_prep.prepared.served_config import RESTAMP, expected_config, read_served_config
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]

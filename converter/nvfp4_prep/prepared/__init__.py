@@ -1,0 +1,1 @@
+"""A prepared checkpoint: manifest, stamp, model card, and reading it."""

@@ -13,8 +13,8 @@ from nvfp4_prep import SampleModel, write_sample
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
-from nvfp4_prep.device import apply_layout, choose_device
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.pipeline.device import apply_layout, choose_device
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
 
@@ -86,7 +86,7 @@ def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> N
 def test_convert_fails_if_the_smoke_run_does(
     sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import nvfp4_prep.execution as execution
+    import nvfp4_prep.pipeline.runner as execution
 
     real = execution.pass_smoke_run
 

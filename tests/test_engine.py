@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep import engine
-from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError
 from nvfp4_prep.output.atomic_file import TargetFile
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline import engine
+from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 
 HEADER = b"h" * 16
 

@@ -38,7 +38,7 @@ def stop_in_smoke_run(monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
             damage(path)
         raise ConversionInterrupted("stopped", where=str(path))
 
-    monkeypatch.setattr("nvfp4_prep.execution.pass_smoke_run", stopped)
+    monkeypatch.setattr("nvfp4_prep.pipeline.runner.pass_smoke_run", stopped)
 
 
 @pytest.mark.parametrize("spoil", [False, True], ids=["whole", "damaged"])

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.index import CONFIG
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.device import choose_device
 from nvfp4_prep.errors import ResumeConflictError, TargetError
-from nvfp4_prep.execution import Execution
-from nvfp4_prep.made_files import MADE_FILES
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import WORK_FOLDER, Target
+from nvfp4_prep.pipeline.device import choose_device
+from nvfp4_prep.pipeline.finish import MADE_FILES
+from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
@@ -108,7 +108,7 @@ def convert(
 
     Every prepared byte is turned back and compared with the source before it is written. Killed at any moment, the
     same call continues and ends with the same bytes. Peak memory does not depend on the checkpoint's size (see
-    :mod:`nvfp4_prep.engine`).
+    :mod:`nvfp4_prep.pipeline.engine`).
 
     Args:
         source: a directory, a Hub id, or an opened source.

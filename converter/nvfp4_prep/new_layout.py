@@ -19,20 +19,20 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.conversion import check_apart
-from nvfp4_prep.copying import side_file_job
-from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
-from nvfp4_prep.made_files import MADE_FILES, write_made_files
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.copy_jobs import side_file_job
+from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.expert_jobs import expert_chunks, prepare_and_prove
+from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.builder import check_batched, layer_files
 from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.planning.plan import FileKind, LayerPlan, OutputFile
-from nvfp4_prep.prepare import expert_chunks, prepare_and_prove
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, LayerRecord, Manifest
 from nvfp4_prep.prepared.structure import require_sound
-from nvfp4_prep.working import working
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
 __all__ = ["RelayoutResult", "relayout"]

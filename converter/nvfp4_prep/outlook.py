@@ -12,13 +12,13 @@ from typing import Any
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import check_apart, check_not_divided, find_complete
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.made_files import MADE_FILES
 from nvfp4_prep.output.atomic_file import free_nbytes
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
 from nvfp4_prep.parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
+from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
 

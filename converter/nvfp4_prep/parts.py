@@ -19,11 +19,11 @@ from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.conversion import ConvertResult, check_apart, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
-from nvfp4_prep.execution import Execution
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
 from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy

@@ -13,19 +13,19 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.index import CONFIG, INDEX
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.conversion import check_apart
-from nvfp4_prep.copying import copy_units, side_file_job
-from nvfp4_prep.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
+from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.expert_jobs import expert_chunks
+from nvfp4_prep.pipeline.results import make_index
+from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.planning.plan import FileKind
-from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.structure import require_sound
-from nvfp4_prep.records import make_index
-from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RestoreResult", "restore"]

@@ -21,20 +21,20 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
+from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.expert_jobs import expert_chunks
+from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.plan import FileKind
-from nvfp4_prep.prepare import expert_chunks
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problem, Problems
 from nvfp4_prep.prepared.structure import check_structure
 from nvfp4_prep.source_comparison import SourceComparison
-from nvfp4_prep.working import working
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["STRUCTURE", "VerifyReport", "edited_config_lines", "verify"]

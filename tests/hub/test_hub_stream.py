@@ -195,7 +195,7 @@ def test_what_is_not_accepted_is_not_stamped(
         raise VerificationError("the smoke run failed", where=str(path))
 
     with monkeypatch.context() as patch, pytest.raises(VerificationError):
-        patch.setattr("nvfp4_prep.execution.pass_smoke_run", refuse)
+        patch.setattr("nvfp4_prep.pipeline.runner.pass_smoke_run", refuse)
         go(local, tmp_path / "out")
     assert "config.json" not in published(hub)
     go(local, tmp_path / "out")

@@ -17,9 +17,9 @@ from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.moe.model_config import find_number
 from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import GateUpPolicy
+from nvfp4_prep.pipeline.expert_jobs import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, LayerPlan
-from nvfp4_prep.prepare import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke.layer import LayerUnderTest

@@ -12,20 +12,20 @@ import torch
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.copying import passthrough_job, side_file_job, values_job
-from nvfp4_prep.engine import FileJob, JobResult, run_jobs
-from nvfp4_prep.made_files import MADE_FILES, write_made_files
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.copy_jobs import passthrough_job, side_file_job, values_job
+from nvfp4_prep.pipeline.engine import FileJob, JobResult, run_jobs
+from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
+from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.results import layer_record, reconciled_sides
+from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
-from nvfp4_prep.prepare import experts_job, source_block_scales_job
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
 from nvfp4_prep.prepared.stamp import quantization_configs
-from nvfp4_prep.records import layer_record, reconciled_sides
 from nvfp4_prep.smoke_gate import SmokePolicy, pass_smoke_run
-from nvfp4_prep.working import working
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport

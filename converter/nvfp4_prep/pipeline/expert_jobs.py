@@ -17,11 +17,11 @@ import torch
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes, same_bytes
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.device import apply_layout
-from nvfp4_prep.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.gate_up_scales import Reconciled, measure, reconcile
 from nvfp4_prep.moe.layers import TensorGroup
+from nvfp4_prep.pipeline.device import apply_layout
+from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 

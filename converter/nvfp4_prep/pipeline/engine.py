@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.crew import Budget, Crew, Stopped, Turnstile
 from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.output.atomic_file import TargetFile
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.workers import Budget, Crew, Stopped, Turnstile
 
 __all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult", "default_threads", "run_jobs"]
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from page_cache import drop
 
-from nvfp4_prep.sample import KIMI_LAYER, write_sample
+from nvfp4_prep.commands.sample import KIMI_LAYER, write_sample
 
 _CONVERT = (
     "import resource, sys, nvfp4_prep;"

@@ -169,12 +169,12 @@ def test_refusal_for_too_little_space_claims_nothing(
 
 
 def test_what_the_system_refuses_is_one_line(sample_prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import nvfp4_prep.inspection
+    import nvfp4_prep.commands.inspect
 
     def refuse(source: object) -> None:
         raise PermissionError(13, "Permission denied", "/secret")
 
-    monkeypatch.setattr(nvfp4_prep.inspection, "inspect", refuse)
+    monkeypatch.setattr(nvfp4_prep.commands.inspect, "inspect", refuse)
     done = run("inspect", sample_prepared)
     assert (done.exit_code, done.stderr) == (
         1,

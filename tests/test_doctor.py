@@ -14,10 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nvfp4_prep import doctor
 from nvfp4_prep._version import __version__
 from nvfp4_prep.cli import cli
-from nvfp4_prep.doctor import Diagnosis, diagnose, measure_disk
+from nvfp4_prep.commands import doctor
+from nvfp4_prep.commands.doctor import Diagnosis, diagnose, measure_disk
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.vllm.versions import TESTED
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.cli import cli
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import WORK_FOLDER, Target
 
@@ -149,7 +149,7 @@ def test_what_a_run_deletes_first_counts_as_free(
     download = out / WORK_FOLDER / "source" / "shard"
     download.parent.mkdir()
     download.write_bytes(b"1" * 5_000_000)
-    monkeypatch.setattr("nvfp4_prep.outlook.free_nbytes", lambda path: 10**12)
+    monkeypatch.setattr("nvfp4_prep.commands.preflight.free_nbytes", lambda path: 10**12)
 
     def freed(*options: str) -> int:
         value = json.loads(run("convert", sample_source, out, "--dry-run", "--json", *options).stdout)

@@ -20,10 +20,10 @@ from nvfp4_prep import (
     convert,
     convert_part,
     join_parts,
-    parts,
     verify,
     write_sample,
 )
+from nvfp4_prep.commands import convert_parts as parts
 from nvfp4_prep.errors import (
     BusyError,
     PartsMissingError,

@@ -15,7 +15,7 @@ import tiny_checkpoints as tiny
 from checkpoint_files import read_tensors
 from nvfp4_prep import convert, inspect, plan, verify
 from nvfp4_prep.cli import cli
-from nvfp4_prep.restoration import restore
+from nvfp4_prep.commands.restore import restore
 
 _POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4999802720\n"
 INDEX = "model.safetensors.index.json"

@@ -8,8 +8,8 @@ import pytest
 
 from checkpoint_files import file_digests, read_tensors
 from nvfp4_prep import SampleModel, inspect, write_sample
+from nvfp4_prep.commands.sample import KIMI_LAYER
 from nvfp4_prep.errors import NoSpaceError, TargetError, UsageError
-from nvfp4_prep.sample import KIMI_LAYER
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_sample_that_cannot_be_written_leaves_nothing(
         (folder / "model-00001-of-00002.safetensors").write_text("half")
         raise error
 
-    monkeypatch.setattr("nvfp4_prep.sample._write", fail)
+    monkeypatch.setattr("nvfp4_prep.commands.sample._write", fail)
     with pytest.raises(kind, match=told):
         write_sample(tmp_path / "s")
     assert not list((tmp_path / "s").iterdir())

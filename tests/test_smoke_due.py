@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, smoke_gate, write_sample
+from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, write_sample
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.smoke import gate as smoke_gate
 
 
 def run(*arguments: object) -> int:

@@ -13,23 +13,23 @@ from nvfp4_prep._version import __version__
 
 if TYPE_CHECKING:
     from nvfp4_prep._util.progress import choose_progress
-    from nvfp4_prep.conversion import ConvertResult, convert, plan
-    from nvfp4_prep.doctor import Diagnosis, diagnose
+    from nvfp4_prep.commands.convert import ConvertResult, convert, plan
+    from nvfp4_prep.commands.convert_parts import PartResult, convert_part, join_parts
+    from nvfp4_prep.commands.doctor import Diagnosis, diagnose
+    from nvfp4_prep.commands.inspect import Inspection, inspect
+    from nvfp4_prep.commands.relayout import RelayoutResult, relayout
+    from nvfp4_prep.commands.restamp import RestampResult, restamp
+    from nvfp4_prep.commands.restore import RestoreResult, restore
+    from nvfp4_prep.commands.sample import SampleModel, write_sample
+    from nvfp4_prep.commands.verify import VerifyReport, verify
     from nvfp4_prep.hub.push import PushResult, push
     from nvfp4_prep.hub.remote import PublishOptions
     from nvfp4_prep.hub.stream import convert_and_publish
-    from nvfp4_prep.inspection import Inspection, inspect
-    from nvfp4_prep.new_layout import RelayoutResult, relayout
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
-    from nvfp4_prep.parts import PartResult, convert_part, join_parts
     from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep.ready_layer import ReadyLayer, load_layer
-    from nvfp4_prep.restamping import RestampResult, restamp
-    from nvfp4_prep.restoration import RestoreResult, restore
-    from nvfp4_prep.sample import SampleModel, write_sample
     from nvfp4_prep.smoke import SmokeReport, run_smoke
-    from nvfp4_prep.smoke_gate import SmokeFailedError, SmokePolicy
-    from nvfp4_prep.verification import VerifyReport, verify
+    from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
 __all__ = [
     "ConvertOptions",
@@ -72,40 +72,40 @@ __all__ = [
 
 _HOMES = {
     "ConvertOptions": "options",
-    "ConvertResult": "conversion",
-    "Diagnosis": "doctor",
+    "ConvertResult": "commands.convert",
+    "Diagnosis": "commands.doctor",
     "GateUpPolicy": "options",
-    "Inspection": "inspection",
+    "Inspection": "commands.inspect",
     "LayoutName": "options",
-    "PartResult": "parts",
+    "PartResult": "commands.convert_parts",
     "Plan": "planning.plan",
     "ReadyLayer": "ready_layer",
-    "RelayoutResult": "new_layout",
-    "RestampResult": "restamping",
-    "RestoreResult": "restoration",
-    "SampleModel": "sample",
-    "SmokeFailedError": "smoke_gate",
-    "SmokePolicy": "smoke_gate",
+    "RelayoutResult": "commands.relayout",
+    "RestampResult": "commands.restamp",
+    "RestoreResult": "commands.restore",
+    "SampleModel": "commands.sample",
+    "SmokeFailedError": "smoke.gate",
+    "SmokePolicy": "smoke.gate",
     "SmokeReport": "smoke",
-    "VerifyReport": "verification",
+    "VerifyReport": "commands.verify",
     "PublishOptions": "hub.remote",
     "PushResult": "hub.push",
     "choose_progress": "_util.progress",
-    "convert": "conversion",
+    "convert": "commands.convert",
     "convert_and_publish": "hub.stream",
-    "diagnose": "doctor",
+    "diagnose": "commands.doctor",
     "push": "hub.push",
-    "convert_part": "parts",
-    "inspect": "inspection",
-    "join_parts": "parts",
+    "convert_part": "commands.convert_parts",
+    "inspect": "commands.inspect",
+    "join_parts": "commands.convert_parts",
     "load_layer": "ready_layer",
-    "plan": "conversion",
-    "relayout": "new_layout",
-    "restamp": "restamping",
-    "restore": "restoration",
+    "plan": "commands.convert",
+    "relayout": "commands.relayout",
+    "restamp": "commands.restamp",
+    "restore": "commands.restore",
     "run_smoke": "smoke",
-    "verify": "verification",
-    "write_sample": "sample",
+    "verify": "commands.verify",
+    "write_sample": "commands.sample",
 }
 
 

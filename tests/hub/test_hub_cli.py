@@ -15,12 +15,12 @@ from hub_server import LoopbackHub
 from hub_support import QUICK, Files, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 from nvfp4_prep.cli import cli
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
+from nvfp4_prep.commands.inspect import inspect
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.published import verify_published
 from nvfp4_prep.hub.push import push
-from nvfp4_prep.inspection import inspect
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
@@ -197,8 +197,8 @@ def test_verify_of_an_unfinished_push(hub: LoopbackHub, made: Path) -> None:
 def test_verify_against_a_source_on_the_hub(
     hub: LoopbackHub, files: Files, made: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
+    from nvfp4_prep.commands.verify import verify
     from nvfp4_prep.hub.ranges import RangeSource
-    from nvfp4_prep.verification import verify
 
     monkeypatch.setattr("nvfp4_prep.hub.ranges._HEAD_NBYTES", 20_000)
     shard = "model-00004-of-00008.safetensors"

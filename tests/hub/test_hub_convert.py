@@ -9,7 +9,7 @@ import pytest
 from hub_server import LoopbackHub
 from hub_support import QUICK, Files, PeakWatch, make_checkpoint, read_folder, write_checkpoint
 
-from nvfp4_prep.conversion import convert, plan
+from nvfp4_prep.commands.convert import convert, plan
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience

@@ -19,7 +19,7 @@ from hub_server import LoopbackHub, _Api
 from hub_support import QUICK, make_checkpoint, shard, write_checkpoint
 
 from nvfp4_prep._util.printable import mask_passwords
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError, VerificationError
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.hub.address import HubAddress

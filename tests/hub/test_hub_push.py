@@ -14,7 +14,7 @@ from hub_server import LoopbackHub
 from hub_store import Blob
 from hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.push import PushResult, publish

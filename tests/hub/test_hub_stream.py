@@ -21,7 +21,7 @@ from hub_support import (
 )
 
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.conversion import ConvertResult, convert, plan
+from nvfp4_prep.commands.convert import ConvertResult, convert, plan
 from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError, VerificationError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiny_models import TinyModel
 
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.options import ConvertOptions
 
 TABLE: list[dict[str, Any]] = []

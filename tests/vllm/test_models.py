@@ -19,7 +19,7 @@ from results import TABLE, Checkpoints
 from tiny_models import TinyModel
 
 from checkpoint_files import IN_REPOSITORY, WHOLE
-from nvfp4_prep.conversion import convert
+from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 
 EP = {"tensor_parallel_size": 2, "enable_expert_parallel": True}

@@ -10,9 +10,9 @@ from nvfp4_prep.cli.output import hint, say, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
 
 if TYPE_CHECKING:
-    from nvfp4_prep.conversion import ConvertResult
+    from nvfp4_prep.commands.convert import ConvertResult
+    from nvfp4_prep.commands.convert_parts import PartResult
     from nvfp4_prep.hub.push import PushResult
-    from nvfp4_prep.parts import PartResult
 
 __all__ = ["conversion_value", "say_conversion", "say_part", "warn_of_policy"]
 

@@ -24,12 +24,12 @@ from nvfp4_prep.cli.smoke import check_page, say_smoke, smoke_policy, write_page
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from nvfp4_prep.conversion import ConvertResult
+    from nvfp4_prep.commands.convert import ConvertResult
     from nvfp4_prep.hub.push import PushResult
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.output.layer_selection import LayerSelection
-    from nvfp4_prep.smoke_gate import SmokeFailedError, SmokePolicy
+    from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
 __all__ = ["convert"]
 
@@ -162,9 +162,9 @@ def convert(**given: Any) -> None:
 
 
 def _show_plan(job: _Job) -> None:
-    from nvfp4_prep.conversion import open_source, plan
+    from nvfp4_prep.commands.convert import open_source, plan
+    from nvfp4_prep.commands.preflight import TargetState, look_ahead
     from nvfp4_prep.hub.stream import PublishedFiles
-    from nvfp4_prep.outlook import TargetState, look_ahead
     from nvfp4_prep.output.sink import KeepFiles
     from nvfp4_prep.planning.disk_space import room_for
     from nvfp4_prep.reporting import outlook_text, outlook_value, plan_text, plan_value
@@ -192,7 +192,7 @@ def _show_plan(job: _Job) -> None:
 
 
 def _make_part(job: _Job, selection: LayerSelection) -> None:
-    from nvfp4_prep.parts import convert_part
+    from nvfp4_prep.commands.convert_parts import convert_part
 
     part = convert_part(job.open(), job.target, selection, restart=job.restart, **job.arguments())
     if part.joined:
@@ -205,7 +205,7 @@ def _make_part(job: _Job, selection: LayerSelection) -> None:
 
 
 def _make_checkpoint(job: _Job) -> None:
-    from nvfp4_prep.smoke_gate import SmokeFailedError
+    from nvfp4_prep.smoke.gate import SmokeFailedError
 
     try:
         result, pushed = _run(job, job.open())
@@ -235,17 +235,17 @@ def _run(job: _Job, opened: str | HubSource) -> tuple[ConvertResult, PushResult 
     if job.push_to is not None:
         return _convert_and_publish(job, opened, job.push_to, smoke)
     if job.join:
-        from nvfp4_prep.parts import join_parts
+        from nvfp4_prep.commands.convert_parts import join_parts
 
         return join_parts(opened, job.target, smoke=smoke, **job.arguments()), None
-    from nvfp4_prep.conversion import convert
+    from nvfp4_prep.commands.convert import convert
 
     return convert(opened, job.target, restart=job.restart, device=job.device, smoke=smoke, **job.arguments()), None
 
 
 def _say_failed(job: _Job, error: SmokeFailedError) -> None:
     """A conversion that is whole but for the config, which the failed smoke run keeps back."""
-    from nvfp4_prep.conversion import ConvertResult
+    from nvfp4_prep.commands.convert import ConvertResult
 
     if job.report is not None:
         write_page(job.report, error.report, job.target, job.source)
@@ -263,7 +263,7 @@ def _say_failed(job: _Job, error: SmokeFailedError) -> None:
 def _check_finished(target: Path) -> None:
     """Raises :class:`VerificationError` if what was there already is damaged, as far as no tensor bytes are needed."""
     from nvfp4_prep._util.text import count
-    from nvfp4_prep.verification import verify
+    from nvfp4_prep.commands.verify import verify
 
     found = verify(target, quick=True)
     problems = found.problems

@@ -12,7 +12,7 @@ from nvfp4_prep.cli.common import common
 from nvfp4_prep.cli.output import say, say_text, to_json
 
 if TYPE_CHECKING:
-    from nvfp4_prep.doctor import Diagnosis
+    from nvfp4_prep.commands.doctor import Diagnosis
 
 __all__ = ["doctor"]
 
@@ -29,7 +29,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     nvfp4-prep doctor
     nvfp4-prep doctor /scratch          writes and reads back 537 MB there
     """
-    from nvfp4_prep import doctor as diagnosing
+    from nvfp4_prep.commands import doctor as diagnosing
 
     found = diagnosing.diagnose(directory)
     if as_json:

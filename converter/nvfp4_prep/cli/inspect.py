@@ -23,7 +23,7 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     nvfp4-prep inspect ./DeepSeek-NVFP4
     nvfp4-prep inspect nvidia/Kimi-K2.5-NVFP4 --json
     """
-    from nvfp4_prep import inspection
+    from nvfp4_prep.commands import inspect as inspection
     from nvfp4_prep.hub import open_source
     from nvfp4_prep.reporting import inspection_text, inspection_value
 

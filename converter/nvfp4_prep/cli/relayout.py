@@ -39,8 +39,8 @@ def relayout(
     \b
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
-    from nvfp4_prep import new_layout
     from nvfp4_prep._util.text import count, format_nbytes
+    from nvfp4_prep.commands import relayout as new_layout
     from nvfp4_prep.options import LayoutName
     from nvfp4_prep.reporting import layout_text, tp_lines
 

@@ -25,7 +25,7 @@ def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     \b
     nvfp4-prep restamp ./out
     """
-    from nvfp4_prep import restamping
+    from nvfp4_prep.commands import restamp as restamping
 
     result = restamping.restamp(checkpoint)
     if as_json:

@@ -27,8 +27,8 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     \b
     nvfp4-prep restore ./out ./back
     """
-    from nvfp4_prep import restoration
     from nvfp4_prep._util.text import count, format_nbytes
+    from nvfp4_prep.commands import restore as restoration
 
     with tell_leftovers(target):
         result = restoration.restore(

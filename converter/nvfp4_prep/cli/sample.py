@@ -66,7 +66,7 @@ def sample(
     from dataclasses import replace
 
     from nvfp4_prep._util.text import format_nbytes
-    from nvfp4_prep.sample import KIMI_LAYER, SampleModel, write_sample
+    from nvfp4_prep.commands.sample import KIMI_LAYER, SampleModel, write_sample
 
     nbytes = shard_mb * 10**6
     if kimi_layer:

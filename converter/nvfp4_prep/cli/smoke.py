@@ -17,7 +17,7 @@ from nvfp4_prep.report_file import check_report_path, write_report
 if TYPE_CHECKING:
     from nvfp4_prep.checkpoint.source import Source
     from nvfp4_prep.smoke import SmokeReport
-    from nvfp4_prep.smoke_gate import SmokePolicy
+    from nvfp4_prep.smoke.gate import SmokePolicy
 
 __all__ = ["SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_policy", "smoke_run", "write_page"]
 
@@ -113,8 +113,8 @@ def _layer_numbers(checkpoint: str | Path) -> list[int]:
 
 def smoke_policy(*, quiet: bool) -> SmokePolicy:
     """The library's default, which tells of each layer on stderr."""
+    from nvfp4_prep.smoke.gate import SmokePolicy
     from nvfp4_prep.smoke.text import layer_line
-    from nvfp4_prep.smoke_gate import SmokePolicy
 
     return SmokePolicy(on_layer=None if quiet else lambda *layer: hint(layer_line(*layer)))
 

@@ -14,9 +14,9 @@ from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_opti
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from nvfp4_prep.commands.verify import VerifyReport
     from nvfp4_prep.hub import HubAddress
     from nvfp4_prep.smoke import SmokeReport
-    from nvfp4_prep.verification import VerifyReport
 
 __all__ = ["verify"]
 
@@ -53,7 +53,7 @@ def verify(
     nvfp4-prep verify ./out --quick                     structure only, seconds
     nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
     """
-    from nvfp4_prep import verification
+    from nvfp4_prep.commands import verify as verification
     from nvfp4_prep.hub import open_ranges, parse_address
 
     tell_address(checkpoint, quiet=quiet)

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep.commands.verify import STRUCTURE, VerifyReport, edited_config_lines
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.ranges import RangeSource
@@ -13,7 +14,6 @@ from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.problems import Problems
 from nvfp4_prep.prepared.structure import check_structure
-from nvfp4_prep.verification import STRUCTURE, VerifyReport, edited_config_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

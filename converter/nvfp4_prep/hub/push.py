@@ -107,7 +107,7 @@ def push(
         TargetError: if the repository holds another model.
         HubError: if the token may not do this, or the Hub stays away.
     """
-    from nvfp4_prep.verification import verify
+    from nvfp4_prep.commands.verify import verify
 
     verify(checkpoint, quick=not full, threads=threads, progress=progress).raise_for_problems()
     return publish(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.conversion import ConvertResult, convert
+from nvfp4_prep.commands.convert import ConvertResult, convert
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.client import Patience, translate
 from nvfp4_prep.hub.files import LocalFile, Snapshot
@@ -26,7 +26,7 @@ from nvfp4_prep.hub.push import (
 from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.sink import KeepFiles
-from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
+from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -229,7 +229,7 @@ def convert_and_publish(
     """Converts and publishes at the same time; killed at any moment, the same call continues.
 
     Args:
-        source, target, options, threads, progress, restart, device: as for :func:`~nvfp4_prep.conversion.convert`.
+        source, target, options, threads, progress, restart, device: as for ``convert``.
         repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.

@@ -25,7 +25,7 @@ from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
 from nvfp4_prep.prepared.stamp import quantization_configs
-from nvfp4_prep.smoke_gate import SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport

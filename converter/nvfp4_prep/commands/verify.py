@@ -21,6 +21,7 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.commands.compare_source import SourceComparison
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.moe.gate_up_scales import rescale
@@ -34,7 +35,6 @@ from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problem, Problems
 from nvfp4_prep.prepared.structure import check_structure
-from nvfp4_prep.source_comparison import SourceComparison
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["STRUCTURE", "VerifyReport", "edited_config_lines", "verify"]

@@ -17,7 +17,7 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count, spans
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.conversion import ConvertResult, check_apart, complete_manifest, open_source
+from nvfp4_prep.commands.convert import ConvertResult, check_apart, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
@@ -26,7 +26,7 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
-from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy
+from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
 __all__ = [
     "PartResult",
@@ -83,7 +83,7 @@ def convert_part(
     """Prepares some of the layers, for :func:`join_parts`. Killed at any moment, the same call continues.
 
     Any number of parts may run at once, on any machines that see source and target. Parts may overlap: the bytes are
-    the same. Peak memory as for :func:`~nvfp4_prep.conversion.convert`.
+    the same. Peak memory as for :func:`~nvfp4_prep.commands.convert.convert`.
 
     Args:
         source: a directory, or an opened source; the same for all parts.
@@ -98,7 +98,7 @@ def convert_part(
         UsageError: if no MoE layer is selected.
         ResumeConflictError: if the target is being joined or converted as a whole.
         BusyError: if the same part is at work elsewhere.
-        NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
+        NvfpPrepError: as :func:`~nvfp4_prep.commands.convert.convert`.
     """
     selection = LayerSelection.parse(layers) if isinstance(layers, str) else layers
     path = Path(target)
@@ -136,14 +136,14 @@ def join_parts(
         target: the output directory that was given for the parts.
         threads: workers.
         progress: told how it goes.
-        smoke: as for :func:`~nvfp4_prep.conversion.convert`.
+        smoke: as for :func:`~nvfp4_prep.commands.convert.convert`.
 
     Raises:
         PartsMissingError: if layers are missing; nothing was changed.
         BusyError: if a part is at work.
         ResumeConflictError: if a part was made from another source, with other options or by another version.
         VerificationError: if two parts made the same file with different bytes.
-        NvfpPrepError: as :func:`~nvfp4_prep.conversion.convert`.
+        NvfpPrepError: as :func:`~nvfp4_prep.commands.convert.convert`.
     """
     path = Path(target)
     opened = open_source(source, path)

@@ -18,7 +18,7 @@ from nvfp4_prep._util.buffers import byte_view, crc32_each
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
-from nvfp4_prep.conversion import check_apart
+from nvfp4_prep.commands.convert import check_apart
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.output.target import Target

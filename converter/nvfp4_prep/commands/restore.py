@@ -12,7 +12,7 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.index import CONFIG, INDEX
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
-from nvfp4_prep.conversion import check_apart
+from nvfp4_prep.commands.convert import check_apart
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.target import Target

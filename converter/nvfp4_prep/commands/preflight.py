@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.conversion import check_apart, check_not_divided, find_complete
+from nvfp4_prep.commands.convert import check_apart, check_not_divided, find_complete
+from nvfp4_prep.commands.convert_parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.output.atomic_file import free_nbytes
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
-from nvfp4_prep.parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
@@ -79,7 +79,7 @@ def look_ahead(
         made: the plan of the whole conversion.
         source: where it was made of.
         target: the output directory.
-        sink: as for :func:`~nvfp4_prep.conversion.convert`.
+        sink: as for :func:`~nvfp4_prep.commands.convert.convert`.
         selection: for a part: its layers.
         join: whether parts are to be joined.
         restart: whether an unfinished run would be discarded.
@@ -122,7 +122,7 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
 
 
 def _look_at_parts(made: Plan, target: Path) -> dict[str, Mapping[str, Any]]:
-    """The files that a join would find; raises as :func:`~nvfp4_prep.parts.join_parts` does."""
+    """The files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
     parts = {
         folder: _look_at(folder, part_identity(made, LayerSelection.parse(text)), KeepFiles(), restart=False)
         for text, folder in list_parts(target).items()

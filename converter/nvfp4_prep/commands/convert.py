@@ -23,7 +23,7 @@ from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
-from nvfp4_prep.smoke_gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport

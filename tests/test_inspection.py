@@ -14,8 +14,8 @@ import tiny_checkpoints as tiny
 from nvfp4_prep import convert, convert_part, inspect, plan, relayout
 from nvfp4_prep._util.text import count, spans
 from nvfp4_prep.cli import cli
+from nvfp4_prep.cli.render import inspection_text, plan_text
 from nvfp4_prep.errors import CheckpointError, SourceError
-from nvfp4_prep.reporting import inspection_text, plan_text
 
 
 def test_source(sample_source: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
-from nvfp4_prep.load.plan import ALIGNMENT, Chunk, Segment, plan_reads
+from nvfp4_prep.load.read_plan import ALIGNMENT, Chunk, Segment, plan_reads
 from nvfp4_prep_kernels import ExpertSlice
 
 PATH = Path("experts.safetensors")

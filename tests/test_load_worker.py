@@ -9,7 +9,7 @@ import torch
 
 from load_files import BATCHED, write_checkpoint
 from nvfp4_prep.load import Catalog, LoadOptions, reader
-from nvfp4_prep.load.plan import plan_reads
+from nvfp4_prep.load.read_plan import plan_reads
 from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice

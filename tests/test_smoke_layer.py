@@ -10,7 +10,7 @@ import torch
 
 from moe_cases import CASES, Layer, random_layer
 from mutations import MUTATIONS, PADDING_MUTATIONS
-from nvfp4_prep.smoke.figures import compare
+from nvfp4_prep.smoke.compare import compare
 from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport
 from nvfp4_prep.smoke.tokens import random_tokens, routings

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.restore import RestoreResult, restore
     from nvfp4_prep.commands.sample import SampleModel, write_sample
     from nvfp4_prep.commands.verify import VerifyReport, verify
-    from nvfp4_prep.hub.push import PushResult, push
-    from nvfp4_prep.hub.remote import PublishOptions
-    from nvfp4_prep.hub.stream import convert_and_publish
+    from nvfp4_prep.hub.publish import PushResult, push
+    from nvfp4_prep.hub.repository import PublishOptions
+    from nvfp4_prep.hub.stream_publish import convert_and_publish
+    from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.planning.plan import Plan
-    from nvfp4_prep.ready_layer import ReadyLayer, load_layer
     from nvfp4_prep.smoke import SmokeReport, run_smoke
     from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
@@ -79,7 +79,7 @@ _HOMES = {
     "LayoutName": "options",
     "PartResult": "commands.convert_parts",
     "Plan": "planning.plan",
-    "ReadyLayer": "ready_layer",
+    "ReadyLayer": "load.flashinfer",
     "RelayoutResult": "commands.relayout",
     "RestampResult": "commands.restamp",
     "RestoreResult": "commands.restore",
@@ -88,17 +88,17 @@ _HOMES = {
     "SmokePolicy": "smoke.gate",
     "SmokeReport": "smoke",
     "VerifyReport": "commands.verify",
-    "PublishOptions": "hub.remote",
-    "PushResult": "hub.push",
+    "PublishOptions": "hub.repository",
+    "PushResult": "hub.publish",
     "choose_progress": "_util.progress",
     "convert": "commands.convert",
-    "convert_and_publish": "hub.stream",
+    "convert_and_publish": "hub.stream_publish",
     "diagnose": "commands.doctor",
-    "push": "hub.push",
+    "push": "hub.publish",
     "convert_part": "commands.convert_parts",
     "inspect": "commands.inspect",
     "join_parts": "commands.convert_parts",
-    "load_layer": "ready_layer",
+    "load_layer": "load.flashinfer",
     "plan": "commands.convert",
     "relayout": "commands.relayout",
     "restamp": "commands.restamp",

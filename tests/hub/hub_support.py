@@ -14,7 +14,7 @@ from typing import Self, TypeAlias
 from hub_store import Repository
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
-from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.errors import Patience
 
 Files: TypeAlias = dict[str, bytes]
 QUICK = Patience(first_wait_s=0.01, longest_wait_s=0.05, give_up_after_s=20.0)

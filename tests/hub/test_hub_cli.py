@@ -19,8 +19,8 @@ from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.inspect import inspect
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.published import verify_published
-from nvfp4_prep.hub.push import push
+from nvfp4_prep.hub.publish import push
+from nvfp4_prep.hub.verify_remote import verify_published
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
@@ -198,9 +198,9 @@ def test_verify_against_a_source_on_the_hub(
     hub: LoopbackHub, files: Files, made: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ) -> None:
     from nvfp4_prep.commands.verify import verify
-    from nvfp4_prep.hub.ranges import RangeSource
+    from nvfp4_prep.hub.range_source import RangeSource
 
-    monkeypatch.setattr("nvfp4_prep.hub.ranges._HEAD_NBYTES", 20_000)
+    monkeypatch.setattr("nvfp4_prep.hub.range_source._HEAD_NBYTES", 20_000)
     shard = "model-00004-of-00008.safetensors"
     changed = files[shard][:-1] + bytes([files[shard][-1] ^ 1])
     hub.store.publish(SOURCE, {**files, shard: changed} if damaged else files)

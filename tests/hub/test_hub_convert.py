@@ -12,7 +12,7 @@ from hub_support import QUICK, Files, PeakWatch, make_checkpoint, read_folder, w
 from nvfp4_prep.commands.convert import convert, plan
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.prepared.manifest import MANIFEST
 

@@ -23,9 +23,9 @@ from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError, VerificationError
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.client import Patience, persist
-from nvfp4_prep.hub.push import push
-from nvfp4_prep.hub.ranges import RangeSource
+from nvfp4_prep.hub.errors import Patience, persist
+from nvfp4_prep.hub.publish import push
+from nvfp4_prep.hub.range_source import RangeSource
 from nvfp4_prep.hub.source import HubSource
 
 REPO = "alice/model"
@@ -122,7 +122,7 @@ def test_repositories_of_other_types(hub: LoopbackHub, monkeypatch: pytest.Monke
 
 def test_endless_listings_end(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.store.publish(REPO, {NAME: shard(1000, 1), "other.safetensors": shard(1000, 2)})
-    monkeypatch.setattr("nvfp4_prep.hub.files._MAX_FILES", 1)
+    monkeypatch.setattr("nvfp4_prep.hub.listing._MAX_FILES", 1)
     with pytest.raises(HubError, match="number of files"):
         RangeSource(HubAddress(REPO), patience=QUICK)
 

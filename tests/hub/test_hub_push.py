@@ -16,9 +16,9 @@ from hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, 
 
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
-from nvfp4_prep.hub.client import Patience
-from nvfp4_prep.hub.push import PushResult, publish
-from nvfp4_prep.hub.remote import PublishOptions
+from nvfp4_prep.hub.errors import Patience
+from nvfp4_prep.hub.publish import PushResult, publish
+from nvfp4_prep.hub.repository import PublishOptions
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 
 REPO = "alice/prepared"
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_file_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvfp4_prep.hub.push._BATCH_NBYTES", 100_000)
+    monkeypatch.setattr("nvfp4_prep.hub.publish._BATCH_NBYTES", 100_000)
 
 
 def send(directory: Path, patience: Patience = QUICK, **options: object) -> PushResult:
@@ -56,7 +56,7 @@ def test_a_hub_that_was_never_reached_is_not_waited_for_long(
 ) -> None:
     """One minute until the first answer; what docs/hub.md calls a bad night begins after it."""
     assert Patience().at_first_contact().give_up_after_s == 60.0
-    monkeypatch.setattr("nvfp4_prep.hub.client._FIRST_CONTACT_S", 0.05)
+    monkeypatch.setattr("nvfp4_prep.hub.errors._FIRST_CONTACT_S", 0.05)
     hub.fault("/api/repos/create", "status", method="POST", status=503, times=1000)
     with pytest.raises(HubError, match=r"creating the repository failed .* without progress.*command again"):
         send(made, Patience(0.01, 0.02, 3600.0))
@@ -243,7 +243,7 @@ def test_a_new_version_replaces_the_old_one_without_a_mixed_state(hub: LoopbackH
 PUSH = """
 import sys
 from pathlib import Path
-import nvfp4_prep.hub.push as push
+import nvfp4_prep.hub.publish as push
 push._BATCH_NBYTES = 100_000
 push.publish(Path(sys.argv[1]), sys.argv[2], push.PublishOptions())
 """

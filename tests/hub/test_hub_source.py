@@ -12,7 +12,7 @@ from hub_support import QUICK, PeakWatch, folder_nbytes, shard
 
 from nvfp4_prep.errors import HubError, SourceError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
-from nvfp4_prep.hub.client import Patience
+from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
 
 REPO = "alice/model"
@@ -107,7 +107,7 @@ def test_header_longer_than_the_first_request(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nvfp4_prep.hub.ranges._HEAD_NBYTES", 100)
+    monkeypatch.setattr("nvfp4_prep.hub.range_source._HEAD_NBYTES", 100)
     source = open_source(tmp_path)
     assert source.header("model-3.safetensors").tensors[0].nbytes == SIZE
     assert source.peek("model-3.safetensors", 5000, 77) == shards["model-3.safetensors"][5000:5077]

@@ -12,7 +12,7 @@ def installed_kernel_with(block: int) -> Iterator[None]:
     """A vLLM whose preparation interleaves gate and up in other blocks, as vLLM #55015 will."""
     from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
 
-    from nvfp4_prep.vllm.installed_layout import installed_gate_up_block
+    from nvfp4_prep.vllm.layout_check import installed_gate_up_block
 
     original = flashinfer_fp4_moe.interleave_linear_and_gate
     installed_gate_up_block.cache_clear()

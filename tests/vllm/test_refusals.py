@@ -190,7 +190,7 @@ def test_a_kernel_with_another_block_height(prepared: Path) -> None:
 def test_a_kernel_with_an_unknown_layout(prepared: Path) -> None:
     from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
 
-    from nvfp4_prep.vllm.installed_layout import installed_gate_up_block
+    from nvfp4_prep.vllm.layout_check import installed_gate_up_block
 
     installed_gate_up_block.cache_clear()
     original = flashinfer_fp4_moe.swizzle_blockscale
@@ -207,7 +207,7 @@ def test_hidden_padding_that_changed_in_vllm(prepared: Path) -> None:
     """The fingerprint's layer needs no padding; the second fixed layer is there for this."""
     from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
 
-    from nvfp4_prep.vllm.installed_layout import installed_gate_up_block
+    from nvfp4_prep.vllm.layout_check import installed_gate_up_block
 
     installed_gate_up_block.cache_clear()
     original = flashinfer_fp4_moe.align_fp4_moe_hidden_dim_for_fi
@@ -279,7 +279,7 @@ def test_the_batched_layout_without_batched_all_to_all(checkpoints: Checkpoints)
 
 
 def test_fused_shared_experts() -> None:
-    from nvfp4_prep.vllm.method import PreparedNvFp4MoEMethod
+    from nvfp4_prep.vllm.moe_method import PreparedNvFp4MoEMethod
 
     method = PreparedNvFp4MoEMethod.__new__(PreparedNvFp4MoEMethod)
     method.layer_name = "model.layers.1.mlp.experts"
@@ -288,7 +288,7 @@ def test_fused_shared_experts() -> None:
 
 
 def test_substituted_experts() -> None:
-    from nvfp4_prep.vllm.method import PreparedNvFp4MoEMethod
+    from nvfp4_prep.vllm.moe_method import PreparedNvFp4MoEMethod
 
     method = PreparedNvFp4MoEMethod.__new__(PreparedNvFp4MoEMethod)
     method.layer_name = "model.layers.1.mlp.experts"

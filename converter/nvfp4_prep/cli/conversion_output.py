@@ -12,7 +12,7 @@ from nvfp4_prep.cli.push import say_pushed
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
     from nvfp4_prep.commands.convert_parts import PartResult
-    from nvfp4_prep.hub.push import PushResult
+    from nvfp4_prep.hub.publish import PushResult
 
 __all__ = ["conversion_value", "say_conversion", "say_part", "warn_of_policy"]
 
@@ -38,7 +38,7 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
 def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
     """For people, on stdout."""
     from nvfp4_prep._util.text import count, format_nbytes
-    from nvfp4_prep.reporting import left_out_lines, quantization_lines, relative_error_text, tp_lines
+    from nvfp4_prep.cli.render import left_out_lines, quantization_lines, relative_error_text, tp_lines
 
     manifest = result.manifest
     if pushed is not None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nvfp4_prep.cli.common import (
+from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
+from nvfp4_prep.cli.options import (
     Publishing,
     check_repository,
     common,
@@ -18,14 +19,13 @@ from nvfp4_prep.cli.common import (
     restart_option,
     threads_option,
 )
-from nvfp4_prep.cli.conversion_output import conversion_value, say_conversion, say_part, warn_of_policy
 from nvfp4_prep.cli.output import hint, make_progress, say, say_next, say_text, shell_line, tell_address, to_json
 from nvfp4_prep.cli.smoke import check_page, say_smoke, smoke_policy, write_page
 from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
-    from nvfp4_prep.hub.push import PushResult
+    from nvfp4_prep.hub.publish import PushResult
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.output.layer_selection import LayerSelection
@@ -162,12 +162,12 @@ def convert(**given: Any) -> None:
 
 
 def _show_plan(job: _Job) -> None:
+    from nvfp4_prep.cli.render import outlook_text, outlook_value, plan_text, plan_value
     from nvfp4_prep.commands.convert import open_source, plan
     from nvfp4_prep.commands.preflight import TargetState, look_ahead
-    from nvfp4_prep.hub.stream import PublishedFiles
+    from nvfp4_prep.hub.stream_publish import PublishedFiles
     from nvfp4_prep.output.sink import KeepFiles
     from nvfp4_prep.planning.disk_space import room_for
-    from nvfp4_prep.reporting import outlook_text, outlook_value, plan_text, plan_value
 
     sink = PublishedFiles() if job.stream_out else KeepFiles()
     source = open_source(job.open())
@@ -280,7 +280,7 @@ def _convert_and_publish(
     job: _Job, opened: str | HubSource, repository: str, smoke: SmokePolicy | None
 ) -> tuple[ConvertResult, PushResult]:
     from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.hub.stream import convert_and_publish
+    from nvfp4_prep.hub.stream_publish import convert_and_publish
 
     quiet_client()
     return convert_and_publish(

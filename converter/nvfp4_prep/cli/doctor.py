@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.options import common
 from nvfp4_prep.cli.output import say, say_text, to_json
 
 if TYPE_CHECKING:

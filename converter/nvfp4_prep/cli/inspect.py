@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.options import common
 from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
 
 __all__ = ["inspect"]
@@ -23,9 +23,9 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     nvfp4-prep inspect ./DeepSeek-NVFP4
     nvfp4-prep inspect nvidia/Kimi-K2.5-NVFP4 --json
     """
+    from nvfp4_prep.cli.render import inspection_text, inspection_value
     from nvfp4_prep.commands import inspect as inspection
     from nvfp4_prep.hub import open_source
-    from nvfp4_prep.reporting import inspection_text, inspection_value
 
     tell_address(checkpoint, quiet=quiet)
     found = inspection.inspect(open_source(checkpoint))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import (
+from nvfp4_prep.cli.options import (
     Publishing,
     check_repository,
     common,
@@ -17,7 +17,7 @@ from nvfp4_prep.cli.common import (
 from nvfp4_prep.cli.output import make_progress, say, say_next, to_json
 
 if TYPE_CHECKING:
-    from nvfp4_prep.hub.push import PushResult
+    from nvfp4_prep.hub.publish import PushResult
 
 __all__ = ["push", "say_pushed"]
 
@@ -47,7 +47,7 @@ def push(
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared --private --full
     """
-    from nvfp4_prep.hub import push as pushing
+    from nvfp4_prep.hub import publish as pushing
     from nvfp4_prep.hub import quiet_client
 
     check_repository(repository)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, restart_option, threads_option
+from nvfp4_prep.cli.options import common, restart_option, threads_option
 from nvfp4_prep.cli.output import make_progress, say, say_next, tell_leftovers, to_json
 
 __all__ = ["relayout"]
@@ -40,9 +40,9 @@ def relayout(
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
     from nvfp4_prep._util.text import count, format_nbytes
+    from nvfp4_prep.cli.render import layout_text, tp_lines
     from nvfp4_prep.commands import relayout as new_layout
     from nvfp4_prep.options import LayoutName
-    from nvfp4_prep.reporting import layout_text, tp_lines
 
     with tell_leftovers(target):
         result = new_layout.relayout(

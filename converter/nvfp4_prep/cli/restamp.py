@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common
+from nvfp4_prep.cli.options import common
 from nvfp4_prep.cli.output import say, say_next, to_json
 
 __all__ = ["restamp"]

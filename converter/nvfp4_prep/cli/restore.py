@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.common import common, restart_option, threads_option
+from nvfp4_prep.cli.options import common, restart_option, threads_option
 from nvfp4_prep.cli.output import make_progress, say, tell_leftovers, to_json
 
 __all__ = ["restore"]

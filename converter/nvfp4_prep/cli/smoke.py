@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nvfp4_prep.cli.common import decorated
+from nvfp4_prep.cli.options import decorated
 from nvfp4_prep.cli.output import hint, say_text
-from nvfp4_prep.report_file import check_report_path, write_report
+from nvfp4_prep.cli.report_file import check_report_path, write_report
 
 if TYPE_CHECKING:
     from nvfp4_prep.checkpoint.source import Source
@@ -121,7 +121,7 @@ def smoke_policy(*, quiet: bool) -> SmokePolicy:
 
 def write_page(page: Path, report: SmokeReport, *directories: str | Path | None) -> None:
     """Write the HTML page of ``--report``, outside ``directories``."""
-    from nvfp4_prep.smoke.page import make_page
+    from nvfp4_prep.smoke.html import make_page
 
     write_report(page, make_page(report), *directories)
 

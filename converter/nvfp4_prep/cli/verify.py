@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.common import common, threads_option
+from nvfp4_prep.cli.options import common, threads_option
 from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
@@ -100,14 +100,14 @@ def _check_combination(
 
 def _verify_published(address: HubAddress) -> VerifyReport:
     from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.hub.published import verify_published
+    from nvfp4_prep.hub.verify_remote import verify_published
 
     quiet_client()
     return verify_published(address)
 
 
 def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
-    from nvfp4_prep.reporting import verify_text
+    from nvfp4_prep.cli.render import verify_text
 
     say_text(verify_text(found))
     say_smoke(ran)

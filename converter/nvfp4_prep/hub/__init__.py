@@ -14,7 +14,7 @@ from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
-    from nvfp4_prep.hub.ranges import RangeSource
+    from nvfp4_prep.hub.range_source import RangeSource
     from nvfp4_prep.hub.source import HubSource
 
 __all__ = ["HubAddress", "open_ranges", "open_source", "parse_address", "quiet_client"]
@@ -51,7 +51,7 @@ def open_ranges(text: str) -> str | RangeSource:
     address = parse_address(text)
     if address is None:
         return text
-    from nvfp4_prep.hub.ranges import RangeSource
+    from nvfp4_prep.hub.range_source import RangeSource
 
     quiet_client()
     with _naming_directory(text):
@@ -83,7 +83,7 @@ def quiet_client() -> None:
         raise HubError(f"HF_ENDPOINT is not an address ({error})", next_step="Set it anew, or unset it.") from error
 
     from nvfp4_prep._util.printable import escape_logs
-    from nvfp4_prep.hub.client import limit_waiting
+    from nvfp4_prep.hub.errors import limit_waiting
 
     disable_progress_bars()
     escape_logs(logging.getLogger("huggingface_hub").handlers)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.errors import HubError, SourceError
-from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
-from nvfp4_prep.hub.files import RemoteFile, Snapshot, git_blob_sha1, hash_matches
+from nvfp4_prep.hub.errors import Patience, hub_errors, malformed, persist, well_formed
+from nvfp4_prep.hub.listing import RemoteFile, Snapshot, git_blob_sha1, hash_matches
 from nvfp4_prep.hub.work_files import open_partial, partial_path, refuse_link, remove_tree
 
 if TYPE_CHECKING:

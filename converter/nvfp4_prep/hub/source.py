@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.client import Patience, hub_errors
-from nvfp4_prep.hub.files import RemoteFile, hash_matches, is_git_id
-from nvfp4_prep.hub.ranges import RangeSource, is_small
+from nvfp4_prep.hub.errors import Patience, hub_errors
+from nvfp4_prep.hub.listing import RemoteFile, hash_matches, is_git_id
+from nvfp4_prep.hub.range_source import RangeSource, is_small
 from nvfp4_prep.hub.work_files import partial_path, refuse_link, remove_tree
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ import torch
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
+from nvfp4_prep.load.gpu_copy import Transfer
 from nvfp4_prep.load.open_files import OpenFiles
 from nvfp4_prep.load.options import LoadOptions
-from nvfp4_prep.load.plan import Task, plan_reads
+from nvfp4_prep.load.read_plan import Task, plan_reads
 from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.staging import make_buffers
-from nvfp4_prep.load.transfer import Transfer
 from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Times, as_load_error
 from nvfp4_prep_kernels import ExpertSlice
 

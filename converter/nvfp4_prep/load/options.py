@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.load.plan import ALIGNMENT, LONG_RUN_NBYTES
+from nvfp4_prep.load.read_plan import ALIGNMENT, LONG_RUN_NBYTES
 
 __all__ = ["DirectIO", "LoadOptions", "default_threads", "usable_cores"]
 

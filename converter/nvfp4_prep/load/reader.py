@@ -14,8 +14,8 @@ import torch
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError
-from nvfp4_prep.load.mapping import FileMapping, gather_runs, mapping_supported
-from nvfp4_prep.load.plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
+from nvfp4_prep.load.mmap_gather import FileMapping, gather_runs, mapping_supported
+from nvfp4_prep.load.read_plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
 
 __all__ = ["FileReader", "ReadCounts"]
 

@@ -7,7 +7,7 @@ import torch
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.options import LoadOptions
-from nvfp4_prep.load.plan import ALIGNMENT
+from nvfp4_prep.load.read_plan import ALIGNMENT
 from nvfp4_prep.load.worker import Buffers
 
 __all__ = ["make_buffers"]

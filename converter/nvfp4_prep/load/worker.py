@@ -13,7 +13,7 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.errors import LoadError, NvfpPrepError, VerificationError
-from nvfp4_prep.load.plan import Chunk, Task
+from nvfp4_prep.load.read_plan import Chunk, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 
 __all__ = ["Buffers", "Filled", "Job", "Reading", "Times", "as_load_error"]

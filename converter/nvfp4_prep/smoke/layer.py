@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nvfp4_prep.smoke.figures import compare, in_tolerances
+from nvfp4_prep.smoke.compare import compare, in_tolerances
 from nvfp4_prep.smoke.report import (
     CaseFigures,
     ErrorFigures,

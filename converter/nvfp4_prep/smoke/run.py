@@ -15,8 +15,8 @@ from nvfp4_prep.errors import UsageError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
+from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
-from nvfp4_prep.smoke.reading import CheckpointReader
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 
 __all__ = ["CPU_SAMPLE", "choose_layers", "run_smoke", "spread"]

@@ -1,7 +1,7 @@
 """vLLM's load format ``nvfp4_prep``: prepared experts by the rank-exact loader, everything else as vLLM loads it.
 
 The files of prepared experts are taken out of vLLM's list of files. In their place the model gets tensors without data
-(:mod:`nvfp4_prep.load.handle`) under the same names, so that vLLM's own name mapping leads each to its parameter,
+(:mod:`nvfp4_prep.load.lazy_tensor`) under the same names, so that vLLM's own name mapping leads each to its parameter,
 whose loader queues the read of exactly the rank's bytes. The reads run while vLLM loads the rest; when it is done, the
 loader waits for them.
 """

@@ -72,7 +72,7 @@ class Placement:
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
         """Copies the rank's share of a stored tensor into its parameter, in place and with nothing else than ``copy_``.
 
-        A tensor without data (:mod:`nvfp4_prep.load.handle`) queues the read of that share instead.
+        A tensor without data (:mod:`nvfp4_prep.load.lazy_tensor`) queues the read of that share instead.
 
         Raises:
             ServingError: if the stored tensor has another shape or dtype than the model's sizes ask for.

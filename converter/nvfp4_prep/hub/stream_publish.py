@@ -12,9 +12,9 @@ from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import ConvertResult, convert
 from nvfp4_prep.errors import HubError
-from nvfp4_prep.hub.client import Patience, translate
-from nvfp4_prep.hub.files import LocalFile, Snapshot
-from nvfp4_prep.hub.push import (
+from nvfp4_prep.hub.errors import Patience, translate
+from nvfp4_prep.hub.listing import LocalFile, Snapshot
+from nvfp4_prep.hub.publish import (
     BATCH_FILES,
     PushResult,
     publication_title,
@@ -23,7 +23,7 @@ from nvfp4_prep.hub.push import (
     summary,
     withdrawal,
 )
-from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
+from nvfp4_prep.hub.repository import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
@@ -230,7 +230,7 @@ def convert_and_publish(
 
     Args:
         source, target, options, threads, progress, restart, device: as for ``convert``.
-        repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.push.push`.
+        repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.publish.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
         smoke: what is run before the stamp is published, also of what was complete already: if it fails, the

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.errors import HubError, TargetError, UsageError
-from nvfp4_prep.hub.client import Patience, hub_errors, is_conflict, persist, well_formed
-from nvfp4_prep.hub.files import LocalFile, Snapshot, read_snapshot
+from nvfp4_prep.hub.errors import Patience, hub_errors, is_conflict, persist, well_formed
+from nvfp4_prep.hub.listing import LocalFile, Snapshot, read_snapshot
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import SourceError
-from nvfp4_prep.hub.client import Patience, hub_errors, malformed, persist, well_formed
+from nvfp4_prep.hub.errors import Patience, hub_errors, malformed, persist, well_formed
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -13,9 +13,9 @@ from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes,
 from nvfp4_prep.checkpoint.source import SourceFile, read_exactly
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
-from nvfp4_prep.hub.files import RemoteFile, read_snapshot
+from nvfp4_prep.hub.errors import Patience
+from nvfp4_prep.hub.listing import RemoteFile, read_snapshot
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

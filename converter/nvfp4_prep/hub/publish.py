@@ -14,10 +14,10 @@ from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README, WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError, VerificationError
-from nvfp4_prep.hub.client import Patience
 from nvfp4_prep.hub.download import Downloader
-from nvfp4_prep.hub.files import LocalFile, Snapshot
-from nvfp4_prep.hub.remote import PublishOptions, RemoteRepository
+from nvfp4_prep.hub.errors import Patience
+from nvfp4_prep.hub.listing import LocalFile, Snapshot
+from nvfp4_prep.hub.repository import PublishOptions, RemoteRepository
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
 
@@ -93,7 +93,7 @@ def push(
     Args:
         checkpoint: its directory.
         repo_id: ``USER/NAME``.
-        options: see :class:`~nvfp4_prep.hub.remote.PublishOptions`.
+        options: see :class:`~nvfp4_prep.hub.repository.PublishOptions`.
         full: read every byte before (otherwise: structure, sizes and headers; the hashes of all uploaded bytes are
             compared with the manifest in any case, before the stamp).
         api: the official client; by default with the user's endpoint and token.

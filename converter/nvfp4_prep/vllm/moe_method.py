@@ -16,11 +16,11 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.vllm.installed_layout import check_installed_layout
-from nvfp4_prep.vllm.loading import PreparedWeights
+from nvfp4_prep.vllm.layout_check import check_installed_layout
 from nvfp4_prep.vllm.placement import Placement
-from nvfp4_prep.vllm.relayout import reorder_gate_up
+from nvfp4_prep.vllm.reorder import reorder_gate_up
 from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep.vllm.weight_loaders import PreparedWeights
 from nvfp4_prep_kernels import MoeDims
 
 __all__ = ["RELAYOUT_VARIABLE", "PreparedNvFp4MoEMethod"]

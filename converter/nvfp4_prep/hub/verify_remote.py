@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.commands.verify import STRUCTURE, VerifyReport, edited_config_lines
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.client import Patience
-from nvfp4_prep.hub.ranges import RangeSource
+from nvfp4_prep.hub.errors import Patience
+from nvfp4_prep.hub.range_source import RangeSource
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.problems import Problems

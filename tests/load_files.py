@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions, LayoutName
-from nvfp4_prep.prepared.manifest import MANIFEST, FileRecord, GateUpRecord, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor, Projection
 
 

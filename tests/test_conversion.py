@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import layout_oracle
 from checkpoint_files import file_digests, raw_bytes, read_tensors
 from nvfp4_prep import ConvertOptions, SampleModel, convert, plan, write_sample
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import (
     BusyError,
@@ -35,7 +36,6 @@ from nvfp4_prep.errors import (
     UnsupportedCheckpointError,
 )
 from nvfp4_prep.output.sink import KeepFiles
-from nvfp4_prep.output.target import WORK_FOLDER
 
 PATH = "model.layers.1.mlp.experts"
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import convert, relayout, restore, verify
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.errors import CheckpointError, VerificationError
-from nvfp4_prep.prepared.manifest import MANIFEST
 
 NAMES = ["chat_template.jinja", "modeling_deepseek.py", "tokenizer.model", "pytorch_model.bin", "sub/x.txt", "a.json"]
 

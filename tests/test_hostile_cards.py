@@ -11,8 +11,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.prepared.front_matter import MAX_DEPTH, MAX_ITEMS, MAX_NBYTES, read_front_matter
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.markdown import MAX_CHARACTERS, code_span, plain_text
 from nvfp4_prep.prepared.model_card import front_matter, make_model_card
 

@@ -15,10 +15,10 @@ import torch
 
 from load_files import Written, write_checkpoint
 from nvfp4_prep import load_layer as load_ready
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import CheckpointError, LoadError, UsageError
 from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, RankShare, load_layer, load_layers
-from nvfp4_prep.prepared.manifest import MANIFEST
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice
 
 DIMS = MoeDims(experts=4, intermediate=256, hidden=256)

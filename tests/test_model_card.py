@@ -9,10 +9,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.sample import SampleModel, write_sample
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.model_card import front_matter, make_model_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.output.sink import KeepFiles
-from nvfp4_prep.output.target import WORK_FOLDER, Target
+from nvfp4_prep.output.target import Target
 
 
 class Stop(Exception):

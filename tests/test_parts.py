@@ -23,6 +23,7 @@ from nvfp4_prep import (
     verify,
     write_sample,
 )
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.commands import convert_parts as parts
 from nvfp4_prep.errors import (
     BusyError,
@@ -34,7 +35,7 @@ from nvfp4_prep.errors import (
     VerificationError,
 )
 from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
-from nvfp4_prep.output.target import WORK_FOLDER, Target
+from nvfp4_prep.output.target import Target
 
 
 @pytest.fixture(scope="module")

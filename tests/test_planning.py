@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, SampleModel, convert, inspect, plan, write_sample
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.cli.render import inspection_text, plan_text
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.planning.plan import FileKind, Plan
+from nvfp4_prep.planning.plan import Plan
 from tiny_checkpoints import Tensors, TinyLayer, config, merged, others, without, write
 
 LAYER = TinyLayer()

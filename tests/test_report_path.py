@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
-from nvfp4_prep.cli.report_file import REPORT_MARKER, check_report_path, write_report
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.output.report_file import REPORT_MARKER, check_report_path, write_report
 
 PAGE = f"<!doctype html>{REPORT_MARKER}"
 

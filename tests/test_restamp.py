@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from nvfp4_prep import relayout, restamp, restore, verify
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.cli.commands import cli
 from nvfp4_prep.errors import BusyError, CheckpointError, TargetError, VerificationError
 from nvfp4_prep.prepared.config_edits import (
@@ -24,7 +25,7 @@ from nvfp4_prep.prepared.config_edits import (
     find_edits,
     same_value,
 )
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 
 NAN = float("nan")
 

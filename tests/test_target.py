@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
-from nvfp4_prep.output.target import PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target
+from nvfp4_prep.output.target import PARTS_FOLDER, SOURCE_FOLDER, Target
 
 IDENTITY = {"options": {"a": 1}, "files": {"x": [1, "t"]}}
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.restore import RestoreResult, restore
     from nvfp4_prep.commands.sample import SampleModel, write_sample
     from nvfp4_prep.commands.verify import VerifyReport, verify
-    from nvfp4_prep.hub.publish import PushResult, push
-    from nvfp4_prep.hub.repository import PublishOptions
-    from nvfp4_prep.hub.stream_publish import convert_and_publish
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.planning.plan import Plan
+    from nvfp4_prep.publish.push import PushResult, push
+    from nvfp4_prep.publish.repository import PublishOptions
+    from nvfp4_prep.publish.stream import convert_and_publish
     from nvfp4_prep.smoke import SmokeReport, run_smoke
     from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
@@ -88,13 +88,13 @@ _HOMES = {
     "SmokePolicy": "smoke.gate",
     "SmokeReport": "smoke",
     "VerifyReport": "commands.verify",
-    "PublishOptions": "hub.repository",
-    "PushResult": "hub.publish",
+    "PublishOptions": "publish.repository",
+    "PushResult": "publish.push",
     "choose_progress": "_util.progress",
     "convert": "commands.convert",
-    "convert_and_publish": "hub.stream_publish",
+    "convert_and_publish": "publish.stream",
     "diagnose": "commands.doctor",
-    "push": "hub.publish",
+    "push": "publish.push",
     "convert_part": "commands.convert_parts",
     "inspect": "commands.inspect",
     "join_parts": "commands.convert_parts",

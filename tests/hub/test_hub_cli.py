@@ -19,8 +19,8 @@ from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.inspect import inspect
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.publish import push
-from nvfp4_prep.hub.verify_remote import verify_published
+from nvfp4_prep.publish.push import push
+from nvfp4_prep.publish.verify_published import verify_published
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"

@@ -9,12 +9,12 @@ import pytest
 from hub_server import LoopbackHub
 from hub_support import QUICK, Files, PeakWatch, make_checkpoint, read_folder, write_checkpoint
 
+from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.commands.convert import convert, plan
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
-from nvfp4_prep.prepared.manifest import MANIFEST
 
 REPO = "alice/small-moe"
 MADE = {MANIFEST, "README.md"}

@@ -24,9 +24,9 @@ from nvfp4_prep.errors import HubError, NvfpPrepError, SourceError, TargetError,
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience, persist
-from nvfp4_prep.hub.publish import push
 from nvfp4_prep.hub.range_source import RangeSource
 from nvfp4_prep.hub.source import HubSource
+from nvfp4_prep.publish.push import push
 
 REPO = "alice/model"
 NAME = "model.safetensors"

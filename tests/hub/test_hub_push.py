@@ -17,9 +17,9 @@ from hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, 
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
 from nvfp4_prep.hub.errors import Patience
-from nvfp4_prep.hub.publish import PushResult, publish
-from nvfp4_prep.hub.repository import PublishOptions
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.publish.push import PushResult, publish
+from nvfp4_prep.publish.repository import PublishOptions
 
 REPO = "alice/prepared"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_file_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvfp4_prep.hub.publish._BATCH_NBYTES", 100_000)
+    monkeypatch.setattr("nvfp4_prep.publish.push._BATCH_NBYTES", 100_000)
 
 
 def send(directory: Path, patience: Patience = QUICK, **options: object) -> PushResult:
@@ -243,7 +243,7 @@ def test_a_new_version_replaces_the_old_one_without_a_mixed_state(hub: LoopbackH
 PUSH = """
 import sys
 from pathlib import Path
-import nvfp4_prep.hub.publish as push
+import nvfp4_prep.publish.push as push
 push._BATCH_NBYTES = 100_000
 push.publish(Path(sys.argv[1]), sys.argv[2], push.PublishOptions())
 """

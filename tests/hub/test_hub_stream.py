@@ -25,10 +25,10 @@ from nvfp4_prep.commands.convert import ConvertResult, convert, plan
 from nvfp4_prep.errors import ConversionInterrupted, HubError, TargetError, VerificationError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience
-from nvfp4_prep.hub.publish import PushResult
 from nvfp4_prep.hub.source import HubSource
-from nvfp4_prep.hub.stream_publish import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.publish.push import PushResult
+from nvfp4_prep.publish.stream import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
@@ -139,7 +139,7 @@ def test_streamed_out_and_killed_before_the_stamp(
         raise ConversionInterrupted("interrupted")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nvfp4_prep.hub.stream_publish.publish", cut)
+        patch.setattr("nvfp4_prep.publish.stream.publish", cut)
         with pytest.raises(ConversionInterrupted):
             go(local, tmp_path / "out", stream_out=True)
     assert "config.json" not in published(hub)

@@ -1,14 +1,57 @@
-"""File names: those with a meaning, and the check of those that come from outside."""
+"""File names and kinds: those with a meaning, and the check of names that come from outside."""
 
 from __future__ import annotations
 
-__all__ = ["CONFIG", "HF_QUANT_CONFIG", "INDEX", "MANIFEST", "README", "is_safe_name", "quoted"]
+import enum
+
+__all__ = [
+    "CONFIG",
+    "EXPERTS_PREFIX",
+    "EXPERT_SCALES",
+    "FORMAT_VERSION",
+    "HF_QUANT_CONFIG",
+    "INDEX",
+    "MANIFEST",
+    "README",
+    "SOURCE_SCALES",
+    "WORK_FOLDER",
+    "FileKind",
+    "is_safe_name",
+    "layer_file_stem",
+    "quoted",
+]
 
 CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "nvfp4_prep.json"
 README = "README.md"
+
+WORK_FOLDER = ".nvfp4_prep"
+"""In a target that is being written: lock, journal, temporary files, downloads, parts."""
+FORMAT_VERSION = 1
+"""Of the prepared checkpoint; format.md has the promise."""
+EXPERTS_PREFIX = "experts-layer-"
+"""Files that hold the four big tensors of a layer begin so."""
+EXPERT_SCALES = "expert-scales.safetensors"
+"""The file of all layers' scale vectors (:data:`nvfp4_prep_kernels.SCALE_VECTORS`)."""
+SOURCE_SCALES = "source-scales.safetensors"
+"""The file of the source's scalars, for restore."""
+
+
+class FileKind(enum.StrEnum):
+    """Content of a file that a conversion writes."""
+
+    EXPERTS = "experts"
+    SOURCE_BLOCK_SCALES = "source-block-scales"
+    PASSTHROUGH = "passthrough"
+    EXPERT_SCALES = "expert-scales"
+    SOURCE_SCALES = "source-scales"
+
+
+def layer_file_stem(index: int) -> str:
+    """Return the beginning of the names of the files of the model's layer ``index``."""
+    return f"{EXPERTS_PREFIX}{index:05d}"
 
 
 def is_safe_name(name: str) -> bool:

@@ -12,7 +12,7 @@ from nvfp4_prep.cli.push import say_pushed
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
     from nvfp4_prep.commands.convert_parts import PartResult
-    from nvfp4_prep.hub.publish import PushResult
+    from nvfp4_prep.publish.push import PushResult
 
 __all__ = ["conversion_value", "say_conversion", "say_part", "warn_of_policy"]
 

@@ -25,10 +25,10 @@ from nvfp4_prep.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
-    from nvfp4_prep.hub.publish import PushResult
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.options import ConvertOptions
     from nvfp4_prep.output.layer_selection import LayerSelection
+    from nvfp4_prep.publish.push import PushResult
     from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
 __all__ = ["convert"]
@@ -165,9 +165,9 @@ def _show_plan(job: _Job) -> None:
     from nvfp4_prep.cli.render import outlook_text, outlook_value, plan_text, plan_value
     from nvfp4_prep.commands.convert import open_source, plan
     from nvfp4_prep.commands.preflight import TargetState, look_ahead
-    from nvfp4_prep.hub.stream_publish import PublishedFiles
     from nvfp4_prep.output.sink import KeepFiles
     from nvfp4_prep.planning.disk_space import room_for
+    from nvfp4_prep.publish.stream import PublishedFiles
 
     sink = PublishedFiles() if job.stream_out else KeepFiles()
     source = open_source(job.open())
@@ -280,7 +280,7 @@ def _convert_and_publish(
     job: _Job, opened: str | HubSource, repository: str, smoke: SmokePolicy | None
 ) -> tuple[ConvertResult, PushResult]:
     from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.hub.stream_publish import convert_and_publish
+    from nvfp4_prep.publish.stream import convert_and_publish
 
     quiet_client()
     return convert_and_publish(

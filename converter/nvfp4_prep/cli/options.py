@@ -13,7 +13,7 @@ from nvfp4_prep.cli.output import report_errors
 from nvfp4_prep.errors import UsageError
 
 if TYPE_CHECKING:
-    from nvfp4_prep.hub.repository import PublishOptions
+    from nvfp4_prep.publish.repository import PublishOptions
 
 __all__ = [
     "Publishing",
@@ -144,7 +144,7 @@ class Publishing:
 
     def options(self) -> PublishOptions:
         """The library's value. Raises :class:`UsageError` if the options exclude each other."""
-        from nvfp4_prep.hub.repository import PublishOptions
+        from nvfp4_prep.publish.repository import PublishOptions
 
         return PublishOptions(private=self.private, revision=self.revision, create_pr=self.create_pr)
 

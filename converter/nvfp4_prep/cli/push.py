@@ -17,7 +17,7 @@ from nvfp4_prep.cli.options import (
 from nvfp4_prep.cli.output import make_progress, say, say_next, to_json
 
 if TYPE_CHECKING:
-    from nvfp4_prep.hub.publish import PushResult
+    from nvfp4_prep.publish.push import PushResult
 
 __all__ = ["push", "say_pushed"]
 
@@ -47,8 +47,8 @@ def push(
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared --private --full
     """
-    from nvfp4_prep.hub import publish as pushing
     from nvfp4_prep.hub import quiet_client
+    from nvfp4_prep.publish import push as pushing
 
     check_repository(repository)
     quiet_client()

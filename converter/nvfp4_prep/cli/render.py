@@ -10,12 +10,13 @@ from typing import Any
 
 from nvfp4_prep._util.printable import join_lines, printable
 from nvfp4_prep._util.text import count, format_nbytes, spans
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
 from nvfp4_prep.commands.preflight import Outlook
 from nvfp4_prep.commands.verify import VerifyReport
 from nvfp4_prep.pipeline.engine import MEMORY_BUDGET_NBYTES
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
-from nvfp4_prep.planning.plan import FileKind, Plan
+from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.stamp import quantization_configs
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
 

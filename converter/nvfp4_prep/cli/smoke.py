@@ -12,7 +12,7 @@ import click
 
 from nvfp4_prep.cli.options import decorated
 from nvfp4_prep.cli.output import hint, say_text
-from nvfp4_prep.cli.report_file import check_report_path, write_report
+from nvfp4_prep.output.report_file import check_report_path, write_report
 
 if TYPE_CHECKING:
     from nvfp4_prep.checkpoint.source import Source

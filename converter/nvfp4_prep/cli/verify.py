@@ -81,7 +81,7 @@ def verify(
 def _check_combination(
     checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
 ) -> None:
-    from nvfp4_prep.prepared.manifest import MANIFEST
+    from nvfp4_prep.checkpoint.filenames import MANIFEST
 
     if not smoke and options != SmokeOptions():
         raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
@@ -100,7 +100,7 @@ def _check_combination(
 
 def _verify_published(address: HubAddress) -> VerifyReport:
     from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.hub.verify_remote import verify_published
+    from nvfp4_prep.publish.verify_published import verify_published
 
     quiet_client()
     return verify_published(address)

@@ -10,17 +10,17 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep._util.text import count
+from nvfp4_prep.checkpoint.filenames import MANIFEST, FileKind
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError
 from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.expert_bytes import read_experts
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
-from nvfp4_prep.pipeline.expert_jobs import read_experts
-from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_values import SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
 

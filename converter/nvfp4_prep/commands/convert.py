@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.index import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import WORK_FOLDER, Target
+from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.device import choose_device
 from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count, spans
 from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import ConvertResult, check_apart, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
@@ -25,7 +26,7 @@ from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
-from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
+from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
 __all__ = [

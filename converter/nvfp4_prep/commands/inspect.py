@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.index import CONFIG, CheckpointIndex, read_index
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
+from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.moe.activation import Activation, find_activation
@@ -15,10 +16,8 @@ from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.output.target import WORK_FOLDER
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import MANIFEST
 from nvfp4_prep.prepared.stamp import quantization_configs
 
 __all__ = ["InspectedLayer", "Inspection", "inspect"]

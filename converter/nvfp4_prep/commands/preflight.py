@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import check_apart, check_not_divided, find_complete
 from nvfp4_prep.commands.convert_parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
@@ -17,7 +18,7 @@ from nvfp4_prep.output.atomic_file import free_nbytes
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, WORK_FOLDER, Target, check_names, check_space
+from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, Target, check_names, check_space
 from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan

@@ -17,6 +17,7 @@ from typing import Any
 from nvfp4_prep._util.buffers import byte_view, crc32_each
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.commands.convert import check_apart
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
@@ -29,7 +30,7 @@ from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.builder import check_batched, layer_files
 from nvfp4_prep.planning.disk_space import Room
-from nvfp4_prep.planning.plan import FileKind, LayerPlan, OutputFile
+from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, LayerRecord, Manifest
 from nvfp4_prep.prepared.structure import require_sound

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.output.atomic_file import sync_folder, translate_os_error
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.config_edits import edits_to_json
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problems
 from nvfp4_prep.prepared.served_config import ServedConfig, read_served_config

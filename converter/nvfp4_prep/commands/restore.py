@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.index import CONFIG, INDEX
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.commands.convert import check_apart
 from nvfp4_prep.errors import VerificationError
@@ -22,7 +22,6 @@ from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import Room
-from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.structure import require_sound

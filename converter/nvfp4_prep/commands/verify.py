@@ -20,6 +20,7 @@ import torch
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.compare_source import SourceComparison
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
@@ -29,7 +30,6 @@ from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.working import working
-from nvfp4_prep.planning.plan import FileKind
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE

@@ -11,6 +11,7 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.checkpoint.source import read_exactly
@@ -20,7 +21,6 @@ from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
-from nvfp4_prep.planning.plan import EXPERT_SCALES
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, MANIFEST
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord, read_header
 from nvfp4_prep.checkpoint.small_files import open_regular, os_error_kind, read_small_file
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.load.arguments import as_path
-from nvfp4_prep.planning.plan import EXPERT_SCALES
-from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
 
 __all__ = ["Catalog"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.checkpoint.index import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
+from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep_kernels import BLOCK_COLS, Projection
 from nvfp4_prep_kernels.nvfp4 import E4M3_MAX, decode_codes
 
-__all__ = ["PolicyErrors", "Reconciled", "measure", "reconcile", "rescale"]
+__all__ = ["PolicyErrors", "Reconciled", "measure", "reconcile", "reconcile_expert", "rescale"]
 
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).nan_to_num(0.0)
 """Value of each e4m3 byte; the two NaN bytes, which no quantizer writes, count as 0."""
@@ -92,6 +93,12 @@ def reconcile(gate: torch.Tensor, up: torch.Tensor, gate_scale: float, up_scale:
         options, key=lambda option: (option[0], option[1], option[4])
     )
     return Reconciled(side, _look_up(table, scales), -negative, rounded, underflowed, worst_relative, worst_absolute)
+
+
+def reconcile_expert(scalars: LayerScalars, expert: int, gate: torch.Tensor, up: torch.Tensor) -> Reconciled:
+    """Return :func:`reconcile` with the layer's scalars; gate and up are block scales, ``uint8 [I, H/16]``."""
+    gates = scalars.gate_scale_2 or scalars.up_scale_2
+    return reconcile(gate, up, gates[expert], scalars.up_scale_2[expert])
 
 
 def _counts(block_scales: torch.Tensor) -> torch.Tensor:

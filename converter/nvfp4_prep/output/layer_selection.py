@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Self
 
 from nvfp4_prep._util.text import spans
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.output.target import PARTS_FOLDER, WORK_FOLDER, Target
+from nvfp4_prep.output.target import PARTS_FOLDER, Target
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
 

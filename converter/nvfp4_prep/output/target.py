@@ -19,16 +19,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.filenames import is_safe_name
-from nvfp4_prep.checkpoint.index import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import BusyError, NoSpaceError, TargetError
 from nvfp4_prep.output.atomic_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
-from nvfp4_prep.prepared.manifest import MANIFEST
 
-__all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "WORK_FOLDER", "Target", "check_names", "check_space"]
+__all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "Target", "check_names", "check_space"]
 
-WORK_FOLDER = ".nvfp4_prep"
 LAST_FILES = (CONFIG, MANIFEST)
 """Without these a directory is no checkpoint: every command writes them last."""
 LOCK = "lock"

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes, same_bytes
+from nvfp4_prep._util.buffers import byte_view, crc32_each, same_bytes
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import VerificationError
-from nvfp4_prep.moe.gate_up_scales import Reconciled, measure, reconcile
+from nvfp4_prep.moe.expert_bytes import arrange_groups, read_experts
+from nvfp4_prep.moe.gate_up_scales import measure, reconcile_expert
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.pipeline.device import apply_layout
 from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
@@ -26,12 +27,9 @@ from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
 __all__ = [
-    "arrange_experts",
     "expert_chunks",
     "experts_job",
     "prepare_and_prove",
-    "read_experts",
-    "reconcile_expert",
     "source_block_scales_job",
 ]
 
@@ -43,37 +41,6 @@ def expert_chunks(experts: int, expert_nbytes: int) -> Iterator[range]:
     step = max(1, UNIT_NBYTES // max(expert_nbytes, 1))
     for begin in range(0, experts, step):
         yield range(begin, min(begin + step, experts))
-
-
-def read_experts(source: Source, group: TensorGroup, chunk: range, experts: int) -> torch.Tensor:
-    """The source bytes of some experts of one group: ``uint8 [len(chunk), nbytes of one expert]``."""
-    nbytes = group.expert_range(chunk.start, experts).nbytes
-    raw = empty_bytes(len(chunk) * nbytes)
-    view = byte_view(raw)
-    for row, expert in enumerate(chunk):
-        place = group.expert_range(expert, experts)
-        source.read_into(place.file, place.offset_bytes, view[row * nbytes : (row + 1) * nbytes])
-    return raw.view(len(chunk), nbytes)
-
-
-def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """:meth:`TensorGroup.arrange` for several experts: ``uint8 [n, rows, bytes per row]`` for each projection."""
-    if len(group.projections) == 1 and not group.transposed:
-        return (raw.view(raw.shape[0], *group.shape[-2:]),)
-    arranged = [group.arrange(row) for row in raw]
-    return tuple(torch.stack(parts) for parts in zip(*arranged, strict=True))
-
-
-def _arrange_groups(
-    groups: Sequence[TensorGroup], raws: Sequence[torch.Tensor], projections: Sequence[Projection]
-) -> list[torch.Tensor]:
-    """:func:`arrange_experts` of groups that together hold ``projections``, in that order whatever theirs is."""
-    found = {
-        projection: part
-        for group, raw in zip(groups, raws, strict=True)
-        for projection, part in zip(group.projections, arrange_experts(group, raw), strict=True)
-    }
-    return [found[projection] for projection in projections]
 
 
 def prepare_and_prove(
@@ -145,7 +112,7 @@ def _prepare(
     layer, layout = plan.layer, plan.layout
     groups = layer.groups_for(layout, tensor)
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
-    parts = _arrange_groups(groups, raws, layout.projections(tensor))
+    parts = arrange_groups(groups, raws, layout.projections(tensor))
     reconciled: list[dict[str, Any]] = []
     errors: list[list[float]] = []
     if tensor is PreparedTensor.W13_WEIGHT:
@@ -163,12 +130,6 @@ def _prepare(
     )
 
 
-def reconcile_expert(plan: LayerPlan, expert: int, gate: torch.Tensor, up: torch.Tensor) -> Reconciled:
-    """``reconcile`` with the layer's scalars; gate and up are ``uint8 [I, H/16]``."""
-    gates = plan.scalars.gate_scale_2 or plan.scalars.up_scale_2
-    return reconcile(gate, up, gates[expert], plan.scalars.up_scale_2[expert])
-
-
 def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, source: Source) -> list[list[float]]:
     """:class:`PolicyErrors` as lists, one for each expert of the chunk whose gate and up scales differ.
 
@@ -181,8 +142,8 @@ def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, sou
         if expert not in chunk:
             continue
         raws = [read_experts(source, group, range(expert, expert + 1), plan.layer.dims.experts) for group in groups]
-        gate, up = (part[0] for part in _arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
-        outcome = reconcile_expert(plan, expert, gate, up)
+        gate, up = (part[0] for part in arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
+        outcome = reconcile_expert(plan.scalars, expert, gate, up)
         scales = (gates[expert], plan.scalars.up_scale_2[expert])
         codes = (parts[0][expert - chunk.start], parts[1][expert - chunk.start])
         found = measure(codes, (gate, up), scales, outcome)
@@ -200,7 +161,7 @@ def _reconcile_chunk(
     facts = []
     for expert in affected:
         row = expert - chunk.start
-        outcome = reconcile_expert(plan, expert, gate[row], up[row])
+        outcome = reconcile_expert(plan.scalars, expert, gate[row], up[row])
         (gate if outcome.side is Projection.GATE else up)[row] = outcome.block_scales
         fact = {key: value for key, value in asdict(outcome).items() if key != "block_scales"}
         facts.append({"expert": expert, **fact, "side": outcome.side.value})
@@ -216,8 +177,8 @@ def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -
     def work(position: int, expert: int) -> UnitResult:
         chunk = range(expert, expert + 1)
         raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
-        gate, up = (part[0] for part in _arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
-        outcome = reconcile_expert(plan, expert, gate, up)
+        gate, up = (part[0] for part in arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
+        outcome = reconcile_expert(plan.scalars, expert, gate, up)
         original = (gate if outcome.side is Projection.GATE else up).contiguous()
         data = byte_view(original)
         return UnitResult(pieces=[(scales.offset_bytes + position * len(data), data)])

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.results import make_index
-from nvfp4_prep.prepared.manifest import MANIFEST, FileRecord, Manifest
+from nvfp4_prep.prepared.manifest import FileRecord, Manifest
 from nvfp4_prep.prepared.model_card import make_model_card
 from nvfp4_prep.prepared.served_config import expected_config
 

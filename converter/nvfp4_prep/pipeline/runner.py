@@ -11,6 +11,7 @@ import torch
 
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
@@ -22,7 +23,7 @@ from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.results import layer_record, reconciled_sides
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
-from nvfp4_prep.planning.plan import FileKind, OutputFile, Plan
+from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
 from nvfp4_prep.prepared.stamp import quantization_configs
 from nvfp4_prep.smoke.gate import SmokePolicy, pass_smoke_run

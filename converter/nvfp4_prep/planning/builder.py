@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nvfp4_prep._util.text import count
-from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README, CheckpointIndex, read_index
+from nvfp4_prep.checkpoint.filenames import (
+    CONFIG,
+    EXPERT_SCALES,
+    EXPERTS_PREFIX,
+    INDEX,
+    MANIFEST,
+    README,
+    SOURCE_SCALES,
+    FileKind,
+)
+from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
@@ -16,16 +26,7 @@ from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files
-from nvfp4_prep.planning.plan import (
-    EXPERT_SCALES,
-    EXPERTS_PREFIX,
-    SOURCE_SCALES,
-    FileKind,
-    LayerPlan,
-    OutputFile,
-    Plan,
-)
-from nvfp4_prep.prepared.manifest import MANIFEST
+from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
 from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.output.sink import FileSink
-from nvfp4_prep.planning.plan import FileKind, Plan
+from nvfp4_prep.planning.plan import Plan
 
 __all__ = ["SMALL_FILES_NBYTES", "Room", "room_for"]
 

@@ -6,7 +6,6 @@ equal in everything but the source files' identities, on any machine.
 
 from __future__ import annotations
 
-import enum
 import hashlib
 import json
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nvfp4_prep._version import __version__
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import SourceFile
@@ -24,38 +24,7 @@ from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
-__all__ = [
-    "EXPERTS_PREFIX",
-    "EXPERT_SCALES",
-    "SOURCE_SCALES",
-    "FileKind",
-    "LayerPlan",
-    "OutputFile",
-    "Plan",
-    "layer_file_stem",
-]
-
-EXPERTS_PREFIX = "experts-layer-"
-"""Files that hold the four big tensors of a layer begin so."""
-EXPERT_SCALES = "expert-scales.safetensors"
-"""The file of all layers' scale vectors (:data:`nvfp4_prep_kernels.SCALE_VECTORS`)."""
-SOURCE_SCALES = "source-scales.safetensors"
-"""The file of the source's scalars, for restore."""
-
-
-def layer_file_stem(index: int) -> str:
-    """How the names of the files of the model's layer ``index`` begin."""
-    return f"{EXPERTS_PREFIX}{index:05d}"
-
-
-class FileKind(enum.StrEnum):
-    """What an output file holds."""
-
-    EXPERTS = "experts"
-    SOURCE_BLOCK_SCALES = "source-block-scales"
-    PASSTHROUGH = "passthrough"
-    EXPERT_SCALES = "expert-scales"
-    SOURCE_SCALES = "source-scales"
+__all__ = ["LayerPlan", "OutputFile", "Plan"]
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,14 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, WORK_FOLDER, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
-from nvfp4_prep.output.target import WORK_FOLDER
-from nvfp4_prep.planning.plan import FileKind
-from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["PreparedCheckpoint", "source_configs"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.checkpoint.filenames import MANIFEST
+from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION, MANIFEST
 from nvfp4_prep.errors import CheckpointError, UsageError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.config_edits import ConfigEdit, edits_from_json, edits_to_json
@@ -21,9 +21,8 @@ from nvfp4_prep.prepared.manifest_layers import GateUpRecord, LayerRecord, layer
 from nvfp4_prep.prepared.manifest_values import file_kind, file_name, items, mapping, sha256, text, text_name, whole
 from nvfp4_prep_kernels import LayoutError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "GateUpRecord", "LayerRecord", "Manifest"]
+__all__ = ["FileRecord", "GateUpRecord", "LayerRecord", "Manifest"]
 
-FORMAT_VERSION = 1
 _DAMAGED = "The file is damaged: download it again, or convert again."
 
 

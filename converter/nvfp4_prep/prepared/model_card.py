@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # a dependency of huggingface-hub, which reads the front matter with it too
 
 from nvfp4_prep._util.text import count, format_nbytes, spans
-from nvfp4_prep.checkpoint.index import README
+from nvfp4_prep.checkpoint.filenames import README
 from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.markdown import code_span, plain_text

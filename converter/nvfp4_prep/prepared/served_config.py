@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint, source_configs
 from nvfp4_prep.prepared.config_edits import ConfigEdit, apply_edits, find_edits
-from nvfp4_prep.prepared.manifest import MANIFEST, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.stamp import changed_stamp, config_bytes, stamp_places, stamped
 
 __all__ = ["RESTAMP", "ServedConfig", "converted_config", "expected_config", "read_served_config"]

@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.checkpoint.index import CONFIG, HF_QUANT_CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, FORMAT_VERSION, HF_QUANT_CONFIG
 from nvfp4_prep.moe.model_config import NESTED_KEYS
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.prepared.config_edits import find_edits, same_value
-from nvfp4_prep.prepared.manifest import FORMAT_VERSION
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 

@@ -6,12 +6,11 @@ import hashlib
 from collections import Counter
 
 from nvfp4_prep._util.text import count
-from nvfp4_prep.checkpoint.index import CONFIG, INDEX, README
+from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, INDEX, MANIFEST, README, SOURCE_SCALES, FileKind
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
 from nvfp4_prep.moe.scalars import known_format
-from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, FileKind
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import MANIFEST, LayerRecord
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems

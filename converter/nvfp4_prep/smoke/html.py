@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape as escape_html
 
 from nvfp4_prep._util.printable import printable
-from nvfp4_prep.cli.report_file import REPORT_MARKER
+from nvfp4_prep.output.report_file import REPORT_MARKER
 from nvfp4_prep.smoke.chart import error_chart
 from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport, StageFigures
 

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from nvfp4_prep._util.buffers import byte_view
-from nvfp4_prep.checkpoint.index import CONFIG, read_json_file
+from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, SOURCE_SCALES
+from nvfp4_prep.checkpoint.index import read_json_file
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import CheckpointError
+from nvfp4_prep.moe.expert_bytes import arrange_experts, read_experts
+from nvfp4_prep.moe.gate_up_scales import reconcile_expert
 from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.moe.model_config import find_number
 from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import GateUpPolicy
-from nvfp4_prep.pipeline.expert_jobs import arrange_experts, read_experts, reconcile_expert
 from nvfp4_prep.planning.builder import make_plan
-from nvfp4_prep.planning.plan import EXPERT_SCALES, SOURCE_SCALES, LayerPlan
+from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke.layer import LayerUnderTest
@@ -133,7 +135,7 @@ class CheckpointReader:
         up_scale = scalars.up_scale_2[expert]
         gate_scale = up_scale if scalars.gate_scale_2 is None else scalars.gate_scale_2[expert]
         if expert in plan.reconciled:
-            outcome = reconcile_expert(plan, expert, parts[Projection.GATE, True], parts[Projection.UP, True])
+            outcome = reconcile_expert(plan.scalars, expert, parts[Projection.GATE, True], parts[Projection.UP, True])
             parts[outcome.side, True] = outcome.block_scales
             gate_scale = up_scale = outcome.global_scale
         elif self._policy is GateUpPolicy.VLLM:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import LayoutName
-from nvfp4_prep.prepared.manifest import FORMAT_VERSION
 from nvfp4_prep.prepared.manifest_values import sha256, text, whole
 from nvfp4_prep.prepared.stamp import LAYOUT_NAMES
 from nvfp4_prep_kernels import LayoutError, MoeLayout

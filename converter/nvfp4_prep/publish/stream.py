@@ -14,7 +14,9 @@ from nvfp4_prep.commands.convert import ConvertResult, convert
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.errors import Patience, translate
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
-from nvfp4_prep.hub.publish import (
+from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.publish.push import (
     BATCH_FILES,
     PushResult,
     publication_title,
@@ -23,9 +25,7 @@ from nvfp4_prep.hub.publish import (
     summary,
     withdrawal,
 )
-from nvfp4_prep.hub.repository import PublishOptions, RemoteRepository
-from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.publish.repository import PublishOptions, RemoteRepository
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def convert_and_publish(
 
     Args:
         source, target, options, threads, progress, restart, device: as for ``convert``.
-        repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.hub.publish.push`.
+        repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.publish.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
         smoke: what is run before the stamp is published, also of what was complete already: if it fails, the

@@ -1,4 +1,4 @@
-"""The NVFP4 fused-MoE weight layouts CuteDSL and TRTLLM-gen: torch reference, rank slices and kernels. Needs torch alone."""
+"""NVFP4 fused-MoE weight layouts, CuteDSL and TRTLLM-gen: torch reference, rank slices, kernels. Needs torch alone."""
 
 from nvfp4_prep_kernels.layout import (
     BLOCK_COLS,

@@ -15,10 +15,10 @@ from nvfp4_prep_kernels.tile_relayout import check_out, check_relayout, tile_sou
 
 __all__ = ["ATOMS", "CODE_UNITS", "CODE_WARPS", "SCALE_WARPS", "relayout"]
 
-CODE_UNITS = 16
+CODE_UNITS = 32
 """8-byte units of each of the 128 rows that one program moves."""
-CODE_WARPS = 8
-ATOMS = 8
+CODE_WARPS = 2
+ATOMS = 4
 """Scale atoms of 512 bytes that one program moves."""
 SCALE_WARPS = 4
 

@@ -146,6 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     bring_up()
     import flashinfer
+
     import vllm
 
     flashinfer.nvfp4_block_scale_interleave = swizzle

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
+from nvfp4_prep_kernels.layer_tensors import LayoutError
 
 __all__ = [
     "SHUFFLE_ROWS",
@@ -67,7 +68,7 @@ class BlockRows:
 
     def __post_init__(self) -> None:
         if self.block not in (16, 32, 64):
-            raise ValueError(f"gate/up block height {self.block}: must be 16, 32 or 64 rows")
+            raise LayoutError(f"gate/up block height {self.block}: must be 16, 32 or 64 rows")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,15 @@ PARTS = (
         limit_s=300,
     ),
     Part(
+        "trtllm-kernels",
+        "TRTLLM-gen's layout: preparation and conversion, 96 experts",
+        "bench_trtllm_kernels.py",
+        ("--experts", "96"),
+        ("--experts", "8", "--repeats", "3"),
+        needs=("card", "vllm"),
+        limit_s=300,
+    ),
+    Part(
         "smoke",
         "the smoke run of a whole layer, and what it catches",
         "bench_smoke.py",

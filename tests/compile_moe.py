@@ -22,6 +22,7 @@ GATE_UP = {
     "weight": "*u8",
     "weight_scales": "*u8",
     "alphas": "*fp32",
+    "up_alphas": "*fp32",
     "inverse_scale": "*fp32",
     "sorted_pairs": "*i32",
     "block_experts": "*i32",
@@ -59,7 +60,10 @@ def compile_one(kernel: object, signature: dict[str, str], constants: dict[str, 
 if __name__ == "__main__":
     for arch in (80, 90, 100):
         sizes = {"BM": 64, "HIDDEN": 7168, "INTER": 2048}
-        for function, block in (("swiglu", 64), ("relu2", 0)):
-            gate_up = {**sizes, "TOP_K": 8, "BLOCK": block, "FUNCTION": function, **GATE_UP_TILE}
+        for function, block, shuffled in (("swiglu", 64, False), ("swiglu", 1, True), ("relu2", 0, False)):
+            order = {"BLOCK": block, "SHUFFLED": shuffled}
+            gate_up = {**sizes, "TOP_K": 8, **order, "FUNCTION": function, **GATE_UP_TILE}
             print(arch, function, compile_one(kernels.gemm_gate_up, GATE_UP, gate_up, arch))
-        print(arch, "down", compile_one(kernels.gemm_down, DOWN, {**sizes, **DOWN_TILE}, arch))
+        for shuffled in (False, True):
+            down = {**sizes, "SHUFFLED": shuffled, **DOWN_TILE}
+            print(arch, "down", compile_one(kernels.gemm_down, DOWN, down, arch))

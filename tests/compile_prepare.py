@@ -5,6 +5,7 @@ Prints one line a kernel: tensor, architecture, direction, number of data access
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -21,11 +22,11 @@ from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels import triton_prepare_kernels as kernels
 from nvfp4_prep_kernels.triton_prepare import index_map, plan_launch
 
-LAYOUT, DIMS = MoeLayout.cutedsl(gated=True), MoeDims(384, 2048, 7168)
+LAYOUTS, DIMS = (MoeLayout.cutedsl(gated=True), MoeLayout.trtllm(gated=True)), MoeDims(384, 2048, 7168)
 
 
-def compile_one(tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool) -> tuple[int, int]:
-    mapping = index_map(LAYOUT, tensor, DIMS)
+def compile_one(layout: MoeLayout, tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool) -> tuple[int, int]:
+    mapping = index_map(layout, tensor, DIMS)
     launch = plan_launch(mapping, tensor.is_scale, mapping.col_src, 16, inverse)
     kernel = kernels.scales if tensor.is_scale else kernels.codes
     signature = {"table": "*i64", "prepared": "*i32" if tensor.is_scale else "*i64", "dirty": "*i32"}
@@ -48,9 +49,7 @@ def compile_one(tensor: PreparedTensor, arch: int, inverse: bool, stacked: bool)
 
 
 if __name__ == "__main__":
-    for tensor in PreparedTensor:
-        for arch in (80, 90, 100):
-            for inverse in (False, True):
-                direction = "inverse" if inverse else "forward"
-                # one kind of source for each direction and architecture is enough
-                print(tensor.value, arch, direction, *compile_one(tensor, arch, inverse, stacked=arch != 90))
+    for layout, tensor, arch, inverse in itertools.product(LAYOUTS, PreparedTensor, (80, 90, 100), (False, True)):
+        direction = "inverse" if inverse else "forward"
+        # one kind of source for each direction and architecture is enough
+        print(tensor.value, arch, direction, *compile_one(layout, tensor, arch, inverse, stacked=arch != 90))

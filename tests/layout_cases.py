@@ -11,7 +11,7 @@ from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims]:
     """Any layout of the family with any layer it accepts, small enough for a byte-by-byte oracle."""
-    kind = draw(st.sampled_from(["standard", "relu2", "batched"]))
+    kind = draw(st.sampled_from(["standard", "relu2", "batched", "trtllm", "trtllm relu2"]))
     moe_tp = draw(st.integers(1, 3))
     if kind == "batched":
         dims = MoeDims(
@@ -20,10 +20,12 @@ def layers(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims]:
             128 * draw(st.integers(1, 2)),
         )
         return MoeLayout.cutedsl_batched(moe_tp=moe_tp), dims
-    gated = kind == "standard"
-    layout = MoeLayout.cutedsl(
-        gated=gated, gate_up_block=draw(st.sampled_from([16, 32, 64])) if gated else 64, moe_tp=moe_tp
-    )
+    gated = kind in ("standard", "trtllm")
+    if kind.startswith("trtllm"):
+        layout = MoeLayout.trtllm(gated=gated, moe_tp=moe_tp)
+    else:
+        block = draw(st.sampled_from([16, 32, 64])) if gated else 64
+        layout = MoeLayout.cutedsl(gated=gated, gate_up_block=block, moe_tp=moe_tp)
     inter = moe_tp * 16 * draw(st.integers(1, 12 // moe_tp))
     return layout, MoeDims(draw(st.integers(1, 3)), inter, 16 * draw(st.integers(1, 20)))
 

@@ -30,6 +30,24 @@ def source_row_of_w13(n: int, block: int) -> tuple[str, int]:
     return ("up", block * b + j) if j < block else ("gate", block * b + j - block)
 
 
+TRTLLM_MAP = [
+    *(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27),
+    *(4, 12, 20, 28, 5, 13, 21, 29, 6, 14, 22, 30, 7, 15, 23, 31),
+]
+"""Where TRTLLM-gen puts each of 32 source rows."""
+
+
+def unshuffled_row(n: int) -> int:
+    """z(n): the row before TRTLLM-gen's shuffle that stands in place ``n``."""
+    return 32 * (n // 32) + TRTLLM_MAP.index(n % 32)
+
+
+def source_row_of_trtllm_w13(n: int) -> tuple[str, int]:
+    """Which projection's row stands in prepared row ``n`` of a gated w13 for TRTLLM-gen."""
+    z = unshuffled_row(n)
+    return ("gate", (z - 1) // 2) if z % 2 else ("up", z // 2)
+
+
 def swizzled_offset(m: int, k: int, padded_cols: int) -> int:
     """Byte offset of the scale of row ``m`` and column group ``k``."""
     return (m // 128) * (padded_cols // 4) * 512 + (k // 4) * 512 + (m % 32) * 16 + ((m % 128) // 32) * 4 + k % 4
@@ -41,9 +59,17 @@ def byte_at(matrix: Matrix, row: int, col: int) -> int:
 
 
 def prepare_w13(
-    gate: Matrix | None, up: Matrix, *, scale: bool, block: int | None, moe_tp: int, align_i: int, align_h: int
+    gate: Matrix | None,
+    up: Matrix,
+    *,
+    scale: bool,
+    block: int | None,
+    moe_tp: int,
+    align_i: int,
+    align_h: int,
+    trtllm: bool = False,
 ) -> tuple[int, int, bytes]:
-    """``(rows, bytes per row, bytes)``; ``block`` None keeps ``[gate; up]``."""
+    """``(rows, bytes per row, bytes)``; ``block`` None keeps ``[gate; up]``; ``trtllm`` has no block."""
     per_byte = 16 if scale else 2
     rank_rows = len(up) // moe_tp
     padded_rank = up_to(rank_rows, align_i)
@@ -58,7 +84,10 @@ def prepare_w13(
     out = bytearray(rows * cols)
     for n in range(rows):
         if gate is None:
-            matrix, row = up, n
+            matrix, row = up, unshuffled_row(n) if trtllm else n
+        elif trtllm:
+            name, row = source_row_of_trtllm_w13(n)
+            matrix = up if name == "up" else gate
         elif block is None:
             matrix, row = (gate, n) if n < half else (up, n - half)
         else:
@@ -69,7 +98,9 @@ def prepare_w13(
     return rows, cols, bytes(out)
 
 
-def prepare_w2(down: Matrix, *, scale: bool, moe_tp: int, align_i: int, align_h: int) -> tuple[int, int, bytes]:
+def prepare_w2(
+    down: Matrix, *, scale: bool, moe_tp: int, align_i: int, align_h: int, trtllm: bool = False
+) -> tuple[int, int, bytes]:
     """``(rows, bytes per row, bytes)`` of the down projection."""
     per_byte = 16 if scale else 2
     rank_cols = len(down[0]) // moe_tp
@@ -77,8 +108,9 @@ def prepare_w2(down: Matrix, *, scale: bool, moe_tp: int, align_i: int, align_h:
     rows, cols = up_to(len(down), align_h), moe_tp * padded_rank
     out = bytearray(rows * cols)
     for m in range(rows):
+        row = unshuffled_row(m) if trtllm else m
         for k in range(cols):
             rank, inner = k // padded_rank, k % padded_rank
-            value = byte_at(down, m, rank * rank_cols + inner) if inner < rank_cols else 0
+            value = byte_at(down, row, rank * rank_cols + inner) if inner < rank_cols else 0
             out[swizzled_offset(m, k, cols) if scale else m * cols + k] = value
     return rows, cols, bytes(out)

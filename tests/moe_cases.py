@@ -24,6 +24,13 @@ CASES = {
         MoeActivation(limit=0.5),
     ),
     "batched": (MoeLayout.cutedsl_batched(), MoeDims(3, 64, 256), MoeActivation()),
+    "trtllm": (MoeLayout.trtllm(gated=True), MoeDims(6, 128, 256), MoeActivation()),
+    "trtllm, padded for two ranks, oai": (
+        MoeLayout.trtllm(gated=True, moe_tp=2),
+        MoeDims(3, 160, 272),
+        MoeActivation.swigluoai(),
+    ),
+    "trtllm, relu2": (MoeLayout.trtllm(gated=False), MoeDims(3, 80, 272), MoeActivation.relu2()),
     "relu2": (MoeLayout.cutedsl(gated=False), MoeDims(3, 80, 272), MoeActivation.relu2()),
     "situ": (MoeLayout.cutedsl(gated=True), MoeDims(3, 64, 512), SITU),
 }
@@ -50,9 +57,15 @@ def random_bytes(shape: tuple[int, ...], generator: torch.Generator, *, scale: b
 
 
 def random_layer(
-    layout: MoeLayout, dims: MoeDims, activation: MoeActivation, device: torch.device, seed: int = 0
+    layout: MoeLayout,
+    dims: MoeDims,
+    activation: MoeActivation,
+    device: torch.device,
+    seed: int = 0,
+    *,
+    two_w13_scales: bool = False,
 ) -> Layer:
-    """A layer whose tensors are random and whose scalars differ from expert to expert."""
+    """A layer whose tensors are random and whose scalars differ from expert to expert; up's from gate's if wanted."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[tuple[Projection, bool], torch.Tensor] = {}
     prepared = {}
@@ -62,6 +75,7 @@ def random_layer(
         parts |= {(name, tensor.is_scale): part for name, part in zip(layout.projections(tensor), mine, strict=True)}
         prepared[tensor.value] = layout.apply(tensor, *mine).contiguous()
     w13, w2 = torch.rand(2, dims.experts, generator=generator) * 1e-4 + 1e-4
+    w13_up = torch.rand(dims.experts, generator=generator) * 1e-4 + 1e-4 if two_w13_scales else w13
     input_scale, fc2_input_scale = 0.003, 0.002
 
     def matrix(name: Projection, expert: int, scale_2: torch.Tensor) -> SourceMatrix:
@@ -70,7 +84,7 @@ def random_layer(
     source = tuple(
         SourceExpert(
             matrix(Projection.GATE, expert, w13) if layout.gated else None,
-            matrix(Projection.UP, expert, w13),
+            matrix(Projection.UP, expert, w13_up),
             matrix(Projection.DOWN, expert, w2),
         )
         for expert in range(dims.experts)
@@ -83,6 +97,7 @@ def random_layer(
         w2_weight_scale_2=w2.to(device),
         w13_input_scale=same * input_scale,
         w2_input_scale=same * fc2_input_scale,
+        w13_weight_scale_2_up=w13_up.to(device) if two_w13_scales else None,
         **prepared,
     )
     return Layer(source, experts, activation, input_scale, fc2_input_scale)

@@ -135,6 +135,7 @@ def test_what_cannot_run_is_named_with_the_reason(bench: SimpleNamespace, tmp_pa
     assert {name for name, reason in reasons.items() if reason == "no CUDA card"} == {
         "prepare-kernels",
         "prepare-kernels-layer",
+        "trtllm-kernels",
         "smoke",
         "load",
         "load-vllm",

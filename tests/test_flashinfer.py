@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,27 @@ def test_flashinfers_scale_layout_gives_our_bytes() -> None:
     lines = run("flashinfer_scale_layout.py")
     assert len(lines) == 9
     assert all(line[-1] == "equal" for line in lines), lines
+
+
+def test_flashinfers_row_orders_for_trtllm_give_our_bytes() -> None:
+    lines = run("flashinfer_row_order.py")
+    assert len(lines) == 5 * 4
+    assert all(line[-1] == "equal" for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": MoeLayout.trtllm(gated=True)}, "TRTLLM-gen layout is for another kernel"),
+        ({"layout": MoeLayout.cutedsl_batched()}, "batched layout is for another kernel"),
+        ({"w13_weight_scale_2_up": torch.ones(2)}, "one global scale"),
+    ],
+    ids=["trtllm", "batched", "two scales"],
+)
+def test_what_the_cutedsl_kernel_cannot_read_is_refused(change: dict[str, Any], message: str) -> None:
+    experts, tokens, out = sample()
+    with pytest.raises(FlashInferUnavailableError, match=message):
+        FlashInferMoe()(replace(experts, **change), tokens, MoeActivation(), out)
 
 
 def sample() -> tuple[PreparedExperts, MoeTokens, torch.Tensor]:

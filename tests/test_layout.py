@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from layout_cases import layers, random_parts
 from layout_oracle import prepare_w2, prepare_w13, rows_of
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, Projection
+from nvfp4_prep_kernels.fingerprint import fingerprint
+from nvfp4_prep_kernels.row_order import BlockRows, ShuffledRows, place_of_row, row_at_place
 
 W13 = (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
 W2 = (PreparedTensor.W2_WEIGHT, PreparedTensor.W2_WEIGHT_SCALE)
@@ -24,6 +26,7 @@ def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor])
             moe_tp=layout.moe_tp,
             align_i=layout.intermediate_alignment,
             align_h=layout.hidden_alignment,
+            trtllm=layout.shuffled,
         )
     gate, up = matrices if layout.gated else (None, matrices[0])
     return prepare_w13(
@@ -34,6 +37,7 @@ def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor])
         moe_tp=layout.moe_tp,
         align_i=layout.intermediate_alignment,
         align_h=layout.hidden_alignment,
+        trtllm=layout.shuffled,
     )
 
 
@@ -129,8 +133,9 @@ def test_check_refuses_layers_that_do_not_fit(layout: MoeLayout, dims: MoeDims) 
     [
         lambda: MoeLayout.cutedsl(gated=True, gate_up_block=48),
         lambda: MoeLayout.cutedsl(gated=True, moe_tp=0),
-        lambda: MoeLayout(gated=False, intermediate_alignment=64),
-        lambda: MoeLayout(gated=True, hidden_alignment=64),
+        lambda: MoeLayout.trtllm(gated=False, moe_tp=0),
+        lambda: MoeLayout(BlockRows(), hidden_alignment=64),
+        lambda: MoeLayout(ShuffledRows(gated=True), hidden_alignment=0),
     ],
 )
 def test_impossible_layouts_cannot_be_made(make: object) -> None:
@@ -174,5 +179,86 @@ def test_layouts_that_must_differ_do() -> None:
     parts = random_parts(standard, PreparedTensor.W13_WEIGHT, dims)
     layouts = [MoeLayout.cutedsl(gated=True, gate_up_block=block) for block in (16, 32, 64)]
     layouts.append(MoeLayout.cutedsl_batched())
+    layouts.append(MoeLayout.trtllm(gated=True))
     results = [layout.apply(PreparedTensor.W13_WEIGHT, *parts) for layout in layouts]
     assert len({bytes(result.flatten().tolist()) for result in results}) == len(layouts)
+
+
+TRTLLM = MoeLayout.trtllm(gated=True)
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+@pytest.mark.parametrize("gated", [True, False])
+def test_trtllm_shares_sizes_with_cutedsl_and_no_bytes(tensor: PreparedTensor, gated: bool) -> None:
+    """Same shapes, padding and slices; every tensor differs, w2 too."""
+    dims = MoeDims(2, 80, 272)
+    cutedsl, trtllm = MoeLayout.cutedsl(gated=gated), MoeLayout.trtllm(gated=gated)
+    assert trtllm.stored_shape(tensor, dims) == cutedsl.stored_shape(tensor, dims)
+    assert trtllm.tp_sizes(dims) == cutedsl.tp_sizes(dims)
+    parts = random_parts(trtllm, tensor, dims)
+    assert not torch.equal(trtllm.apply(tensor, *parts), cutedsl.apply(tensor, *parts))
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+def test_trtllm_writes_codes_into_given_memory(tensor: PreparedTensor) -> None:
+    dims = MoeDims(3, 128, 256)
+    parts = [torch.stack([part, part ^ 1, part ^ 2]) for part in random_parts(TRTLLM, tensor, dims)]
+    expected = TRTLLM.apply(tensor, *parts)
+    out = torch.full(TRTLLM.stored_shape(tensor, dims), 0xA5, dtype=torch.uint8)
+    made = TRTLLM.apply(tensor, *parts, out=out)
+    assert torch.equal(made, expected)
+    assert (made.data_ptr() == out.data_ptr()) == (not tensor.is_scale)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TRTLLM,
+        MoeLayout.trtllm(gated=False),
+        MoeLayout.cutedsl(gated=True),
+        MoeLayout.cutedsl(gated=True, gate_up_block=16),
+        MoeLayout.cutedsl(gated=False),
+        MoeLayout.cutedsl_batched(),
+    ],
+    ids=["trtllm", "trtllm relu2", "cutedsl", "cutedsl 16", "cutedsl relu2", "batched"],
+)
+@pytest.mark.parametrize("tensor", [PreparedTensor.W13_WEIGHT, PreparedTensor.W2_WEIGHT])
+def test_index_formula_of_a_row_order_is_what_apply_does(layout: MoeLayout, tensor: PreparedTensor) -> None:
+    dims = MoeDims(1, 256, 256)
+    parts = random_parts(layout, tensor, dims)
+    prepared = layout.apply(tensor, *parts)
+    half_rows = len(parts[0])
+    for place in range(len(prepared)):
+        half, row = row_at_place(layout.rows, fused=tensor.is_w13, place=place, half_rows=half_rows)
+        assert torch.equal(prepared[place], parts[half][row])
+        back = place_of_row(layout.rows, fused=tensor.is_w13, half=half, row=row, half_rows=half_rows)
+        assert back == place
+
+
+def test_stored_dtypes() -> None:
+    assert [tensor.dtype for tensor in PreparedTensor] == ["U8", "F8_E4M3", "U8", "F8_E4M3"]
+
+
+def test_two_w13_scales_are_for_gated_trtllm_alone() -> None:
+    assert TRTLLM.takes_two_w13_scales
+    others = (MoeLayout.trtllm(gated=False), MoeLayout.cutedsl(gated=True), MoeLayout.cutedsl_batched())
+    assert not any(layout.takes_two_w13_scales for layout in others)
+
+
+FINGERPRINTS = {
+    "cutedsl": (MoeLayout.cutedsl(gated=True), "8e2989b3f2cb4a1c3b4865df62a0f122a0ac5947ff1d902048414c2b9ff2d5ad"),
+    "cutedsl relu2": (
+        MoeLayout.cutedsl(gated=False),
+        "1c0a01f90bd1ce187a11d553d9b9597bc7af963ab6722495adb399ab3f7763cf",
+    ),
+    "batched": (MoeLayout.cutedsl_batched(), "06d87b7572882eec0e1accf068ec363f85477d6780c0e16589e9f9ae43cef414"),
+    "trtllm": (TRTLLM, "7576c6acb5f75f6e34291078b68e045ad46b73b4f461f9986fee0972a9acf9eb"),
+    "trtllm relu2": (MoeLayout.trtllm(gated=False), "30dc23e099a0c18b85d13fa299b88b088c9fa86842d4bc043591b7ae1ff71f5b"),
+}
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_fingerprints_never_change(name: str) -> None:
+    """They are stored in checkpoints."""
+    layout, expected = FINGERPRINTS[name]
+    assert fingerprint(layout) == fingerprint(layout.for_moe_tp(2)) == expected

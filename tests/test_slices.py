@@ -46,7 +46,11 @@ def sliceable(draw: st.DrawFn) -> tuple[MoeLayout, MoeDims, int]:
     padded_for_size = draw(st.booleans())
     share = 16 * draw(st.integers(1, 16)) if padded_for_size else step * draw(st.integers(1, 3))
     block = draw(st.sampled_from([16, 32, 64]))
-    layout = MoeLayout.cutedsl(gated=gated, gate_up_block=block, moe_tp=size if padded_for_size else 1)
+    moe_tp = size if padded_for_size else 1
+    if draw(st.booleans()):
+        layout = MoeLayout.trtllm(gated=gated, moe_tp=moe_tp)
+    else:
+        layout = MoeLayout.cutedsl(gated=gated, gate_up_block=block, moe_tp=moe_tp)
     return layout, MoeDims(1, size * share, 16 * draw(st.integers(1, 20))), size
 
 
@@ -88,7 +92,13 @@ def test_counter_examples(inter_per_rank: int, tensor: PreparedTensor) -> None:
 @pytest.mark.parametrize("tensor", list(PreparedTensor))
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_runs_cover_each_byte_exactly_once(tensor: PreparedTensor, size: int) -> None:
-    for layout in (MoeLayout.cutedsl(gated=True), MoeLayout.cutedsl_batched(), MoeLayout.cutedsl(gated=False)):
+    for layout in (
+        MoeLayout.cutedsl(gated=True),
+        MoeLayout.cutedsl_batched(),
+        MoeLayout.cutedsl(gated=False),
+        MoeLayout.trtllm(gated=True),
+        MoeLayout.trtllm(gated=False),
+    ):
         dims = MoeDims(1, 512, 256)
         seen = bytearray(layout.expert_nbytes(tensor, dims))
         for rank in range(size):
@@ -118,6 +128,7 @@ def test_take_rank_over_experts() -> None:
         experts = [random_parts(layout, tensor, dims, seed) for seed in range(dims.experts)]
         prepared = layout.apply(tensor, *(torch.stack(parts) for parts in zip(*experts, strict=True)))
         taken = take_rank(layout, tensor, prepared, dims, 1, 2)
+        assert taken.is_contiguous()
         for expert in range(3):
             assert torch.equal(taken[expert], take_rank(layout, tensor, prepared[expert], dims, 1, 2))
 

@@ -161,6 +161,10 @@ class FlashInferMoe:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`; the intermediate stays inside the kernel."""
         if experts.layout.concatenated:
             raise FlashInferUnavailableError("the batched layout is for another kernel; use the triton backend")
+        if experts.layout.shuffled:
+            raise FlashInferUnavailableError("the TRTLLM-gen layout is for another kernel; use the triton backend")
+        if experts.w13_weight_scale_2_up is not None:
+            raise FlashInferUnavailableError("the CuteDSL kernel takes one global scale for gate and up, not two")
         version, function = find_entry_point()
         parameters = list(inspect.signature(function).parameters)
         function(**bind_call(parameters, version, experts, tokens, activation, out))

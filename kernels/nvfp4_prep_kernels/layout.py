@@ -1,4 +1,4 @@
-"""The weight layout of FlashInfer's CuteDSL NVFP4 fused-MoE kernels.
+"""The weight layouts of FlashInfer's NVFP4 fused-MoE kernels, CuteDSL and TRTLLM-gen.
 
 A :class:`MoeLayout` is a small frozen value that knows which shapes one MoE layer takes in storage, how the
 bytes of one expert get there (:meth:`MoeLayout.apply`) and how they come back (:meth:`MoeLayout.invert`). Both
@@ -12,66 +12,41 @@ nibble is the even column); block scales are e4m3 bytes viewed as ``uint8``, one
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, replace
 
 import torch
 
-from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
+from nvfp4_prep_kernels.layer_tensors import (
+    BLOCK_COLS,
+    SCALE_VECTORS,
+    UP_SCALE_VECTOR,
+    LayoutError,
+    MoeDims,
+    PreparedTensor,
+    Projection,
+)
 from nvfp4_prep_kernels.padding import pad_matrix, roundup, unpad_matrix
+from nvfp4_prep_kernels.row_order import (
+    BlockRows,
+    HalfRows,
+    PlainRows,
+    RowOrder,
+    ShuffledRows,
+    join_rows,
+    split_rows,
+)
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales, unswizzle_scales
 
-__all__ = ["BLOCK_COLS", "SCALE_VECTORS", "LayoutError", "MoeDims", "MoeLayout", "PreparedTensor", "Projection"]
-
-BLOCK_COLS = 16
-"""Columns that share one block scale (NVFP4)."""
-SCALE_VECTORS = ("w13_weight_scale_2", "w2_weight_scale_2", "w13_input_scale", "w2_input_scale")
-"""The float32 ``[E]`` tensors of a prepared layer, beside the four big ones (:class:`PreparedTensor`)."""
-
-
-class LayoutError(ValueError):
-    """A layer, a slice or a parameter that this layout cannot represent; the message says why and what would fit."""
-
-
-class Projection(enum.StrEnum):
-    """The linear layers of one expert."""
-
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
-
-
-class PreparedTensor(enum.StrEnum):
-    """The four big tensors of one prepared MoE layer, in the order in which a file holds them."""
-
-    W13_WEIGHT = "w13_weight"
-    W13_WEIGHT_SCALE = "w13_weight_scale"
-    W2_WEIGHT = "w2_weight"
-    W2_WEIGHT_SCALE = "w2_weight_scale"
-
-    @property
-    def is_scale(self) -> bool:
-        """Whether the tensor holds block scales (else codes)."""
-        return self in (PreparedTensor.W13_WEIGHT_SCALE, PreparedTensor.W2_WEIGHT_SCALE)
-
-    @property
-    def is_w13(self) -> bool:
-        """Whether the tensor holds the fused gate/up projection (else down)."""
-        return self in (PreparedTensor.W13_WEIGHT, PreparedTensor.W13_WEIGHT_SCALE)
-
-    @property
-    def cols_per_byte(self) -> int:
-        """Columns of the matrix that one byte stands for."""
-        return BLOCK_COLS if self.is_scale else 2
-
-
-@dataclass(frozen=True)
-class MoeDims:
-    """Sizes of one MoE layer as the source has them: ``experts`` E, ``intermediate`` I and ``hidden`` H."""
-
-    experts: int
-    intermediate: int
-    hidden: int
+__all__ = [
+    "BLOCK_COLS",
+    "SCALE_VECTORS",
+    "UP_SCALE_VECTOR",
+    "LayoutError",
+    "MoeDims",
+    "MoeLayout",
+    "PreparedTensor",
+    "Projection",
+]
 
 
 @dataclass(frozen=True)
@@ -79,40 +54,28 @@ class MoeLayout:
     """One way of storing the experts of an MoE layer.
 
     Attributes:
-        gated: gate and up projections (SwiGLU family), else up alone (relu2).
-        interleaved: gate and up rows alternate in blocks, up first; ``False`` keeps ``[gate; up]`` (batched kernel).
-        gate_up_block: rows in one block; meaningless unless gated and interleaved.
+        rows: the order of the rows; tells gated experts (SwiGLU family: gate and up) from others (relu2: up alone).
         hidden_alignment: H is padded with zeros to a multiple of this.
-        intermediate_alignment: I (per tensor-parallel rank) is padded with zeros to a multiple of this.
         moe_tp: tensor-parallel size for which I is padded. Each of the ``moe_tp`` slices of I is padded on its own;
             where nothing needs padding the value has no influence.
     """
 
-    gated: bool
-    interleaved: bool = True
-    gate_up_block: int = 64
+    rows: RowOrder
     hidden_alignment: int = 256
-    intermediate_alignment: int = 64
     moe_tp: int = 1
 
     def __post_init__(self) -> None:
-        if self.interleaved and self.gated and self.gate_up_block not in (16, 32, 64):
-            raise LayoutError(f"gate/up block height {self.gate_up_block}: must be 16, 32 or 64 rows")
         if self.moe_tp < 1:
             raise LayoutError(f"tensor-parallel size {self.moe_tp}: must be at least 1")
-        if self.intermediate_alignment % (64 if self.gated else 128) or self.hidden_alignment % 128:
-            raise LayoutError("alignments must keep swizzle tiles whole: hidden 128, intermediate 64 (128 non-gated)")
+        if self.hidden_alignment < 1 or self.hidden_alignment % 128:
+            raise LayoutError(f"hidden alignment {self.hidden_alignment}: must keep swizzle tiles of 128 rows whole")
 
     @classmethod
     def cutedsl(cls, *, gated: bool, gate_up_block: int = 64, moe_tp: int = 1) -> MoeLayout:
         """The layout of ``cute_dsl_fused_moe`` (vLLM's FLASHINFER_CUTEDSL backend)."""
-        return cls(
-            gated=gated,
-            interleaved=gated,
-            gate_up_block=gate_up_block,
-            intermediate_alignment=64 if gated else 128,
-            moe_tp=moe_tp,
-        )
+        if not gated:
+            return cls(PlainRows(), moe_tp=moe_tp)
+        return cls(BlockRows(gate_up_block), moe_tp=moe_tp)
 
     @classmethod
     def cutedsl_batched(cls, *, moe_tp: int = 1) -> MoeLayout:
@@ -120,11 +83,26 @@ class MoeLayout:
 
         The kernel pads nothing: :meth:`check` refuses I that is no multiple of 64 and H that is no multiple of 128.
         """
-        return cls(gated=True, interleaved=False, hidden_alignment=128, moe_tp=moe_tp)
+        return cls(HalfRows(), hidden_alignment=128, moe_tp=moe_tp)
+
+    @classmethod
+    def trtllm(cls, *, gated: bool, moe_tp: int = 1) -> MoeLayout:
+        """The layout of the TRTLLM-gen kernels (vLLM's FLASHINFER_TRTLLM backend)."""
+        return cls(ShuffledRows(gated), moe_tp=moe_tp)
 
     def for_moe_tp(self, moe_tp: int) -> MoeLayout:
         """The same layout, padded for another tensor-parallel size."""
         return replace(self, moe_tp=moe_tp)
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate and an up projection, else up alone."""
+        return self.rows.gated
+
+    @property
+    def intermediate_alignment(self) -> int:
+        """I (per tensor-parallel rank) is padded with zeros to a multiple of this: whole swizzle tiles of w13."""
+        return 64 if self.gated else 128
 
     @property
     def halves(self) -> int:
@@ -134,12 +112,32 @@ class MoeLayout:
     @property
     def concatenated(self) -> bool:
         """Whether w13 is ``[gate; up]``, one half after the other, as the batched kernel reads it."""
-        return self.gated and not self.interleaved
+        return isinstance(self.rows, HalfRows)
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether rows are shuffled in blocks of 32, as the TRTLLM-gen kernels read them; those of w2 too."""
+        return self.rows.shuffled
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether gate and up rows alternate."""
+        return self.rows.block > 0
 
     @property
     def interleaved_rows(self) -> int:
-        """``gate_up_block`` where gate and up rows alternate, else 0."""
-        return self.gate_up_block if self.gated and self.interleaved else 0
+        """Rows of gate or up that lie together where the two alternate, else 0."""
+        return self.rows.block
+
+    @property
+    def gate_up_block(self) -> int:
+        """The CuteDSL layout's block height; its default for layouts without one."""
+        return self.rows.block if isinstance(self.rows, BlockRows) else BlockRows().block
+
+    @property
+    def takes_two_w13_scales(self) -> bool:
+        """Whether the kernel takes one global scale for gate and one for up: :data:`UP_SCALE_VECTOR` can be stored."""
+        return self.shuffled and self.gated
 
     def check(self, dims: MoeDims) -> None:
         """Raises :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
@@ -181,6 +179,10 @@ class MoeLayout:
         hidden, inter = self.padded_hidden(dims.hidden), self.padded_intermediate(dims.intermediate)
         rows, cols = (self.halves * inter, hidden) if tensor.is_w13 else (hidden, inter)
         return rows, cols // tensor.cols_per_byte
+
+    def stored_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int, int]:
+        """``(E, rows, bytes per row)``: the shape of a prepared tensor in a file, whose elements are bytes."""
+        return (dims.experts, *self.expert_shape(tensor, dims))
 
     def source_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
         """``(rows, bytes per row)`` of one projection of one expert, without padding."""
@@ -224,7 +226,7 @@ class MoeLayout:
             tensor: which prepared tensor to make.
             parts: one tensor for each of :meth:`projections`, ``uint8 [..., rows, bytes per row]`` as
                 :meth:`source_shape` gives them; row-major block scales for the scale tensors.
-            out: memory for interleaved codes, contiguous, in the shape of the result; everything else ignores it.
+            out: memory for codes whose rows move, contiguous, in the shape of the result; everything else ignores it.
 
         Returns:
             ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input
@@ -238,12 +240,7 @@ class MoeLayout:
         if len(parts) != len(names):
             raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
         padded = tuple(self._pad(tensor, part) for part in parts)
-        if len(padded) == 1:
-            fused = padded[0]
-        elif self.interleaved:
-            fused = interleave_gate_up(padded[0], padded[1], self.gate_up_block, None if tensor.is_scale else out)
-        else:
-            fused = torch.cat(padded, dim=-2)
+        fused = join_rows(self.rows, padded, None if tensor.is_scale else out)
         return swizzle_scales(fused) if tensor.is_scale else fused
 
     def invert(self, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims) -> tuple[torch.Tensor, ...]:
@@ -263,12 +260,7 @@ class MoeLayout:
         if tuple(prepared.shape[-2:]) != self.expert_shape(tensor, dims):
             raise ValueError(f"{tensor.value}: shape {list(prepared.shape)} does not fit {dims}")
         fused = unswizzle_scales(prepared) if tensor.is_scale else prepared
-        if not (tensor.is_w13 and self.gated):
-            parts: tuple[torch.Tensor, ...] = (fused,)
-        elif self.interleaved:
-            parts = deinterleave_gate_up(fused, self.gate_up_block)
-        else:
-            parts = tuple(fused.chunk(2, dim=-2))
+        parts = split_rows(self.rows, fused, fused=tensor.is_w13)
         return tuple(self._unpad(tensor, part, dims) for part in parts)
 
     def _pad(self, tensor: PreparedTensor, part: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,8 @@ class PreparedExperts:
         w13_weight_scale, w2_weight_scale: swizzled block scales, ``uint8`` likewise.
         w13_weight_scale_2, w2_weight_scale_2: global scales, ``float32 [E]``.
         w13_input_scale, w2_input_scale: ``float32 [E]``.
+        w13_weight_scale_2_up: up's global scale, ``float32 [E]``, where it may differ from gate's; TRTLLM-gen's
+            kernels take both, CuteDSL's one.
     """
 
     layout: MoeLayout
@@ -98,6 +100,7 @@ class PreparedExperts:
     w2_weight_scale_2: torch.Tensor
     w13_input_scale: torch.Tensor
     w2_input_scale: torch.Tensor
+    w13_weight_scale_2_up: torch.Tensor | None = None
 
     @property
     def padded_hidden(self) -> int:
@@ -113,6 +116,13 @@ class PreparedExperts:
     def w13_alpha(self) -> torch.Tensor:
         """``float32 [E]``: what the first GEMM's sums are multiplied by, as a server computes it once."""
         return self.w13_weight_scale_2 * self.w13_input_scale
+
+    @property
+    def w13_alpha_up(self) -> torch.Tensor:
+        """``float32 [E]``: the same for the sums of up; equal to :attr:`w13_alpha` unless up has its own scale."""
+        if self.w13_weight_scale_2_up is None:
+            return self.w13_alpha
+        return self.w13_weight_scale_2_up * self.w13_input_scale
 
     @property
     def w2_alpha(self) -> torch.Tensor:

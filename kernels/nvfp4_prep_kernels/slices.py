@@ -88,4 +88,4 @@ def take_rank(
     *lead, rows, row_nbytes = prepared.shape
     flat = prepared.reshape(*lead, rows * row_nbytes)
     runs = flat.unfold(-1, part.run_nbytes, 1)[..., part.offset_bytes :: part.stride_bytes, :][..., : part.runs, :]
-    return runs.reshape(*lead, *part.shape)
+    return runs.reshape(*lead, *part.shape).contiguous()

@@ -36,32 +36,43 @@ class TorchMoe:
         flat = tokens.expert_ids.flatten()
         inverse = float(experts.fc2_inverse_scale)
         up_rows, gate_rows = _row_order(experts, out.device)
+        down_rows = torch.arange(hidden, device=out.device)
+        if experts.layout.shuffled:
+            down_rows = _shuffled_places(down_rows)
         for expert in sorted(set(flat.tolist())):
             mine = (flat == expert).nonzero().flatten()
             weight = decode(experts.w13_weight[expert], _read_swizzled(experts.w13_weight_scale[expert], hidden // 16))
-            product = x[mine // tokens.top_k] @ weight.T * experts.w13_alpha[expert]
-            gate = None if gate_rows is None else product[:, gate_rows]
-            hidden_values[mine] = activation(gate, product[:, up_rows])
+            product = x[mine // tokens.top_k] @ weight.T
+            gate = None if gate_rows is None else product[:, gate_rows] * experts.w13_alpha[expert]
+            hidden_values[mine] = activation(gate, product[:, up_rows] * experts.w13_alpha_up[expert])
             codes, scales = quantize(hidden_values[mine], inverse)
             quantized[mine] = codes * scales.repeat_interleave(16, dim=-1)
             down = decode(experts.w2_weight[expert], _read_swizzled(experts.w2_weight_scale[expert], inter // 16))
-            contributions[mine] = quantized[mine] @ down.T * experts.w2_alpha[expert]
+            contributions[mine] = (quantized[mine] @ down.T)[:, down_rows] * experts.w2_alpha[expert]
         weighted = contributions.view(-1, tokens.top_k, hidden) * tokens.weights.unsqueeze(-1)
         torch.sum(weighted, dim=1, out=out)
         return MoeTrace(hidden_values, quantized)
 
 
 def _row_order(experts: PreparedExperts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prepared rows of the up and gate channels: up first, in blocks of B rows, or ``[gate; up]``."""
+    """Prepared rows of the up and gate channels: in blocks of B rows or TRTLLM-gen's order, up first, or halves."""
     inter, layout = experts.padded_intermediate, experts.layout
     channel = torch.arange(inter, device=device)
     if not layout.gated:
-        return channel, None
+        return _shuffled_places(channel) if layout.shuffled else channel, None
+    if layout.shuffled:
+        return _shuffled_places(2 * channel), _shuffled_places(2 * channel + 1)
     if not layout.interleaved:
         return channel + inter, channel
     block = layout.gate_up_block
     up = channel // block * (2 * block) + channel % block
     return up, up + block
+
+
+def _shuffled_places(rows: torch.Tensor) -> torch.Tensor:
+    """Places of rows in TRTLLM-gen's order: of every 32, row s goes to [0, 8, 16, 24, 1, 9, …][s]."""
+    places = torch.tensor([first + 8 * step for first in range(8) for step in range(4)], device=rows.device)
+    return rows // 32 * 32 + places[rows % 32]
 
 
 def _read_swizzled(scales: torch.Tensor, cols: int) -> torch.Tensor:

@@ -101,6 +101,7 @@ def _launch_gate_up(
         experts.w13_weight,
         experts.w13_weight_scale,
         experts.w13_alpha,
+        experts.w13_alpha_up,
         experts.fc2_inverse_scale,
         tiles.sorted_pairs,
         tiles.block_experts,
@@ -115,6 +116,7 @@ def _launch_gate_up(
         INTER=inter,
         TOP_K=tokens.top_k,
         BLOCK=experts.layout.interleaved_rows,
+        SHUFFLED=experts.layout.shuffled,
         FUNCTION=activation.function.value,
         BM=tiles.rows,
         **GATE_UP_TILE,
@@ -135,6 +137,7 @@ def _launch_down(experts: PreparedExperts, tokens: MoeTokens, tiles: _Tiles, scr
         scratch.contributions,
         HIDDEN=experts.padded_hidden,
         INTER=experts.padded_intermediate,
+        SHUFFLED=experts.layout.shuffled,
         BM=tiles.rows,
         **DOWN_TILE,
     )

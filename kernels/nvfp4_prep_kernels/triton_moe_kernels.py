@@ -105,7 +105,13 @@ def _add_product(total, even, odd, codes, scales, row, k, COLS: tl.constexpr, BK
 
 
 @triton.jit
-def _gate_up_rows(channel, INTER: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr):
+def _shuffled_place(row):
+    """Place of a row in TRTLLM-gen's order: every 32 rows transposed as 8 x 4."""
+    return row // 32 * 32 + row % 4 * 8 + row % 32 // 4
+
+
+@triton.jit
+def _gate_up_rows(channel, INTER: tl.constexpr, BLOCK: tl.constexpr, SHUFFLED: tl.constexpr, GATED: tl.constexpr):
     """Rows of the prepared w13 that hold a channel: (gate row, up row), the same one without a gate."""
     if not GATED:
         up_row = channel
@@ -116,6 +122,9 @@ def _gate_up_rows(channel, INTER: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.c
     else:
         gate_row = channel
         up_row = channel + INTER
+    if SHUFFLED:
+        gate_row = _shuffled_place(gate_row)
+        up_row = _shuffled_place(up_row)
     return gate_row, up_row
 
 
@@ -158,6 +167,7 @@ def gemm_gate_up(
     weight,
     weight_scales,
     alphas,
+    up_alphas,
     inverse_scale,
     sorted_pairs,
     block_experts,
@@ -172,6 +182,7 @@ def gemm_gate_up(
     INTER: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     FUNCTION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -187,7 +198,7 @@ def gemm_gate_up(
     expert, pair, real = _tile_pairs(sorted_pairs, block_experts, BM)
     token = pair // TOP_K
     channel = tl.program_id(1) * BN + tl.arange(0, BN)
-    gate_row, up_row = _gate_up_rows(channel, INTER, BLOCK, halves == 2)
+    gate_row, up_row = _gate_up_rows(channel, INTER, BLOCK, SHUFFLED, halves == 2)
     codes = weight + expert * (halves * INTER * (HIDDEN // 2))
     scales = weight_scales + expert * (halves * INTER * (HIDDEN // 16))
     up = tl.zeros((BM, BN), tl.float32)
@@ -197,9 +208,8 @@ def gemm_gate_up(
         up = _add_product(up, even, odd, codes, scales, up_row, k, HIDDEN, BK, BN)
         if halves == 2:
             gate = _add_product(gate, even, odd, codes, scales, gate_row, k, HIDDEN, BK, BN)
-    alpha = tl.load(alphas + expert)
-    up = up * alpha
-    gate = gate * alpha
+    up = up * tl.load(up_alphas + expert)
+    gate = gate * tl.load(alphas + expert)
     hidden = _activate(gate, up, act_alpha, act_beta, act_limit, situ_beta, situ_linear_beta, FUNCTION)
     quantized = _quantize(hidden, tl.load(inverse_scale), BM, BN)
     line = (pair * INTER)[:, None]
@@ -221,6 +231,7 @@ def gemm_down(
     out,
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -230,11 +241,12 @@ def gemm_down(
     row = tl.program_id(1) * BN + tl.arange(0, BN)
     codes = weight + expert * (HIDDEN * (INTER // 2))
     scales = weight_scales + expert * (HIDDEN * (INTER // 16))
+    place_of_row = _shuffled_place(row) if SHUFFLED else row
     result = tl.zeros((BM, BN), tl.float32)
     for k in range(0, INTER // 2, BK):
         place = intermediate + pair[:, None] * INTER + (k + tl.arange(0, BK))[None, :]
         even = tl.load(place, mask=real[:, None], other=0.0)
         odd = tl.load(place + INTER // 2, mask=real[:, None], other=0.0)
-        result = _add_product(result, even, odd, codes, scales, row, k, INTER, BK, BN)
+        result = _add_product(result, even, odd, codes, scales, place_of_row, k, INTER, BK, BN)
     factor = tl.load(alphas + expert) * tl.load(router_weights + pair, mask=real, other=0.0)
     tl.store(out + pair[:, None] * HIDDEN + row[None, :], result * factor[:, None], mask=real[:, None])

@@ -5,6 +5,7 @@ from the place of a byte in the prepared tensor to its place in the source;
 :class:`~nvfp4_prep_kernels.layout.MoeLayout` is normative and the bytes must be the same for every shape. For
 prepared row ``n`` and column ``c`` (bytes for codes, scale columns for scales):
 
+    n -> n            shuffled first: n = 32*(n // 32) + 4*(n % 8) + n % 32 // 8
     n -> (part, p)    interleaved: b = n // 2B, j = n % 2B: part = gate if j >= B else up, p = b*B + j % B
                       [gate; up]:  part = n // Ip, p = n % Ip;  one projection: p = n
     p -> row          rank = p // row_pad, i = p % row_pad: row = rank*row_src + i if i < row_src, else zero
@@ -58,6 +59,7 @@ class IndexMap:
     Attributes:
         rows, cols: of one prepared expert.
         block: B, rows of gate or up that lie together; 0 where the halves stand one after the other.
+        shuffled: whether blocks of 32 rows are shuffled.
         halves: projections in the tensor.
         row_pad, row_src: rows of one rank's share of a projection, with padding and without.
         col_pad, col_src: the same for columns.
@@ -66,6 +68,7 @@ class IndexMap:
     rows: int
     cols: int
     block: int
+    shuffled: bool
     halves: int
     row_pad: int
     row_src: int
@@ -87,9 +90,10 @@ def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> Index
     inter_src = dims.intermediate // layout.moe_tp
     halves = layout.halves if tensor.is_w13 else 1
     block = layout.interleaved_rows if tensor.is_w13 else 0
+    order = (rows, cols, block, layout.shuffled, halves)
     if tensor.is_w13:
-        return IndexMap(rows, cols, block, halves, inter_pad, inter_src, cols, dims.hidden // per_byte)
-    return IndexMap(rows, cols, block, halves, rows, dims.hidden, inter_pad // per_byte, inter_src // per_byte)
+        return IndexMap(*order, inter_pad, inter_src, cols, dims.hidden // per_byte)
+    return IndexMap(*order, rows, dims.hidden, inter_pad // per_byte, inter_src // per_byte)
 
 
 def prepare(
@@ -198,6 +202,7 @@ def plan_launch(mapping: IndexMap, is_scale: bool, row_stride: int, alignment: i
     """
     constants: dict[str, int | bool] = {
         "BLOCK": mapping.block,
+        "SHUFFLED": mapping.shuffled,
         "HALVES": mapping.halves,
         "HALF_ROWS": mapping.rows // mapping.halves,
         "ROW_PAD": mapping.row_pad,

@@ -39,9 +39,17 @@ def _unpadded(place, PAD: tl.constexpr, SRC: tl.constexpr):
 
 @triton.jit
 def _source_row(
-    n, BLOCK: tl.constexpr, HALVES: tl.constexpr, HALF_ROWS: tl.constexpr, ROW_PAD: tl.constexpr, ROW_SRC: tl.constexpr
+    n,
+    BLOCK: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    HALVES: tl.constexpr,
+    HALF_ROWS: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    ROW_SRC: tl.constexpr,
 ):
     """Prepared row -> (column of the address table, source row, has a source)."""
+    if SHUFFLED:
+        n = n // 32 * 32 + n % 8 * 4 + n % 32 // 8
     if BLOCK > 0:
         j = n % (2 * BLOCK)
         # the table holds gate first, as the layout's projections do; prepared rows start with up
@@ -95,6 +103,7 @@ def codes(
     stride_1,
     STACKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     HALVES: tl.constexpr,
     HALF_ROWS: tl.constexpr,
     ROW_PAD: tl.constexpr,
@@ -114,7 +123,7 @@ def codes(
     expert, row_tile, col_tile = _tile((ROWS + BLOCK_R - 1) // BLOCK_R, (COLS + BLOCK_C - 1) // BLOCK_C)
     n = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     c = col_tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    part, row, row_ok = _source_row(n, BLOCK, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
+    part, row, row_ok = _source_row(n, BLOCK, SHUFFLED, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
     if COL_PAD == COLS:
         col, col_ok = c, c < COL_SRC
     else:
@@ -208,6 +217,7 @@ def scales(
     stride_1,
     STACKED: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     HALVES: tl.constexpr,
     HALF_ROWS: tl.constexpr,
     ROW_PAD: tl.constexpr,
@@ -228,7 +238,8 @@ def scales(
     quarter = tl.arange(0, 4)[:, None, None]
     line = tl.arange(0, 32)[None, :, None]
     k = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
-    part, row, row_ok = _source_row(row_tile * 128 + quarter * 32 + line, BLOCK, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
+    n = row_tile * 128 + quarter * 32 + line
+    part, row, row_ok = _source_row(n, BLOCK, SHUFFLED, HALVES, HALF_ROWS, ROW_PAD, ROW_SRC)
     address = _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES, STACKED)
     quarter_t = tl.arange(0, 4)[None, None, :]
     k_t = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)[:, None, None]

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_compile_flashinfer.py [--json FILE]
 
-Runs tests/compile_flashinfer.py, which says what is replaced.
+Runs tests/support/compile_flashinfer.py, which says what is replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[1] / "tests" / "compile_flashinfer.py"
+PROGRAM = Path(__file__).parents[1] / "tests" / "support" / "compile_flashinfer.py"
 LIBRARIES = ("flashinfer-python", "nvidia-cutlass-dsl", "torch")
 
 

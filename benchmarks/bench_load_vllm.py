@@ -24,7 +24,8 @@ from load_data import KIMI
 from measuring import spread
 from vllm_checkpoints import write_directories
 from vllm_load import bring_up, load, snapshot
-from vllm_on_cpu import make_vllm_config, rank_of
+
+from support.serving.vllm_on_cpu import make_vllm_config, rank_of
 
 ORIGINAL, THROUGH_VLLM, OURS = "original, vLLM's default", "prepared, vLLM's default", "prepared, nvfp4_prep"
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from mutations import MUTATIONS, PADDING_MUTATIONS
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.html import make_page
 from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
@@ -28,6 +27,7 @@ from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import MoeActivation, PreparedExperts
 from nvfp4_prep_kernels.triton_prepare import prepare
+from support.mutations import MUTATIONS, PADDING_MUTATIONS
 
 KIMI_TOP_K = 8
 

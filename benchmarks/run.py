@@ -119,7 +119,7 @@ def installed(package: str) -> bool:
 
 def run(command: list[str], limit_s: float) -> str:
     """Runs a part in a process group of its own; returns why it failed, or nothing."""
-    paths = [ROOT / "converter", ROOT / "kernels", ROOT / "tests", ROOT / "tests" / "vllm"]
+    paths = [ROOT / "converter", ROOT / "kernels", ROOT / "tests"]
     path = os.pathsep.join([*map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
     try:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from families import DEEPSEEK_V3
 from load_data import create, prepared_name, write_layer
 
 from nvfp4_prep._util.buffers import byte_view
@@ -15,6 +14,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, read_header
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.stamp import make_stamp
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims
+from support.serving.families import DEEPSEEK_V3
 
 LAYER = 0
 _FOUR_BIT = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}

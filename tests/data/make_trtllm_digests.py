@@ -28,12 +28,11 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "vllm")]
-
-from vllm_on_cpu import bring_up  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from data.synthetic_layers import LAYERS, SyntheticLayer  # noqa: E402
 from data.synthetic_torch import to_torch  # noqa: E402
+from support.serving.vllm_on_cpu import bring_up  # noqa: E402
 
 BIG = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 TP_SLICES = ((1, 0), (2, 0), (2, 1), (4, 3))

@@ -30,13 +30,12 @@ from unittest import mock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "vllm")]
+sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from vllm_on_cpu import bring_up, load_model, make_vllm_config, rank_of, routed_experts  # noqa: E402
-
-from checkpoint_files import load_tensors  # noqa: E402
 from data.synthetic_layers import LAYERS, SyntheticLayer  # noqa: E402
 from data.synthetic_torch import LLAMA4_PARTS, to_torch  # noqa: E402
+from support.checkpoint_files import load_tensors  # noqa: E402
+from support.serving.vllm_on_cpu import bring_up, load_model, make_vllm_config, rank_of, routed_experts  # noqa: E402
 
 BIG = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 TP_SLICES = ((2, 0), (2, 1), (4, 3))

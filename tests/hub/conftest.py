@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hub_server import LoopbackHub, loopback_hub
+
+from support.hub_server import LoopbackHub, loopback_hub
 
 
 def pytest_report_header() -> str:

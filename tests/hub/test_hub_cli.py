@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from hub_server import LoopbackHub
-from hub_support import QUICK, Files, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
@@ -21,6 +19,8 @@ from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.publish.push import push
 from nvfp4_prep.publish.verify_published import verify_published
+from support.hub_server import LoopbackHub
+from support.hub_support import QUICK, Files, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"

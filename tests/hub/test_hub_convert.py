@@ -6,8 +6,6 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from hub_support import QUICK, Files, PeakWatch, make_checkpoint, read_folder, write_checkpoint
 
 from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.commands.convert import convert, plan
@@ -15,6 +13,8 @@ from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
+from support.hub_server import LoopbackHub
+from support.hub_support import QUICK, Files, PeakWatch, make_checkpoint, read_folder, write_checkpoint
 
 REPO = "alice/small-moe"
 MADE = {MANIFEST, "README.md"}

@@ -13,10 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hub_server
 import pytest
-from hub_server import LoopbackHub, _Api
-from hub_support import QUICK, make_checkpoint, shard, write_checkpoint
 
 from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.commands.convert import convert
@@ -27,6 +24,9 @@ from nvfp4_prep.hub.errors import Patience, persist
 from nvfp4_prep.hub.range_source import RangeSource
 from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.publish.push import push
+from support import hub_server
+from support.hub_server import LoopbackHub, _Api
+from support.hub_support import QUICK, make_checkpoint, shard, write_checkpoint
 
 REPO = "alice/model"
 NAME = "model.safetensors"

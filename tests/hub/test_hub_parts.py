@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from hub_support import make_checkpoint
 
-from checkpoint_files import file_digests
 from nvfp4_prep import convert, convert_part, join_parts
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
+from support.checkpoint_files import file_digests
+from support.hub_server import LoopbackHub
+from support.hub_support import make_checkpoint
 
 SOURCE = "alice/small-moe"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own

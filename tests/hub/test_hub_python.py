@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from hub_support import make_checkpoint, write_checkpoint
 
 from nvfp4_prep import convert, inspect, plan, push, verify
+from support.hub_server import LoopbackHub
+from support.hub_support import make_checkpoint, write_checkpoint
 
 REPO = "alice/small-moe"
 

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from hub_support import QUICK, PeakWatch, folder_nbytes, shard
 
 from nvfp4_prep.errors import HubError, SourceError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
+from support.hub_server import LoopbackHub
+from support.hub_support import QUICK, PeakWatch, folder_nbytes, shard
 
 REPO = "alice/model"
 SIZE = 600_000

@@ -8,17 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import LoopbackHub
-from hub_store import Blob
-from hub_support import (
-    QUICK,
-    Files,
-    PeakWatch,
-    assert_never_half,
-    make_checkpoint,
-    read_folder,
-    write_checkpoint,
-)
 
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import ConvertResult, convert, plan
@@ -29,6 +18,17 @@ from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 from nvfp4_prep.publish.push import PushResult
 from nvfp4_prep.publish.stream import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
+from support.hub_server import LoopbackHub
+from support.hub_store import Blob
+from support.hub_support import (
+    QUICK,
+    Files,
+    PeakWatch,
+    assert_never_half,
+    make_checkpoint,
+    read_folder,
+    write_checkpoint,
+)
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"

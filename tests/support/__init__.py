@@ -1,1 +1,1 @@
-
+"""Helpers of the tests: oracles, small checkpoints, stand-ins for servers and for the Hub."""

@@ -20,7 +20,7 @@ collect_ignore_glob = [] if HAVE_VLLM else ["test_*.py"]
 if HAVE_VLLM:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm_on_cpu import bring_up
+    from support.serving.vllm_on_cpu import bring_up
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -29,7 +29,7 @@ if HAVE_VLLM:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from results import Checkpoints
+    from support.serving.results import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Any]:
     """Two processes with the plugin; started when a test needs them."""
-    from ranks import Ranks
+    from support.serving.ranks import Ranks
 
     processes = Ranks()
     yield processes
@@ -56,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of models and configurations, and the refusals with their messages."""
     if not HAVE_VLLM:
         return
-    from results import REFUSALS, TABLE, table_lines
+    from support.serving.results import REFUSALS, TABLE, table_lines
 
     if TABLE:
         terminalreporter.section("prepared against source, through vLLM's own code")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Counts, counting
-from families import COMPRESSED, FAMILIES
-from results import Checkpoints
-from states import differences, experts_state
-from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
+
+from support.serving.compare import Counts, counting
+from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.results import Checkpoints
+from support.serving.states import differences, experts_state
+from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 DEEPSEEK = FAMILIES["deepseek_v3"]
 MTP = replace(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from families import FAMILIES
-from forward import TOKENS, run_layers
-from results import Checkpoints
-from states import differences
-from tiny_models import TinyModel
+
+from support.serving.families import FAMILIES
+from support.serving.forward import TOKENS, run_layers
+from support.serving.results import Checkpoints
+from support.serving.states import differences
+from support.serving.tiny_models import TinyModel
 
 pytestmark = pytest.mark.usefixtures("plugin")
 

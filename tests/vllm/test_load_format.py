@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Job, Outcome, run
-from families import FAMILIES
-from results import Checkpoints
-from states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
-from tiny_models import TinyModel
 from vllm.config import ParallelConfig
-from vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError, ServingError, SourceError, VerificationError
 from nvfp4_prep.load.options import default_threads
 from nvfp4_prep.vllm import load_format
+from support.serving.compare import Job, Outcome, run
+from support.serving.families import FAMILIES
+from support.serving.results import Checkpoints
+from support.serving.states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
+from support.serving.tiny_models import TinyModel
+from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 QWEN, DEEPSEEK, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"], FAMILIES["nemotron_h"]
 LOAD: dict[str, Any] = {"load_format": "nvfp4_prep"}

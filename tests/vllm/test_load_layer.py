@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES
-from forward import reference, run_layers
-from results import Checkpoints
-from states import same
-from tiny_models import TinyModel
 
 import nvfp4_prep
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from support.serving.families import FAMILIES
+from support.serving.forward import reference, run_layers
+from support.serving.results import Checkpoints
+from support.serving.states import same
+from support.serving.tiny_models import TinyModel
 
 QWEN, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["nemotron_h"]
 FROM_TOKENS = {"x", "x_sf", "token_selected_experts", "token_final_scales", "top_k", "moe_output"}

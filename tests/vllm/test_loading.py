@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
-from results import Checkpoints
-from stand_ins import batched_prepare, installed_kernel_with
-from states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
-from tiny_models import TinyModel
-from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from support.serving.families import FAMILIES
+from support.serving.results import Checkpoints
+from support.serving.stand_ins import batched_prepare, installed_kernel_with
+from support.serving.states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
+from support.serving.tiny_models import TinyModel
+from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 QWEN, DEEPSEEK, NEMOTRON = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"], FAMILIES["nemotron_h"]
 pytestmark = pytest.mark.usefixtures("plugin")

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Job, Outcome, run
-from families import COMPRESSED, FAMILIES
-from results import TABLE, Checkpoints
-from tiny_models import TinyModel
 
-from checkpoint_files import IN_REPOSITORY, WHOLE
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from support.checkpoint_files import IN_REPOSITORY, WHOLE
+from support.serving.compare import Job, Outcome, run
+from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.results import TABLE, Checkpoints
+from support.serving.tiny_models import TinyModel
 
 EP = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

@@ -13,15 +13,15 @@ from unittest import mock
 
 import pytest
 import torch
-from compare import Job
-from families import FAMILIES
-from results import REFUSALS, Checkpoints
 from safetensors.torch import load_file, save_file
-from stand_ins import batched_all_to_all, installed_kernel_with
-from vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from support.serving.compare import Job
+from support.serving.families import FAMILIES
+from support.serving.results import REFUSALS, Checkpoints
+from support.serving.stand_ins import batched_all_to_all, installed_kernel_with
+from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of
 
 QWEN, DEEPSEEK = FAMILIES["qwen3_moe"], FAMILIES["deepseek_v3"]
 pytestmark = pytest.mark.usefixtures("plugin")

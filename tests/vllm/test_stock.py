@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare import Counts, counting
-from families import COMPRESSED, FAMILIES
-from results import REFUSALS, Checkpoints
-from states import differences, snapshot
 from vllm.model_executor.layers import quantization
-from vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 from nvfp4_prep.vllm import register
+from support.paths import SUPPORT
+from support.serving.compare import Counts, counting
+from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.results import REFUSALS, Checkpoints
+from support.serving.states import differences, snapshot
+from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
 QWEN = FAMILIES["qwen3_moe"]
 MIXED = replace(QWEN, quant="modelopt_mixed")
@@ -113,7 +114,7 @@ def test_plain_vllm_refuses_a_prepared_checkpoint(checkpoints: Checkpoints) -> N
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
-from vllm_on_cpu import bring_up, make_vllm_config
+from support.serving.vllm_on_cpu import bring_up, make_vllm_config
 bring_up()
 from vllm.plugins import load_general_plugins
 load_general_plugins()
@@ -132,7 +133,7 @@ def test_the_installed_entry_point_is_what_vllm_loads(
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    script = SCRIPT.format(path=[str(Path(__file__).parent)], directory=str(prepared))
+    script = SCRIPT.format(path=[str(SUPPORT.parent)], directory=str(prepared))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     if served:
         assert "RESOLVED modelopt_fp4 PreparedModelOptNvFp4Config" in done.stdout, done.stderr

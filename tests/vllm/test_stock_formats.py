@@ -19,9 +19,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkNvfp4MoEMethod
-from vllm_on_cpu import rank_of
 
-from tiny_checkpoints import Tensors, TinyLayer
+from support.serving.vllm_on_cpu import rank_of
+from support.tiny_checkpoints import Tensors, TinyLayer
 
 LAYER = TinyLayer()
 EXPERTS = range(LAYER.experts)

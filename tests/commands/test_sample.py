@@ -1,0 +1,78 @@
+"""Sample checkpoints: what they promise to the tests and benchmarks that use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvfp4_prep import SampleModel, inspect, write_sample
+from nvfp4_prep.commands.sample import KIMI_LAYER
+from nvfp4_prep.errors import NoSpaceError, TargetError, UsageError
+from support.checkpoint_files import file_digests, read_tensors
+
+
+def test_same_seed_same_bytes(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_sample(tmp_path / name, SampleModel(seed=seed))
+    a, b, c = (file_digests(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a["model-00001-of-00001.safetensors"] != c["model-00001-of-00001.safetensors"]
+
+
+def test_bytes_are_random_and_scales_usable(tmp_path: Path) -> None:
+    write_sample(tmp_path / "s", SampleModel(experts=4))
+    tensors = read_tensors(tmp_path / "s")
+    for name, (dtype, _, data) in tensors.items():
+        if dtype == "torch.uint8":
+            counts = [data.count(value) for value in range(256)]
+            assert min(counts) > 0.5 * len(data) / 256, name
+        if dtype == "torch.float8_e4m3fn":
+            assert set(data) <= set(range(0x30, 0x7F))
+    weights = [data for name, (_, _, data) in tensors.items() if name.endswith("_proj.weight")]
+    assert len(set(weights)) == len(weights)
+
+
+def test_sharding_and_differing_scales(tmp_path: Path) -> None:
+    write_sample(tmp_path / "s", SampleModel(experts=32, shard_nbytes=100_000, differing=0.5))
+    found = inspect(tmp_path / "s")
+    assert found.shards > 20
+    assert all(8 <= (layer.differing or 0) <= 24 for layer in found.layers)
+
+
+def test_kimi_layer_has_the_published_size() -> None:
+    """24,772,632 bytes an expert, 384 experts (Kimi-K2.5-NVFP4)."""
+    codes = 3 * KIMI_LAYER.intermediate * KIMI_LAYER.hidden // 2
+    scales = 3 * KIMI_LAYER.intermediate * KIMI_LAYER.hidden // 16
+    assert (codes + scales + 6 * 4) * KIMI_LAYER.experts == 9_512_690_688
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("")
+    with pytest.raises(TargetError):
+        write_sample(tmp_path)
+    with pytest.raises(UsageError):
+        SampleModel(hidden=100)
+    with pytest.raises(UsageError):
+        SampleModel(layers=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (OSError(28, "No space left on device"), NoSpaceError, "no space left while writing"),
+        (PermissionError(13, "Permission denied"), TargetError, "Permission denied"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_sample_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], told: str | None
+) -> None:
+    def fail(folder: Path, model: SampleModel) -> None:
+        (folder / "model-00001-of-00002.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr("nvfp4_prep.commands.sample._write", fail)
+    with pytest.raises(kind, match=told):
+        write_sample(tmp_path / "s")
+    assert not list((tmp_path / "s").iterdir())

@@ -1,0 +1,130 @@
+"""The serving examples as far as they run without a Blackwell card: commands, comparison, the direct call."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import nvfp4_prep
+from data.synthetic_layers import SyntheticLayer
+from data.synthetic_torch import to_torch
+from support.paths import ROOT
+from support.tiny_checkpoints import write
+
+EXAMPLES = ROOT / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def gsm8k() -> ModuleType:
+    return load("gsm8k")
+
+
+def test_only_the_source_needs_a_backend_flag(gsm8k: ModuleType) -> None:
+    extra = ["--tensor-parallel-size", "8"]
+    source = gsm8k.serve_command("s", 1, extra, prepared=False)
+    prepared = gsm8k.serve_command("p", 1, extra, prepared=True)
+    assert source == ["vllm", "serve", "s", "--port", "1", "--moe-backend", "flashinfer_cutedsl", *extra]
+    assert prepared == ["vllm", "serve", "p", "--port", "1", *extra]
+
+
+def test_dry_run_prints_both_servers_and_both_evaluations(
+    gsm8k: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gsm8k.main(["src", "prep", "--dry-run", "--limit", "50", "--", "--enable-expert-parallel"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all("--enable-expert-parallel" in line for line in lines[::2])
+    assert all("--tasks gsm8k --num_fewshot 5" in line and "--limit 50" in line for line in lines[1::2])
+
+
+@pytest.mark.parametrize(
+    ("prepared", "good"), [(0.95, True), (0.945, True), (0.931, True), (0.929, False), (0.0, False), (0.99, False)]
+)
+def test_verdict(gsm8k: ModuleType, prepared: float, good: bool) -> None:
+    ok, text = gsm8k.verdict((0.95, 0.006), (prepared, 0.006), 0.02)
+    assert ok is good
+    assert f"{prepared:.4f}" in text
+    assert ("MORE THAN" in text) is not good
+
+
+def test_scores_are_read_from_lm_evals_newest_file(gsm8k: ModuleType, tmp_path: Path) -> None:
+    for age, score in ((100, 0.5), (0, 0.9)):
+        path = tmp_path / "model" / f"results_{age}.json"
+        path.parent.mkdir(exist_ok=True)
+        result = {"exact_match,strict-match": score, "exact_match_stderr,strict-match": 0.01}
+        path.write_text(json.dumps({"results": {"gsm8k": result}}))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert gsm8k.read_score(tmp_path) == (0.9, 0.01)
+    with pytest.raises(RuntimeError, match="no results"):
+        gsm8k.read_score(tmp_path / "nothing")
+
+
+def test_a_server_that_ends_is_an_error(gsm8k: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="exit code 3"), gsm8k.server([sys.executable, "-c", "exit(3)"], 1, 30):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("tp", "--tensor-parallel-size 4"),
+        ("ep", "--tensor-parallel-size 4 --enable-expert-parallel"),
+        ("dep", "--data-parallel-size 4 --enable-expert-parallel"),
+    ],
+)
+def test_serve_script(mode: str, flags: str) -> None:
+    script, environment = str(EXAMPLES / "serve_vllm.sh"), {**os.environ, "DRY_RUN": "1"}
+    done = subprocess.run(
+        ["bash", script, "ckpt", mode, "4"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stderr.strip() == f"vllm serve ckpt --trust-remote-code {flags}"
+    wrong = subprocess.run(
+        ["bash", script, "ckpt", "pp", "4"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert wrong.returncode == 2
+
+
+def write_source(directory: Path, layer: SyntheticLayer) -> Path:
+    return write(directory, {f"model.layers.3.mlp.experts.{name}": to_torch(made) for name, made in layer.tensors()})
+
+
+def test_flashinfer_direct_leaves_nothing_out() -> None:
+    direct, called = load("flashinfer_direct"), []
+
+    def kernel(x: int, top_k: int) -> None:
+        called.append((x, top_k))
+
+    direct.call_kernel("0.6.4", kernel, {"x": 1, "top_k": 2})
+    with pytest.raises(RuntimeError, match=r"FlashInfer 0\.6\.4 .*no parameter situ_beta.*pip install"):
+        direct.call_kernel("0.6.4", kernel, {"x": 1, "top_k": 2, "situ_beta": 1.0})
+    assert called == [(1, 2)]
+
+
+@pytest.mark.parametrize("share", [[], ["--tp", "1/2"], ["--ep", "1/2"]], ids=["whole", "tp", "ep"])
+def test_flashinfer_direct_without_the_kernel(tmp_path: Path, share: list[str]) -> None:
+    source = write_source(tmp_path / "source", SyntheticLayer(4, 256, 128))
+    nvfp4_prep.convert(source, tmp_path / "prepared")
+    command = [sys.executable, str(EXAMPLES / "flashinfer_direct.py"), str(tmp_path / "prepared"), "--layer", "3"]
+    path = os.pathsep.join(str(EXAMPLES.parent / root) for root in ("converter", "kernels"))
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--tokens", "4", *share], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FlashInfer was not called" in done.stdout
+    assert "torch reference: output [4, 256]" in done.stdout

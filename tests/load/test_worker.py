@@ -1,0 +1,44 @@
+"""What a reading thread fills, without threads and without a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvfp4_prep.load import Catalog, LoadOptions, reader
+from nvfp4_prep.load.read_plan import plan_reads
+from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading
+from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice
+from support.load_files import BATCHED, write_checkpoint
+
+SMALL = LoadOptions(threads=1, chunk_nbytes=65536)
+
+
+@pytest.mark.parametrize("options", [None, BATCHED], ids=["standard", "batched"])
+@pytest.mark.parametrize("experts", [[0, 1, 2], [1], [0, 2]])
+def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
+    tmp_path: Path, options: ConvertOptions | None, experts: list[int]
+) -> None:
+    """The short way for one range of the file, without a card: each staging buffer has all bytes of its chunk."""
+    written = write_checkpoint(tmp_path, MoeDims(3, 256, 256), options=options)
+    filled = list[Filled]()
+    staging = Buffers(torch.zeros(SMALL.staging_nbytes, dtype=torch.uint8), SMALL.buffer_nbytes, SMALL.chunk_nbytes)
+    reading = Reading(staging, SMALL.buffer_nbytes, filled.append, lambda nbytes: None)
+    records = Catalog.open(tmp_path).records(written.manifest.layers[0])
+    for tensor in PreparedTensor:
+        record, part = records[tensor.value], rank_slice(written.layout, tensor, written.dims, 0, 1)
+        found = bytearray(len(experts) * part.nbytes)
+        source = reader.FileReader(tmp_path / record.file)
+        for task in plan_reads(tmp_path / record.file, record, part, experts, SMALL.chunk_nbytes):
+            reading.run(Job(task, source, (None,) * len(task.chunks), None))
+            for chunk, item in zip(task.chunks, filled, strict=True):
+                data = staging.bytes[item.buffer][item.lead : item.lead + item.nbytes]
+                assert len(data) == chunk.nbytes
+                found[chunk.destination_bytes : chunk.destination_bytes + chunk.nbytes] = bytes(data.tolist())
+                staging.free.put(item.buffer)
+            filled.clear()
+        source.close()
+        assert bytes(found) == bytes(written.tensors[1][tensor.value].view(torch.uint8)[experts].flatten().tolist())

@@ -63,7 +63,7 @@ def convert(args: argparse.Namespace) -> None:
 
     ray.init(address=args.address)
     plan = nvfp4_prep.plan(args.source)
-    numbers = sorted({item.layer.index for item in plan.layers})
+    numbers = sorted({item.index for item in plan.layers})
     groups = [numbers[i : i + args.layers_per_task] for i in range(0, len(numbers), args.layers_per_task)]
     task = ray.remote(num_cpus=args.cpus_per_task, max_retries=3)(prepare)
     running = [task.remote(args.source, args.target, ",".join(map(str, group)), args.cpus_per_task) for group in groups]

@@ -42,7 +42,7 @@ def number(text: str) -> int:
 
 def make_tokens(ready: nvfp4_prep.ReadyLayer, count: int, top_k: int, device: torch.device) -> dict[str, Any]:
     """Random tokens, routed to this rank's experts and quantized with the layer's input scale (linear scales)."""
-    dims, layout = ready.loaded.record.layer.dims, ready.loaded.record.layout
+    dims, layout = ready.loaded.record.dims, ready.loaded.record.layout
     random = torch.Generator().manual_seed(0)
     x = torch.randn(count, dims.hidden, generator=random)
     x = torch.nn.functional.pad(x, (0, layout.padded_hidden(dims.hidden) - dims.hidden))
@@ -64,7 +64,7 @@ def make_tokens(ready: nvfp4_prep.ReadyLayer, count: int, top_k: int, device: to
 def reference(ready: nvfp4_prep.ReadyLayer, tokens: Mapping[str, Any]) -> torch.Tensor:
     """What the kernel should give, ``float32 [tokens, Hp]`` on the CPU."""
     record, share = ready.loaded.record, ready.loaded.share
-    dims, first = record.layer.dims, ready.arguments["local_expert_offset"]
+    dims, first = record.dims, ready.arguments["local_expert_offset"]
     stored = {name: tensor.cpu() for name, tensor in ready.tensors.items()}
     raw = {name: tensor.view(torch.uint8) if tensor.ndim == 3 else tensor for name, tensor in stored.items()}
     local = MoeDims(ready.arguments["num_local_experts"], dims.intermediate // share.tp_size, dims.hidden)

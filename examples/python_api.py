@@ -39,7 +39,7 @@ def run(work: Path) -> None:
     options = nvfp4_prep.ConvertOptions(gate_up_scales=nvfp4_prep.GateUpPolicy.RECONCILE)
     result = nvfp4_prep.convert(source, out, options, threads=2)
     for layer in result.manifest.layers:
-        print(f"{layer.layer.experts_path}: TP {layer.tp_sizes}, {layer.gate_up.differing} experts reconciled")
+        print(f"{layer.experts_path}: TP {layer.tp_sizes}, {layer.gate_up.differing} experts reconciled")
     try:
         nvfp4_prep.convert(source, source / "inside")
     except NvfpPrepError as error:
@@ -51,7 +51,7 @@ def run(work: Path) -> None:
     print(f"{restored.tensors} tensors restored")
 
     # The layout is a value of its own and needs torch alone.
-    layout, dims = MoeLayout.cutedsl(gated=True), plan.layers[0].layer.dims
+    layout, dims = MoeLayout.cutedsl(gated=True), plan.layers[0].dims
     for tensor in PreparedTensor:
         print(f"{tensor.value}: [{dims.experts}, {', '.join(map(str, layout.expert_shape(tensor, dims)))}]")
 

@@ -359,7 +359,7 @@ def test_more_shards_than_descriptors(tmp_path: Path, few_descriptors: int) -> N
     folder = write(tmp_path / "many", tensors, shards=few_descriptors + 60)
     assert len(make_plan(LocalSource(folder)).index.headers) == few_descriptors + 60
     result = convert(folder, tmp_path / "out", threads=2)
-    assert result.manifest.layers[0].layer.dims.experts == 40
+    assert result.manifest.layers[0].dims.experts == 40
 
 
 def test_no_descriptor_left_is_called_so(folder: Path, few_descriptors: int) -> None:

@@ -129,7 +129,7 @@ def test_the_plan_and_the_check_have_one_figure(
     plan = json.loads(run("convert", sample_source, tmp_path / "out", "--dry-run", "--json").stdout)
     needed = plan["peak_disk_nbytes"]
     assert needed == plan["output_nbytes"] + plan["small_files_nbytes"] == plan["target"]["needed_nbytes"]
-    for module in ("target", "outlook"):
+    for module in ("output.target", "commands.preflight"):
         monkeypatch.setattr(f"nvfp4_prep.{module}.free_nbytes", lambda path: needed - missing_nbytes)
     text = run("convert", sample_source, tmp_path / "out", "--dry-run").stdout
     assert f"peak {format_nbytes(needed)}\n" in text

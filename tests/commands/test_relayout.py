@@ -180,7 +180,7 @@ def test_a_changed_rescaled_block_scale_is_found(tmp_path: Path) -> None:
     (layer,) = convert(write(tmp_path / "s", TinyLayer(differing=True).tensors()), tmp_path / "old").manifest.layers
     expert, side = layer.gate_up.reconciled[0]
     path = tmp_path / "old" / layer.files[0]
-    tensor, dims = PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims
+    tensor, dims = PreparedTensor.W13_WEIGHT_SCALE, layer.dims
     record = next(r for r in read_header(path).tensors if r.name.endswith(".w13_weight_scale"))
     nbytes = layer.layout.expert_nbytes(tensor, dims)
     begin = record.offset_bytes + expert * nbytes
@@ -208,7 +208,7 @@ def test_a_forged_checksum_does_not_hide_another_expert(tmp_path: Path) -> None:
     (layer,) = convert(write(tmp_path / "s", TinyLayer().tensors()), tmp_path / "old").manifest.layers
     path, tensor = tmp_path / "old" / layer.files[0], PreparedTensor.W2_WEIGHT
     record = next(r for r in read_header(path).tensors if r.name.endswith(".w2_weight"))
-    nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+    nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
     flip(path, record.offset_bytes + nbytes)
     manifest_path = tmp_path / "old" / "nvfp4_prep.json"
     manifest = json.loads(manifest_path.read_text())

@@ -36,9 +36,9 @@ def copied(sample_prepared: Path, tmp_path: Path) -> Path:
 
 def test_arguments_are_those_that_the_smoke_run_binds(sample_prepared: Path) -> None:
     ready = nvfp4_prep.load_layer(sample_prepared, 1)
-    record, experts = ready.loaded.record, ready.loaded.record.layer.dims.experts
+    record, experts = ready.loaded.record, ready.loaded.record.dims.experts
     raw = {name: tensor.view(torch.uint8) if tensor.ndim == 3 else tensor for name, tensor in ready.tensors.items()}
-    prepared = PreparedExperts(record.layout, record.layer.dims, **raw)
+    prepared = PreparedExperts(record.layout, record.dims, **raw)
     zeros = torch.zeros(1, 2, dtype=torch.uint8)
     tokens = MoeTokens(zeros, zeros, torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, 2))
     names = FLASHINFER["cute_dsl_fused_moe"]["positional"]

@@ -42,7 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 def assert_share(loaded: LoadedLayer, written: Written) -> None:
     """Every tensor equals the share that the layout package cuts out of the whole tensor in memory."""
-    whole = written.tensors[loaded.record.layer.index]
+    whole = written.tensors[loaded.record.index]
     experts = list(loaded.share.experts or range(written.dims.experts))
     assert set(loaded.tensors) == set(whole)
     for name, tensor in loaded.tensors.items():

@@ -136,7 +136,7 @@ def sparse_checkpoint(folder: Path, model: Model, experts: int | None = None) ->
 def test_real_sizes_are_planned_with_the_real_config(tmp_path: Path, model: Model) -> None:
     made = plan(sparse_checkpoint(tmp_path / "source", model))
     (layer,) = made.layers
-    assert layer.layer.dims == model.dims
+    assert layer.dims == model.dims
     assert (layer.activation.kind, layer.activation.clamp) == (model.activation, model.clamp)
     assert layer.layout.tp_sizes(model.dims) == model.tp_sizes
     assert next(iter(quantization_configs(made.index.config, made.index.hf_quant_config))) == model.quantization_at
@@ -147,8 +147,8 @@ def test_kimi_bytes(tmp_path: Path) -> None:
     made = plan(sparse_checkpoint(tmp_path / "source", KIMI))
     (layer,) = made.layers
     assert len(made.index.tensors) == 4608
-    assert layer.layer.source_nbytes == 9_512_690_688 == 384 * 24_772_632
-    assert layer.prepared_nbytes == layer.layer.source_nbytes - 384 * 3 * 2 * 4
+    assert layer.source_nbytes == 9_512_690_688 == 384 * 24_772_632
+    assert layer.prepared_nbytes == layer.source_nbytes - 384 * 3 * 2 * 4
 
 
 def test_nemotron_is_padded_for_the_size_that_was_asked_for(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_round_trip_under_the_real_config_and_names(tmp_path: Path, model: Model
     if quant is not None:
         (source / "hf_quant_config.json").write_text(json.dumps(quant))
     (made,) = convert(source, tmp_path / "out").manifest.layers
-    assert made.layer.experts_path == model.path
+    assert made.experts_path == model.path
     assert made.activation.kind is model.activation
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
     assert verify(tmp_path / "out", source=source).ok

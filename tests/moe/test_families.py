@@ -54,8 +54,8 @@ def test_real_checkpoints_become_what_vllm_makes_of_them(tmp_path: Path, source:
     made = convert(source, tmp_path / "out", VLLM).manifest
     tensors = load_tensors(tmp_path / "out")
     for layer in made.layers:
-        record = digests()[f"{source.name}/{layer.layer.experts_path}"]["tensors"]
-        prefix = f"{layer.layer.experts_path}.routed_experts"
+        record = digests()[f"{source.name}/{layer.experts_path}"]["tensors"]
+        prefix = f"{layer.experts_path}.routed_experts"
         for name in record.keys() - {"w13_alpha", "w2_alpha"}:
             assert_digest(tensors[f"{prefix}.{name}"], record[name])
         for side in ("w13", "w2"):
@@ -158,7 +158,7 @@ def test_synthetic_layers_become_what_vllm_makes_of_them(
     record = digests()[f"synthetic/{layer.name}"]
     assert made.layout.padded_hidden(layer.hidden) == record["padded_hidden"]
     assert made.layout.padded_intermediate(layer.intermediate) == record["padded_intermediate"]
-    tensors, prefix = load_tensors(tmp_path / "out"), f"{made.layer.experts_path}.routed_experts"
+    tensors, prefix = load_tensors(tmp_path / "out"), f"{made.experts_path}.routed_experts"
     for name in PreparedTensor:
         assert_digest(tensors[f"{prefix}.{name}"], record["tensors"][name])
     if kind != "llama4":  # one scalar for all experts is another model
@@ -201,6 +201,6 @@ def test_a_rank_of_a_file_made_for_its_size_gets_what_vllm_prepares(
     layout: MoeLayout = made.layout
     dims = MoeDims(layer.experts, layer.intermediate, layer.hidden)
     for name in PreparedTensor:
-        whole = tensors[f"{made.layer.experts_path}.routed_experts.{name}"]
+        whole = tensors[f"{made.experts_path}.routed_experts.{name}"]
         share = take_rank(layout, name, whole.view(torch.uint8), dims, rank, size)
         assert_digest(share.contiguous().view(whole.dtype), digests()[key]["tensors"][name])

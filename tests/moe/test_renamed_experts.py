@@ -98,7 +98,7 @@ def test_renamed_experts_give_the_same_bytes_and_come_back(tmp_path: Path, spell
     out = convert(renamed, tmp_path / "out")
     want = convert(ordinary, tmp_path / "want")
     assert prepared(out.path) == prepared(want.path) != {}
-    assert [layer.layer.index for layer in out.manifest.layers] == [0, 3]
+    assert [layer.index for layer in out.manifest.layers] == [0, 3]
     assert verify(out.path, source=renamed).ok
     assert not verify(out.path, source=ordinary).ok
     back = restore(out.path, tmp_path / "back").path

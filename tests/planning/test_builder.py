@@ -42,7 +42,7 @@ def refusal(folder: Path, tensors: Tensors, options: ConvertOptions | None = Non
 def test_every_source_tensor_has_one_place(tmp_path: Path) -> None:
     tensors = merged([LAYER.tensors(), TinyLayer("model.layers.1.mlp.experts").tensors(), others()])
     result = made(tmp_path, tensors)
-    prepared = {record.name for item in result.layers for group in item.layer.groups for record in group.records}
+    prepared = {record.name for item in result.layers for group in item.groups for record in group.records}
     copied = [copy.name for file in result.files for copy in file.copies]
     assert sorted([*prepared, *copied]) == sorted(tensors)
     assert sorted(copied) == sorted(others())
@@ -64,7 +64,7 @@ def test_mixed_precision_prepares_what_is_nvfp4(tmp_path: Path) -> None:
         for name in LAYER.names
     }
     result = made(tmp_path, merged([LAYER.tensors(), bf16]))
-    assert [item.layer.experts_path for item in result.layers] == [PATH]
+    assert [item.experts_path for item in result.layers] == [PATH]
     assert [(item.experts_path, item.kind) for item in result.others] == [("model.layers.9.mlp.experts", "bf16")]
     assert "model.layers.9.mlp.experts: experts are bf16" in plan_text(result)
 
@@ -80,7 +80,7 @@ def test_step_passes_its_last_layers_through(tmp_path: Path) -> None:
     )
     step = {"model_type": "step3p5", "swiglu_limits": [0, 0, 7.0]}
     result = made(tmp_path / "some", tensors, **step)
-    assert [item.layer.index for item in result.layers] == [0, 1]
+    assert [item.index for item in result.layers] == [0, 1]
     (passed,) = result.others
     assert (passed.experts_path, passed.refused) == ("model.layers.2.moe.experts", False)
     assert "swiglustep" in passed.reason

@@ -101,7 +101,7 @@ def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
     assert f"nvidia/Kimi-NVFP4 at commit `{COMMIT}`" in text
     assert "https://huggingface.co/nvidia/Kimi-NVFP4" in text
     assert f"nvfp4-prep {manifest.tool_version}" in text
-    dims = manifest.layers[0].layer.dims
+    dims = manifest.layers[0].dims
     assert f"{dims.experts} gated experts, intermediate {dims.intermediate}, hidden {dims.hidden}" in text
     assert f"| tensor parallel | {', '.join(map(str, manifest.tp_sizes))} |" in text
     for check in manifest.verified:

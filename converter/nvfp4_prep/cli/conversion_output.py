@@ -49,7 +49,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
     lines = [
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
-        *tp_lines((record.layout, record.layer.dims) for record in manifest.layers),
+        *tp_lines((record.layout, record.dims) for record in manifest.layers),
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
         *(f"left out {line}" for line in left_out_lines(result.left_out)),
         *(f"warning: {warning}" for warning in result.warnings),

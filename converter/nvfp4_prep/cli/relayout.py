@@ -62,9 +62,9 @@ def relayout(
         return
     say(
         f"{result.path}: {count(len(layers), 'MoE layer')} in layout"
-        f" {layout_text(options, gated=any(record.layer.gated for record in layers))},"
+        f" {layout_text(options, gated=any(record.gated for record in layers))},"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}"
     )
-    for line in tp_lines((record.layout, record.layer.dims) for record in layers):
+    for line in tp_lines((record.layout, record.dims) for record in layers):
         say(line)
     say_next("verify", target)

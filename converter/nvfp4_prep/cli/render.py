@@ -47,18 +47,18 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
         "options": plan.options.to_dict(),
         "layers": [
             {
-                "experts_path": item.layer.experts_path,
-                "experts": item.layer.dims.experts,
-                "intermediate": item.layer.dims.intermediate,
-                "hidden": item.layer.dims.hidden,
-                "padded_intermediate": item.layout.padded_intermediate(item.layer.dims.intermediate),
-                "padded_hidden": item.layout.padded_hidden(item.layer.dims.hidden),
-                "gated": item.layer.gated,
-                "format": item.layer.format,
-                "source_nbytes": item.layer.source_nbytes,
+                "experts_path": item.experts_path,
+                "experts": item.dims.experts,
+                "intermediate": item.dims.intermediate,
+                "hidden": item.dims.hidden,
+                "padded_intermediate": item.layout.padded_intermediate(item.dims.intermediate),
+                "padded_hidden": item.layout.padded_hidden(item.dims.hidden),
+                "gated": item.gated,
+                "format": item.format,
+                "source_nbytes": item.source.source_nbytes,
                 "prepared_nbytes": item.prepared_nbytes,
                 "gate_up_differing": len(item.scalars.differing),
-                "tp_sizes": list(item.layout.tp_sizes(item.layer.dims)),
+                "tp_sizes": list(item.layout.tp_sizes(item.dims)),
             }
             for item in plan.layers
         ],
@@ -82,8 +82,8 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
-    expert_tensors = sum(len(group.records) for item in plan.layers for group in item.layer.groups)
-    gated = any(item.layer.gated for item in plan.layers)
+    expert_tensors = sum(len(group.records) for item in plan.layers for group in item.groups)
+    gated = any(item.gated for item in plan.layers)
     lines = [
         f"source   {plan.source_label}{'@' + plan.source_revision if plan.source_revision else ''}: "
         f"{format_nbytes(plan.source_nbytes)} in {count(len(plan.index.headers), 'shard')}",
@@ -92,7 +92,7 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         f" {8 * len(plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
-    lines += [f"TP       {line}" for line in tp_lines((item.layout, item.layer.dims) for item in plan.layers)]
+    lines += [f"TP       {line}" for line in tp_lines((item.layout, item.dims) for item in plan.layers)]
     configs = quantization_configs(plan.index.config, plan.index.hf_quant_config)
     lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
     lines += [f"passes   {count(passed, 'other tensor')}, {count(len(plan.side_files), 'other file')}"]
@@ -162,19 +162,19 @@ def outlook_text(outlook: Outlook) -> str:
 def _layer_lines(plan: Plan) -> Iterable[str]:
     def shape(position: int) -> tuple[object, ...]:
         item = plan.layers[position]
-        sizes = item.layout.tp_sizes(item.layer.dims)
-        return (item.layer.dims, item.layer.gated, item.layer.format, len(item.scalars.differing), sizes)
+        sizes = item.layout.tp_sizes(item.dims)
+        return (item.dims, item.gated, item.format, len(item.scalars.differing), sizes)
 
     for _, run in groupby(range(len(plan.layers)), key=shape):
         members = [plan.layers[position] for position in run]
-        first, dims = members[0], members[0].layer.dims
+        first, dims = members[0], members[0].dims
         inter, hidden = first.layout.padded_intermediate(dims.intermediate), first.layout.padded_hidden(dims.hidden)
         padding = "" if (inter, hidden) == (dims.intermediate, dims.hidden) else f", padded to I {inter}, H {hidden}"
         differing = len(first.scalars.differing)
         yield (
-            f"{_layers(item.layer.index for item in members)}: E {dims.experts}, I {dims.intermediate},"
+            f"{_layers(item.index for item in members)}: E {dims.experts}, I {dims.intermediate},"
             f" H {dims.hidden},"
-            f" {'gated' if first.layer.gated else 'not gated'}, {first.layer.format}{padding},"
+            f" {'gated' if first.gated else 'not gated'}, {first.format}{padding},"
             f" {format_nbytes(first.prepared_nbytes)} each, serves TP"
             f" {', '.join(map(str, first.layout.tp_sizes(dims)))}"
             + (f", gate/up scales differ in {count(differing, 'expert')}" if differing else "")

@@ -108,7 +108,7 @@ def _layer_numbers(checkpoint: str | Path) -> list[int]:
     from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 
     with PreparedCheckpoint(checkpoint) as opened:
-        return sorted({record.layer.index for record in opened.manifest.layers})
+        return sorted({record.index for record in opened.manifest.layers})
 
 
 def smoke_policy(*, quiet: bool) -> SmokePolicy:

@@ -94,9 +94,9 @@ class SourceComparison:
             try:
                 scalars = self._checkpoint.scalars(layer)
             except NvfpPrepError as error:
-                self._problems.add_error(layer.layer.experts_path, error)
+                self._problems.add_error(layer.experts_path, error)
                 continue
-            for group in layer.layer.groups:
+            for group in layer.groups:
                 source = self._groups.get(group.key)
                 if source is None or not group.leaf.is_scalar:
                     continue
@@ -125,7 +125,7 @@ class SourceComparison:
             self._problems.add(group.name(chunk.start), "is not an NVFP4 expert tensor in the source")
             self._differing.update(group.name(expert) for expert in chunk)
             return
-        experts = layer.layer.dims.experts
+        experts = layer.dims.experts
         if (source.dtype, source.shape, source.stacked) != (group.dtype, group.shape, group.stacked):
             self._problems.add(group.name(chunk.start), "has another dtype or shape in the source")
             self._differing.update(group.name(expert) for expert in chunk)

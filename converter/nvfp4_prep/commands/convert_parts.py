@@ -108,7 +108,7 @@ def convert_part(
         check_apart(opened, path)
         made = make_plan(opened, options)
         part = choose_part(made, selection)
-        chosen = selection.choose(plan.layer.index for plan in made.layers)
+        chosen = selection.choose(plan.index for plan in made.layers)
         folder = part_folder(path, selection)
         if complete_manifest(path, made, KeepFiles()) is not None:
             return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
@@ -186,7 +186,7 @@ def join_parts(
 
 def choose_part(made: Plan, selection: LayerSelection) -> Plan:
     """The plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
-    present = [plan.layer.index for plan in made.layers]
+    present = [plan.index for plan in made.layers]
     chosen = selection.choose(present)
     if not chosen:
         raise UsageError(
@@ -204,9 +204,9 @@ def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
 
 def _layer_of(made: Plan, file: OutputFile) -> int | None:
     """The model's number of the layer, for a file that parts make."""
-    if file.kind not in _DIVISIBLE or file.layer is None:
+    if file.kind not in _DIVISIBLE or file.layer_position is None:
         return None
-    return made.layers[file.layer].layer.index
+    return made.layers[file.layer_position].index
 
 
 def check_not_whole(path: Path) -> None:
@@ -247,7 +247,7 @@ def check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Path
     )
     if missing:
         raise PartsMissingError(
-            f"{len(missing)} of {count(len({plan.layer.index for plan in made.layers}), 'MoE layer')}"
+            f"{len(missing)} of {count(len({plan.index for plan in made.layers}), 'MoE layer')}"
             f" {'is' if len(missing) == 1 else 'are'} not made yet:"
             f" {spans(missing)}",
             where=str(path),

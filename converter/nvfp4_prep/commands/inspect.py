@@ -182,10 +182,10 @@ def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
         manifest = opened.manifest
         layers = tuple(
             InspectedLayer(
-                **_shape(record.layer),
+                **_shape(record.source),
                 status="prepared",
                 activation=_activation_text(record.activation),
-                differing=record.gate_up.differing if record.layer.gated else None,
+                differing=record.gate_up.differing if record.gated else None,
                 tp_sizes=record.tp_sizes,
                 gate_up_figures=dict(record.gate_up.figures),
             )

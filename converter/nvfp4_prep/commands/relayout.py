@@ -114,7 +114,7 @@ def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[Laye
     """The layers in the new layout; their groups have no records, because the source is not here."""
     plans = []
     for record in checkpoint.manifest.layers:
-        layer = record.layer
+        layer = record.source
         check_batched(layer, record.activation, options)
         try:
             layout = options.layout_for(gated=layer.gated)
@@ -164,28 +164,28 @@ class _Relayout:
         return RelayoutResult(target.path, self._finish(), needed, target.resumed)
 
     def _units(self, file: OutputFile) -> Iterator[Unit]:
-        position = file.layer or 0
+        position = file.layer_position or 0
         old, new = self._checkpoint.manifest.layers[position], self._plans[position]
         for tensor, record in zip(file.tensors, file.records, strict=True):
-            nbytes = new.layout.expert_nbytes(tensor, new.layer.dims)
-            for chunk in expert_chunks(new.layer.dims.experts, nbytes):
+            nbytes = new.layout.expert_nbytes(tensor, new.dims)
+            for chunk in expert_chunks(new.dims.experts, nbytes):
                 yield Unit(len(chunk) * nbytes, partial(self._prepare, old, new, tensor, record, chunk))
 
     def _prepare(
         self, old: LayerRecord, new: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range
     ) -> UnitResult:
-        where = f"{new.layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
+        where = f"{new.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
         stored = self._checkpoint.read_prepared(old, tensor, chunk)
         for expert in self._checkpoint.damaged_experts(old, tensor, chunk, stored):
             raise _damaged(f"bytes of expert {expert} differ from what was written", where)
         try:
-            parts = old.layout.invert(tensor, stored, new.layer.dims)
+            parts = old.layout.invert(tensor, stored, new.dims)
             source = self._checkpoint.source_parts(old, tensor, chunk, stored)
         except ValueError as error:
             raise _damaged(str(error), where) from error
-        prepared = prepare_and_prove(new.layout, tensor, new.layer.dims, parts, where)
+        prepared = prepare_and_prove(new.layout, tensor, new.dims, parts, where)
         raws = self._checkpoint.source_bytes(old, tensor, source)
-        begin = record.offset_bytes + chunk.start * new.layout.expert_nbytes(tensor, new.layer.dims)
+        begin = record.offset_bytes + chunk.start * new.layout.expert_nbytes(tensor, new.dims)
         return UnitResult(
             pieces=[(begin, byte_view(prepared))],
             digests=[(group.key, byte_view(raw)) for group, raw in raws],
@@ -221,7 +221,7 @@ class _Relayout:
             "check": "relayout",
             "result": "every stored expert had its checksum and turned back into the source's tensors by their digests;"
             " every new byte turned back into the old one before it was written",
-            "experts": sum(plan.layer.dims.experts for plan in self._plans),
+            "experts": sum(plan.dims.experts for plan in self._plans),
             "nbytes": sum(plan.prepared_nbytes for plan in self._plans),
             "from": self._checkpoint.manifest.options.to_dict(),
         }
@@ -237,14 +237,14 @@ class _Relayout:
 
     def _layer_record(self, position: int, results: dict[str, JobResult]) -> LayerRecord:
         old, plan = self._checkpoint.manifest.layers[position], self._plans[position]
-        files = [file for file in self._files.values() if file.layer == position]
+        files = [file for file in self._files.values() if file.layer_position == position]
         crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
         for file in files:
             for fact in results[file.name].facts:
                 crc32[fact["tensor"]] += fact["crc32"]
             for key, digest in results[file.name].digests.items():
                 if digest != old.source_sha256[key]:
-                    raise _damaged(f"{key} is not what the source held", old.layer.experts_path)
+                    raise _damaged(f"{key} is not what the source held", old.experts_path)
         return replace(
             old,
             layout=plan.layout,

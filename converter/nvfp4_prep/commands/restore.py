@@ -150,7 +150,7 @@ class _Restoration:
             if file.layer is None:
                 continue
             digests = JobResult.from_entry(self._target.done[file.name]).digests
-            for group in file.layer.layer.groups:
+            for group in file.layer.groups:
                 if digests[group.key] != file.layer.source_sha256[group.key]:
                     raise VerificationError(
                         "restored tensors differ from the source's",
@@ -170,8 +170,8 @@ class _Restoration:
     def _layer_units(self, file: _RestoredFile, layer: LayerRecord) -> Iterator[Unit]:
         places = {record.name: record for record in file.records}
         for tensor in PreparedTensor:
-            nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
-            for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
+            nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
+            for chunk in expert_chunks(layer.dims.experts, nbytes):
                 yield Unit(len(chunk) * nbytes, partial(self._restore, layer, tensor, chunk, places))
         yield Unit(1, partial(self._restore_scalars, layer, places))
 
@@ -182,27 +182,27 @@ class _Restoration:
         for expert in self._checkpoint.damaged_experts(layer, tensor, chunk, prepared):
             raise VerificationError(
                 f"expert {expert}: bytes differ from what was written",
-                where=layer.layer.prepared_name(tensor.value),
+                where=layer.prepared_name(tensor.value),
                 next_step=_DAMAGED,
             )
         try:
             parts = self._checkpoint.source_parts(layer, tensor, chunk, prepared)
         except ValueError as error:
-            raise VerificationError(str(error), where=layer.layer.prepared_name(tensor.value)) from error
+            raise VerificationError(str(error), where=layer.prepared_name(tensor.value)) from error
         result = UnitResult()
         for group, raw in self._checkpoint.source_bytes(layer, tensor, parts):
             data = byte_view(raw)
-            result.pieces += _places(group, chunk, data, layer.layer.dims.experts, places)
+            result.pieces += _places(group, chunk, data, layer.dims.experts, places)
             result.digests.append((group.key, data))
         return result
 
     def _restore_scalars(self, layer: LayerRecord, places: dict[str, TensorRecord]) -> UnitResult:
         scalars = self._checkpoint.scalars(layer)
         result = UnitResult()
-        for group in layer.layer.groups:
+        for group in layer.groups:
             if group.leaf.is_scalar:
                 data = memoryview(scalars.raw[group.key])
-                experts = layer.layer.dims.experts
+                experts = layer.dims.experts
                 if group.stacked:
                     result.pieces.append((places[group.name(0)].offset_bytes, data))
                 else:
@@ -234,8 +234,8 @@ def _plan_files(checkpoint: PreparedCheckpoint) -> list[_RestoredFile]:
         records = tuple(replace(record, file=_file_name(number, count)) for record in header.tensors)
         files.append(_RestoredFile(_file_name(number, count), b"", records, header.file_nbytes, None, name))
     for number, layer in enumerate(layers, len(passed) + 1):
-        groups = sorted(layer.layer.groups, key=lambda group: group.leaf.is_scalar)
-        specs = [spec for group in groups for spec in group.specs(layer.layer.dims.experts)]
+        groups = sorted(layer.groups, key=lambda group: group.leaf.is_scalar)
+        specs = [spec for group in groups for spec in group.specs(layer.dims.experts)]
         header_bytes, records = encode_header(_file_name(number, count), specs, {"format": "pt"})
         nbytes = len(header_bytes) + sum(spec.nbytes for spec in specs)
         files.append(_RestoredFile(_file_name(number, count), header_bytes, records, nbytes, layer, ""))

@@ -200,7 +200,7 @@ class _Verification:
         done: Counter[str] = Counter()
         for name, experts in self._turned_back:
             done[name] += experts
-        layers = [record.layer for record in self._checkpoint.manifest.layers]
+        layers = [record.source for record in self._checkpoint.manifest.layers]
         return sum(min(done[layer.prepared_name(tensor)] for tensor in PreparedTensor) for layer in layers)
 
     def _file_job(self, name: str) -> FileJob | None:
@@ -230,7 +230,7 @@ class _Verification:
         checkpoint = self._checkpoint
         layer = next((layer for layer in checkpoint.manifest.layers if name in layer.files), None)
         header = checkpoint.files.header(name)
-        by_name = {} if layer is None else {layer.layer.prepared_name(tensor): tensor for tensor in PreparedTensor}
+        by_name = {} if layer is None else {layer.prepared_name(tensor): tensor for tensor in PreparedTensor}
         try:
             known = layer is not None and all(
                 checkpoint.tensor_record(layer, by_name[record.name]) == record for record in header.tensors
@@ -243,14 +243,14 @@ class _Verification:
             return
         for record in header.tensors:
             tensor = by_name[record.name]
-            nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
-            for chunk in expert_chunks(layer.layer.dims.experts, nbytes):
+            nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
+            for chunk in expert_chunks(layer.dims.experts, nbytes):
                 yield Unit(len(chunk) * nbytes, partial(self._check_experts, layer, tensor, chunk))
 
     def _check_experts(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> UnitResult:
         checkpoint = self._checkpoint
         prepared = checkpoint.read_prepared(layer, tensor, chunk)
-        where = layer.layer.prepared_name(tensor.value)
+        where = layer.prepared_name(tensor.value)
         for expert in checkpoint.damaged_experts(layer, tensor, chunk, prepared):
             self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
         result = UnitResult(pieces=[(0, byte_view(prepared))])
@@ -275,7 +275,7 @@ class _Verification:
             return
         tensor = PreparedTensor.W13_WEIGHT_SCALE
         stored = dict(
-            zip(layer.layout.projections(tensor), layer.layout.invert(tensor, prepared, layer.layer.dims), strict=True)
+            zip(layer.layout.projections(tensor), layer.layout.invert(tensor, prepared, layer.dims), strict=True)
         )
         scalars = self._checkpoint.scalars(layer)
         for expert, side in affected:
@@ -284,7 +284,7 @@ class _Verification:
             own, other = (gate, up) if side == Projection.GATE.value else (up, gate)
             again = None if original is None else rescale(original[1], own, other)
             if again is None or not torch.equal(again, stored[Projection(side)][expert - chunk.start]):
-                where = f"{layer.layer.prepared_name(tensor.value)}, expert {expert}"
+                where = f"{layer.prepared_name(tensor.value)}, expert {expert}"
                 self._problems.add(where, f"rescaled {side} block scales do not follow from the source's")
 
     def _file_done(self, result: JobResult) -> None:
@@ -298,13 +298,13 @@ class _Verification:
 
     def _check_digests(self) -> None:
         for layer in self._checkpoint.manifest.layers:
-            for group in layer.layer.groups:
+            for group in layer.groups:
                 if group.leaf.is_scalar or group.key not in self._digests:
                     continue
                 want, have = layer.source_sha256[group.key], self._digests[group.key]
                 if want != have:
                     self._problems.add(
-                        f"{layer.layer.experts_path}, {group.key}",
+                        f"{layer.experts_path}, {group.key}",
                         "the inverse transform does not give the source's tensors",
                         f"sha256 {want}",
                         have,
@@ -318,10 +318,10 @@ class _Verification:
                 if hashlib.sha256(raw).hexdigest() != layer.source_sha256[key]:
                     self._problems.add(key, "the kept source scalars changed")
             sides = dict(layer.gate_up.reconciled)
-            for name, want in expert_scale_vectors(layer.layer, scalars, sides).items():
+            for name, want in expert_scale_vectors(layer.source, scalars, sides).items():
                 if bytes(byte_view(self._checkpoint.read(self._checkpoint.record(name)))) != want:
                     self._problems.add(name, "does not follow from the source's scalars")
         except NvfpPrepError as error:
-            self._problems.add_error(layer.layer.experts_path, error)
+            self._problems.add_error(layer.experts_path, error)
             return False
         return True

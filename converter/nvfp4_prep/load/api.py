@@ -78,7 +78,7 @@ class LoadedLayer:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
-        return f"<LoadedLayer {self.record.layer.experts_path!r}: {shapes}>"
+        return f"<LoadedLayer {self.record.experts_path!r}: {shapes}>"
 
 
 def load_layer(
@@ -108,7 +108,7 @@ def load_layer(
     """
     catalog = Catalog.open(path)
     record = catalog.layer(layer)
-    share = RankShare.of(record.layer.dims.experts, tp, ep)
+    share = RankShare.of(record.dims.experts, tp, ep)
     if experts is not None:
         share = RankShare(as_experts(experts), share.tp_rank, share.tp_size)
     with ExpertLoader(device, options) as loader:
@@ -137,13 +137,13 @@ def load_layers(
 def _submit(
     catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    dims, records = layer.layer.dims, catalog.records(layer)
+    dims, records = layer.dims, catalog.records(layer)
     experts = share.experts if share.experts is not None else tuple(range(dims.experts))
     for tensor in PreparedTensor:
         try:
             part = rank_slice(layer.layout, tensor, dims, share.tp_rank, share.tp_size)
         except LayoutError as error:
-            raise UsageError(str(error), where=layer.layer.experts_path) from error
+            raise UsageError(str(error), where=layer.experts_path) from error
         record = records[tensor.value]
         dtype = torch.float8_e4m3fn if tensor.is_scale else torch.uint8
         parameter = _allocate((len(experts), *part.shape), dtype, loader.device, record)

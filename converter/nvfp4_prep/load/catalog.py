@@ -53,13 +53,13 @@ class Catalog:
         """
         if isinstance(which, bool) or not isinstance(which, int | str):
             raise UsageError("is not a layer", expected="its number, or its experts' path", actual=repr(which)[:80])
-        found = [record for record in self.manifest.layers if which in (record.layer.index, record.layer.experts_path)]
+        found = [record for record in self.manifest.layers if which in (record.index, record.experts_path)]
         if len(found) == 1:
             return found[0]
         if found:
-            paths = ", ".join(record.layer.experts_path for record in found)
+            paths = ", ".join(record.experts_path for record in found)
             raise UsageError(f"layer {which} stands twice", expected=f"one of {paths}", actual=which)
-        numbers = ", ".join(str(record.layer.index) for record in self.manifest.layers)
+        numbers = ", ".join(str(record.index) for record in self.manifest.layers)
         raise UsageError(f"no prepared layer {which}", where=str(self.root), expected=f"one of {numbers}")
 
     def records(self, layer: LayerRecord) -> Mapping[str, TensorRecord]:
@@ -137,14 +137,14 @@ class Catalog:
 
     def _expected(self, layer: LayerRecord) -> dict[str, tuple[str, str, tuple[int, ...]]]:
         """Full name to short name, dtype and shape."""
-        dims, layout = layer.layer.dims, layer.layout
+        dims, layout = layer.dims, layer.layout
         big = {
-            layer.layer.prepared_name(tensor): (
+            layer.prepared_name(tensor): (
                 str(tensor.value),
                 "F8_E4M3" if tensor.is_scale else "U8",
                 (dims.experts, *layout.expert_shape(tensor, dims)),
             )
             for tensor in PreparedTensor
         }
-        vectors = {layer.layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in SCALE_VECTORS}
+        vectors = {layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in SCALE_VECTORS}
         return {**big, **vectors}

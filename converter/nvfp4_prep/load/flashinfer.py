@@ -92,8 +92,8 @@ def load_layer(
         )
     if experts is not None:
         experts = as_experts(experts)
-        _check_consecutive(experts, record.layer.experts_path)
-    activation = moe_activation(record.activation, _config(path), where=record.layer.experts_path)
+        _check_consecutive(experts, record.experts_path)
+    activation = moe_activation(record.activation, _config(path), where=record.experts_path)
     loaded = load_tensors(path, layer, tp=tp, ep=ep, experts=experts, device=device, options=options)
     x_global_scale = 1.0 / loaded.tensors["w13_input_scale"][:1]
     return ReadyLayer(loaded, _arguments(loaded, activation), activation, x_global_scale)
@@ -119,7 +119,7 @@ def _arguments(loaded: LoadedLayer, activation: MoeActivation) -> dict[str, Any]
         "w2_weight": tensors["w2_weight"],
         "w2_weight_sf": mma_view(tensors["w2_weight_scale"]),
         "w2_alpha": tensors["w2_weight_scale_2"] * tensors["w2_input_scale"],
-        "num_experts": loaded.record.layer.dims.experts,
+        "num_experts": loaded.record.dims.experts,
         "num_local_experts": tensors["w13_weight"].shape[0],
         "local_expert_offset": held[0],
         **activation_arguments(activation),

@@ -18,7 +18,7 @@ from nvfp4_prep.formats import Leaf
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.gate_up import join_alternating_rows, split_alternating_rows
 
-__all__ = ["ByteRange", "MoeLayer", "TensorGroup"]
+__all__ = ["ByteRange", "LayerWithLayout", "MoeLayer", "TensorGroup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +167,53 @@ class MoeLayer:
         """The groups whose bytes go into a prepared tensor."""
         leaf = Leaf.BLOCK_SCALE if tensor.is_scale else Leaf.CODES
         return self.groups_of(leaf, layout.projections(tensor))
+
+
+class LayerWithLayout:
+    """A layer of the source together with the layout that it is prepared in; base of plans and manifest records.
+
+    Attributes:
+        source: the layer in the source.
+        layout: of the prepared tensors.
+    """
+
+    source: MoeLayer
+    layout: MoeLayout
+
+    @property
+    def dims(self) -> MoeDims:
+        """Sizes of the layer, without padding."""
+        return self.source.dims
+
+    @property
+    def index(self) -> int:
+        """The model's layer number."""
+        return self.source.index
+
+    @property
+    def experts_path(self) -> str:
+        """Module path of the experts in the source."""
+        return self.source.experts_path
+
+    @property
+    def gated(self) -> bool:
+        """Whether the experts have a gate projection."""
+        return self.source.gated
+
+    @property
+    def format(self) -> str:
+        """Name of the source's quantization format."""
+        return self.source.format
+
+    @property
+    def groups(self) -> tuple[TensorGroup, ...]:
+        """The source's tensors, grouped."""
+        return self.source.groups
+
+    def groups_for(self, tensor: PreparedTensor) -> tuple[TensorGroup, ...]:
+        """Return the source's groups that a prepared tensor is made of."""
+        return self.source.groups_for(self.layout, tensor)
+
+    def prepared_name(self, tensor: str) -> str:
+        """Return the name of a prepared tensor of this layer."""
+        return self.source.prepared_name(tensor)

@@ -81,8 +81,8 @@ def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch
 
     def units() -> Iterator[Unit]:
         for tensor, record in zip(file.tensors, file.records, strict=True):
-            groups = plan.layer.groups_for(plan.layout, tensor)
-            experts = plan.layer.dims.experts
+            groups = plan.groups_for(tensor)
+            experts = plan.dims.experts
             nbytes = sum(group.expert_range(0, experts).nbytes for group in groups)
             for chunk in expert_chunks(experts, nbytes):
                 yield Unit(
@@ -109,7 +109,7 @@ def _prepare(
     source: Source,
     device: torch.device,
 ) -> UnitResult:
-    layer, layout = plan.layer, plan.layout
+    layer, layout = plan.source, plan.layout
     groups = layer.groups_for(layout, tensor)
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
     parts = arrange_groups(groups, raws, layout.projections(tensor))
@@ -136,12 +136,12 @@ def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, sou
     Done while the codes are at hand: the block scales that it needs besides are an eighth of their size.
     """
     gates = plan.scalars.gate_scale_2 or ()
-    groups = plan.layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
+    groups = plan.groups_for(PreparedTensor.W13_WEIGHT_SCALE)
     errors = []
     for expert in plan.scalars.differing:
         if expert not in chunk:
             continue
-        raws = [read_experts(source, group, range(expert, expert + 1), plan.layer.dims.experts) for group in groups]
+        raws = [read_experts(source, group, range(expert, expert + 1), plan.dims.experts) for group in groups]
         gate, up = (part[0] for part in arrange_groups(groups, raws, (Projection.GATE, Projection.UP)))
         outcome = reconcile_expert(plan.scalars, expert, gate, up)
         scales = (gates[expert], plan.scalars.up_scale_2[expert])
@@ -170,7 +170,7 @@ def _reconcile_chunk(
 
 def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
     """The job that keeps the original block scales of rescaled projections, for restore."""
-    layer = plan.layer
+    layer = plan.source
     groups = layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
     (scales,) = file.records
 

@@ -37,7 +37,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
     digests = {key: digest for file in files for key, digest in results[file.name].digests.items()}
     digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
     return LayerRecord(
-        layer=_without_records(plan),
+        source=_without_records(plan),
         layout=plan.layout,
         activation=plan.activation,
         files=tuple(file.name for file in files),
@@ -54,7 +54,7 @@ def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]
 
 
 def _layer_files(made: Plan, position: int) -> list[OutputFile]:
-    return [file for file in made.files if file.kind is FileKind.EXPERTS and file.layer == position]
+    return [file for file in made.files if file.kind is FileKind.EXPERTS and file.layer_position == position]
 
 
 def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[
 
 def _without_records(plan: LayerPlan) -> MoeLayer:
     """The layer as the manifest has it: names and shapes, no places."""
-    return replace(plan.layer, groups=tuple(replace(group, records=()) for group in plan.layer.groups))
+    return replace(plan.source, groups=tuple(replace(group, records=()) for group in plan.groups))
 
 
 def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:

@@ -104,12 +104,12 @@ class Execution:
             values: dict[str, bytes] = {}
             for position, layer in enumerate(self._plan.layers):
                 values |= expert_scale_vectors(
-                    layer.layer, layer.scalars, reconciled_sides(self._plan, position, self._results)
+                    layer.source, layer.scalars, reconciled_sides(self._plan, position, self._results)
                 )
             return values_job(file, values)
         if file.kind is FileKind.SOURCE_SCALES:
             return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
-        layer = self._plan.layers[file.layer or 0]
+        layer = self._plan.layers[file.layer_position or 0]
         if file.kind is FileKind.EXPERTS:
             return experts_job(layer, file, self._source, self._device)
         return source_block_scales_job(layer, file, self._source)
@@ -145,7 +145,7 @@ class Execution:
                     "check": "inverse transform while converting",
                     "result": "every prepared byte turned back into the source's byte before it was written"
                     + (", rescaled block scales into the rescaled ones" if rescaled else ""),
-                    "experts": sum(plan.layer.dims.experts for plan in made.layers),
+                    "experts": sum(plan.dims.experts for plan in made.layers),
                     "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
                 },
             ),

@@ -148,14 +148,14 @@ def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
     files = []
     labels = _labels(layers)
     for position, plan in enumerate(layers):
-        dims = plan.layer.dims
+        dims = plan.dims
         parts = _split_tensors(plan)
         for number, tensors in enumerate(parts, 1):
             part = f"-part-{number:02d}-of-{len(parts):02d}" if len(parts) > 1 else ""
             name = f"{EXPERTS_PREFIX}{labels[position]}{part}.safetensors"
             specs = [
                 TensorSpec(
-                    plan.layer.prepared_name(tensor),
+                    plan.prepared_name(tensor),
                     "F8_E4M3" if tensor.is_scale else "U8",
                     (dims.experts, *plan.layout.expert_shape(tensor, dims)),
                 )
@@ -165,12 +165,9 @@ def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
             if PreparedTensor.W13_WEIGHT in tensors and plan.scalars.differing:
                 read.append(PreparedTensor.W13_WEIGHT_SCALE)  # to measure what the policies do to the weights
             shards = frozenset(
-                record.file
-                for tensor in read
-                for group in plan.layer.groups_for(plan.layout, tensor)
-                for record in group.records
+                record.file for tensor in read for group in plan.groups_for(tensor) for record in group.records
             )
-            files.append(_file(name, FileKind.EXPERTS, specs, shards, layer=position, tensors=tuple(tensors)))
+            files.append(_file(name, FileKind.EXPERTS, specs, shards, layer_position=position, tensors=tuple(tensors)))
         if plan.reconciled:
             files.append(_block_scales_file(plan, position, labels[position]))
     return files
@@ -181,9 +178,9 @@ def _labels(layers: tuple[LayerPlan, ...]) -> list[str]:
     seen: dict[int, int] = {}
     labels = []
     for plan in layers:
-        again = seen.get(plan.layer.index, 0)
-        seen[plan.layer.index] = again + 1
-        labels.append(f"{plan.layer.index:05d}" + (f"-{again + 1}" if again else ""))
+        again = seen.get(plan.index, 0)
+        seen[plan.index] = again + 1
+        labels.append(f"{plan.index:05d}" + (f"-{again + 1}" if again else ""))
     return labels
 
 
@@ -192,7 +189,7 @@ def _split_tensors(plan: LayerPlan) -> list[list[PreparedTensor]]:
     parts: list[list[PreparedTensor]] = [[]]
     size = 0
     for tensor in PreparedTensor:
-        nbytes = plan.layer.dims.experts * plan.layout.expert_nbytes(tensor, plan.layer.dims)
+        nbytes = plan.dims.experts * plan.layout.expert_nbytes(tensor, plan.dims)
         if parts[-1] and size + nbytes > MAX_LAYER_FILE_NBYTES:
             parts.append([])
             size = 0
@@ -203,20 +200,18 @@ def _split_tensors(plan: LayerPlan) -> list[list[PreparedTensor]]:
 
 def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile:
     """The original block scales of rescaled projections, which restore needs because rounding loses them."""
-    rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.layer.dims)
+    rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.dims)
     count = len(plan.reconciled)
-    specs = [TensorSpec(plan.layer.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols))]
+    specs = [TensorSpec(plan.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols))]
     shards = frozenset(
-        record.file
-        for group in plan.layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
-        for record in group.records
+        record.file for group in plan.groups_for(PreparedTensor.W13_WEIGHT_SCALE) for record in group.records
     )
     name = f"source-block-scales-layer-{label}.safetensors"
-    return _file(name, FileKind.SOURCE_BLOCK_SCALES, specs, shards, layer=position, served=False)
+    return _file(name, FileKind.SOURCE_BLOCK_SCALES, specs, shards, layer_position=position, served=False)
 
 
 def _passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
-    prepared = {record.name for plan in layers for group in plan.layer.groups for record in group.records}
+    prepared = {record.name for plan in layers for group in plan.groups for record in group.records}
     bundles: list[list[TensorRecord]] = []
     size, shards = 0, set[str]()
     for header in index.headers.values():
@@ -243,14 +238,14 @@ def _passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) ->
 
 def _scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
     vectors = [
-        TensorSpec(plan.layer.prepared_name(vector), "F32", (plan.layer.dims.experts,))
+        TensorSpec(plan.prepared_name(vector), "F32", (plan.dims.experts,))
         for plan in layers
         for vector in SCALE_VECTORS
     ]
     scalars = [
         TensorSpec(group.key, "F32", (len(plan.scalars.raw[group.key]) // 4,))
         for plan in layers
-        for group in plan.layer.groups
+        for group in plan.groups
         if group.leaf.is_scalar
     ]
     return [
@@ -283,7 +278,7 @@ def _file(
     specs: list[TensorSpec],
     shards: frozenset[str],
     *,
-    layer: int | None = None,
+    layer_position: int | None = None,
     tensors: tuple[PreparedTensor, ...] = (),
     copies: tuple[TensorRecord, ...] = (),
     served: bool = True,
@@ -294,7 +289,7 @@ def _file(
     except ValueError as error:
         raise SourceError(f"its tensors cannot be written ({error})") from error
     nbytes = len(header) + sum(spec.nbytes for spec in specs)
-    return OutputFile(name, kind, header, records, nbytes, shards, layer, tensors, copies, served)
+    return OutputFile(name, kind, header, records, nbytes, shards, layer_position, tensors, copies, served)
 
 
 def _order(files: list[OutputFile]) -> list[OutputFile]:

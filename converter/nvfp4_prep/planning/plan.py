@@ -19,7 +19,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
-from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.layers import LayerWithLayout, MoeLayer
 from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
@@ -28,18 +28,18 @@ __all__ = ["LayerPlan", "OutputFile", "Plan"]
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(LayerWithLayout):
     """One layer to prepare.
 
     Attributes:
-        layer: the source's side.
+        source: the layer in the source.
         layout: the prepared side.
         activation: of the experts.
         scalars: the source's scalars.
         reconciled: experts whose block scales must be rescaled, because gate and up differ and the policy says so.
     """
 
-    layer: MoeLayer
+    source: MoeLayer
     layout: MoeLayout
     activation: Activation
     scalars: LayerScalars
@@ -48,7 +48,7 @@ class LayerPlan:
     @property
     def prepared_nbytes(self) -> int:
         """Bytes of the four big tensors."""
-        dims = self.layer.dims
+        dims = self.dims
         return dims.experts * sum(self.layout.expert_nbytes(tensor, dims) for tensor in PreparedTensor)
 
 
@@ -63,7 +63,7 @@ class OutputFile:
         records: where each tensor goes.
         nbytes: size.
         shards: the source files it needs.
-        layer: position in :attr:`Plan.layers`, for a layer's files.
+        layer_position: in :attr:`Plan.layers`, for a layer's files.
         tensors: for :attr:`FileKind.EXPERTS`, which of the four tensors are in it.
         copies: for :attr:`FileKind.PASSTHROUGH`, the source's record of each tensor, in the order of ``records``.
         served: whether the index lists its tensors (restore-only files are not served).
@@ -75,7 +75,7 @@ class OutputFile:
     records: tuple[TensorRecord, ...]
     nbytes: int
     shards: frozenset[str] = frozenset()
-    layer: int | None = None
+    layer_position: int | None = None
     tensors: tuple[PreparedTensor, ...] = ()
     copies: tuple[TensorRecord, ...] = ()
     served: bool = True

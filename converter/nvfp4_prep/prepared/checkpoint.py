@@ -171,8 +171,8 @@ class PreparedCheckpoint:
         Raises:
             CheckpointError: if it is missing or of another dtype or shape than the manifest says.
         """
-        record = self.record(layer.layer.prepared_name(tensor.value))
-        dims = layer.layer.dims
+        record = self.record(layer.prepared_name(tensor.value))
+        dims = layer.dims
         want = ("F8_E4M3" if tensor.is_scale else "U8", (dims.experts, *layer.layout.expert_shape(tensor, dims)))
         if (record.dtype, record.shape) != want:
             raise CheckpointError(
@@ -186,9 +186,9 @@ class PreparedCheckpoint:
     def read_prepared(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> torch.Tensor:
         """Prepared bytes of some experts: ``uint8 [len(chunk), rows, bytes per row]``."""
         record = self.tensor_record(layer, tensor)
-        nbytes = layer.layout.expert_nbytes(tensor, layer.layer.dims)
+        nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
         data = self.read(record, chunk.start * nbytes, len(chunk) * nbytes)
-        return data.view(len(chunk), *layer.layout.expert_shape(tensor, layer.layer.dims))
+        return data.view(len(chunk), *layer.layout.expert_shape(tensor, layer.dims))
 
     def damaged_experts(
         self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor
@@ -206,11 +206,11 @@ class PreparedCheckpoint:
             CheckpointError: if one is missing or has a wrong size.
         """
         raw: dict[str, bytes] = {}
-        for group in layer.layer.groups:
+        for group in layer.groups:
             if not group.leaf.is_scalar:
                 continue
             record = self.record(group.key)
-            count = 1 if group.shared_scalar else layer.layer.dims.experts * group.scalars_per_expert
+            count = 1 if group.shared_scalar else layer.dims.experts * group.scalars_per_expert
             if record.nbytes != 4 * count:
                 raise CheckpointError(
                     f"tensor {record.name!r} has the wrong size",
@@ -219,7 +219,7 @@ class PreparedCheckpoint:
                     actual=f"{record.nbytes} bytes",
                 )
             raw[group.key] = bytes(byte_view(self.read(record)))
-        return interpret_scalars(layer.layer, raw)
+        return interpret_scalars(layer.source, raw)
 
     def original_block_scales(self, layer: LayerRecord, expert: int) -> tuple[Projection, torch.Tensor] | None:
         """For an expert whose block scales were rescaled: which side, and its source scales ``uint8 [I, H/16]``."""
@@ -227,8 +227,8 @@ class PreparedCheckpoint:
         if not found:
             return None
         position, side = found[0]
-        record = self.record(layer.layer.prepared_name("source_block_scale"))
-        shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.layer.dims)
+        record = self.record(layer.prepared_name("source_block_scale"))
+        shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.dims)
         if record.shape != (len(layer.gate_up.reconciled), *shape):
             raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=str(self.path / record.file))
         nbytes = shape[0] * shape[1]
@@ -242,7 +242,7 @@ class PreparedCheckpoint:
         Raises:
             ValueError: if a padding byte is not zero.
         """
-        parts = layer.layout.invert(tensor, prepared, layer.layer.dims)
+        parts = layer.layout.invert(tensor, prepared, layer.dims)
         if tensor is not PreparedTensor.W13_WEIGHT_SCALE or not layer.gate_up.reconciled:
             return parts
         restored = {
@@ -260,7 +260,7 @@ class PreparedCheckpoint:
         """Canonical matrices to the source's own arrangement: for each group ``uint8 [n, nbytes of one expert]``."""
         by_projection = dict(zip(layer.layout.projections(tensor), parts, strict=True))
         found = []
-        for group in layer.layer.groups_for(layer.layout, tensor):
+        for group in layer.groups_for(tensor):
             mine = [by_projection[projection] for projection in group.projections]
             if len(mine) == 1 and not group.transposed:
                 raw = mine[0].contiguous().view(mine[0].shape[0], -1)
@@ -272,8 +272,8 @@ class PreparedCheckpoint:
     def source_tensor_names(self) -> Iterator[str]:
         """Yield the names of all tensors of the source that this checkpoint says it holds; none should come twice."""
         for layer in self.manifest.layers:
-            for group in layer.layer.groups:
-                for spec in group.specs(layer.layer.dims.experts):
+            for group in layer.groups:
+                for spec in group.specs(layer.dims.experts):
                     yield spec.name
         for name in self.names(FileKind.PASSTHROUGH):
             if name in self.headers:

@@ -34,13 +34,13 @@ def check_manifest(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add(MANIFEST, "the quantization configs are not those of the source's config files")
     for layer in manifest.layers:
         _check_activation(layer, config, problems)
-        stem = layer_file_stem(layer.layer.index)
+        stem = layer_file_stem(layer.index)
         if any(not name.startswith(stem) for name in layer.files):
-            problems.add(MANIFEST, f"number of {layer.layer.experts_path}", f"files {stem}…", ", ".join(layer.files))
+            problems.add(MANIFEST, f"number of {layer.experts_path}", f"files {stem}…", ", ".join(layer.files))
         try:
             _check_gate_up(checkpoint, layer, problems)
         except NvfpPrepError as error:
-            problems.add_error(layer.layer.experts_path, error)
+            problems.add_error(layer.experts_path, error)
 
 
 def changed_keys(expected: object, actual: object) -> list[str]:
@@ -64,13 +64,13 @@ def changed_keys(expected: object, actual: object) -> list[str]:
 
 
 def _check_activation(layer: LayerRecord, config: Mapping[str, Any], problems: Problems) -> None:
-    want = find_activation(config, gated=layer.layer.gated, layer=layer.layer.index)
+    want = find_activation(config, gated=layer.gated, layer=layer.index)
     if layer.activation != want:
-        problems.add(MANIFEST, f"activation of {layer.layer.experts_path}", str(want), str(layer.activation))
+        problems.add(MANIFEST, f"activation of {layer.experts_path}", str(want), str(layer.activation))
 
 
 def _check_gate_up(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
-    scalars, where = checkpoint.scalars(layer), layer.layer.experts_path
+    scalars, where = checkpoint.scalars(layer), layer.experts_path
     differing, policy = scalars.differing, checkpoint.manifest.options.gate_up_scales
     have = (layer.gate_up.differing, layer.gate_up.worst_ratio)
     want = (len(differing), scalars.worst_ratio)

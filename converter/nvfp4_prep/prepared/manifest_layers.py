@@ -8,7 +8,7 @@ from typing import Any
 
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.activation import Activation, ActivationKind
-from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
+from nvfp4_prep.moe.layers import LayerWithLayout, MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
 from nvfp4_prep.prepared.manifest_values import file_name, flag, items, mapping, number, sha256, text, whole
@@ -38,11 +38,11 @@ class GateUpRecord:
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerRecord(LayerWithLayout):
     """One prepared layer.
 
     Attributes:
-        layer: the source's side; its groups have no records.
+        source: the layer in the source; its groups have no records.
         layout: the prepared side.
         activation: of the experts.
         files: the files that hold the four big tensors.
@@ -51,7 +51,7 @@ class LayerRecord:
         expert_crc32: for each of the four tensors, one CRC-32 for each expert's stored bytes.
     """
 
-    layer: MoeLayer = field(repr=False)
+    source: MoeLayer = field(repr=False)
     layout: MoeLayout
     activation: Activation
     files: tuple[str, ...]
@@ -62,12 +62,12 @@ class LayerRecord:
     @property
     def tp_sizes(self) -> tuple[int, ...]:
         """Tensor-parallel sizes that this layer serves bit-exactly."""
-        return self.layout.tp_sizes(self.layer.dims)
+        return self.layout.tp_sizes(self.dims)
 
 
 def layer_to_dict(record: LayerRecord) -> dict[str, Any]:
     """Return the JSON value of a layer."""
-    layer, layout = record.layer, record.layout
+    layer, layout = record.source, record.layout
     return {
         "layer": layer.index,
         "experts_path": layer.experts_path,
@@ -134,7 +134,7 @@ def layer_from_dict(value: Mapping[str, Any], options: ConvertOptions) -> LayerR
     gate_up = _gate_up_from_dict(value["gate_up_scales"])
     check_gate_up(gate_up, layer)
     return LayerRecord(
-        layer=layer,
+        source=layer,
         layout=layout,
         activation=_activation_from_dict(value["activation"]),
         files=tuple(file_name(name) for name in items(value["files"], "files")),

@@ -98,7 +98,7 @@ def _head(manifest: Manifest) -> Iterator[str]:
 def _what(manifest: Manifest) -> Iterator[str]:
     options, layouts = manifest.options, {layer.layout for layer in manifest.layers}
     alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
-    gate_up = f"gate/up block {options.gate_up_block}, " if any(layer.layer.gated for layer in manifest.layers) else ""
+    gate_up = f"gate/up block {options.gate_up_block}, " if any(layer.gated for layer in manifest.layers) else ""
     rows = [
         (
             "source",
@@ -133,11 +133,11 @@ def _what(manifest: Manifest) -> Iterator[str]:
 
 def _layers(layers: tuple[LayerRecord, ...]) -> Iterator[str]:
     def shape(record: LayerRecord) -> tuple[object, ...]:
-        return (record.layer.dims, record.layer.gated, record.activation.spelled)
+        return (record.dims, record.gated, record.activation.spelled)
 
     for (_, gated, activation), members in groupby(layers, key=shape):
         run = list(members)
-        dims, numbers = run[0].layer.dims, spans(record.layer.index for record in run)
+        dims, numbers = run[0].dims, spans(record.index for record in run)
         yield (
             f"{count(len(run), 'layer')} ({numbers}): {dims.experts} {'gated' if gated else 'non-gated'} experts,"
             f" intermediate {dims.intermediate}, hidden {dims.hidden}, {plain_text(activation)}"

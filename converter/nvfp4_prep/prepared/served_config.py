@@ -42,7 +42,7 @@ class ServedConfig:
 def converted_config(manifest: Manifest) -> dict[str, Any]:
     """Return the config as it was converted: the source's with the stamp, without later edits."""
     config, hf_quant_config = source_configs(manifest)
-    gated = any(layer.layer.gated for layer in manifest.layers)
+    gated = any(layer.gated for layer in manifest.layers)
     return stamped(config, hf_quant_config, manifest.options, gated=gated)
 
 

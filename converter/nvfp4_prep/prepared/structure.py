@@ -34,7 +34,7 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_
         UnsupportedCheckpointError: if its source's format is of a package that is not here, which is no damage.
     """
     for layer in checkpoint.manifest.layers:
-        known_format(layer.layer)
+        known_format(layer.source)
     if not checkpoint.manifest.layers:
         problems.add(MANIFEST, "names no prepared layers")
     _check_files(checkpoint, problems)
@@ -123,10 +123,10 @@ def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add(MANIFEST, f"source tensor {min(twice)!r} stands twice ({count(len(twice), 'such tensor')})")
     layers = checkpoint.manifest.layers
     expected = {
-        FileKind.EXPERTS: {layer.layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},
-        FileKind.EXPERT_SCALES: {layer.layer.prepared_name(vector) for layer in layers for vector in SCALE_VECTORS},
-        FileKind.SOURCE_SCALES: {g.key for layer in layers for g in layer.layer.groups if g.leaf.is_scalar},
-        FileKind.SOURCE_BLOCK_SCALES: {layer.layer.prepared_name("source_block_scale") for layer in layers},
+        FileKind.EXPERTS: {layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},
+        FileKind.EXPERT_SCALES: {layer.prepared_name(vector) for layer in layers for vector in SCALE_VECTORS},
+        FileKind.SOURCE_SCALES: {g.key for layer in layers for g in layer.groups if g.leaf.is_scalar},
+        FileKind.SOURCE_BLOCK_SCALES: {layer.prepared_name("source_block_scale") for layer in layers},
     }
     for kind, known in expected.items():
         for name in checkpoint.names(kind):
@@ -161,9 +161,9 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 
 def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
-    experts = layer.layer.dims.experts
+    experts = layer.dims.experts
     for vector in SCALE_VECTORS:
-        record = checkpoint.record(layer.layer.prepared_name(vector))
+        record = checkpoint.record(layer.prepared_name(vector))
         if (record.dtype, record.shape) != ("F32", (experts,)):
             problems.add(record.file, f"tensor {record.name!r} has the wrong dtype or shape", f"F32 [{experts}]")
 

@@ -84,7 +84,7 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
     on_cpu = choose_backend(policy.backend).device.type == "cpu"
     layers, sample = policy.layers, policy.sample
     if on_cpu and layers is None:
-        numbers = sorted({record.layer.index for record in manifest.layers})
+        numbers = sorted({record.index for record in manifest.layers})
         layers = tuple(sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]}))
     if on_cpu and sample is None:
         sample = _CPU_EXPERTS

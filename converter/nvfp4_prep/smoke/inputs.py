@@ -58,7 +58,7 @@ class CheckpointReader:
         self._config = {} if config is None else read_json_file(CONFIG, config)
         self._source = source
         plans = () if source is None else make_plan(source, checkpoint.manifest.options).layers
-        self._plans = {plan.layer.experts_path: plan for plan in plans}
+        self._plans = {plan.experts_path: plan for plan in plans}
 
     def layer(self, record: LayerRecord, experts: Sequence[int]) -> LayerUnderTest:
         """Reads one layer.
@@ -74,7 +74,7 @@ class CheckpointReader:
         for file in (*record.files, EXPERT_SCALES, SOURCE_SCALES):
             if file in self._checkpoint.header_errors:
                 raise self._checkpoint.header_errors[file]  # its tensors are not missing
-        layer, chosen = record.layer, tuple(experts)
+        layer, chosen = record.source, tuple(experts)
         prepared = self._prepared(record, chosen)
         scalars = self._checkpoint.scalars(record)
         plan = self._plans.get(layer.experts_path)
@@ -102,7 +102,7 @@ class CheckpointReader:
         )
 
     def _prepared(self, record: LayerRecord, experts: tuple[int, ...]) -> PreparedExperts:
-        layer, layout = record.layer, record.layout
+        layer, layout = record.source, record.layout
         tensors: dict[str, torch.Tensor] = {}
         for tensor in PreparedTensor:
             shape = (len(experts), *layout.expert_shape(tensor, layer.dims))
@@ -152,7 +152,7 @@ class CheckpointReader:
         )
 
     def _source_parts(self, plan: LayerPlan, tensor: PreparedTensor, expert: int) -> Mapping[Projection, torch.Tensor]:
-        layer = plan.layer
+        layer = plan.source
         found: dict[Projection, torch.Tensor] = {}
         for group in layer.groups_for(plan.layout, tensor):
             if self._source is None:
@@ -179,7 +179,7 @@ def _restored_expert(
     parts: dict[tuple[Projection, bool], torch.Tensor] = {}
     for tensor in PreparedTensor:
         stored: torch.Tensor = getattr(prepared, tensor.value)
-        back = layout.invert(tensor, stored[position], record.layer.dims)
+        back = layout.invert(tensor, stored[position], record.dims)
         parts |= {
             (name, tensor.is_scale): part.contiguous()
             for name, part in zip(layout.projections(tensor), back, strict=True)

@@ -94,14 +94,14 @@ def choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[Laye
     """The layers with these numbers, all without; raises :class:`UsageError` for a number that does not exist."""
     if layers is None:
         return list(manifest.layers)
-    there = {record.layer.index for record in manifest.layers}
+    there = {record.index for record in manifest.layers}
     missing = sorted(set(layers) - there)
     if missing or not layers:
         raise UsageError(
             f"no prepared layer {', '.join(map(str, missing))}" if missing else "no layer chosen",
             expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
         )
-    return [record for record in manifest.layers if record.layer.index in set(layers)]
+    return [record for record in manifest.layers if record.index in set(layers)]
 
 
 def spread(experts: int, sample: int | None) -> list[int]:
@@ -126,7 +126,7 @@ def _run_one(
     if on_card:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    layer = reader.layer(record, spread(record.layer.dims.experts, sample))
+    layer = reader.layer(record, spread(record.dims.experts, sample))
     report = run_layer(layer, chosen.backend, settings)
     if on_card:
         torch.cuda.synchronize()

@@ -191,7 +191,7 @@ class _ExpertsApart:
             catalog.check_sha256(EXPERT_SCALES)
             for layer in catalog.manifest.layers:
                 for name, values in layer.expert_crc32.items():
-                    checksums[layer.layer.prepared_name(name)] = values
+                    checksums[layer.prepared_name(name)] = values
         return checksums
 
 

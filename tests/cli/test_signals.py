@@ -39,7 +39,7 @@ def test_a_signal_after_a_failure_was_told(sample_prepared: Path, tmp_path: Path
     copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
     (copy / "expert-scales.safetensors").unlink()
     code, messages = _ended_by(["verify", str(copy), "--quick", "-q"], number, delay_s)
-    assert code == 6 and messages.startswith("next: do not serve it") and messages.count("\n") == 1
+    assert code == 6 and messages.startswith("next: Do not serve this checkpoint") and messages.count("\n") == 1
 
 
 def test_a_signal_after_a_conversion(sample_source: Path, tmp_path: Path) -> None:

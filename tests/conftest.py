@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvfp4_prep import SampleModel, convert, write_sample
+from nvfp4_prep import SampleModel, convert, join_parts, write_sample
 
 # small tensors: more threads only wait for each other, ten times slower on a busy machine
 torch.set_num_threads(1)
@@ -28,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+@pytest.fixture(autouse=True)
+def _smoke_run_only_where_it_is_the_subject(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert without the default smoke run, which costs three times the conversion of a tiny checkpoint, but for tests
+    marked ``default_smoke``. The command line asks for its smoke run itself and is not touched.
+    """
+    if request.node.get_closest_marker("default_smoke"):
+        return
+    for function in (convert, join_parts):
+        monkeypatch.setitem(function.__kwdefaults__, "smoke", None)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import nvfp4_prep
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, SampleModel, SmokePolicy, convert, inspect, plan
 from nvfp4_prep.errors import UsageError
 
+pytestmark = pytest.mark.default_smoke
+
 
 def test_strings_mean_what_they_mean_on_the_command_line() -> None:
     options = ConvertOptions(layout="cutedsl-batched", gate_up_scales="vllm")  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from nvfp4_prep import convert, inspect, plan, push, verify
 from support.hub_server import LoopbackHub
 from support.hub_support import make_checkpoint, write_checkpoint
 
+pytestmark = pytest.mark.default_smoke
+
 REPO = "alice/small-moe"
 
 

@@ -30,6 +30,8 @@ from support.hub_support import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.default_smoke
+
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
 LAYERS = 8

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError
-from nvfp4_prep.output.atomic_file import TargetFile
+from nvfp4_prep.output.atomic_file import AtomicFile
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline import engine
-from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.engine import run_jobs
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 
 HEADER = b"h" * 16
 
@@ -72,10 +72,10 @@ def test_first_failure_ends_the_run_and_leaves_no_half_file(tmp_path: Path) -> N
 
 
 def test_header_that_cannot_be_written_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: TargetFile, offset_bytes: int, data: bytes) -> None:
+    def full(file: AtomicFile, offset_bytes: int, data: bytes) -> None:
         raise NoSpaceError("full")
 
-    monkeypatch.setattr(TargetFile, "write", full)
+    monkeypatch.setattr(AtomicFile, "write", full)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     with Target(tmp_path / "out", {}) as target:
         with pytest.raises(NoSpaceError):
@@ -84,8 +84,7 @@ def test_header_that_cannot_be_written_leaves_no_half_file(tmp_path: Path, monke
     assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
-def test_units_in_work_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MEMORY_BUDGET_NBYTES", 4 * 250)
+def test_units_in_work_stay_within_the_budget() -> None:
     lock = threading.Lock()
     now = peak = 0
 
@@ -99,17 +98,18 @@ def test_units_in_work_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -
             now -= 1
         return UnitResult()
 
-    run_jobs([FileJob("f", 0, b"", lambda: [Unit(100, work) for _ in range(50)])], None, threads=8)
+    jobs = [FileJob("f", 0, b"", lambda: [Unit(100, work) for _ in range(50)])]
+    run_jobs(jobs, None, threads=8, memory_nbytes=4 * 250)
     assert peak == 2
 
 
-def test_unit_larger_than_the_budget_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "MEMORY_BUDGET_NBYTES", 10)
+def test_unit_larger_than_the_budget_runs_alone() -> None:
     done = []
     run_jobs(
         [FileJob("f", 0, b"", lambda: [Unit(100, lambda i=i: done.append(i) or UnitResult()) for i in range(5)])],
         None,
         threads=4,
+        memory_nbytes=10,
     )
     assert sorted(done) == list(range(5))
 

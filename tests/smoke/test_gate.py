@@ -13,6 +13,8 @@ from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.smoke import gate as smoke_gate
 
+pytestmark = pytest.mark.default_smoke
+
 
 def run(*arguments: object) -> int:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments]).exit_code

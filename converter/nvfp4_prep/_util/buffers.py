@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import threading
+import weakref
 import zlib
 
 import torch
 
-__all__ = ["PAGE_NBYTES", "address_of", "byte_view", "crc32_each", "empty_bytes", "same_bytes"]
+__all__ = ["PAGE_NBYTES", "BufferPool", "address_of", "byte_view", "crc32_each", "empty_bytes", "same_bytes"]
 
 
 PAGE_NBYTES = 4096
 """Alignment that direct I/O asks of memory, offsets and sizes."""
 
 
+class BufferPool:
+    """Memory for large tensors, kept for the next one instead of being returned to the system.
+
+    A fresh mapping is zeroed by the kernel page by page, at 2.5 GB/s, on every use; memory that was used before is
+    written at 28 GB/s. A buffer comes back when the last tensor or view of its storage is gone.
+
+    Peak memory: what is in use, plus at most ``keep_nbytes`` of buffers that wait for their next use.
+    """
+
+    def __init__(self, keep_nbytes: int) -> None:
+        self._keep_nbytes = keep_nbytes
+        self._kept_nbytes = 0
+        self._free: dict[int, list[mmap.mmap]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return uninitialized, page-aligned memory: ``uint8 [nbytes]``."""
+        size = -(-max(nbytes, 1) // PAGE_NBYTES) * PAGE_NBYTES
+        with self._lock:
+            free = self._free.get(size)
+            memory = free.pop() if free else None
+            if memory is not None:
+                self._kept_nbytes -= size
+        if memory is None:
+            memory = mmap.mmap(-1, size)
+        array = (ctypes.c_ubyte * size).from_buffer(memory)
+        weakref.finalize(array, self._give, memory).atexit = False
+        return torch.frombuffer(array, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+    def _give(self, memory: mmap.mmap) -> None:
+        size = len(memory)
+        with self._lock:
+            if self._kept_nbytes + size > self._keep_nbytes:
+                return  # unmapped with its last reference
+            self._kept_nbytes += size
+            self._free.setdefault(size, []).append(memory)
+
+
+_POOL = BufferPool(512 * 2**20)
+
+
 def empty_bytes(nbytes: int) -> torch.Tensor:
-    """``uint8 [nbytes]`` of uninitialised memory that starts at a page."""
-    memory = torch.empty(nbytes + PAGE_NBYTES - 1, dtype=torch.uint8)
-    begin = -memory.data_ptr() % PAGE_NBYTES
-    return memory[begin : begin + nbytes]
+    """Return uninitialized memory that starts at a page: ``uint8 [nbytes]``."""
+    return _POOL.take(nbytes)
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import accumulate
 from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError
@@ -18,7 +19,8 @@ MAX_VALUES = 8_000_000
 """Most values in one file. The index of Kimi-K2.5 has 280,000; a value costs about 100 bytes of memory."""
 
 _STRING = re.compile(rb'"[^"]*"?')
-_BRACKET = re.compile(rb"[\[{]|[\]}]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 
 
 class JsonBounds(ValueError):
@@ -77,9 +79,7 @@ def check_bounds(raw: bytes, max_depth: int, max_values: int = MAX_VALUES) -> No
         raise JsonBounds("has too many JSON values", f"{max_values:,}", f"{values:,}")
     if outside.count(b"]") + outside.count(b"}") > opened:
         return  # not JSON: the parser stops at the first bracket too many
-    depth = deepest = 0
-    for match in _BRACKET.finditer(outside):
-        depth += 1 if match.group() in b"[{" else -1
-        deepest = max(deepest, depth)
+    steps = map(_STEP.__getitem__, outside.translate(None, delete=_NO_BRACKETS))
+    deepest = max(accumulate(steps), default=0)
     if deepest > max_depth:
         raise JsonBounds("is nested too deep", f"{max_depth} levels", f"{deepest} levels")

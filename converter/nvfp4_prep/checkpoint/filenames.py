@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 
 __all__ = [
     "CONFIG",
@@ -17,6 +18,7 @@ __all__ = [
     "WORK_FOLDER",
     "FileKind",
     "is_safe_name",
+    "is_text",
     "layer_file_stem",
     "quoted",
 ]
@@ -39,6 +41,9 @@ SOURCE_SCALES = "source-scales.safetensors"
 """The file of the source's scalars, for restore."""
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 class FileKind(enum.StrEnum):
     """Content of a file that a conversion writes."""
 
@@ -54,10 +59,15 @@ def layer_file_stem(index: int) -> str:
     return f"{EXPERTS_PREFIX}{index:05d}"
 
 
+def is_text(name: str) -> bool:
+    """Return whether a name is valid Unicode text: a JSON escape may spell half a surrogate pair."""
+    return name.isascii() or _SURROGATE.search(name) is None
+
+
 def is_safe_name(name: str) -> bool:
     """Whether a relative name, with forward slashes, is valid text and cannot lead out of the directory that it belongs
     to."""
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not is_text(name):
         return False  # from a name that is not UTF-8: no JSON file could carry it
     return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name
 

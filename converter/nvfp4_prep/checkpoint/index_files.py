@@ -94,8 +94,10 @@ def check_weight_map(where: str, weight_map: object, names: Iterable[str]) -> Ma
         raise SourceError(
             "has no weight_map", where=where, next_step="It is no index of a checkpoint: replace or remove it."
         )
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or "/" in shard or not is_safe_name(shard):
+    named = {shard if isinstance(shard, str) else None for shard in weight_map.values()}
+    unsafe = {shard for shard in named if shard is None or "/" in shard or not is_safe_name(shard)}
+    for tensor, shard in weight_map.items() if unsafe else ():
+        if not isinstance(shard, str) or shard in unsafe:
             raise SourceError(
                 f"unsafe file name for tensor {quoted(tensor)}",
                 where=where,

@@ -10,12 +10,13 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
-from nvfp4_prep.checkpoint.filenames import quoted
+from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
 from nvfp4_prep.checkpoint.local_files import open_regular
 from nvfp4_prep.errors import SourceError
@@ -205,7 +206,11 @@ def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None =
     records = []
     while entries:  # taken out one by one, so that the decoded entries and the records are never all in memory
         name, entry = entries.popitem()
-        records.append(_record(file, f"{place}, tensor {quoted(name)}", name, entry, data_start))
+        try:
+            records.append(_record(file, name, entry, data_start))
+        except SourceError as error:
+            error.where = f"{place}, tensor {quoted(name)}"
+            raise
     records.reverse()
     records.sort(key=lambda record: (record.offset_bytes, record.nbytes))
     _check_coverage(place, records, data_start, file_nbytes)
@@ -215,11 +220,11 @@ def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None =
 
 def _decode(file: str, text: bytes) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in pairs:
-            if key in found:
-                raise SourceError(f"tensor {quoted(key)} stands twice in the header", where=file)
-            found[key] = value
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = Counter(key for key, _ in pairs)
+            twice = next(key for key, number in names.items() if number > 1)
+            raise SourceError(f"tensor {quoted(twice)} stands twice in the header", where=file)
         return found
 
     try:
@@ -248,27 +253,28 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _record(file: str, where: str, name: str, entry: object, data_start: int) -> TensorRecord:
+def _record(file: str, name: str, entry: object, data_start: int) -> TensorRecord:
+    """Return the record of one entry; errors have no place yet, because making its text for each entry takes longer
+    than all else."""
     if not isinstance(entry, dict):
-        raise SourceError("entry is no JSON object", where=where)
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise SourceError("tensor name is no valid Unicode text", where=where)
+        raise SourceError("entry is not a JSON object")
+    if not is_text(name):
+        raise SourceError("tensor name is not valid Unicode text")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise SourceError("unknown dtype", where=where, expected=", ".join(DTYPE_BITS), actual=repr(dtype)[:80])
+        raise SourceError("unknown dtype", expected=", ".join(DTYPE_BITS), actual=repr(dtype)[:80])
     if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise SourceError("malformed shape", where=where, actual=repr(shape)[:80])
+        raise SourceError("malformed shape", actual=repr(shape)[:80])
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise SourceError("malformed data_offsets", where=where, actual=repr(offsets)[:80])
+        raise SourceError("malformed data_offsets", actual=repr(offsets)[:80])
     begin, end = offsets
     try:
         nbytes = tensor_nbytes(dtype, shape)
     except ValueError as error:
-        raise SourceError(str(error), where=where) from error
+        raise SourceError(str(error)) from error
     if end - begin != nbytes:
         raise SourceError(
             f"{dtype} {shape} does not fit its byte range",
-            where=where,
             expected=f"{nbytes} bytes",
             actual=f"{end - begin} bytes",
         )

@@ -43,10 +43,13 @@ class Source(Protocol):
     Attributes:
         label: what the manifest calls the source: Hub id or directory name, never a local path.
         revision: resolved commit, where the source has one.
+        sequential: whether the output's files must be made one after the other, because there is room for the shards
+            of one (see :meth:`schedule`).
     """
 
     label: str
     revision: str | None
+    sequential: bool
 
     def files(self) -> tuple[SourceFile, ...]:
         """All files, sorted by name."""
@@ -136,6 +139,7 @@ class LocalSource:
     """
 
     revision: str | None = None
+    sequential = False
 
     def __init__(self, root: Path) -> None:
         """Opens a directory.

@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
 from nvfp4_prep.commands.preflight import Outlook
 from nvfp4_prep.commands.verify import VerifyReport
-from nvfp4_prep.pipeline.engine import MEMORY_BUDGET_NBYTES
+from nvfp4_prep.pipeline.engine import default_memory_nbytes
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.stamp import quantization_configs
@@ -69,7 +69,7 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "source_nbytes": plan.source_nbytes,
         "output_nbytes": plan.output_nbytes,
-        "memory_nbytes": MEMORY_BUDGET_NBYTES,
+        "memory_nbytes": default_memory_nbytes(),
         "peak_source_shards_nbytes": plan.peak_shards_nbytes,
         "download_nbytes": room.download_nbytes,
         "small_files_nbytes": SMALL_FILES_NBYTES,
@@ -108,7 +108,7 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
         *_room_lines(plan, room or Room(plan.output_nbytes)),
-        f"memory   at most {format_nbytes(MEMORY_BUDGET_NBYTES)} of buffers, whatever the size",
+        f"memory   at most {format_nbytes(default_memory_nbytes())} of buffers, whatever the size",
     ]
     return join_lines(lines)
 

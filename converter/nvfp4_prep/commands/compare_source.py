@@ -18,7 +18,7 @@ from nvfp4_prep.errors import CheckpointError, NvfpPrepError
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.expert_bytes import read_experts
 from nvfp4_prep.moe.layers import TensorGroup
-from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_values import SIDE

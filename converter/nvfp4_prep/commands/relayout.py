@@ -24,9 +24,10 @@ from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, Verificati
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job
-from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks, prepare_and_prove
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.builder import check_batched, layer_files
 from nvfp4_prep.planning.disk_space import Room

@@ -17,8 +17,9 @@ from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
-from nvfp4_prep.pipeline.engine import FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import Room

@@ -27,8 +27,9 @@ from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpo
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
-from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult, run_jobs
+from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
+from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest

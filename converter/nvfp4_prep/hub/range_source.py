@@ -39,6 +39,8 @@ class RangeSource:
     Peak memory: 1 MiB for each file of weights, what is being read, and 256 MiB of small files at the very most.
     """
 
+    sequential = True
+
     def __init__(self, address: HubAddress, *, patience: Patience | None = None, api: HfApi | None = None) -> None:
         """Resolves the revision and lists the files.
 

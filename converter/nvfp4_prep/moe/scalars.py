@@ -184,7 +184,8 @@ def _peek_merged(source: Source, records: Sequence[TensorRecord]) -> dict[str, b
         begin, end = run[0].offset_bytes, run[-1].offset_bytes + run[-1].nbytes
         data = source.peek(run[0].file, begin, end - begin)
         for record in run:
-            found[record.name] = data[record.offset_bytes - begin :][: record.nbytes]
+            at = record.offset_bytes - begin
+            found[record.name] = data[at : at + record.nbytes]
         run.clear()
 
     for record in sorted(records, key=lambda record: (record.file, record.offset_bytes)):

@@ -14,7 +14,7 @@ from nvfp4_prep._util.buffers import PAGE_NBYTES, address_of
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import NoSpaceError, TargetError
 
-__all__ = ["TargetFile", "free_nbytes", "move_into_place", "sync_folder", "translate_os_error"]
+__all__ = ["AtomicFile", "free_nbytes", "move_into_place", "sync_folder", "translate_os_error"]
 
 _DIRECT_MIN_NBYTES = 1 << 20
 
@@ -55,7 +55,7 @@ def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
         view, offset_bytes = view[count:], offset_bytes + count
 
 
-class TargetFile:
+class AtomicFile:
     """One file at its temporary place. Writes may come from several threads, at disjoint ranges."""
 
     def __init__(self, temporary: Path, final: Path, nbytes: int, note: Callable[[Mapping[str, Any]], None]) -> None:

@@ -13,7 +13,13 @@ __all__ = ["FileSink", "KeepFiles"]
 
 
 class FileSink(Protocol):
-    """Takes every file of a conversion as soon as it is finished. Methods are called from several threads."""
+    """Takes every file of a conversion as soon as it is finished. Methods are called from several threads.
+
+    Attributes:
+        sequential: whether files must be made one after the other, because there is room for a few of them.
+    """
+
+    sequential: bool
 
     def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
         """The conversion is planned: ``sizes`` are those of all files that it will write.
@@ -54,6 +60,8 @@ class FileSink(Protocol):
 
 class KeepFiles:
     """The sink that leaves everything in the directory."""
+
+    sequential = False
 
     def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
         """Anything goes."""

@@ -21,7 +21,7 @@ from typing import Any, Self
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import BusyError, NoSpaceError, TargetError
-from nvfp4_prep.output.atomic_file import TargetFile, free_nbytes, move_into_place, sync_folder, translate_os_error
+from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
 
 __all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "Target", "check_names", "check_space"]
@@ -227,7 +227,7 @@ class Target:
         """Raises :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
         check_space(self.path, needed_nbytes, free_nbytes(self.path))
 
-    def create(self, name: str, nbytes: int) -> TargetFile:
+    def create(self, name: str, nbytes: int) -> AtomicFile:
         """Create a file at its temporary place, with its space allocated.
 
         Raises:
@@ -240,7 +240,7 @@ class Target:
                 expected="a relative path inside the target",
                 next_step="The name comes from the input checkpoint: do not trust that checkpoint.",
             )
-        return TargetFile(
+        return AtomicFile(
             self._writing / name,
             self.path / name,
             nbytes,

@@ -8,7 +8,7 @@ from functools import partial
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep.checkpoint.source import Source, SourceFile
 from nvfp4_prep.moe.layers import ByteRange
-from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import OutputFile
 
 __all__ = ["copy_units", "passthrough_job", "side_file_job", "values_job"]

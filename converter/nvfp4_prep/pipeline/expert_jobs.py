@@ -22,7 +22,7 @@ from nvfp4_prep.moe.expert_bytes import arrange_groups, read_experts
 from nvfp4_prep.moe.gate_up_scales import measure, reconcile_expert
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.pipeline.device import apply_layout
-from nvfp4_prep.pipeline.engine import UNIT_NBYTES, FileJob, Unit, UnitResult
+from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 

@@ -12,7 +12,7 @@ from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep.pipeline.engine import JobResult
+from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
 from nvfp4_prep.prepared.manifest import GateUpRecord, LayerRecord
 from nvfp4_prep_kernels import PreparedTensor

@@ -17,9 +17,10 @@ from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import passthrough_job, side_file_job, values_job
-from nvfp4_prep.pipeline.engine import FileJob, JobResult, run_jobs
+from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult
 from nvfp4_prep.pipeline.results import layer_record, reconciled_sides
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
@@ -77,6 +78,7 @@ class Execution:
             jobs,
             self._target,
             threads=threads,
+            files=1 if self._source.sequential or self._sink.sequential else None,
             progress=progress,
             on_done=self._done,
             before_file=lambda job, stop: self._sink.before_file(job.name, job.nbytes, stop),

@@ -85,7 +85,7 @@ class StreamPublisher:
         self.remote: RemoteRepository | None = None
         self._repo_id = repo_id
         self._options = options
-        self._stream_out = stream_out
+        self._stream_out = self.sequential = stream_out
         self._api = api
         self._patience = patience or Patience()
         self._stop = threading.Event()

@@ -1,0 +1,79 @@
+"""Jobs of the engine: a job makes one file from units of work and ends in a result for the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult"]
+
+UNIT_NBYTES = 16 * 2**20
+"""Source bytes that a unit aims at: large enough for sequential disk rates, small enough to stay in the budget."""
+
+
+@dataclass
+class UnitResult:
+    """What a unit made.
+
+    Attributes:
+        pieces: bytes to write, with their offset in the file. In the file's order and without gaps where the job wants
+            the file's digest.
+        digests: bytes that go into the digest of that key.
+        fact: JSON value for the job's result, in the order of the units.
+    """
+
+    pieces: list[tuple[int, memoryview]] = field(default_factory=list)
+    digests: list[tuple[str, memoryview]] = field(default_factory=list)
+    fact: Any = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a job: ``work`` may run in any thread; ``nbytes`` is its share of the job and of the memory.
+
+    ``read_ahead`` asks for the bytes that the work will read, without waiting; called some units earlier.
+    """
+
+    nbytes: int
+    work: Callable[[], UnitResult]
+    read_ahead: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A file to make.
+
+    Attributes:
+        name: in the target.
+        nbytes: size, header included.
+        header: bytes at the file's start.
+        units: makes the units, when the job's turn comes.
+        digest: whether the file's sha256 is wanted.
+    """
+
+    name: str
+    nbytes: int
+    header: bytes
+    units: Callable[[], Iterable[Unit]]
+    digest: bool = True
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job: the file's sha256, the digests by key (hex) and the units' facts that are not ``None``."""
+
+    name: str
+    nbytes: int
+    sha256: str | None
+    digests: dict[str, str]
+    facts: list[Any]
+
+    def to_entry(self) -> dict[str, Any]:
+        """For the journal."""
+        return {"sha256": self.sha256, "digests": self.digests, "facts": self.facts}
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> JobResult:
+        """Inverse of :meth:`to_entry`, with the journal's file name and size."""
+        return cls(entry["file"], entry["nbytes"], entry["sha256"], entry["digests"], entry["facts"])

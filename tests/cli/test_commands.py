@@ -144,7 +144,7 @@ def test_what_a_failed_restore_leaves_is_told(sample_prepared: Path, tmp_path: P
     damaged[-1] ^= 1
     (copy / "experts-layer-00002.safetensors").write_bytes(damaged)
     for command in (["restore"], ["relayout", "--gate-up-block", "16"]):
-        done = run(*command, copy, tmp_path / command[0], "-q")
+        done = run(*command, copy, tmp_path / command[0], "-q", "--threads", "1")  # the first file is whole then
         assert done.exit_code == 6
         assert "holds what was written until then, without a config; remove it" in done.stderr
         assert not (tmp_path / command[0] / "config.json").exists()

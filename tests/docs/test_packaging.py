@@ -151,7 +151,7 @@ print("imported")
 
 
 def test_version_comes_from_one_place() -> None:
-    tree = ast.parse((ROOT / "converter" / "nvfp4_prep" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "converter" / "nvfp4_prep" / "_version.py").read_text())
     assigned = [
         ast.literal_eval(node.value)
         for node in tree.body

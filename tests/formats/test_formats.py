@@ -140,7 +140,7 @@ def test_the_example_plugin_converts_and_restores(tmp_path: Path, plugins: None)
     source = write(tmp_path / "source", acme(layer), config(model_type="acme"))
     result = convert(source, tmp_path / "out", ConvertOptions(gate_up_scales=GateUpPolicy.ERROR))
     (made,) = result.manifest.layers
-    assert (made.experts_path, made.format, made.naming, made.index) == (
+    assert (made.experts_path, made.format, made.source.naming, made.index) == (
         "decoder.3.bank",
         "acme",
         "acme",

@@ -147,8 +147,8 @@ def test_kimi_bytes(tmp_path: Path) -> None:
     made = plan(sparse_checkpoint(tmp_path / "source", KIMI))
     (layer,) = made.layers
     assert len(made.index.tensors) == 4608
-    assert layer.source_nbytes == 9_512_690_688 == 384 * 24_772_632
-    assert layer.prepared_nbytes == layer.source_nbytes - 384 * 3 * 2 * 4
+    assert layer.source.source_nbytes == 9_512_690_688 == 384 * 24_772_632
+    assert layer.prepared_nbytes == layer.source.source_nbytes - 384 * 3 * 2 * 4
 
 
 def test_nemotron_is_padded_for_the_size_that_was_asked_for(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-from support.paths import ROOT
+ROOT = Path(__file__).parents[2]
+
 
 os.environ["FLASHINFER_DISABLE_VERSION_CHECK"] = "1"
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests")]

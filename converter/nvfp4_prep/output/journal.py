@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import ResumeConflictError
+from nvfp4_prep.output.target_root import read_regular
 
 __all__ = ["JOURNAL", "check_identity", "file_entries", "finished_files", "read_lines"]
 
@@ -25,12 +27,13 @@ def read_lines(work: Path) -> list[dict[str, Any]]:
     damaged, does not count.
     """
     try:
-        text = (work / JOURNAL).read_bytes()
+        text = read_regular(work / JOURNAL)
     except FileNotFoundError:
         return []
     lines = []
     for line in text.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
+            check_bounds(line, MAX_DEPTH)
             value = json.loads(line)
             if isinstance(value, dict):
                 lines.append(value)
@@ -57,7 +60,7 @@ def finished_files(
 
 def check_identity(path: Path, found: object, identity: Mapping[str, Any]) -> None:
     """Raises :class:`ResumeConflictError` if the directory's unfinished run, ``found``, is another one."""
-    if found == identity:
+    if _same(found, identity):
         return
     differences = list(_differences(found, identity))
     text = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
@@ -84,7 +87,12 @@ def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
         for key in sorted({*old, *new}, key=str if path else _rank):
             found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return found
-    return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]
+    return [] if _same(old, new) else [f"{path} was {_short(old)}, now {_short(new)}"]
+
+
+def _same(old: object, new: object) -> bool:
+    # as text: NaN is equal to itself there
+    return json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
 
 
 def _short(value: object) -> str:

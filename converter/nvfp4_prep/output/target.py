@@ -23,6 +23,7 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER, is_sa
 from nvfp4_prep.errors import BusyError, NoSpaceError, TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, move_into_place, sync_folder, translate_os_error
 from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
+from nvfp4_prep.output.target_root import check_work_folder, unlink_inside
 
 __all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "Target", "check_names", "check_space"]
 
@@ -129,6 +130,7 @@ class Target:
             return
         if not path.is_dir():
             raise TargetError("is no directory", where=str(path), next_step="Give another target.")
+        check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL), (SOURCE_FOLDER, PARTS_FOLDER))
         try:
             foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
         except OSError as error:
@@ -155,7 +157,7 @@ class Target:
             os.close(descriptor)
 
     def _take_lock(self) -> int:
-        descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -168,9 +170,9 @@ class Target:
 
     def _forget(self) -> None:
         for name in LAST_FILES:  # before the files that they vouch for
-            (self.path / name).unlink(missing_ok=True)
+            unlink_inside(self.path, name)
         for entry in file_entries(read_lines(self.work)):
-            (self.path / entry["file"]).unlink(missing_ok=True)
+            unlink_inside(self.path, entry["file"])
         self._empty_journal()
 
     def _empty_journal(self) -> None:

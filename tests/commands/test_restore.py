@@ -91,6 +91,9 @@ def test_restore_is_reproducible_and_refuses_a_used_target(sample_prepared: Path
     first = restore(sample_prepared, tmp_path / "one", threads=1).path
     second = restore(sample_prepared, tmp_path / "two", threads=5).path
     assert file_digests(first) == file_digests(second)
+    again = restore(sample_prepared, first)
+    assert (again.already_complete, again.written_nbytes) == (True, 0)
+    (first / "mine").touch()
     with pytest.raises(TargetError, match="not empty"):
         restore(sample_prepared, first)
     with pytest.raises(TargetError):

@@ -37,7 +37,7 @@ def test_restart_does_not_delete_behind_a_link(tmp_path: Path) -> None:
     victim.mkdir()
     (victim / "file").write_text("x")
     with Target(tmp_path / "out", {"a": 1}) as target:
-        target.note({"file": "d/file", "nbytes": 1, "sha256": "s"})
+        target.note({"file": "d/file", "nbytes": 1, "sha256": "0" * 64})
     (tmp_path / "out" / "d").symlink_to(victim)
     with pytest.raises(TargetError):
         Target(tmp_path / "out", {"a": 1}, restart=True)
@@ -46,7 +46,7 @@ def test_restart_does_not_delete_behind_a_link(tmp_path: Path) -> None:
 
 def test_deep_journal_line_and_nan(tmp_path: Path) -> None:
     with Target(tmp_path, {"a": float("nan")}) as target:
-        target.note({"file": "x", "nbytes": 1})
+        target.note({"file": "x", "nbytes": 1, "sha256": "0" * 64})
     with (tmp_path / WORK_FOLDER / "journal.jsonl").open("ab") as stream:
         stream.write(b"[" * 100_000 + b"\n")
     with Target(tmp_path, {"a": float("nan")}) as target:

@@ -52,7 +52,7 @@ def _text(found: Diagnosis) -> str:
         lines.append(
             f"{'disk':20} {disk.directory}: {format_nbytes(disk.free_nbytes)} free,"
             f" write {disk.write_gb_per_s:.2f} GB/s with fsync, {read},"
-            f" {'locks' if disk.locks else 'NO locks: never start two runs on one target'}"
+            f" {'locks' if disk.locks else 'NO locks (flock): convert, restore and relayout refuse it'}"
         )
     lines += ["", *(f"{'yes' if item.works else 'NO':4}{item.name}: {item.reason}" for item in found.abilities)]
     return join_lines(lines)

@@ -63,7 +63,8 @@ def relayout(
     say(
         f"{result.path}: {count(len(layers), 'MoE layer')} in layout"
         f" {layout_text(options, gated=any(record.gated for record in layers))},"
-        f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}"
+        f" {format_nbytes(result.written_nbytes)} written"
+        f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )
     for line in tp_lines((record.layout, record.dims) for record in layers):
         say(line)

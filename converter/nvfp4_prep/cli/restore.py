@@ -40,5 +40,5 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
         return
     say(
         f"{result.path}: {count(result.tensors, 'tensor')} restored, {format_nbytes(result.written_nbytes)} written"
-        f"{' (continued)' if result.resumed else ''}"
+        f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )

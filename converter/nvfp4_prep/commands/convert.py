@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
+from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.options import ConvertOptions
@@ -32,11 +33,13 @@ __all__ = [
     "ConvertResult",
     "check_apart",
     "check_not_divided",
+    "check_size",
     "complete_manifest",
     "convert",
     "find_complete",
     "open_source",
     "plan",
+    "read_manifest",
 ]
 
 
@@ -216,7 +219,7 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
     """As :func:`find_complete`; removes what a kill in the last moment of that conversion left."""
     manifest = find_complete(path, made, sink)
     if manifest is not None:
-        shutil.rmtree(path / WORK_FOLDER, ignore_errors=True)
+        Target.remove_finished_work(path)
     return manifest
 
 
@@ -228,15 +231,12 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     """
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
-    manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), str(path / MANIFEST))
-    expected = _description(made.source_label, made.source_revision, made.options)
-    found = _description(manifest.source, manifest.revision, manifest.options)
-    if expected != found:
+    manifest = read_manifest(path)
+    differences = _differences(manifest, made)
+    if differences:
         raise TargetError(
-            "holds a finished conversion of something else or with other options",
+            f"holds a finished conversion of something else or with other options: {'; '.join(differences)}",
             where=str(path),
-            expected=expected,
-            actual=found,
             next_step="Give another target, or remove it.",
         )
     if not _is_of_this_source(manifest, made):
@@ -247,15 +247,8 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
         )
     for file in made.files:
         there, sha256 = path / file.name, manifest.files[file.name].sha256
-        nbytes = there.stat().st_size if there.is_file() else None
-        if nbytes != file.nbytes and not sink.holds(file.name, file.nbytes, sha256):
-            raise TargetError(
-                "a file of a finished conversion is missing or damaged",
-                where=str(there),
-                expected=f"{file.nbytes} bytes",
-                actual="nothing" if nbytes is None else f"{nbytes} bytes",
-                next_step="Remove the directory and convert again; nvfp4-prep verify says what else is wrong in it.",
-            )
+        if not sink.holds(file.name, file.nbytes, sha256):
+            check_size(there, file.nbytes)
     return manifest
 
 
@@ -275,6 +268,31 @@ def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
     )
 
 
-def _description(source: str, revision: str | None, options: ConvertOptions) -> str:
-    values = ", ".join(f"{key} {value}" for key, value in options.to_dict().items())
-    return f"{source}{f'@{revision}' if revision else ''} with {values}"
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of a finished target; raises :class:`TargetError` if it cannot be read."""
+    raw = read_small_file(path / MANIFEST, TargetError, "Give another target, or remove it.")
+    return Manifest.from_bytes(raw, str(path / MANIFEST))
+
+
+def check_size(path: Path, nbytes: int) -> None:
+    """Raise :class:`TargetError` if a file of a finished output is missing or has another size."""
+    try:
+        status = path.lstat()
+        found = status.st_size if stat.S_ISREG(status.st_mode) else None
+    except OSError:
+        found = None
+    if found != nbytes:
+        raise TargetError(
+            "a file of a finished output is missing or damaged",
+            where=str(path),
+            expected=f"{nbytes} bytes",
+            actual="nothing" if found is None else f"{found} bytes",
+            next_step="Remove the directory and run the command again; nvfp4-prep verify says what else is wrong.",
+        )
+
+
+def _differences(manifest: Manifest, made: Plan) -> list[str]:
+    """What a finished conversion is and was not asked for, one text each."""
+    found = {"source": manifest.source, "revision": manifest.revision, **manifest.options.to_dict()}
+    asked = {"source": made.source_label, "revision": made.source_revision, **made.options.to_dict()}
+    return [f"{key} is {found.get(key)}, requested {asked[key]}" for key in asked if found.get(key) != asked[key]]

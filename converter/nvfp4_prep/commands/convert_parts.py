@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count, spans
@@ -21,6 +20,7 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import ConvertResult, check_apart, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
@@ -166,7 +166,7 @@ def join_parts(
             for part in parts:
                 for name, entry in part.done.items():
                     if name not in place.done:
-                        place.adopt(entry, part.path / name)
+                        place.adopt(entry, part)
             execution = Execution(made, opened, place, KeepFiles())
             written = execution.write(threads, progress or NoProgress())
             manifest, report = execution.finish(smoke)
@@ -219,28 +219,28 @@ def check_not_whole(path: Path) -> None:
         )
 
 
-def finished_entries(parts: Mapping[Path, Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+def finished_entries(parts: Mapping[Path, Mapping[str, JournalEntry]]) -> dict[str, JournalEntry]:
     """Journal entries of all parts' finished files by name.
 
     Raises:
         VerificationError: if two parts made a file with different bytes.
     """
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, JournalEntry] = {}
     for path, done in parts.items():
         for name, entry in done.items():
             other = found.setdefault(name, entry)
-            if other["sha256"] != entry["sha256"]:
+            if other.sha256 != entry.sha256:
                 raise VerificationError(
                     "two parts made this file with different bytes",
                     where=name,
-                    expected=f"sha256 {other['sha256']}",
-                    actual=f"{entry['sha256']} in {path}",
+                    expected=f"sha256 {other.sha256}",
+                    actual=f"{entry.sha256} in {path}",
                     next_step="One of the machines is broken: remove both parts and make them again elsewhere.",
                 )
     return found
 
 
-def check_whole(made: Plan, entries: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def check_whole(made: Plan, entries: Mapping[str, JournalEntry], path: Path) -> None:
     """Raises :class:`PartsMissingError` if layers have files that no part finished."""
     missing = sorted(
         {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}

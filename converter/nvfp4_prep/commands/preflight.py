@@ -15,11 +15,12 @@ from nvfp4_prep.commands.convert import check_apart, check_not_divided, find_com
 from nvfp4_prep.commands.convert_parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.output.atomic_file import free_nbytes
-from nvfp4_prep.output.journal import JOURNAL, check_identity, file_entries, finished_files, read_lines
+from nvfp4_prep.output.journal import JOURNAL, check_identity, finished_files, named_files, read_lines
+from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import LOCK, PARTS_FOLDER, SOURCE_FOLDER, Target, check_names, check_space
-from nvfp4_prep.pipeline.finish import MADE_FILES
+from nvfp4_prep.output.target import LAST_FILES, LOCK, PARTS_FOLDER, SOURCE_FOLDER, Target, check_names, check_space
+from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
 
@@ -104,25 +105,28 @@ def look_ahead(
         if Target.has_journal(place) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
-        _check_files(place, part, done, restart=restart)
+        _check_files(place, done, restart=restart)
         outlook.needed_nbytes = room_for(part, done, source, sink).needed_nbytes
         outlook.free_nbytes = free_nbytes(place) + _freed_nbytes(place, restart=restart)
         check_space(place, outlook.needed_nbytes, outlook.free_nbytes)
     return outlook
 
 
-def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, dict[str, Any]]:
+def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, JournalEntry]:
     """The files that a run in this directory would keep; raises as :class:`Target` does."""
     Target.check_ours(path)
     Target.check_idle(path)
-    lines = read_lines(path / WORK_FOLDER)
-    if restart or not lines:
+    if restart or not Target.has_journal(path):
         return {}
-    check_identity(path, lines[0].get("identity"), identity)
-    return finished_files(path, lines, sink.holds)
+    with TargetRoot(path) as root:
+        lines = read_lines(root)
+        if not lines:
+            return {}
+        check_identity(path, lines[0].get("identity"), identity)
+        return finished_files(root, lines, sink.holds)
 
 
-def _look_at_parts(made: Plan, target: Path) -> dict[str, Mapping[str, Any]]:
+def _look_at_parts(made: Plan, target: Path) -> dict[str, JournalEntry]:
     """The files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
     parts = {
         folder: _look_at(folder, part_identity(made, LayerSelection.parse(text)), KeepFiles(), restart=False)
@@ -134,10 +138,12 @@ def _look_at_parts(made: Plan, target: Path) -> dict[str, Mapping[str, Any]]:
     return entries
 
 
-def _check_files(path: Path, made: Plan, done: Collection[str], *, restart: bool) -> None:
-    discarded = [entry["file"] for entry in file_entries(read_lines(path / WORK_FOLDER))] if restart else []
-    names = [file.name for file in made.files] + [file.name for file in made.side_files]
-    check_names(path, {*names, *MADE_FILES, *done, *discarded})
+def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
+    begun: list[str] = []
+    if Target.has_journal(path):
+        with TargetRoot(path) as root:
+            begun = named_files(read_lines(root)) + list(LAST_FILES if restart else ())
+    check_names(path, {*done, *begun})
 
 
 def _freed_nbytes(path: Path, *, restart: bool) -> int:

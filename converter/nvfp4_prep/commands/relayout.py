@@ -17,11 +17,12 @@ from typing import Any
 from nvfp4_prep._util.buffers import byte_view, crc32_each
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
-from nvfp4_prep.checkpoint.filenames import FileKind
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
-from nvfp4_prep.commands.convert import check_apart
-from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError, VerificationError
+from nvfp4_prep.commands.convert import check_apart, read_manifest
+from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError, VerificationError
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.output.finished_output import has_files
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -34,6 +35,7 @@ from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, LayerRecord, Manifest
+from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep.prepared.structure import require_sound
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
@@ -48,6 +50,7 @@ class RelayoutResult:
     manifest: Manifest
     written_nbytes: int
     resumed: bool
+    already_complete: bool = False
 
 
 def relayout(
@@ -87,6 +90,10 @@ def relayout(
         made = _plan(opened, options)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
+        finished = _find_finished(opened.manifest, options, made, path)
+        if finished is not None:
+            Target.remove_finished_work(path)
+            return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
         with Target(path, identity, restart=restart) as place:
             return _Relayout(opened, options, made, place).run(threads, progress or NoProgress())
 
@@ -127,6 +134,35 @@ def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[Laye
         experts = tuple(expert for expert, _ in record.gate_up.reconciled)
         plans.append(LayerPlan(layer, layout, record.activation, checkpoint.scalars(record), experts))
     return tuple(plans)
+
+
+def _find_finished(old: Manifest, options: ConvertOptions, plans: tuple[LayerPlan, ...], path: Path) -> Manifest | None:
+    """The target's manifest, if the directory is the finished output already; ``None`` if it is anything else. So a run
+    that was stopped in its very last steps ends well when repeated.
+    """
+    if Target.has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
+        return None
+    try:
+        found = read_manifest(path)
+    except NvfpPrepError:
+        return None  # not ours: the target is refused
+    expected = replace(
+        old,
+        tool_version=found.tool_version,
+        options=options,
+        layers=found.layers,
+        files=found.files,
+        verified=found.verified,
+    )
+    if found.to_bytes() != expected.to_bytes() or len(found.layers) != len(plans):
+        return None
+    for record, before, plan in zip(found.layers, old.layers, plans, strict=True):
+        same = replace(before, layout=plan.layout, files=record.files, expert_crc32=record.expert_crc32)
+        if record != same:
+            return None
+    sizes = {name: record.nbytes for name, record in found.files.items()}
+    sizes[MANIFEST] = len(found.to_bytes())
+    return found if has_files(path, sizes, {CONFIG: expected_config(found)}) else None
 
 
 class _Relayout:

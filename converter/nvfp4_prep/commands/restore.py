@@ -12,9 +12,11 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
+from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.commands.convert import check_apart
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
+from nvfp4_prep.output.finished_output import has_files
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -35,12 +37,15 @@ _DAMAGED = "The prepared checkpoint is damaged: run nvfp4-prep verify. Once it i
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """What a restore left: the directory, its number of tensors and the bytes written by this run."""
+    """What a restore left: the directory, its number of tensors and the bytes written by this run; 0 where it was
+    complete already.
+    """
 
     path: Path
     tensors: int
     written_nbytes: int
     resumed: bool
+    already_complete: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,20 +91,23 @@ def restore(
         check_apart(opened.files, path)
         require_sound(opened)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
-        with Target(path, {"command": "restore", "manifest": digest}, restart=restart) as place:
-            return _Restoration(opened, place).run(threads, progress or NoProgress())
+        files = _plan_files(opened)
+        if _is_restored(opened, files, path):
+            Target.remove_finished_work(path)
+            return RestoreResult(
+                path, sum(len(file.records) for file in files), 0, resumed=False, already_complete=True
+            )
+        identity = {"command": "restore", "manifest": digest}
+        with Target(path, identity, restart=restart, need_sha256=False) as place:
+            return _Restoration(opened, files, place).run(threads, progress or NoProgress())
 
 
 class _Restoration:
-    def __init__(self, checkpoint: PreparedCheckpoint, target: Target) -> None:
+    def __init__(self, checkpoint: PreparedCheckpoint, files: list[_RestoredFile], target: Target) -> None:
         self._checkpoint = checkpoint
         self._target = target
-        self._files = _plan_files(checkpoint)
-        self._side = {
-            file.name: file
-            for file in checkpoint.files.files()
-            if (record := checkpoint.manifest.files.get(file.name)) is not None and record.kind == "side"
-        }
+        self._files = files
+        self._side = _side_files(checkpoint)
 
     def run(self, threads: int | None, progress: Progress) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
@@ -115,10 +123,11 @@ class _Restoration:
             jobs += [side_file_job(file, self._checkpoint.files) for file in sides]
             run_jobs(jobs, target, threads=threads, progress=progress)
         self._check_digests()
-        target.write_file(INDEX, make_index(record for file in self._files for record in file.records))
-        for name in sorted(texts.keys() - {INDEX, CONFIG}):
-            target.write_file(name, texts[name])
-        target.write_file(CONFIG, texts[CONFIG])
+        target.check_files()
+        for name, text in _texts(self._checkpoint, self._files).items():
+            if name == CONFIG:
+                target.check_files()
+            target.write_file(name, text)
         target.finish()
         return RestoreResult(target.path, sum(len(file.records) for file in self._files), needed, target.resumed)
 
@@ -210,6 +219,38 @@ class _Restoration:
                     result.pieces += _places(group, range(experts), data, experts, places)
                 result.digests.append((group.key, data))
         return result
+
+
+def _side_files(checkpoint: PreparedCheckpoint) -> dict[str, SourceFile]:
+    records = checkpoint.manifest.files
+    return {
+        file.name: file
+        for file in checkpoint.files.files()
+        if (record := records.get(file.name)) is not None and record.kind == "side"
+    }
+
+
+def _texts(checkpoint: PreparedCheckpoint, files: list[_RestoredFile]) -> dict[str, bytes]:
+    """The small files in the order of writing: the config is the last."""
+    texts = checkpoint.manifest.texts
+    index = make_index(record for file in files for record in file.records)
+    return {
+        INDEX: index,
+        **{name: texts[name] for name in sorted(texts.keys() - {INDEX, CONFIG})},
+        CONFIG: texts[CONFIG],
+    }
+
+
+def _is_restored(checkpoint: PreparedCheckpoint, files: list[_RestoredFile], path: Path) -> bool:
+    """Whether a directory is the finished output already: index, configs and headers by their bytes, all other files by
+    their sizes, nothing else beside them. So a run that was stopped in its very last steps ends well when repeated.
+    """
+    if Target.has_journal(path) or not (path / CONFIG).is_file():
+        return False
+    begins = _texts(checkpoint, files) | {file.name: file.header for file in files}
+    sizes = {name: len(text) for name, text in begins.items()} | {file.name: file.nbytes for file in files}
+    sizes |= {name: file.nbytes for name, file in _side_files(checkpoint).items()}
+    return has_files(path, sizes, begins)
 
 
 def _places(

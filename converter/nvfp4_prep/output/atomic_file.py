@@ -13,8 +13,9 @@ from typing import Any
 from nvfp4_prep._util.buffers import PAGE_NBYTES, address_of
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import NoSpaceError, TargetError
+from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["AtomicFile", "free_nbytes", "move_into_place", "sync_folder", "translate_os_error"]
+__all__ = ["AtomicFile", "free_nbytes", "sync_folder", "translate_os_error"]
 
 _DIRECT_MIN_NBYTES = 1 << 20
 
@@ -41,10 +42,10 @@ def free_nbytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _open_direct(path: Path) -> int:
+def _open_direct(root: TargetRoot, name: str) -> int:
     """A second descriptor for direct I/O, or -1 where the file system or the system has none."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+        return root.open_file(name, os.O_WRONLY | os.O_DIRECT)
     except (OSError, AttributeError):
         return -1
 
@@ -58,25 +59,31 @@ def _write_all(descriptor: int, offset_bytes: int, view: memoryview) -> None:
 class AtomicFile:
     """One file at its temporary place. Writes may come from several threads, at disjoint ranges."""
 
-    def __init__(self, temporary: Path, final: Path, nbytes: int, note: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        root: TargetRoot,
+        temporary: str,
+        nbytes: int,
+        place: Callable[[Mapping[str, Any] | None, os.stat_result], None],
+    ) -> None:
         """Creates the file and allocates its space.
 
         Args:
-            temporary: where it is written.
-            final: where it goes when it is whole.
+            root: where it is written.
+            temporary: its name there until it is whole.
             nbytes: its size.
-            note: takes the journal's entry, before the file goes to its place.
+            place: takes the journal's entry and the flushed file's status, and gives the file its name.
         """
         self.nbytes = nbytes
-        self._path = temporary
-        self._final = final
-        self._note = note
+        self._root = root
+        self._temporary = temporary
+        self._path = root.path / temporary
+        self._place = place
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._descriptor = root.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, make_folders=True)
         except OSError as error:
             raise translate_os_error(error, self._path) from error
-        self._direct = _open_direct(self._path)
+        self._direct = _open_direct(root, temporary)
         try:
             if nbytes:
                 os.posix_fallocate(self._descriptor, 0, nbytes)
@@ -121,10 +128,9 @@ class AtomicFile:
         """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
         try:
             os.fsync(self._descriptor)
+            status = os.fstat(self._descriptor)
             self._close()
-            if entry is not None:
-                self._note(entry)
-            move_into_place(self._path, self._final)
+            self._place(entry, status)
         except OSError as error:
             raise translate_os_error(error, self._path) from error
 
@@ -132,16 +138,7 @@ class AtomicFile:
         """Closes and deletes the temporary file."""
         with contextlib.suppress(OSError):
             self._close()
-        self._path.unlink(missing_ok=True)
-
-
-def move_into_place(path: Path, final: Path) -> None:
-    """Renames a flushed file, and flushes its folder and those that had to be made for it."""
-    made = [folder for folder in final.parents if not folder.exists()]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(final)
-    for folder in (final.parent, *(folder.parent for folder in made)):
-        sync_folder(folder)
+        self._root.unlink(self._temporary)
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,28 +6,35 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
-from nvfp4_prep.checkpoint.filenames import is_safe_name
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
-from nvfp4_prep.output.target_root import read_regular
+from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["JOURNAL", "check_identity", "file_entries", "finished_files", "read_lines"]
+__all__ = ["JOURNAL", "check_identity", "finished_files", "named_files", "read_lines"]
 
 JOURNAL = "journal.jsonl"
 _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
 
 
-def read_lines(work: Path) -> list[dict[str, Any]]:
-    """All lines of the journal in a work folder, none if there is no journal; a line that a kill cut off, or that is
-    damaged, does not count.
+def read_lines(root: TargetRoot) -> list[dict[str, Any]]:
+    """All lines of a target's journal, none if there is no journal; a line that a kill cut off, or that is damaged,
+    does not count.
+
+    Raises:
+        TargetError: if it is a link, another kind of file or too large.
+        OSError: if it cannot be read.
     """
     try:
-        text = read_regular(work / JOURNAL)
+        text = root.read(f"{WORK_FOLDER}/{JOURNAL}", MAX_SMALL_NBYTES)
     except FileNotFoundError:
         return []
     lines = []
@@ -40,21 +47,43 @@ def read_lines(work: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def file_entries(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines about files whose names stay in the directory."""
-    return [dict(line) for line in lines if isinstance(line.get("file"), str) and is_safe_name(line["file"])]
+def named_files(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names that a run gave or was about to give to files of its own, finished or not, whatever they are now."""
+    found = (line.get("file", line.get("made")) for line in lines)
+    return [name for name in found if isinstance(name, str) and _is_ours(name)]
+
+
+def _is_ours(name: str) -> bool:
+    return is_safe_name(name) and name.split("/")[0] != WORK_FOLDER
 
 
 def finished_files(
-    path: Path, lines: Iterable[Mapping[str, Any]], elsewhere: Callable[[str, int, str | None], bool]
-) -> dict[str, dict[str, Any]]:
-    """Entries of the files that are in the directory with their size, or were taken away on purpose."""
-    done = {}
-    for entry in file_entries(lines):
-        name, nbytes, sha256 = entry["file"], entry.get("nbytes"), entry.get("sha256")
-        here = (path / name).is_file() and (path / name).stat().st_size == nbytes
-        if here or (isinstance(nbytes, int) and elsewhere(name, nbytes, sha256)):
-            done[name] = entry
+    root: TargetRoot,
+    lines: Iterable[Mapping[str, Any]],
+    elsewhere: Callable[[str, int, str | None], bool],
+    *,
+    need_sha256: bool = True,
+) -> dict[str, JournalEntry]:
+    """Entries of the files that are in the directory with their size, or were taken away on purpose.
+
+    Args:
+        root: the directory.
+        lines: its journal's.
+        elsewhere: whether a file of this name, size and sha256 was taken away.
+        need_sha256: whether an entry without the file's sha256 is not enough.
+    """
+    done: dict[str, JournalEntry] = {}
+    for line in lines:
+        entry = JournalEntry.parse(line)
+        if entry is None or not _is_ours(entry.file):
+            if "file" in line:
+                done.pop(str(line["file"]), None)  # what was said of that file before does not hold any more
+            continue
+        status = root.status(entry.file)
+        here = status is not None and stat.S_ISREG(status.st_mode) and status.st_size == entry.nbytes
+        known = entry.sha256 is not None or not need_sha256
+        if known and (here or elsewhere(entry.file, entry.nbytes, entry.sha256)):
+            done[entry.file] = entry
     return done
 
 

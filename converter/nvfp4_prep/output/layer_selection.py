@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from nvfp4_prep._util.text import spans
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.output.target import PARTS_FOLDER, Target
+from nvfp4_prep.output.target_root import TargetRoot, check_work_folder
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]
 
@@ -108,8 +108,12 @@ def part_folder(target: Path, selection: LayerSelection) -> Path:
 
 def list_parts(target: Path) -> dict[str, Path]:
     """Parts that were begun, by the text of their selection."""
+    check_work_folder(target / WORK_FOLDER, (), (PARTS_FOLDER,))
     folder = target / WORK_FOLDER / PARTS_FOLDER
-    paths = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return {}
+    check_work_folder(folder, (), ())
+    paths = sorted(path for path in folder.iterdir() if path.is_dir())
     return {LayerSelection.from_folder_name(path.name).text: path for path in paths}
 
 
@@ -122,4 +126,5 @@ def discard_parts(target: Path) -> None:
     for path in list_parts(target).values():
         with Target(path, {}, restart=True) as part:
             part.finish()
-        shutil.rmtree(path)
+        with TargetRoot(path.parent) as parts:
+            parts.remove_tree(path.name)

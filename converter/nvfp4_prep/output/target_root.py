@@ -1,18 +1,184 @@
-"""What may be touched inside a target: never anything behind a link, nor what is not a regular file or folder."""
+"""A directory whose files are opened, renamed and removed without ever leaving it.
+
+Every path below the root is walked component by component from a descriptor, and no component may be a link. Names
+that come from a journal, a manifest or a part are checked here a second time.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Self
 
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output.exclusive_rename import rename_new
 
-__all__ = ["check_work_folder", "read_regular", "unlink_inside"]
+__all__ = ["TargetRoot", "check_work_folder"]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-MAX_JOURNAL_NBYTES = 1 << 30
+_ANOTHER_KIND = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
+"""What opening with ``O_NOFOLLOW`` or ``O_DIRECTORY`` says of a link, of another kind of file, and of a socket."""
+
+
+class TargetRoot:
+    """An open directory and what may be done in it; names are relative, with forward slashes.
+
+    Methods raise :class:`TargetError` for an unsafe name or for a link on the way, and ``OSError`` for everything that
+    the file system refuses.
+    """
+
+    def __init__(self, path: Path, *, make: bool = False) -> None:
+        """Open the directory, and make it first if ``make`` says so.
+
+        The directory itself may be reached through links of the user's, but not through any from a work folder on: a
+        part lies in the work folder of the whole.
+        """
+        self.path = path
+        parts = path.parts
+        border = parts.index(WORK_FOLDER) if WORK_FOLDER in parts[1:] else len(parts)
+        outer, inner = Path(*parts[:border]), parts[border:]
+        if make:
+            outer.mkdir(parents=True, exist_ok=True)
+        self._descriptor = -1
+        opened = os.open(outer, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._descriptor = self._walk(opened, inner, make=make)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the directory; a second time does nothing."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _walk(self, descriptor: int, folders: Collection[str], *, make: bool = False) -> int:
+        """Return a descriptor of an inner folder; the one given is closed, whatever happens."""
+        for folder in folders:
+            try:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(folder, dir_fd=descriptor)
+                        os.fsync(descriptor)
+                inner = os.open(folder, _FOLDER, dir_fd=descriptor)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in _ANOTHER_KIND:
+                    raise _wrong_kind(self.path / folder, "a folder", "a link or another kind of file") from error
+                raise
+            os.close(descriptor)
+            descriptor = inner
+        return descriptor
+
+    @contextlib.contextmanager
+    def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """Open the folder of a name, as a descriptor and the name in it."""
+        if not is_safe_name(name):
+            raise TargetError(
+                f"unsafe file name {name!r}",
+                where=str(self.path),
+                expected="a relative path inside the target",
+                next_step="Do not trust where it comes from: the checkpoint, or the target's work folder.",
+            )
+        *folders, last = name.split("/")
+        descriptor = self._walk(os.dup(self._descriptor), folders, make=make)
+        try:
+            yield descriptor, last
+        finally:
+            os.close(descriptor)
+
+    def make_folder(self, name: str) -> None:
+        """Make an inner folder, if it is not there."""
+        with self._parent(f"{name}/x", make=True):
+            pass
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Return the status of an entry, of a link itself; ``None`` if there is none."""
+        with contextlib.suppress(FileNotFoundError), self._parent(name) as (folder, last):
+            return os.stat(last, dir_fd=folder, follow_symlinks=False)
+        return None
+
+    def open_file(self, name: str, flags: int, *, make_folders: bool = False) -> int:
+        """Return a descriptor of a regular file; never wait for the other end of a FIFO."""
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+        with self._parent(name, make=make_folders) as (folder, last):
+            try:
+                descriptor = os.open(last, flags, 0o666, dir_fd=folder)
+            except OSError as error:
+                if error.errno in (*_ANOTHER_KIND, errno.EISDIR):
+                    raise _wrong_kind(self.path / name, "a regular file", "a link or another kind of file") from error
+                raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise _wrong_kind(self.path / name, "a regular file", "another kind of file")
+        return descriptor
+
+    def read(self, name: str, max_nbytes: int) -> bytes:
+        """Return the bytes of a regular file of bounded size."""
+        with open(self.open_file(name, os.O_RDONLY), "rb") as stream:
+            data = stream.read(max_nbytes + 1)
+        if len(data) > max_nbytes:
+            raise TargetError(
+                "is too large",
+                where=str(self.path / name),
+                expected=f"at most {max_nbytes:,} bytes",
+                next_step="It was damaged: remove the target's work folder and what is beside it.",
+            )
+        return data
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in an inner folder."""
+        with self._parent(f"{folder}/x") as (descriptor, _):
+            return os.listdir(descriptor)  # noqa: PTH208 - not by its path
+
+    def move(self, old: str, new: str, *, replace: bool, root: TargetRoot | None = None) -> None:
+        """Rename a flushed file, and flush its folder and those that had to be made for it.
+
+        Args:
+            old: the file's name below ``root``.
+            new: its name here.
+            replace: whether a file of that name is ours and may go.
+            root: where ``old`` lies, if not here.
+
+        Raises:
+            FileExistsError: if there is an entry of that name which must stay.
+        """
+        with (root or self)._parent(old) as (folder, last), self._parent(new, make=True) as (other, final):
+            if replace:
+                os.rename(last, final, src_dir_fd=folder, dst_dir_fd=other)
+            else:
+                rename_new(last, final, folder, other)
+            os.fsync(other)
+
+    def unlink(self, name: str) -> None:
+        """Remove a file or a link; nothing happens where there is none."""
+        with contextlib.suppress(FileNotFoundError), self._parent(name) as (folder, last):
+            os.unlink(last, dir_fd=folder)
+
+    def remove_tree(self, name: str) -> None:
+        """Remove a file, or a folder with what is in it; links are removed themselves, nothing behind them."""
+        status = self.status(name)
+        if status is None:
+            return
+        if not stat.S_ISDIR(status.st_mode):
+            self.unlink(name)
+            return
+        with self._parent(name) as (folder, last):
+            shutil.rmtree(last, dir_fd=folder)  # walks descriptors without following links
+
+    def sync(self, folder: str = "") -> None:
+        """Flush the directory or an inner folder, so that what was done in it survives a power cut."""
+        with self._parent(f"{folder}/x" if folder else "x") as (descriptor, _):
+            os.fsync(descriptor)
 
 
 def check_work_folder(work: Path, files: Collection[str], folders: Collection[str]) -> None:
@@ -29,59 +195,28 @@ def check_work_folder(work: Path, files: Collection[str], folders: Collection[st
         return
     _check(work, mode, stat.S_ISDIR(mode), "a folder")
     for entry in os.scandir(work):
-        mode = entry.stat(follow_symlinks=False).st_mode
-        regular, folder = stat.S_ISREG(mode), stat.S_ISDIR(mode)
-        path = Path(entry.path)
-        if entry.name in files:
-            _check(path, mode, regular, "a regular file")
-        elif entry.name in folders:
-            _check(path, mode, folder, "a folder")
-        else:
-            _check(path, mode, regular or folder, "a regular file or folder")
+        with contextlib.suppress(FileNotFoundError):  # another run is at work
+            mode = entry.stat(follow_symlinks=False).st_mode
+            path = Path(entry.path)
+            if entry.name in files:
+                _check(path, mode, stat.S_ISREG(mode), "a regular file")
+            elif entry.name in folders:
+                _check(path, mode, stat.S_ISDIR(mode), "a folder")
+            else:
+                _check(path, mode, stat.S_ISREG(mode) or stat.S_ISDIR(mode), "a regular file or folder")
 
 
 def _check(path: Path, mode: int, right: bool, expected: str) -> None:
     if not right:
-        raise TargetError(
-            "is not what nvfp4-prep makes there",
-            where=str(path),
-            expected=expected,
-            actual="a symbolic link" if stat.S_ISLNK(mode) else f"file type {stat.S_IFMT(mode):#o}",
-            next_step="Remove it, or give another target.",
-        )
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else f"file type {stat.S_IFMT(mode):#o}"
+        raise _wrong_kind(path, expected, kind)
 
 
-def unlink_inside(root: Path, name: str) -> None:
-    """Remove a file below a root if it is there; never follow a link below the root."""
-    *folders, last = name.split("/")
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for folder in folders:
-            inner = os.open(folder, _FOLDER, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        os.unlink(last, dir_fd=descriptor)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise TargetError(
-            f"cannot be removed ({error.strerror})", where=str(root / name), next_step="Look at it, then remove it."
-        ) from error
-    finally:
-        os.close(descriptor)
-
-
-def read_regular(path: Path) -> bytes:
-    """Return a regular file's bytes; never follow a link, wait for a FIFO, or read without a limit."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise TargetError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    with open(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        _check(path, status.st_mode, stat.S_ISREG(status.st_mode), "a regular file")
-        if status.st_size > MAX_JOURNAL_NBYTES:
-            raise TargetError("is too large", where=str(path), expected=f"at most {MAX_JOURNAL_NBYTES:,} bytes")
-        return stream.read(MAX_JOURNAL_NBYTES)
+def _wrong_kind(path: Path, expected: str, actual: str) -> TargetError:
+    return TargetError(
+        "is not what nvfp4-prep makes there",
+        where=str(path),
+        expected=expected,
+        actual=actual,
+        next_step="Remove it, or give another target.",
+    )

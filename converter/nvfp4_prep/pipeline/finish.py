@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.errors import NvfpPrepError, TargetError
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
@@ -41,10 +42,27 @@ def write_made_files(
     made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made") for name, text in texts.items()}
     manifest = replace(draft, files={**draft.files, **made})
     texts[MANIFEST] = manifest.to_bytes()
-    (target.path / CONFIG).unlink(missing_ok=True)  # of a run that was killed after it, and may be judged anew
+    _check_readable(target, texts[MANIFEST])
+    target.remove_file(CONFIG)  # of a run that was killed after it, and may be judged anew
+    target.check_files()
     for name in MADE_FILES:
         if name == CONFIG:
             accept(manifest)
+            target.check_files()
         target.write_file(name, texts[name])
     target.finish()
     return manifest
+
+
+def _check_readable(target: Target, text: bytes) -> None:
+    """Raise :class:`TargetError` for a manifest that no reader would take: the journal of an earlier run was damaged in
+    a way that no line shows.
+    """
+    try:
+        Manifest.from_bytes(text, MANIFEST)
+    except NvfpPrepError as error:
+        raise TargetError(
+            f"the finished files of an earlier run do not fit together ({error.what})",
+            where=str(target.path),
+            next_step="The journal in its work folder was damaged: use --restart.",
+        ) from error

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvfp4_prep.output.journal_entry import JournalEntry
+
 __all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult"]
 
 UNIT_NBYTES = 16 * 2**20
@@ -74,6 +76,6 @@ class JobResult:
         return {"sha256": self.sha256, "digests": self.digests, "facts": self.facts}
 
     @classmethod
-    def from_entry(cls, entry: dict[str, Any]) -> JobResult:
-        """Inverse of :meth:`to_entry`, with the journal's file name and size."""
-        return cls(entry["file"], entry["nbytes"], entry["sha256"], entry["digests"], entry["facts"])
+    def from_entry(cls, entry: JournalEntry) -> JobResult:
+        """Return the result that a journal entry noted."""
+        return cls(entry.file, entry.nbytes, entry.sha256, entry.digests, entry.facts)

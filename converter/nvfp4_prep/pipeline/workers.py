@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from nvfp4_prep.errors import NvfpPrepError
+
 __all__ = ["WorkerThreads"]
 
 
@@ -30,9 +32,20 @@ class WorkerThreads:
             ended.set()
 
     def start(self) -> None:
-        """Starts them all."""
-        for thread in self._threads:
-            thread.start()
+        """Start them all.
+
+        Raises:
+            NvfpPrepError: if this process may have no more threads; those that were started must still be waited for.
+        """
+        for started, thread in enumerate(self._threads):
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise NvfpPrepError(
+                    f"cannot start a thread: the system allows no more ({started} of {len(self._threads)} run)",
+                    next_step="Raise the limit of processes (ulimit -u, or the container's pids limit),"
+                    " or give fewer --threads.",
+                ) from error
 
     def wait(self) -> None:
         """Until all that were started have ended."""

@@ -368,8 +368,9 @@ def test_complete_target_is_left_alone(sample_source: Path, tmp_path: Path) -> N
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert convert(sample_source, out).already_complete
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(TargetError, match="other options"):
+    with pytest.raises(TargetError, match="other options: gate_up_block is 64, requested 32") as caught:
         convert(sample_source, out, ConvertOptions(gate_up_block=32))
+    assert caught.value.where == str(out)
 
 
 @pytest.mark.parametrize("place", ["same", "inside", "around"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,12 +14,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from nvfp4_prep import relayout, restore
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
+from nvfp4_prep.commands.convert_parts import convert_part
+from nvfp4_prep.commands.preflight import look_ahead
+from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.planning.builder import make_plan
 
 
 class Stop(Exception):
@@ -159,3 +166,41 @@ def test_what_a_run_deletes_first_counts_as_free(
     blocks = {path: path.stat().st_blocks * 512 for path in (half, finished)}
     assert freed() == blocks[half] >= 10_000_000
     assert freed("--restart") == blocks[half] + blocks[finished]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_every_command_refuses_and_leaves_nothing(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    out = tmp_path / "a" / "out"
+    runs = (
+        lambda: convert(sample_source, out),
+        lambda: convert_part(sample_source, out, "1/1"),
+        lambda: restore(sample_prepared, out),
+        lambda: relayout(sample_prepared, out, gate_up_block=16),
+    )
+    for run in runs:
+        with pytest.raises(TargetError, match="has no locks"):
+            run()
+    source = LocalSource(sample_source)
+    outlook = look_ahead(make_plan(source), source, out, KeepFiles())
+    assert outlook.refusal is not None
+    assert "has no locks" in outlook.refusal.what
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_lock_that_fails_only_when_it_is_taken_leaves_nothing(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_exclusive(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_exclusive)
+    with pytest.raises(TargetError, match="has no locks"):
+        convert(sample_source, tmp_path / "a" / "out")
+    assert not (tmp_path / "a").exists()

@@ -2,52 +2,158 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from nvfp4_prep import convert, relayout, restore
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output import exclusive_rename as rename_module
+from nvfp4_prep.output.layer_selection import LayerSelection, discard_parts, list_parts, part_folder
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_root import TargetRoot
+
+SHA256 = "0" * 64
 
 
-@pytest.mark.parametrize("place", ["", "leftover", "journal.jsonl", "lock", "parts"])
-def test_link_in_the_work_folder_is_refused(tmp_path: Path, place: str) -> None:
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "precious").write_text("x")
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    folder = tmp_path / "victim"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    return folder
+
+
+def is_whole(victim: Path) -> bool:
+    return [path.name for path in victim.iterdir()] == ["file"] and (victim / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("place", ["", "leftover", "journal.jsonl", "lock", "parts", "source"])
+@pytest.mark.parametrize("to_file", [False, True])
+def test_link_in_the_work_folder_is_refused(
+    tmp_path: Path, victim: Path, place: str, to_file: bool, restart: bool
+) -> None:
     link = tmp_path / "out" / WORK_FOLDER / place
     link.parent.mkdir(parents=True)
-    link.symlink_to(victim / "precious" if "l" in place else victim)
-    with pytest.raises(TargetError):
-        Target(tmp_path / "out", {"a": 1})
-    assert (victim / "precious").read_text() == "x"
+    link.symlink_to(victim / "file" if to_file else victim)
+    with pytest.raises(TargetError, match="is not what nvfp4-prep makes there"):
+        Target(tmp_path / "out", {"a": 1}, restart=restart)
+    assert is_whole(victim)
+    assert link.is_symlink()
 
 
-def test_fifo_as_journal_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["journal.jsonl", "lock", "leftover"])
+def test_fifo_in_the_work_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / WORK_FOLDER).mkdir()
-    os.mkfifo(tmp_path / WORK_FOLDER / "journal.jsonl")
-    with pytest.raises(TargetError):
+    os.mkfifo(tmp_path / WORK_FOLDER / name)
+    with pytest.raises(TargetError, match="is not what"):
         Target(tmp_path, {"a": 1})
 
 
-def test_restart_does_not_delete_behind_a_link(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (victim / "file").write_text("x")
+@pytest.mark.parametrize("command", ["convert", "restore", "relayout"])
+def test_commands_refuse_a_work_folder_that_is_a_link(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, victim: Path, command: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / WORK_FOLDER).symlink_to(victim)
+    with pytest.raises(TargetError, match="is not what"):
+        if command == "convert":
+            convert(sample_source, out, restart=True)
+        elif command == "restore":
+            restore(sample_prepared, out, restart=True)
+        else:
+            relayout(sample_prepared, out, gate_up_block=16)
+    assert is_whole(victim)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+def test_links_on_the_way_to_a_part_are_refused(sample_source: Path, tmp_path: Path, victim: Path, depth: int) -> None:
+    """The work folder, the parts folder, the part's folder and its own work folder."""
+    out = tmp_path / "out"
+    part = part_folder(out, LayerSelection.parse("1/1"))
+    link = [part.parent.parent, part.parent, part, part / WORK_FOLDER][depth]
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim)
+    with pytest.raises(TargetError):
+        convert_part(sample_source, out, "1/1")
+    with pytest.raises(TargetError):
+        join_parts(sample_source, out)
+    with pytest.raises(TargetError):
+        discard_parts(out)
+        list_parts(out)
+    assert is_whole(victim)
+
+
+def test_folder_that_becomes_a_link_while_a_run_works(tmp_path: Path, victim: Path) -> None:
+    with pytest.raises(TargetError, match="is not what"), Target(tmp_path / "out", {"a": 1}) as target:
+        file = target.create("sub/file", 1)
+        (tmp_path / "out" / "sub").symlink_to(victim)
+        file.write(0, b"1")
+        file.commit({"sha256": SHA256})
+    assert is_whole(victim)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_journal_does_not_reach_behind_a_link(tmp_path: Path, victim: Path, restart: bool) -> None:
     with Target(tmp_path / "out", {"a": 1}) as target:
-        target.note({"file": "d/file", "nbytes": 1, "sha256": "0" * 64})
+        target.note({"file": "d/file", "nbytes": 1, "sha256": SHA256})
     (tmp_path / "out" / "d").symlink_to(victim)
     with pytest.raises(TargetError):
-        Target(tmp_path / "out", {"a": 1}, restart=True)
-    assert (victim / "file").read_text() == "x"
+        Target(tmp_path / "out", {"a": 1}, restart=restart)
+    assert is_whole(victim)
 
 
-def test_deep_journal_line_and_nan(tmp_path: Path) -> None:
-    with Target(tmp_path, {"a": float("nan")}) as target:
-        target.note({"file": "x", "nbytes": 1, "sha256": "0" * 64})
-    with (tmp_path / WORK_FOLDER / "journal.jsonl").open("ab") as stream:
-        stream.write(b"[" * 100_000 + b"\n")
-    with Target(tmp_path, {"a": float("nan")}) as target:
-        assert target.resumed
+def test_restart_does_not_take_the_work_folder_for_a_file(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", {"a": 1}) as target:
+        target.note({"file": f"{WORK_FOLDER}/lock", "nbytes": 0, "sha256": SHA256})
+    with Target(tmp_path / "out", {"a": 1}, restart=True) as target:
+        assert (target.work / "lock").exists()
+
+
+@pytest.mark.parametrize("name", ["", "/x", "../x", "a/../../x", "a//b", ".", "a\\b", "a\0b"])
+def test_unsafe_names_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    with TargetRoot(tmp_path / "out") as root:
+        for act in (root.unlink, root.status, root.remove_tree, lambda name: root.open_file(name, os.O_CREAT)):
+            with pytest.raises(TargetError, match="unsafe"):
+                act(name)
+        with pytest.raises(TargetError, match="unsafe"):
+            root.move("x", name, replace=True)
+
+
+@pytest.mark.parametrize("way", ["renameat2", "link", "look"])
+def test_rename_never_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way != "renameat2":
+        monkeypatch.setattr(rename_module, "_renameat2", lambda *names: errno.EINVAL)
+    if way == "look":
+
+        def no_links(*names: object, **options: object) -> None:
+            raise OSError(errno.EPERM, "no hard links")
+
+        monkeypatch.setattr(os, "link", no_links)
+    for name in ("old", "there"):
+        (tmp_path / name).write_text(name)
+    with TargetRoot(tmp_path) as root:
+        with pytest.raises(FileExistsError):
+            root.move("old", "there", replace=False)
+        assert (tmp_path / "there").read_text() == "there"
+        root.move("old", "sub/new", replace=False)
+        assert (tmp_path / "sub" / "new").read_text() == "old"
+        root.move("sub/new", "there", replace=True)
+    assert (tmp_path / "there").read_text() == "old"
+
+
+def test_remove_tree_leaves_what_is_behind_links(tmp_path: Path, victim: Path) -> None:
+    (tmp_path / "tree" / "a").mkdir(parents=True)
+    (tmp_path / "tree" / "a" / "link").symlink_to(victim)
+    with TargetRoot(tmp_path) as root:
+        root.remove_tree("tree")
+        root.remove_tree("tree")
+    assert is_whole(victim)
+    assert not (tmp_path / "tree").exists()

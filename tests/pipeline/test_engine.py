@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
 from nvfp4_prep.output.atomic_file import AtomicFile
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -158,3 +158,22 @@ def test_interrupt_waits_for_workers_in_the_middle_of_a_unit(signals: int) -> No
     with pytest.raises(ConversionInterrupted):
         run_jobs([job], None, threads=2)
     assert ended.is_set()
+
+
+def test_no_threads_left_is_one_error_and_the_started_ones_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    jobs = [FileJob(f"f{n}", 4, b"head", lambda: [Unit(1, UnitResult)]) for n in range(5)]
+    with Target(tmp_path / "out", {}) as target, pytest.raises(NvfpPrepError, match="cannot start a thread"):
+        run_jobs(jobs, target, threads=4)
+    for thread in started:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert not list((tmp_path / "out" / ".nvfp4_prep").rglob("f*"))

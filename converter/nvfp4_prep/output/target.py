@@ -102,8 +102,12 @@ class Target:
         try:
             self._root.make_folder(WORK_FOLDER)
             return take_lock(self._root)
-        except BaseException:
+        except BaseException as error:
             self._root.close()
+            if isinstance(error, TargetError):  # no locks here: nothing is left
+                with contextlib.suppress(OSError):
+                    for folder in self._made:
+                        folder.rmdir()
             raise
 
     def _close(self) -> None:

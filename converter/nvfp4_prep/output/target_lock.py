@@ -69,6 +69,7 @@ def take_lock(root: TargetRoot) -> int:
         if isinstance(error, BlockingIOError):
             raise _busy(root.path) from error
         if error.errno in _NO_LOCKS:
+            root.unlink(f"{WORK_FOLDER}/{LOCK}")
             raise _no_locks(root.path) from error
         raise
     if os.fstat(descriptor).st_nlink == 0:

@@ -41,8 +41,7 @@ def write_made_files(
     texts = {INDEX: make_index(served), README: make_model_card(draft), CONFIG: expected_config(draft)}
     made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made") for name, text in texts.items()}
     manifest = replace(draft, files={**draft.files, **made})
-    texts[MANIFEST] = manifest.to_bytes()
-    _check_readable(target, texts[MANIFEST])
+    texts[MANIFEST] = _manifest_text(target, manifest)
     target.remove_file(CONFIG)  # of a run that was killed after it, and may be judged anew
     target.check_files()
     for name in MADE_FILES:
@@ -54,15 +53,20 @@ def write_made_files(
     return manifest
 
 
-def _check_readable(target: Target, text: bytes) -> None:
-    """Raise :class:`TargetError` for a manifest that no reader would take: the journal of an earlier run was damaged in
-    a way that no line shows.
+def _manifest_text(target: Target, manifest: Manifest) -> bytes:
+    """Return the manifest's bytes.
+
+    Raises:
+        TargetError: if no reader would take them: the journal was damaged in a way that no line shows.
     """
     try:
+        text = manifest.to_bytes()
         Manifest.from_bytes(text, MANIFEST)
-    except NvfpPrepError as error:
+    except (KeyError, NvfpPrepError) as error:
+        what = error.what if isinstance(error, NvfpPrepError) else f"{error} is missing"
         raise TargetError(
-            f"the finished files of an earlier run do not fit together ({error.what})",
+            f"the finished files of an earlier run do not fit together ({what})",
             where=str(target.path),
             next_step="The journal in its work folder was damaged: use --restart.",
         ) from error
+    return text

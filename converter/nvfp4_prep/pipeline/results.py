@@ -50,7 +50,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
 def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
     """For each reconciled expert of a layer the side whose block scales changed."""
     facts = _facts(made, position, results)
-    return {item["expert"]: item["side"] for fact in facts for item in fact["reconciled"]}
+    return {item["expert"]: item["side"] for fact in facts for item in fact.get("reconciled", ())}
 
 
 def _layer_files(made: Plan, position: int) -> list[OutputFile]:
@@ -67,12 +67,12 @@ def _without_records(plan: LayerPlan) -> MoeLayer:
 
 
 def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
-    outcomes = [item for fact in facts for item in fact["reconciled"]]
+    outcomes = [item for fact in facts for item in fact.get("reconciled", ())]
     differing = plan.scalars.differing
     figures: dict[str, Any] = {}
     if differing:
         # over the gate and up weights of the experts that differ; the others have no error under any policy
-        errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact["errors"])
+        errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact.get("errors", ()))
         figures["relative_error"] = errors.relative()
     if outcomes:
         figures |= {

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -54,17 +55,19 @@ class Outcome:
 class ForkServer:
     """A running server; use as a context manager. One request at a time: take several servers for several cores."""
 
-    def __init__(self, scratch: Path, library: Path | None = None) -> None:
+    def __init__(self, scratch: Path, library: Path | None = None, variables: Mapping[str, str] | None = None) -> None:
         """Start the server.
 
         Args:
             scratch: folder for the output of the commands; made here.
             library: the fault library, if faults are wanted.
+            variables: more environment variables.
         """
         self._scratch = scratch
         scratch.mkdir(parents=True)
         quiet = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {**os.environ, **quiet, **(variables or {})}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         environment["PYTHONDONTWRITEBYTECODE"] = "1"
         if library is not None:
             environment["LD_PRELOAD"] = str(library)

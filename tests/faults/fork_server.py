@@ -104,6 +104,13 @@ def arm(fault: dict[str, Any], counters: mmap.mmap) -> None:
     )
 
 
+def limit_memory() -> None:
+    """Take no more than 3 GiB above what this process has, whatever a hostile file asks for."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit_nbytes = pages * mmap.PAGESIZE + 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit_nbytes, limit_nbytes))
+
+
 def run_child(request: dict[str, Any], scratch: Path, counters: mmap.mmap) -> None:
     """Run the program in this forked child, and end the process with its exit code."""
     code = 1
@@ -115,6 +122,7 @@ def run_child(request: dict[str, Any], scratch: Path, counters: mmap.mmap) -> No
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         if request.get("guard"):
             watch_writes(request["guard"], scratch / "guard")
+            limit_memory()
         if request.get("fault"):
             arm(request["fault"], counters)
         PROGRAMS[request["program"]](request["arguments"])

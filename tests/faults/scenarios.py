@@ -6,6 +6,7 @@ A world is a folder that one fork server works in, one command at a time::
     world/prepared    the source, prepared; never changed
     world/neighbour   files of somebody else; never changed
     world/out         what the command writes; new for every point
+    world/hf-home     the Hub client's own files, where there is a Hub
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class World:
 
     def begin(self, scenario: Scenario) -> None:
         """Make the state that the scenario's command begins with."""
-        shutil.rmtree(self.out, ignore_errors=True)
+        self.clear()
         if scenario.in_place:
             shutil.copytree(self.root / "prepared", self.out)
             config = json.loads((self.out / "config.json").read_text())
@@ -151,7 +152,7 @@ class World:
             for command in scenario.after:
                 self.run_well(command)
             self._references[key] = tree_of(self.out), outcome.points
-            shutil.rmtree(self.out)
+            self.clear()
         return self._references[key]
 
     def trace(self, scenario: Scenario) -> list[str]:
@@ -161,8 +162,13 @@ class World:
         self.run(scenario.command, self.fault(0, trace=path))
         return path.read_text().replace(str(self.root) + "/", "").splitlines()
 
+    def clear(self) -> None:
+        """Remove what the last command wrote."""
+        shutil.rmtree(self.out, ignore_errors=True)
+
     def _surroundings(self) -> Tree:
-        return {name: content for name, content in tree_of(self.root).items() if name.split("/")[0] != "out"}
+        tree = tree_of(self.root)
+        return {name: content for name, content in tree.items() if name.split("/")[0] not in ("out", "hf-home")}
 
     def touched(self) -> Tree | None:
         """Return what stands outside ``out`` if it is not what it was."""

@@ -5,13 +5,10 @@ The short form breaks a few calls of each command; with NVFP4_PREP_FAULTS=all (`
 
 from __future__ import annotations
 
-import os
 import queue
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -20,22 +17,16 @@ from faults.fault_library import build_library, missing_tool
 from faults.fork_client import ForkServer
 from faults.known_failures import finding_of
 from faults.scenarios import ACTIONS, SCENARIOS, Scenario, World
-
-EVERY_POINT = os.environ.get("NVFP4_PREP_FAULTS") == "all"
-MEMORY = Path(os.environ.get("NVFP4_PREP_FAULTS_DIR", "/dev/shm"))
-"""A file system in memory, where fsync costs nothing; another folder finds calls that only disks see (O_DIRECT)."""
-SERVERS = min(4, os.cpu_count() or 1)
+from faults.settings import EVERY_POINT, SERVERS, working_folder
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[World]]:
+def worlds() -> Iterator[list[World]]:
     """Worlds that work side by side."""
     if (reason := missing_tool()) is not None:
         pytest.skip(reason)
     with ExitStack() as stack:
-        folder = tmp_path_factory.mktemp("faults")
-        if (memory := MEMORY).is_dir() and os.access(memory, os.W_OK):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-", dir=memory)))
+        folder = stack.enter_context(working_folder("faults-"))
         library = build_library(folder)
         servers = [ForkServer(folder / f"scratch{number}", library) for number in range(SERVERS)]
         for server in servers:

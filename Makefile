@@ -1,6 +1,8 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
 # make test    set up and run the tests
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
+# make test-faults  every system call of every command that changes a file, killed and failed (make test has some)
+# make fuzz    hostile checkpoints for FUZZ_SECONDS=120; a failure prints the SEED=... that repeats it
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
@@ -13,12 +15,13 @@ STAMP := $(VENV)/.installed
 VENV1 := $(VENV)-hub1
 STAMP1 := $(VENV1)/.installed
 DEMO ?= demo
+FUZZ_SECONDS ?= 120
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-hub1 test-vllm check bench figures clean
+.PHONY: setup demo test test-hub1 test-vllm test-faults fuzz check bench figures clean
 
 setup: $(STAMP)
 
@@ -58,6 +61,12 @@ $(STAMP1): $(STAMP)
 test-hub1: $(STAMP1)
 	$(VENV1)/bin/python -c 'import huggingface_hub as h, sys; sys.exit(not h.__version__.startswith("1."))'
 	$(VENV1)/bin/python -m pytest -q tests/hub
+
+test-faults: $(STAMP)
+	NVFP4_PREP_FAULTS=all $(BIN)/python -m pytest -q tests/faults
+
+fuzz: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(FUZZ_SECONDS) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)
 	$(BIN)/ruff check .

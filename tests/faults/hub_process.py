@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-HUB_TESTS = Path(__file__).resolve().parents[1] / "hub"
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 def _look(hub: Any) -> dict[str, Any]:
-    from hub_support import assert_never_half
+    from support.hub_support import assert_never_half
 
     half: list[str] = []
     trees = {}
@@ -36,9 +36,9 @@ def _look(hub: Any) -> dict[str, Any]:
 
 def serve() -> None:
     """Run the Hub until stdin ends."""
-    sys.path.insert(0, str(HUB_TESTS))
-    from hub_server import loopback_hub
-    from hub_store import Store
+    sys.path.insert(0, str(SUPPORT.parent))
+    from support.hub_server import loopback_hub
+    from support.hub_store import Store
 
     with loopback_hub() as hub:
         print(hub.url, flush=True)

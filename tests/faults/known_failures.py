@@ -24,20 +24,7 @@ class Known:
     text: str
 
 
-_NOT_OURS = r"the same command again: exit code 8: .* exists and is not empty"
-_LEFTOVERS = r"found exit code 1: error: .*Input/output error"
-_NO_FILE = r"\((unfinished|prepared); (journal\.jsonl|lock|nvfp4_prep\.json) is a "
-KNOWN_FAILURES = (
-    Known("finding 6: stopped in the last five steps", ("restore", "restore-restart", "relayout"), _NOT_OURS),
-    Known("new: EIO while leftovers are removed", ("resume", "restart", "restore-restart", "join"), _LEFTOVERS),
-    Known("finding 24: link among leftovers", ("unfinished",), r"Cannot call rmtree on a symbolic link"),
-    Known("finding 2: work folder is a link", ("unfinished",), r"\(unfinished; \.nvfp4_prep is a link"),
-    Known("findings 2, 16, 17: journal, lock or manifest is no file", ("unfinished", "prepared"), _NO_FILE),
-    Known("finding 22: journal of wrong types", ("unfinished",), r"\(unfinished; journal\)"),
-    Known(
-        "new: --restart and a folder in the place of a file", ("unfinished",), r"exit code 1: error: .*Is a directory"
-    ),
-)
+KNOWN_FAILURES: tuple[Known, ...] = ()
 
 
 def finding_of(scenario: str, text: str) -> str | None:

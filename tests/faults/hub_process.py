@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-HUB_TESTS = Path(__file__).resolve().parents[1] / "hub"
+HUB_FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("support", "hub")]
+"""Where the loopback Hub's modules lie."""
 
 
 def _look(hub: Any) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def _look(hub: Any) -> dict[str, Any]:
 
 def serve() -> None:
     """Run the Hub until stdin ends."""
-    sys.path.insert(0, str(HUB_TESTS))
+    sys.path[:0] = HUB_FOLDERS
     from hub_server import loopback_hub
     from hub_store import Store
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from faults.scenarios import ACTIONS, World
+from faults.scenarios import ACTIONS, Scenario, World
+from faults.trees import Tree
 from fuzz import hostile_files
 from fuzz.hostile_json import damaged_json
 
@@ -22,12 +23,14 @@ class Step:
         command: arguments; ``{given}`` is the damaged directory, ``{out}``, ``{back}`` are targets.
         only_after_success: run only if the first command of the case succeeded.
         codes: exit codes that are right; all documented ones if empty.
+        result: what ``{out}`` must hold after success.
         in_place: the command may write into the damaged directory.
     """
 
     command: str
     only_after_success: bool = False
     codes: tuple[int, ...] = ()
+    result: Tree | None = None
     in_place: bool = False
 
 
@@ -144,9 +147,8 @@ def unfinished(case: Case, world: World) -> list[Step]:
     is_foreign = chance.random() < 0.25  # nobody promises to notice it while converting: verify does
     case.told.append(chance.choice(foreign if is_foreign else changes)())
     restart = chance.choice(("", " --restart"))
-    check = "verify {out} --source {source}" if command.startswith("conv") else "verify {prepared} --source {out}"
-    same = Step(f"{check} -q --threads 1", only_after_success=True, codes=(0, 3, 6) if is_foreign else (0,))
-    return [Step(command + restart), same, Step("verify {out} --quick -q"), Step("inspect {out} -q")]
+    result = None if is_foreign else world.reference(Scenario("undisturbed", command))[0]
+    return [Step(command + restart, result=result), Step("verify {out} --quick -q"), Step("inspect {out} -q")]
 
 
 AREAS: dict[str, Callable[[Case, World], list[Step]]] = {

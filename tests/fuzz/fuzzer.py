@@ -9,7 +9,7 @@ from random import Random
 
 from faults.fork_client import Outcome
 from faults.scenarios import World
-from faults.trees import Tree, difference, tree_of
+from faults.trees import Tree, difference, tree_of, without_work
 from fuzz.areas import AREAS, Case, Step
 
 DOCUMENTED = (0, 2, 3, 4, 5, 6, 7, 8, 11, 12)
@@ -73,6 +73,10 @@ class Fuzzer:
         guard = [places[name] for name in targets]
         outcome = self._world.server.run(words, program=program, guard=guard, seconds=SECONDS)
         texts = self._wrong(outcome, step, "--json" in words)
+        if outcome.code == 0 and step.result is not None:
+            found = without_work(tree_of(case.out))
+            if found != step.result:
+                texts.append(f"exit code 0, but the result is another one: {difference(found, step.result)}")
         after = self._surroundings(case, targets)
         if after != before:
             texts.append(f"changed what is not its own: {difference(after, before)}")

@@ -97,15 +97,15 @@ def damage(chance: Random, path: Path, case: Path) -> str:
     if kind < 0.25:
         remove(path)
         return f"{path.name}: removed"
-    if path.suffix == ".safetensors" and path.stat().st_size >= 8:
-        return damage_header(chance, path, case)
-    if path.suffix == ".json":
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            return damage_header(chance, path, case)
+        if path.suffix == ".json":
             path.write_bytes(damaged_json(chance, path.read_bytes(), str(case)))
-        except ValueError:  # damaged before
-            return damage_bytes(chance, path)
-        return f"{path.name}: JSON"
-    return damage_bytes(chance, path)
+            return f"{path.name}: JSON"
+    except (ValueError, RecursionError, struct.error):  # damaged before, and no document any more
+        pass
+    return damage_bytes(chance, path) if path.stat().st_size < LARGE_NBYTES else f"{path.name}: as it was"
 
 
 ADDED = (

@@ -21,13 +21,15 @@ class LayoutName(enum.StrEnum):
 
     CUTEDSL = "cutedsl"
     CUTEDSL_BATCHED = "cutedsl-batched"
+    TRTLLM = "trtllm"
 
 
 class GateUpPolicy(enum.StrEnum):
     """What to do where an expert's gate and up projections have different global scales.
 
-    The kernel has one scale for both. ``reconcile`` rescales one side's block scales, ``vllm`` takes gate's scale for
-    both as vLLM does, ``error`` refuses.
+    The CuteDSL kernels have one scale for both. ``reconcile`` rescales one side's block scales, ``vllm`` takes gate's
+    scale for both as vLLM does, ``error`` refuses. The TRTLLM-gen kernels have one for each, so that ``reconcile`` has
+    nothing to rescale there: both scales are stored.
     """
 
     RECONCILE = "reconcile"
@@ -41,7 +43,7 @@ class ConvertOptions:
 
     Attributes:
         layout: which kernel's layout.
-        gate_up_block: rows in one gate/up block (16, 32 or 64); the batched layout has none.
+        gate_up_block: rows in one gate/up block (16, 32 or 64) of the layout ``cutedsl``; the others have none.
         gate_up_scales: see :class:`GateUpPolicy`.
         moe_tp: tensor-parallel size to pad for.
     """
@@ -57,9 +59,12 @@ class ConvertOptions:
         object.__setattr__(self, "gate_up_scales", _member(GateUpPolicy, self.gate_up_scales, "gate_up_scales"))
         check_integer("gate_up_block", self.gate_up_block, 16, 64)
         check_integer("moe_tp", self.moe_tp, 1, MAX_MOE_TP)
-        if self.layout is LayoutName.CUTEDSL_BATCHED and self.gate_up_block != 64:
+        if self.layout is not LayoutName.CUTEDSL and self.gate_up_block != 64:
+            batched = self.layout is LayoutName.CUTEDSL_BATCHED
             raise UsageError(
-                "the batched layout does not interleave gate and up",
+                "the batched layout does not interleave gate and up"
+                if batched
+                else "the TRTLLM-gen layout alternates gate and up row by row, without blocks of a height to choose",
                 expected="no --gate-up-block",
                 actual=self.gate_up_block,
             )
@@ -74,6 +79,8 @@ class ConvertOptions:
         try:
             if self.layout is LayoutName.CUTEDSL:
                 return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
+            if self.layout is LayoutName.TRTLLM:
+                return MoeLayout.trtllm(gated=gated, moe_tp=self.moe_tp)
             if gated:
                 return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)
         except LayoutError as error:
@@ -81,6 +88,15 @@ class ConvertOptions:
         raise UsageError(
             "the batched kernel computes SiLU-gated experts only", next_step="Use --layout cutedsl for this model."
         )
+
+    @property
+    def gives_scales_up(self) -> bool:
+        """Whether gate and up get one global scale where the source has two; else both are stored."""
+        return self.gate_up_scales is GateUpPolicy.VLLM or not self.layout_for(gated=True).takes_two_w13_scales
+
+    def reconciled(self, differing: tuple[int, ...]) -> tuple[int, ...]:
+        """Return, of the experts whose gate and up scales differ, those whose block scales are rescaled."""
+        return differing if self.gate_up_scales is GateUpPolicy.RECONCILE and self.gives_scales_up else ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import torch
+
 __all__ = [
     "BLOCK_COLS",
     "SCALE_VECTORS",
@@ -57,6 +59,11 @@ class PreparedTensor(enum.StrEnum):
     def dtype(self) -> str:
         """The stored dtype by its safetensors name."""
         return "F8_E4M3" if self.is_scale else "U8"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of a server's parameter: one byte an element, as in the file."""
+        return torch.float8_e4m3fn if self.is_scale else torch.uint8
 
     @property
     def cols_per_byte(self) -> int:

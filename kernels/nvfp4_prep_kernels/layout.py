@@ -139,6 +139,11 @@ class MoeLayout:
         """Whether the kernel takes one global scale for gate and one for up: :data:`UP_SCALE_VECTOR` can be stored."""
         return self.shuffled and self.gated
 
+    @property
+    def scale_vectors(self) -> tuple[str, ...]:
+        """Names of the float32 ``[E]`` tensors that are stored beside the four big ones."""
+        return (*SCALE_VECTORS, UP_SCALE_VECTOR) if self.takes_two_w13_scales else SCALE_VECTORS
+
     def check(self, dims: MoeDims) -> None:
         """Raises :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
         if dims.experts < 1 or dims.intermediate < 1 or dims.hidden < 1:

@@ -21,7 +21,8 @@ from nvfp4_prep.errors import (
     VerificationError,
 )
 from nvfp4_prep_kernels import PreparedTensor, Projection
-from support.tiny_checkpoints import TinyLayer, config, merged, others, write
+from support.relayout_cases import flip, same_but_for_provenance, source
+from support.tiny_checkpoints import TinyLayer, config, write
 
 CHANGES: list[dict[str, Any]] = [
     {"gate_up_block": 16},
@@ -30,31 +31,8 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def source(folder: Path, *, kind: str = "modelopt", differing: bool = True, **changes: Any) -> Path:
-    layers = [
-        TinyLayer(f"model.layers.{number}.mlp.experts", kind=kind, differing=differing, seed=number, **changes)
-        for number in range(2)
-    ]
-    tensors = merged([*(layer.tensors() for layer in layers), others()])
-    write(folder, tensors, shards=3)
-    (folder / "tokenizer.json").write_text('{"a": 1}')
-    return folder
-
-
 def tensor_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
-
-
-def same_but_for_provenance(one: Path, other: Path) -> None:
-    """Everything but what says how it was made (manifest's ``verified`` and the card that quotes it)."""
-    names = {path.name for path in one.iterdir()}
-    assert names == {path.name for path in other.iterdir()}
-    for name in names - {"nvfp4_prep.json", "README.md"}:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    a, b = (json.loads((folder / "nvfp4_prep.json").read_text()) for folder in (one, other))
-    for manifest in (a, b):
-        del manifest["verified"], manifest["files"]["README.md"]
-    assert a == b
 
 
 @pytest.mark.parametrize("changes", CHANGES)
@@ -116,12 +94,6 @@ def test_experts_without_gate_have_no_batched_layout(tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "old")
     with pytest.raises(UnsupportedCheckpointError, match="plain SiLU only"):
         relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.CUTEDSL_BATCHED)
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["experts-layer-00001.safetensors", "model-00001-of-00001.safetensors"])

@@ -17,7 +17,7 @@ from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTokens, M
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 from nvfp4_prep_kernels.triton_moe import TritonMoe
 from support.moe_cases import CASES, Layer, random_layer
-from support.mutations import MUTATIONS, PADDING_MUTATIONS
+from support.mutations import MUTATIONS, PADDING_MUTATIONS, TRTLLM_MUTATIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = SmokeSettings(per_expert=8, routed=16, noise_experts=2)
@@ -39,11 +39,18 @@ def under_test(layer: Layer) -> LayerUnderTest:
         fc2_input_scale=float(prepared.w2_input_scale[0]),
         w13_scale_2=tuple(prepared.w13_weight_scale_2.tolist()),
         w2_scale_2=tuple(prepared.w2_weight_scale_2.tolist()),
+        w13_scale_2_up=None
+        if prepared.w13_weight_scale_2_up is None
+        else tuple(prepared.w13_weight_scale_2_up.tolist()),
     )
 
 
 KIMI_LIKE = under_test(random_layer(MoeLayout.cutedsl(gated=True), MoeDims(4, 128, 256), MoeActivation(), DEVICE))
 PADDED = under_test(random_layer(MoeLayout.cutedsl(gated=True), MoeDims(3, 80, 272), MoeActivation(), DEVICE))
+
+_TRTLLM = MoeLayout.trtllm(gated=True)
+TRTLLM = under_test(random_layer(_TRTLLM, MoeDims(4, 128, 256), MoeActivation(), DEVICE, two_w13_scales=True))
+PADDED_TRTLLM = under_test(random_layer(_TRTLLM, MoeDims(3, 80, 272), MoeActivation(), DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,9 +89,24 @@ def test_mutations_are_caught_by_the_outputs(mutation: str, backend: str) -> Non
     assert caught(report, COMPUTED), report.problems
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mutation", TRTLLM_MUTATIONS)
+def test_mutations_of_trtllm_bytes_are_caught_by_the_outputs(mutation: str, backend: str) -> None:
+    wrong = replace(TRTLLM, prepared=TRTLLM_MUTATIONS[mutation](TRTLLM.prepared))
+    report = run_layer(wrong, BACKENDS[backend], SETTINGS)
+    assert not report.passed
+    assert caught(report, COMPUTED), report.problems
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_trtllm_bytes_with_two_scales_pass(backend: str) -> None:
+    assert run_layer(TRTLLM, BACKENDS[backend], SETTINGS).passed
+
+
+@pytest.mark.parametrize("padded", [PADDED, PADDED_TRTLLM], ids=["cutedsl", "trtllm"])
 @pytest.mark.parametrize("mutation", PADDING_MUTATIONS)
-def test_dirty_padding_is_caught(mutation: str) -> None:
-    report = run_layer(replace(PADDED, prepared=PADDING_MUTATIONS[mutation](PADDED.prepared)), TorchMoe(), SETTINGS)
+def test_dirty_padding_is_caught(mutation: str, padded: LayerUnderTest) -> None:
+    report = run_layer(replace(padded, prepared=PADDING_MUTATIONS[mutation](padded.prepared)), TorchMoe(), SETTINGS)
     assert caught(report, {"padding"}), report.problems
     assert report.dirty_padding == 1
 

@@ -8,35 +8,73 @@ from dataclasses import replace
 import torch
 
 from nvfp4_prep_kernels import PreparedTensor
-from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
 from nvfp4_prep_kernels.moe_types import PreparedExperts
+from nvfp4_prep_kernels.row_order import BlockRows, RowOrder, join_rows, shuffle_rows, split_rows, unshuffle_rows
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales, unswizzle_scales
 
-__all__ = ["MUTATIONS", "PADDING_MUTATIONS"]
+__all__ = ["MUTATIONS", "PADDING_MUTATIONS", "TRTLLM_MUTATIONS"]
 
 Mutation = Callable[[PreparedExperts], PreparedExperts]
 
 
 def _w13(
-    experts: PreparedExperts, change: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    experts: PreparedExperts, change: Callable[[torch.Tensor, torch.Tensor, RowOrder], torch.Tensor]
 ) -> PreparedExperts:
-    """Rebuilds w13 from (gate, up, block), codes and scales alike."""
-    block = experts.layout.gate_up_block
-    weight = change(*deinterleave_gate_up(experts.w13_weight, block), block)
-    scales = change(*deinterleave_gate_up(unswizzle_scales(experts.w13_weight_scale), block), block)
+    """Rebuilds w13 from (gate, up, row order), codes and scales alike."""
+    rows = experts.layout.rows
+    weight = change(*split_rows(rows, experts.w13_weight, fused=True), rows)
+    scales = change(*split_rows(rows, unswizzle_scales(experts.w13_weight_scale), fused=True), rows)
     return replace(experts, w13_weight=weight, w13_weight_scale=swizzle_scales(scales))
 
 
+def _w2(experts: PreparedExperts, change: Callable[[torch.Tensor], torch.Tensor]) -> PreparedExperts:
+    """Changes the rows of w2, codes and scales alike."""
+    scales = swizzle_scales(change(unswizzle_scales(experts.w2_weight_scale)))
+    return replace(experts, w2_weight=change(experts.w2_weight), w2_weight_scale=scales)
+
+
 def gate_and_up_swapped(experts: PreparedExperts) -> PreparedExperts:
-    return _w13(experts, lambda gate, up, block: interleave_gate_up(up, gate, block))
+    return _w13(experts, lambda gate, up, rows: join_rows(rows, (up, gate)))
 
 
 def rows_not_interleaved(experts: PreparedExperts) -> PreparedExperts:
-    return _w13(experts, lambda gate, up, block: torch.cat((gate, up), dim=-2))
+    return _w13(experts, lambda gate, up, rows: torch.cat((gate, up), dim=-2))
 
 
 def wrong_block_height(experts: PreparedExperts) -> PreparedExperts:
-    return _w13(experts, lambda gate, up, block: interleave_gate_up(gate, up, 32 if block == 64 else 64))
+    block = 32 if experts.layout.gate_up_block == 64 else 64
+    return _w13(experts, lambda gate, up, rows: join_rows(BlockRows(block), (gate, up)))
+
+
+def w13_rows_not_shuffled(experts: PreparedExperts) -> PreparedExperts:
+    return _w13(experts, lambda gate, up, rows: unshuffle_rows(join_rows(rows, (gate, up))))
+
+
+def w2_rows_not_shuffled(experts: PreparedExperts) -> PreparedExperts:
+    return _w2(experts, unshuffle_rows)
+
+
+def w2_rows_shuffled_twice(experts: PreparedExperts) -> PreparedExperts:
+    return _w2(experts, shuffle_rows)
+
+
+def w2_codes_not_shuffled(experts: PreparedExperts) -> PreparedExperts:
+    """Codes of the CuteDSL layout with scales of this one."""
+    return replace(experts, w2_weight=unshuffle_rows(experts.w2_weight))
+
+
+def ups_scale_from_gate(experts: PreparedExperts) -> PreparedExperts:
+    """What a server computes that takes gate's factor for both."""
+    return replace(experts, w13_weight_scale_2_up=experts.w13_weight_scale_2)
+
+
+def gate_and_up_scales_swapped(experts: PreparedExperts) -> PreparedExperts:
+    up = experts.w13_weight_scale_2_up
+    return (
+        experts
+        if up is None
+        else replace(experts, w13_weight_scale_2=up, w13_weight_scale_2_up=experts.w13_weight_scale_2)
+    )
 
 
 def w13_scales_not_swizzled(experts: PreparedExperts) -> PreparedExperts:
@@ -160,6 +198,17 @@ MUTATIONS: dict[str, Mutation] = {
     "a single code in w2": one_code_in_w2,
 }
 """For a gated layer without padding."""
+
+TRTLLM_MUTATIONS: dict[str, Mutation] = {
+    **MUTATIONS,
+    "w13 rows not shuffled": w13_rows_not_shuffled,
+    "w2 rows not shuffled": w2_rows_not_shuffled,
+    "w2 rows shuffled twice": w2_rows_shuffled_twice,
+    "w2 codes not shuffled, scales shuffled": w2_codes_not_shuffled,
+    "up's global scale taken from gate": ups_scale_from_gate,
+    "gate's and up's global scales swapped": gate_and_up_scales_swapped,
+}
+"""For a gated TRTLLM-gen layer without padding, with two global scales."""
 
 PADDING_MUTATIONS: dict[str, Mutation] = {
     f"padding of {tensor.value} not zero": lambda experts, tensor=tensor: _dirty(experts, tensor)  # type: ignore[misc]

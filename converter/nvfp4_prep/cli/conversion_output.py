@@ -39,6 +39,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
     """For people, on stdout."""
     from nvfp4_prep._util.text import count, format_nbytes
     from nvfp4_prep.cli.render import left_out_lines, quantization_lines, relative_error_text, tp_lines
+    from nvfp4_prep.prepared.kernel_choice import kernel_lines
 
     manifest = result.manifest
     if pushed is not None:
@@ -49,6 +50,7 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
     lines = [
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
+        *kernel_lines(manifest.options.layout),
         *tp_lines((record.layout, record.dims) for record in manifest.layers),
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
         *(f"left out {line}" for line in left_out_lines(result.left_out)),
@@ -57,12 +59,17 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
     if differing:
         policy = manifest.options.gate_up_scales.value
+        exact = not manifest.options.gives_scales_up
         worst = max(
             (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
             key=lambda errors: float(errors[policy]),
         )
         lines.append(
-            f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
+            f"gate/up global scales differed in {count(differing, 'expert')}: both are stored, nothing was rescaled;"
+            f" relative error of the weights: 0 (with one scale for both: reconcile {worst['reconcile']:.3g},"
+            f" vllm {worst['vllm']:.3g})"
+            if exact
+            else f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
             f" {relative_error_text(worst)}"
         )
     lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]

@@ -72,10 +72,10 @@ def conversion_options(command: _Command) -> _Command:
     decorators = [
         click.option(
             "--layout",
-            type=click.Choice(["cutedsl", "cutedsl-batched"]),
+            type=click.Choice(["cutedsl", "cutedsl-batched", "trtllm"]),
             default="cutedsl",
             show_default=True,
-            help="Kernel to prepare for; the batched one is for DeepEP low latency.",
+            help="Kernel to prepare for; cutedsl-batched is for DeepEP low latency.",
         ),
         click.option(
             "--gate-up-block",

@@ -15,7 +15,7 @@ __all__ = ["relayout"]
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--layout", type=click.Choice(["cutedsl", "cutedsl-batched"]), help="Kernel to prepare for.")
+@click.option("--layout", type=click.Choice(["cutedsl", "cutedsl-batched", "trtllm"]), help="Kernel to prepare for.")
 @click.option("--gate-up-block", type=click.Choice(["64", "32", "16"]), help="Rows in one gate/up block.")
 @click.option("--moe-tp", type=click.IntRange(1, 1024), help="Tensor-parallel size to pad for.")
 @threads_option

@@ -17,8 +17,9 @@ from nvfp4_prep.commands.verify import VerifyReport
 from nvfp4_prep.pipeline.engine import default_memory_nbytes
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.prepared.kernel_choice import kernel_lines
 from nvfp4_prep.prepared.stamp import quantization_configs
-from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout
+from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor
 
 _COMMON_TP_SIZES = (1, 2, 4, 8)
 
@@ -89,9 +90,10 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         f"{format_nbytes(plan.source_nbytes)} in {count(len(plan.index.headers), 'shard')}",
         f"layout   {layout_text(plan.options.to_dict(), gated=gated)}",
         f"layers   {count(len(plan.layers), 'MoE layer')} to prepare, {count(expert_tensors, 'expert tensor')} become"
-        f" {8 * len(plan.layers)}",
+        f" {sum(len(PreparedTensor) + len(item.layout.scale_vectors) for item in plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
+    lines += [f"kernel   {line}" for line in kernel_lines(plan.options.layout)]
     lines += [f"TP       {line}" for line in tp_lines((item.layout, item.dims) for item in plan.layers)]
     configs = quantization_configs(plan.index.config, plan.index.hf_quant_config)
     lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
@@ -183,7 +185,8 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
 
 def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
     """Conversion options as the manifest has them; what concerns gate and up only where there is a gate."""
-    gate_up = f"gate/up block {options['gate_up_block']}, gate/up scales {options['gate_up_scales']}, " if gated else ""
+    block = f"gate/up block {options['gate_up_block']}, " if options["layout"] != "trtllm" else ""
+    gate_up = f"{block}gate/up scales {options['gate_up_scales']}, " if gated else ""
     return f"{options['layout']}, {gate_up}moe-tp {options['moe_tp']}"
 
 

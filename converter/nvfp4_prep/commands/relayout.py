@@ -1,40 +1,41 @@
 """Relayout: from one prepared layout to another, without the source.
 
-Experts are read prepared, turned back, checked against what the manifest says of the source, and prepared anew;
-everything else is copied. The result is what ``convert`` of the source with the new options writes, byte for byte in
+Experts are read prepared, turned back, checked against what the manifest says of the source, and prepared anew; block
+scales that only one of the layouts needs rescaled are rescaled, or are the source's again; everything else is copied.
+The result is what ``convert`` of the source with the new options writes, byte for byte in
 every tensor file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep._util.buffers import byte_view, crc32_each
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.commands.convert import check_apart, read_manifest
-from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError, VerificationError
+from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.output.finished_output import has_files
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline.copy_jobs import side_file_job
+from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
 from nvfp4_prep.pipeline.engine import run_jobs
-from nvfp4_prep.pipeline.expert_jobs import expert_chunks, prepare_and_prove
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
-from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult
+from nvfp4_prep.pipeline.relayout_jobs import LayerRelayout, damaged
+from nvfp4_prep.pipeline.results import gate_up_record
 from nvfp4_prep.pipeline.working import working
-from nvfp4_prep.planning.builder import check_batched, layer_files
+from nvfp4_prep.planning.builder import check_batched, layer_files, scale_files
 from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import FileRecord, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep.prepared.structure import require_sound
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
@@ -131,8 +132,8 @@ def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[Laye
             raise UnsupportedCheckpointError(
                 str(error), where=layer.experts_path, next_step="Give another --layout or --moe-tp."
             ) from error
-        experts = tuple(expert for expert, _ in record.gate_up.reconciled)
-        plans.append(LayerPlan(layer, layout, record.activation, checkpoint.scalars(record), experts))
+        scalars = checkpoint.scalars(record)
+        plans.append(LayerPlan(layer, layout, record.activation, scalars, options.reconciled(scalars.differing)))
     return tuple(plans)
 
 
@@ -173,61 +174,63 @@ class _Relayout:
         self._options = options
         self._plans = plans
         self._target = target
-        self._files = {file.name: file for file in layer_files(plans) if file.kind is FileKind.EXPERTS}
-        old = {name for layer in checkpoint.manifest.layers for name in layer.files}
+        self._layers = [
+            LayerRelayout(checkpoint, old, new) for old, new in zip(checkpoint.manifest.layers, plans, strict=True)
+        ]
+        files = layer_files(plans)
+        wanted = {FileKind.EXPERTS}
+        if any(layer.rescales_anew for layer in self._layers):
+            wanted.add(FileKind.SOURCE_BLOCK_SCALES)
+        if any(layer.old.layout.scale_vectors != layer.new.layout.scale_vectors for layer in self._layers):
+            wanted.add(FileKind.EXPERT_SCALES)
+            files += [file for file in scale_files(plans) if file.kind is FileKind.EXPERT_SCALES]
+        self._files = {file.name: file for file in files if file.kind in wanted}
         here = {file.name: file for file in checkpoint.files.files()}
-        kept = {name for name, file in checkpoint.manifest.files.items() if file.kind != "made"} - old
+        gone = {kind.value for kind in wanted} | {MADE}
+        kept = {name for name, file in checkpoint.manifest.files.items() if file.kind not in gone}
         self._copied = {name: here[name] for name in sorted(kept)}
 
     def run(self, threads: int | None, progress: Progress) -> RelayoutResult:
         target = self._target
         target.check_names([*self._files, *self._copied, *MADE_FILES])
-        jobs: list[FileJob] = [
-            FileJob(file.name, file.nbytes, file.header, partial(self._units, file))
-            for name, file in self._files.items()
-            if name not in target.done
-        ]
-        jobs += [
-            side_file_job(copied, self._checkpoint.files)
-            for name, copied in self._copied.items()
-            if name not in target.done
-        ]
-        needed = sum(job.nbytes for job in jobs)
+        pending = [file for name, file in self._files.items() if name not in target.done]
+        first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
+        copies = [copied for name, copied in self._copied.items() if name not in target.done]
+        needed = sum(file.nbytes for file in pending) + sum(copied.nbytes for copied in copies)
         target.check_space(Room(needed).needed_nbytes)
         total = sum(file.nbytes for file in self._files.values())
         total += sum(copied.nbytes for copied in self._copied.values())
         with working(progress, "relayout", total, total - needed):
+            jobs = [self._job(file) for file in first]
+            jobs += [side_file_job(copied, self._checkpoint.files) for copied in copies]
             run_jobs(jobs, target, threads=threads, progress=progress)
+            # the vectors depend on which side of each expert was rescaled
+            last = [values_job(file, self._vectors()) for file in pending if file.kind is FileKind.EXPERT_SCALES]
+            run_jobs(last, target, threads=1, progress=progress)
         return RelayoutResult(target.path, self._finish(), needed, target.resumed)
 
-    def _units(self, file: OutputFile) -> Iterator[Unit]:
-        position = file.layer_position or 0
-        old, new = self._checkpoint.manifest.layers[position], self._plans[position]
-        for tensor, record in zip(file.tensors, file.records, strict=True):
-            nbytes = new.layout.expert_nbytes(tensor, new.dims)
-            for chunk in expert_chunks(new.dims.experts, nbytes):
-                yield Unit(len(chunk) * nbytes, partial(self._prepare, old, new, tensor, record, chunk))
+    def _job(self, file: OutputFile) -> FileJob:
+        layer = self._layers[file.layer_position or 0]
+        return layer.experts_job(file) if file.kind is FileKind.EXPERTS else layer.block_scales_job(file)
 
-    def _prepare(
-        self, old: LayerRecord, new: LayerPlan, tensor: PreparedTensor, record: TensorRecord, chunk: range
-    ) -> UnitResult:
-        where = f"{new.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
-        stored = self._checkpoint.read_prepared(old, tensor, chunk)
-        for expert in self._checkpoint.damaged_experts(old, tensor, chunk, stored):
-            raise _damaged(f"bytes of expert {expert} differ from what was written", where)
-        try:
-            parts = old.layout.invert(tensor, stored, new.dims)
-            source = self._checkpoint.source_parts(old, tensor, chunk, stored)
-        except ValueError as error:
-            raise _damaged(str(error), where) from error
-        prepared = prepare_and_prove(new.layout, tensor, new.dims, parts, where)
-        raws = self._checkpoint.source_bytes(old, tensor, source)
-        begin = record.offset_bytes + chunk.start * new.layout.expert_nbytes(tensor, new.dims)
-        return UnitResult(
-            pieces=[(begin, byte_view(prepared))],
-            digests=[(group.key, byte_view(raw)) for group, raw in raws],
-            fact={"tensor": tensor.value, "crc32": crc32_each(prepared)},
-        )
+    def _vectors(self) -> dict[str, bytes]:
+        results = {name: JobResult.from_entry(entry) for name, entry in self._target.done.items()}
+        values: dict[str, bytes] = {}
+        for position, layer in enumerate(self._layers):
+            sides = {outcome["expert"]: outcome["side"] for outcome in self._outcomes(position, results)}
+            sides = sides if layer.rescales_anew else dict(layer.old.gate_up.reconciled)
+            policy = self._options.gate_up_scales
+            values |= expert_scale_vectors(layer.new.source, layer.new.layout, policy, layer.new.scalars, sides)
+        return values
+
+    def _experts_files(self, position: int) -> list[OutputFile]:
+        files = self._files.values()
+        return [file for file in files if file.kind is FileKind.EXPERTS and file.layer_position == position]
+
+    def _outcomes(self, position: int, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
+        """What was done to each expert of a layer whose block scales are rescaled now."""
+        facts = (fact for file in self._experts_files(position) for fact in results[file.name].facts)
+        return [outcome for fact in facts for outcome in fact.get("reconciled", [])]
 
     def _finish(self) -> Manifest:
         """Checks the digests, then writes index, card, manifest and config, the last two last."""
@@ -247,9 +250,9 @@ class _Relayout:
             files=files,
             verified=(*old.verified[:1], self._verified()),
         )
-        served = {file.name: file.records for file in self._files.values()}
         kinds = (FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
-        served |= {name: self._checkpoint.headers[name].tensors for name in self._checkpoint.names(*kinds)}
+        served = {name: self._checkpoint.headers[name].tensors for name in self._checkpoint.names(*kinds)}
+        served |= {file.name: file.records for file in self._files.values() if file.served}
         records = (record for records in served.values() for record in records)
         return write_made_files(self._target, draft, records)
 
@@ -270,27 +273,26 @@ class _Relayout:
         for name in self._copied:
             want = self._checkpoint.manifest.files[name].sha256
             if results[name].sha256 != want:
-                raise _damaged(f"was changed: sha256 {want} expected, {results[name].sha256} found", name)
+                raise damaged(f"was changed: sha256 {want} expected, {results[name].sha256} found", name)
 
     def _layer_record(self, position: int, results: dict[str, JobResult]) -> LayerRecord:
-        old, plan = self._checkpoint.manifest.layers[position], self._plans[position]
-        files = [file for file in self._files.values() if file.layer_position == position]
+        layer, files = self._layers[position], self._experts_files(position)
+        old, plan = layer.old, layer.new
         crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
         for file in files:
             for fact in results[file.name].facts:
                 crc32[fact["tensor"]] += fact["crc32"]
             for key, digest in results[file.name].digests.items():
                 if digest != old.source_sha256[key]:
-                    raise _damaged(f"{key} is not what the source held", old.experts_path)
+                    raise damaged(f"{key} is not what the source held", old.experts_path)
         return replace(
             old,
             layout=plan.layout,
+            gate_up=self._gate_up(layer, self._outcomes(position, results)) if layer.rescales_anew else old.gate_up,
             files=tuple(file.name for file in files),
             expert_crc32={name: tuple(values) for name, values in crc32.items()},
         )
 
-
-def _damaged(what: str, where: str) -> VerificationError:
-    return VerificationError(
-        what, where=where, next_step="The prepared checkpoint is damaged: run nvfp4-prep verify on it."
-    )
+    @staticmethod
+    def _gate_up(layer: LayerRelayout, outcomes: list[dict[str, Any]]) -> GateUpRecord:
+        return gate_up_record(layer.new, outcomes, layer.old.gate_up.figures.get("relative_error"))

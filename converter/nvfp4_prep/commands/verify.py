@@ -319,7 +319,8 @@ class _Verification:
                 if hashlib.sha256(raw).hexdigest() != layer.source_sha256[key]:
                     self._problems.add(key, "the kept source scalars changed")
             sides = dict(layer.gate_up.reconciled)
-            for name, want in expert_scale_vectors(layer.source, scalars, sides).items():
+            policy = self._checkpoint.manifest.options.gate_up_scales
+            for name, want in expert_scale_vectors(layer.source, layer.layout, policy, scalars, sides).items():
                 if bytes(byte_view(self._checkpoint.read(self._checkpoint.record(name)))) != want:
                     self._problems.add(name, "does not follow from the source's scalars")
         except NvfpPrepError as error:

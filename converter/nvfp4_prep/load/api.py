@@ -22,7 +22,7 @@ from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.prepared.manifest import LayerRecord
-from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor, rank_slice
+from nvfp4_prep_kernels import LayoutError, PreparedTensor, rank_slice
 
 __all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
@@ -69,7 +69,7 @@ class LoadedLayer:
         record: the manifest's entry: sizes, layout, activation.
         share: whose.
         tensors: by short name: ``w13_weight`` uint8 and ``w13_weight_scale`` float8_e4m3fn ``[slots, rows, bytes per
-            row]``, the same for ``w2``, and the four float32 ``[slots]`` vectors.
+            row]``, the same for ``w2``, and the float32 ``[slots]`` vectors that ``layout.scale_vectors`` names.
     """
 
     record: LayerRecord
@@ -145,13 +145,12 @@ def _submit(
         except LayoutError as error:
             raise UsageError(str(error), where=layer.experts_path) from error
         record = records[tensor.value]
-        dtype = torch.float8_e4m3fn if tensor.is_scale else torch.uint8
-        parameter = _allocate((len(experts), *part.shape), dtype, loader.device, record)
+        parameter = _allocate((len(experts), *part.shape), tensor.torch_dtype, loader.device, record)
         loader.submit(
             catalog.root / record.file, record, part, experts, parameter, layer.expert_crc32.get(tensor.value)
         )
         yield tensor.value, parameter
-    for name in SCALE_VECTORS:
+    for name in layer.layout.scale_vectors:
         vector = _read_vector(catalog.root / records[name].file, records[name])
         yield name, vector[list(experts)].to(loader.device)
 

@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.small_files import open_regular, os_error_kind, read_
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.load.arguments import as_path
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
+from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["Catalog"]
 
@@ -63,7 +63,7 @@ class Catalog:
         raise UsageError(f"no prepared layer {which}", where=str(self.root), expected=f"one of {numbers}")
 
     def records(self, layer: LayerRecord) -> Mapping[str, TensorRecord]:
-        """The four big tensors and the four scale vectors of a layer, by their short names.
+        """The four big tensors and the scale vectors of a layer, by their short names.
 
         Raises:
             CheckpointError: if a file is missing, malformed, of another size than the manifest says, or a tensor is
@@ -141,10 +141,10 @@ class Catalog:
         big = {
             layer.prepared_name(tensor): (
                 str(tensor.value),
-                "F8_E4M3" if tensor.is_scale else "U8",
-                (dims.experts, *layout.expert_shape(tensor, dims)),
+                tensor.dtype,
+                layout.stored_shape(tensor, dims),
             )
             for tensor in PreparedTensor
         }
-        vectors = {layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in SCALE_VECTORS}
+        vectors = {layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in layout.scale_vectors}
         return {**big, **vectors}

@@ -78,17 +78,20 @@ def load_layer(
     Raises:
         CheckpointError: if the directory is no complete prepared checkpoint.
         UsageError: if the layer or the rank does not exist, the file does not serve this tensor-parallel size, the
-            experts do not follow each other, or the layout is the batched one, for which FlashInfer has no single call.
+            experts do not follow each other, or the layout is another kernel's: the batched one, for which FlashInfer
+            has no single call, or TRTLLM-gen's.
         UnsupportedCheckpointError: if the kernel does not compute the layer's activation.
         LoadError, VerificationError: if the load fails.
     """
     # before anything large is read
     record = Catalog.open(path).layer(layer)
-    if record.layout.concatenated:
+    if record.layout.concatenated or record.layout.shuffled:
+        which = "batched" if record.layout.concatenated else "TRTLLM-gen"
         raise UsageError(
-            "the batched layout has no single FlashInfer call",
+            f"the {which} layout is not that of FlashInfer's cute_dsl_fused_moe",
             where=str(path),
-            next_step="Take the tensors from nvfp4_prep.load.load_layer, or convert again with --layout cutedsl.",
+            next_step="Take the tensors from nvfp4_prep.load.load_layer, or run nvfp4-prep relayout with"
+            " --layout cutedsl.",
         )
     if experts is not None:
         experts = as_experts(experts)

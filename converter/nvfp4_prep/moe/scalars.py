@@ -13,7 +13,8 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.formats import Leaf, QuantFormat, formats
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep_kernels import Projection
+from nvfp4_prep.options import GateUpPolicy
+from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeLayout, Projection
 
 __all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "known_format", "read_scalars"]
 
@@ -106,14 +107,19 @@ def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projecti
     return convert(stored).expand(layer.dims.experts) if stored.numel() == 1 else convert(stored)
 
 
-def expert_scale_vectors(layer: MoeLayer, scalars: LayerScalars, sides: Mapping[int, str]) -> dict[str, bytes]:
-    """The four float32 ``[E]`` vectors of a prepared layer, by prepared name.
+def expert_scale_vectors(
+    layer: MoeLayer, layout: MoeLayout, policy: GateUpPolicy, scalars: LayerScalars, sides: Mapping[int, str]
+) -> dict[str, bytes]:
+    """Return the float32 ``[E]`` vectors of a prepared layer, by prepared name.
 
     Args:
         layer: the layer.
-        scalars: its scalars.
+        layout: of the prepared side; names the vectors.
+        policy: where gate and up have different scales; ``vllm`` takes gate's for both.
+        scalars: the layer's scalars.
         sides: for each reconciled expert the side (``gate`` or ``up``) whose block scales changed; the other side's
-            global scale is the common one. Where nothing was reconciled, gate's scale is taken, as vLLM does.
+            global scale is the common one. Where nothing was reconciled, gate's scale is taken, as vLLM does; where
+            the layout has a vector for up's, that one is up's own.
     """
     experts = layer.dims.experts
     gate = scalars.gate_scale_2 or scalars.up_scale_2
@@ -124,8 +130,9 @@ def expert_scale_vectors(layer: MoeLayer, scalars: LayerScalars, sides: Mapping[
         "w2_weight_scale_2": list(scalars.w2_scale_2),
         "w13_input_scale": [scalars.w13_input_scale] * experts,
         "w2_input_scale": [scalars.w2_input_scale] * experts,
+        UP_SCALE_VECTOR: list(gate if policy is GateUpPolicy.VLLM else scalars.up_scale_2),
     }
-    return {layer.prepared_name(name): _float32_bytes(values) for name, values in vectors.items()}
+    return {layer.prepared_name(name): _float32_bytes(vectors[name]) for name in layout.scale_vectors}
 
 
 def _float32_bytes(values: Sequence[float]) -> bytes:

@@ -30,6 +30,8 @@ __all__ = [
     "expert_chunks",
     "experts_job",
     "prepare_and_prove",
+    "prove",
+    "reconcile_chunk",
     "source_block_scales_job",
 ]
 
@@ -66,6 +68,19 @@ def prepare_and_prove(
         VerificationError: if the inverse does not give ``parts`` back.
     """
     prepared = apply_layout(layout, tensor, dims, parts, device)
+    prove(layout, tensor, dims, parts, prepared, where)
+    return prepared
+
+
+def prove(
+    layout: MoeLayout,
+    tensor: PreparedTensor,
+    dims: MoeDims,
+    parts: Sequence[torch.Tensor],
+    prepared: torch.Tensor,
+    where: str,
+) -> None:
+    """Raise :class:`VerificationError` unless the layout's inverse gives the parts back from prepared experts."""
     for before, after in zip(parts, layout.invert(tensor, prepared, dims), strict=True):
         if not same_bytes(before, after):
             raise VerificationError(
@@ -73,7 +88,6 @@ def prepare_and_prove(
                 where=where,
                 next_step="Nothing wrong was written. Check this machine's memory, and report it if it repeats.",
             )
-    return prepared
 
 
 def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch.device) -> FileJob:
@@ -118,7 +132,7 @@ def _prepare(
     if tensor is PreparedTensor.W13_WEIGHT:
         errors = _measure_chunk(plan, parts, chunk, source)
     if tensor is PreparedTensor.W13_WEIGHT_SCALE:
-        parts, reconciled = _reconcile_chunk(plan, parts, chunk)
+        parts, reconciled = reconcile_chunk(plan, parts, chunk)
     where = f"{layer.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
     prepared = prepare_and_prove(layout, tensor, layer.dims, parts, where, device)
     begin = record.offset_bytes + chunk.start * layout.expert_nbytes(tensor, layer.dims)
@@ -151,9 +165,19 @@ def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, sou
     return errors
 
 
-def _reconcile_chunk(
+def reconcile_chunk(
     plan: LayerPlan, parts: list[torch.Tensor], chunk: range
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Rescale the block scales of the chunk's reconciled experts.
+
+    Args:
+        plan: says which experts.
+        parts: block scales of gate and up, or of up alone, ``uint8 [n, I, H/16]``; never changed in place.
+        chunk: the experts that they belong to.
+
+    Returns:
+        The parts to prepare, and for each rescaled expert what was done to it, as a JSON value.
+    """
     affected = [expert for expert in plan.reconciled if expert in chunk]
     if not affected:
         return parts, []

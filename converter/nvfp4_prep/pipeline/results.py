@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
 from nvfp4_prep.prepared.manifest import GateUpRecord, LayerRecord
 from nvfp4_prep_kernels import PreparedTensor
 
-__all__ = ["layer_record", "make_index", "reconciled_sides"]
+__all__ = ["gate_up_record", "layer_record", "make_index", "reconciled_sides"]
 
 
 def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:
@@ -41,7 +41,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
         layout=plan.layout,
         activation=plan.activation,
         files=tuple(file.name for file in files),
-        gate_up=_gate_up_record(plan, facts),
+        gate_up=_gate_up_of_facts(plan, facts),
         source_sha256=digests,
         expert_crc32={name: tuple(values) for name, values in crc32.items()},
     )
@@ -66,14 +66,26 @@ def _without_records(plan: LayerPlan) -> MoeLayer:
     return replace(plan.source, groups=tuple(replace(group, records=()) for group in plan.groups))
 
 
-def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
+def _gate_up_of_facts(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
     outcomes = [item for fact in facts for item in fact.get("reconciled", ())]
-    differing = plan.scalars.differing
-    figures: dict[str, Any] = {}
-    if differing:
-        # over the gate and up weights of the experts that differ; the others have no error under any policy
-        errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact.get("errors", ()))
-        figures["relative_error"] = errors.relative()
+    if not plan.scalars.differing:
+        return gate_up_record(plan, outcomes, None)
+    # over the gate and up weights of the experts that differ; the others have no error under any policy
+    errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact.get("errors", ()))
+    return gate_up_record(plan, outcomes, errors.relative())
+
+
+def gate_up_record(
+    plan: LayerPlan, outcomes: Sequence[Mapping[str, Any]], relative_error: Mapping[str, float] | None
+) -> GateUpRecord:
+    """Return the record of a layer's gate and up scales.
+
+    Args:
+        plan: of the layer.
+        outcomes: what was done to each reconciled expert, in the experts' order.
+        relative_error: of the weights by policy, where any scales differ; no layout changes it.
+    """
+    figures: dict[str, Any] = {} if relative_error is None else {"relative_error": dict(relative_error)}
     if outcomes:
         figures |= {
             "rounded": sum(item["rounded"] for item in outcomes),
@@ -81,7 +93,7 @@ def _gate_up_record(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecor
             "worst_relative": max(item["worst_relative"] for item in outcomes),
         }
     return GateUpRecord(
-        differing=len(differing),
+        differing=len(plan.scalars.differing),
         worst_ratio=plan.scalars.worst_ratio,
         reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
         figures=figures,

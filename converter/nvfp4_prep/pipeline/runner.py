@@ -105,9 +105,9 @@ class Execution:
         if file.kind is FileKind.EXPERT_SCALES:
             values: dict[str, bytes] = {}
             for position, layer in enumerate(self._plan.layers):
-                values |= expert_scale_vectors(
-                    layer.source, layer.scalars, reconciled_sides(self._plan, position, self._results)
-                )
+                sides = reconciled_sides(self._plan, position, self._results)
+                policy = self._plan.options.gate_up_scales
+                values |= expert_scale_vectors(layer.source, layer.layout, policy, layer.scalars, sides)
             return values_job(file, values)
         if file.kind is FileKind.SOURCE_SCALES:
             return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})

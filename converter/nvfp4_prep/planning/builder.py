@@ -27,9 +27,9 @@ from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
-from nvfp4_prep_kernels import SCALE_VECTORS, LayoutError, PreparedTensor
+from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
-__all__ = ["check_batched", "layer_files", "make_plan"]
+__all__ = ["check_batched", "layer_files", "make_plan", "scale_files"]
 
 MAX_LAYER_FILE_NBYTES = 45_000_000_000
 MAX_PASSTHROUGH_FILE_NBYTES = 5_000_000_000
@@ -53,7 +53,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     layers = tuple(
         _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
     )
-    files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *_scale_files(layers))
+    files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *scale_files(layers))
     _check_names(files, index.side_files)
     served = (record for file in files if file.served for record in file.records)
     check_made_files(place_of(source), served, index.texts)
@@ -127,8 +127,7 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
             where=layer.experts_path,
             next_step="Use --gate-up-scales reconcile (rescale one side) or vllm (take gate's, as vLLM does).",
         )
-    reconciled = differing if options.gate_up_scales is GateUpPolicy.RECONCILE else ()
-    return LayerPlan(layer, layout, activation, scalars, reconciled)
+    return LayerPlan(layer, layout, activation, scalars, options.reconciled(differing))
 
 
 def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
@@ -156,8 +155,8 @@ def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
             specs = [
                 TensorSpec(
                     plan.prepared_name(tensor),
-                    "F8_E4M3" if tensor.is_scale else "U8",
-                    (dims.experts, *plan.layout.expert_shape(tensor, dims)),
+                    tensor.dtype,
+                    plan.layout.stored_shape(tensor, dims),
                 )
                 for tensor in tensors
             ]
@@ -202,7 +201,8 @@ def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile
     """The original block scales of rescaled projections, which restore needs because rounding loses them."""
     rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.dims)
     count = len(plan.reconciled)
-    specs = [TensorSpec(plan.prepared_name("source_block_scale"), "F8_E4M3", (count, rows, cols))]
+    dtype = PreparedTensor.W13_WEIGHT_SCALE.dtype
+    specs = [TensorSpec(plan.prepared_name("source_block_scale"), dtype, (count, rows, cols))]
     shards = frozenset(
         record.file for group in plan.groups_for(PreparedTensor.W13_WEIGHT_SCALE) for record in group.records
     )
@@ -236,11 +236,12 @@ def _passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) ->
     return files
 
 
-def _scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+def scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
+    """The file of all scale vectors that a server reads, and that of the source's scalars."""
     vectors = [
         TensorSpec(plan.prepared_name(vector), "F32", (plan.dims.experts,))
         for plan in layers
-        for vector in SCALE_VECTORS
+        for vector in plan.layout.scale_vectors
     ]
     scalars = [
         TensorSpec(group.key, "F32", (len(plan.scalars.raw[group.key]) // 4,))

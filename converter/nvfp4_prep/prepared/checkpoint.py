@@ -173,7 +173,7 @@ class PreparedCheckpoint:
         """
         record = self.record(layer.prepared_name(tensor.value))
         dims = layer.dims
-        want = ("F8_E4M3" if tensor.is_scale else "U8", (dims.experts, *layer.layout.expert_shape(tensor, dims)))
+        want = (tensor.dtype, layer.layout.stored_shape(tensor, dims))
         if (record.dtype, record.shape) != want:
             raise CheckpointError(
                 f"tensor {record.name!r} has the wrong dtype or shape",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep.checkpoint.safetensors_header import tensor_nbytes
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
-from nvfp4_prep_kernels import BLOCK_COLS, PreparedTensor, Projection
+from nvfp4_prep_kernels import MoeLayout, PreparedTensor, Projection
 
 if TYPE_CHECKING:
     from nvfp4_prep.prepared.manifest import GateUpRecord
@@ -43,13 +43,13 @@ def _check_scalar(group: TensorGroup, experts: int) -> None:
 
 
 def _check_matrix(group: TensorGroup, layer: MoeLayer) -> None:
-    is_scale = group.leaf is Leaf.BLOCK_SCALE
-    down = Projection.DOWN in group.projections
-    rows, cols = (layer.dims.hidden, layer.dims.intermediate) if down else (layer.dims.intermediate, layer.dims.hidden)
-    matrix = (rows * len(group.projections), cols // (BLOCK_COLS if is_scale else 2))
+    is_scale, is_w13 = group.leaf is Leaf.BLOCK_SCALE, Projection.DOWN not in group.projections
+    tensor = next(each for each in PreparedTensor if (each.is_scale, each.is_w13) == (is_scale, is_w13))
+    rows, row_nbytes = MoeLayout.cutedsl(gated=layer.gated).source_shape(tensor, layer.dims)  # every layout's
+    matrix = (rows * len(group.projections), row_nbytes)
     matrix = matrix[::-1] if group.transposed else matrix
     wanted = (layer.dims.experts, *matrix) if group.stacked else matrix
-    if (group.dtype, group.shape) != ("F8_E4M3" if is_scale else "U8", wanted):
+    if (group.dtype, group.shape) != (tensor.dtype, wanted):
         raise ValueError(f"{group.key} must be of shape {list(wanted)}, as the layer's sizes say")
     tensor_nbytes(group.dtype, group.shape)
 

@@ -13,7 +13,6 @@ from typing import Any
 from nvfp4_prep.checkpoint.filenames import MANIFEST, layer_file_stem
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.moe.activation import find_activation
-from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint, source_configs
 from nvfp4_prep.prepared.config_edits import same_value
 from nvfp4_prep.prepared.manifest import LayerRecord
@@ -71,11 +70,12 @@ def _check_activation(layer: LayerRecord, config: Mapping[str, Any], problems: P
 
 def _check_gate_up(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
     scalars, where = checkpoint.scalars(layer), layer.experts_path
-    differing, policy = scalars.differing, checkpoint.manifest.options.gate_up_scales
+    differing, options = scalars.differing, checkpoint.manifest.options
     have = (layer.gate_up.differing, layer.gate_up.worst_ratio)
     want = (len(differing), scalars.worst_ratio)
     if have != want:
         problems.add(MANIFEST, f"gate and up scales of {where} (how many differ, worst ratio)", str(want), str(have))
     reconciled = tuple(expert for expert, _ in layer.gate_up.reconciled)
-    if reconciled != (differing if policy is GateUpPolicy.RECONCILE else ()):
-        problems.add(MANIFEST, f"reconciled experts of {where} are not those that the policy {policy.value} asks for")
+    if reconciled != options.reconciled(differing):
+        asked = f"layout {options.layout.value} and policy {options.gate_up_scales.value}"
+        problems.add(MANIFEST, f"reconciled experts of {where} are not those that {asked} ask for")

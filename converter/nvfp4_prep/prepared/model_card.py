@@ -11,7 +11,9 @@ import yaml  # a dependency of huggingface-hub, which reads the front matter wit
 
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import README
+from nvfp4_prep.options import LayoutName
 from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
+from nvfp4_prep.prepared.kernel_choice import KERNELS
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.markdown import code_span, plain_text
 
@@ -85,7 +87,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
 def _head(manifest: Manifest) -> Iterator[str]:
     source = plain_text(manifest.source)
     name = f"[{source}](https://huggingface.co/{manifest.source})" if _is_hub_id(manifest) else source
-    yield f"# {source}, prepared for FlashInfer's CuteDSL fused MoE"
+    yield f"# {source}, prepared for {KERNELS[manifest.options.layout]}"
     yield ""
     yield (
         f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
@@ -98,7 +100,8 @@ def _head(manifest: Manifest) -> Iterator[str]:
 def _what(manifest: Manifest) -> Iterator[str]:
     options, layouts = manifest.options, {layer.layout for layer in manifest.layers}
     alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
-    gate_up = f"gate/up block {options.gate_up_block}, " if any(layer.gated for layer in manifest.layers) else ""
+    blocks = options.layout is not LayoutName.TRTLLM and any(layer.gated for layer in manifest.layers)
+    gate_up = f"gate/up block {options.gate_up_block}, " if blocks else ""
     rows = [
         (
             "source",
@@ -152,9 +155,17 @@ def _scales(manifest: Manifest) -> Iterator[str]:
     reconciled = sum(len(layer.gate_up.reconciled) for layer in manifest.layers)
     yield "## Gate and up scales"
     yield ""
-    yield (
+    head = (
         f"In {count(differing, 'expert')} the gate and up projections have different global scales (up to a factor of"
-        f" {worst:.6g}), and the kernel takes one. Policy `{manifest.options.gate_up_scales.value}`: "
+        f" {worst:.6g}), and the kernel takes"
+    )
+    if not manifest.options.gives_scales_up:
+        yield f"{head} both: both are stored, and nothing was rescaled. The weights are exactly the source's."
+        yield ""
+        return
+    both = any(layer.layout.takes_two_w13_scales for layer in manifest.layers)
+    yield (
+        f"{head} {'both' if both else 'one'}. Policy `{manifest.options.gate_up_scales.value}`: "
         + (
             f"the block scales of one side were rescaled in {count(reconciled, 'expert')}; the originals are kept for"
             " restore."
@@ -206,7 +217,7 @@ def _use(manifest: Manifest) -> Iterator[str]:
         "    # nvfp4-prep must be installed beside vLLM: its plugin reads these files, plain vLLM refuses them",
         f"    vllm serve <this repository> --tensor-parallel-size {sizes[-1] if sizes else 1}",
         "",
-        "Needs a GPU for which vLLM has FlashInfer's CuteDSL MoE backend (Blackwell, sm_100).",
+        f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",
         "",
         "## Check and restore",
         "",

@@ -35,6 +35,7 @@ QUANT_METHOD = "nvfp4_prep"
 LAYOUT_NAMES = {
     LayoutName.CUTEDSL: "flashinfer_cutedsl",
     LayoutName.CUTEDSL_BATCHED: "flashinfer_cutedsl_batched",
+    LayoutName.TRTLLM: "flashinfer_trtllm",
 }
 """Layouts by the name that the stamp uses: that of vLLM's MoE backend."""
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")

@@ -15,7 +15,7 @@ from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
 from nvfp4_prep.prepared.served_config import RESTAMP, expected_config, read_served_config
-from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor
+from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]
 
@@ -124,9 +124,13 @@ def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     layers = checkpoint.manifest.layers
     expected = {
         FileKind.EXPERTS: {layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},
-        FileKind.EXPERT_SCALES: {layer.prepared_name(vector) for layer in layers for vector in SCALE_VECTORS},
+        FileKind.EXPERT_SCALES: {
+            layer.prepared_name(vector) for layer in layers for vector in layer.layout.scale_vectors
+        },
         FileKind.SOURCE_SCALES: {g.key for layer in layers for g in layer.groups if g.leaf.is_scalar},
-        FileKind.SOURCE_BLOCK_SCALES: {layer.prepared_name("source_block_scale") for layer in layers},
+        FileKind.SOURCE_BLOCK_SCALES: {
+            layer.prepared_name("source_block_scale") for layer in layers if layer.gate_up.reconciled
+        },
     }
     for kind, known in expected.items():
         for name in checkpoint.names(kind):
@@ -162,7 +166,7 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
     experts = layer.dims.experts
-    for vector in SCALE_VECTORS:
+    for vector in layer.layout.scale_vectors:
         record = checkpoint.record(layer.prepared_name(vector))
         if (record.dtype, record.shape) != ("F32", (experts,)):
             problems.add(record.file, f"tensor {record.name!r} has the wrong dtype or shape", f"F32 [{experts}]")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.smoke.report import BackendFacts
+from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.flashinfer_moe import FlashInferMoe, FlashInferUnavailableError
 from nvfp4_prep_kernels.moe_types import MoeBackend
 from nvfp4_prep_kernels.torch_moe import TorchMoe
@@ -32,15 +34,19 @@ class ChosenBackend:
     facts: BackendFacts
 
 
-def choose_backend(wanted: str = "auto") -> ChosenBackend:
-    """The wanted backend, or with ``auto`` the best that this machine can run.
+def choose_backend(wanted: str = "auto", layouts: Iterable[MoeLayout] = ()) -> ChosenBackend:
+    """Return the wanted backend, or with ``auto`` the best that this machine can run.
+
+    Args:
+        wanted: one of :data:`BACKENDS`.
+        layouts: of the layers that it will be given.
 
     Raises:
         UsageError: if the wanted one cannot run here; the message says why and what to do.
     """
     if wanted not in BACKENDS:
         raise UsageError("no such backend", expected=" or ".join(BACKENDS), actual=wanted)
-    no_flashinfer = _why_not_flashinfer()
+    no_flashinfer = _why_not_flashinfer(layouts)
     no_triton = _why_not_triton()
     if wanted == "flashinfer" and no_flashinfer:
         raise UsageError(f"the flashinfer backend cannot run here: {no_flashinfer}", next_step="Use --backend auto.")
@@ -55,10 +61,14 @@ def choose_backend(wanted: str = "auto") -> ChosenBackend:
     return _chosen(TorchMoe(), "cpu", reason)
 
 
-def _why_not_flashinfer() -> str:
-    """Empty if the real kernel can run here."""
+def _why_not_flashinfer(layouts: Iterable[MoeLayout]) -> str:
+    """Empty if the real kernel can run here and reads these layouts."""
     if not torch.cuda.is_available():
         return "no CUDA card"
+    for layout in layouts:
+        if layout.concatenated or layout.shuffled:
+            which = "batched CuteDSL" if layout.concatenated else "TRTLLM-gen"
+            return f"the layout is that of the {which} kernels, which the smoke run does not call"
     major, minor = torch.cuda.get_device_capability()
     if major != 10:
         return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the CuteDSL kernel needs 10.x"

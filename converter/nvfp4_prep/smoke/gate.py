@@ -81,7 +81,7 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
     from nvfp4_prep.smoke import run_smoke
     from nvfp4_prep.smoke.backends import choose_backend
 
-    on_cpu = choose_backend(policy.backend).device.type == "cpu"
+    on_cpu = choose_backend(policy.backend, {layer.layout for layer in manifest.layers}).device.type == "cpu"
     layers, sample = policy.layers, policy.sample
     if on_cpu and layers is None:
         numbers = sorted({record.index for record in manifest.layers})

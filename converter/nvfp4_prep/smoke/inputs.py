@@ -25,7 +25,7 @@ from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke.layer import LayerUnderTest
-from nvfp4_prep_kernels import SCALE_VECTORS, PreparedTensor, Projection
+from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import PreparedExperts
 
@@ -83,9 +83,11 @@ class CheckpointReader:
 
         def source(position: int) -> SourceExpert:
             if plan is None:
-                return _restored_expert(record, prepared, scalars, position, chosen[position])
+                w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
+                return _restored_expert(record, prepared, w13, scalars.w2_scale_2[chosen[position]], position)
             return self._source_expert(plan, chosen[position])
 
+        w13_scales = [_w13_scale_2(record, self._policy, scalars, expert) for expert in chosen]
         return LayerUnderTest(
             name=layer.experts_path,
             index=layer.index,
@@ -97,7 +99,8 @@ class CheckpointReader:
             top_k=_top_k(self._config, layer.dims.experts),
             input_scale=scalars.w13_input_scale,
             fc2_input_scale=scalars.w2_input_scale,
-            w13_scale_2=tuple(_w13_scale_2(record, scalars, expert) for expert in chosen),
+            w13_scale_2=tuple(gate for gate, _ in w13_scales),
+            w13_scale_2_up=tuple(up for _, up in w13_scales) if record.layout.takes_two_w13_scales else None,
             w2_scale_2=tuple(scalars.w2_scale_2[expert] for expert in chosen),
         )
 
@@ -110,7 +113,7 @@ class CheckpointReader:
             for position, expert in enumerate(experts):
                 found[position] = self._checkpoint.read_prepared(record, tensor, range(expert, expert + 1))[0]
             tensors[tensor.value] = found
-        for vector in SCALE_VECTORS:
+        for vector in layout.scale_vectors:
             stored = self._checkpoint.record(layer.prepared_name(vector))
             if stored.nbytes != 4 * layer.dims.experts:
                 raise CheckpointError(
@@ -163,18 +166,23 @@ class CheckpointReader:
         return found
 
 
-def _w13_scale_2(record: LayerRecord, scalars: LayerScalars, expert: int) -> float:
-    """The one global scale of gate and up, said once more on its own: the other side's where one was rescaled."""
-    sides = dict(record.gate_up.reconciled)
-    if scalars.gate_scale_2 is None or sides.get(expert) == Projection.GATE.value:
-        return scalars.up_scale_2[expert]
-    return scalars.gate_scale_2[expert]
+def _w13_scale_2(record: LayerRecord, policy: GateUpPolicy, scalars: LayerScalars, expert: int) -> tuple[float, float]:
+    """Return the global scales that gate and up are served with, said once more on their own.
+
+    Where the kernel takes one for both, it is the other side's where one side was rescaled, else gate's.
+    """
+    up = scalars.up_scale_2[expert]
+    gate = up if scalars.gate_scale_2 is None else scalars.gate_scale_2[expert]
+    if record.layout.takes_two_w13_scales:
+        return gate, gate if policy is GateUpPolicy.VLLM else up
+    rescaled_gate = dict(record.gate_up.reconciled).get(expert) == Projection.GATE.value
+    return (up, up) if rescaled_gate else (gate, gate)
 
 
 def _restored_expert(
-    record: LayerRecord, prepared: PreparedExperts, scalars: LayerScalars, position: int, expert: int
+    record: LayerRecord, prepared: PreparedExperts, w13: tuple[float, float], w2: float, position: int
 ) -> SourceExpert:
-    """From the prepared bytes, turned back by the torch reference of the layout."""
+    """From the prepared bytes, turned back by the torch reference of the layout, with these global scales."""
     layout = record.layout
     parts: dict[tuple[Projection, bool], torch.Tensor] = {}
     for tensor in PreparedTensor:
@@ -184,15 +192,14 @@ def _restored_expert(
             (name, tensor.is_scale): part.contiguous()
             for name, part in zip(layout.projections(tensor), back, strict=True)
         }
-    w13 = _w13_scale_2(record, scalars, expert)
 
     def matrix(projection: Projection, scale_2: float) -> SourceMatrix:
         return SourceMatrix(parts[projection, False], parts[projection, True], scale_2)
 
     return SourceExpert(
-        gate=matrix(Projection.GATE, w13) if layout.gated else None,
-        up=matrix(Projection.UP, w13),
-        down=matrix(Projection.DOWN, scalars.w2_scale_2[expert]),
+        gate=matrix(Projection.GATE, w13[0]) if layout.gated else None,
+        up=matrix(Projection.UP, w13[1]),
+        down=matrix(Projection.DOWN, w2),
     )
 
 

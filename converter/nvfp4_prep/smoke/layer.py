@@ -18,7 +18,7 @@ from nvfp4_prep.smoke.report import (
     StageFigures,
 )
 from nvfp4_prep.smoke.tokens import Routing, pack_tokens, random_tokens, routed_tokens, routings
-from nvfp4_prep_kernels import PreparedTensor
+from nvfp4_prep_kernels import UP_SCALE_VECTOR, PreparedTensor
 from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate, evaluate_down
 from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTrace, PreparedExperts
 from nvfp4_prep_kernels.nvfp4 import E2M1_MAX, E4M3_MAX
@@ -58,6 +58,7 @@ class LayerUnderTest:
         activation, top_k: of the model.
         input_scale, fc2_input_scale: the source's, largest over the whole layer.
         w13_scale_2, w2_scale_2: the source's global scales of ``experts``.
+        w13_scale_2_up: up's where the kernel takes it beside gate's.
     """
 
     name: str
@@ -72,6 +73,7 @@ class LayerUnderTest:
     fc2_input_scale: float
     w13_scale_2: tuple[float, ...]
     w2_scale_2: tuple[float, ...]
+    w13_scale_2_up: tuple[float, ...] | None = None
 
 
 def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSettings | None = None) -> LayerReport:
@@ -289,7 +291,9 @@ def _dirty_padding(prepared: PreparedExperts) -> int:
 def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
     """Scalars of the prepared file that are not, bit for bit, what the source says."""
     prepared = layer.prepared
+    up = [] if layer.w13_scale_2_up is None else [(UP_SCALE_VECTOR, layer.w13_scale_2_up)]
     for name, wanted in (
+        *up,
         ("w13_weight_scale_2", layer.w13_scale_2),
         ("w2_weight_scale_2", layer.w2_scale_2),
         ("w13_input_scale", [layer.input_scale] * len(layer.experts)),

@@ -56,8 +56,8 @@ def run_smoke(
     with contextlib.ExitStack() as held:
         held.enter_context(_one_torch_thread())
         checkpoint = held.enter_context(PreparedCheckpoint(prepared))
-        chosen = choose_backend(backend)
         records = choose_layers(checkpoint.manifest, layers)
+        chosen = choose_backend(backend, {record.layout for record in records})
         opened = source
         if isinstance(opened, str | Path):
             opened = LocalSource(Path(opened))

@@ -14,10 +14,11 @@ from nvfp4_prep.prepared.manifest_values import sha256, text, whole
 from nvfp4_prep.prepared.stamp import LAYOUT_NAMES
 from nvfp4_prep_kernels import LayoutError, MoeLayout
 
-__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "Stamp"]
+__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "TRTLLM", "Stamp"]
 
 STANDARD = LAYOUT_NAMES[LayoutName.CUTEDSL]
 BATCHED = LAYOUT_NAMES[LayoutName.CUTEDSL_BATCHED]
+TRTLLM = LAYOUT_NAMES[LayoutName.TRTLLM]
 STAMP_KEY = "nvfp4_prep_stamp"
 """Where the stamp goes once the source's own quantization_config has taken its place in memory."""
 _SWIZZLE = "128x4"
@@ -28,7 +29,7 @@ class Stamp:
     """A stamp that this version understands.
 
     Attributes:
-        layout_name: :data:`STANDARD` or :data:`BATCHED`.
+        layout_name: :data:`STANDARD`, :data:`BATCHED` or :data:`TRTLLM`.
         gate_up_block, moe_tp: parameters of the layout.
         hidden_alignment: what the layout of this name pads H to; another one is refused.
         fingerprint: digest of a fixed small layer in this layout.
@@ -71,7 +72,7 @@ class Stamp:
             if not isinstance(stamp.source.get("quant_method", ""), str):
                 raise TypeError("the source's quant_method is no text")
             made = stamp.moe_layout(gated=True)
-            known = stamp.layout_name in (STANDARD, BATCHED) and layout["scale_swizzle"] == _SWIZZLE
+            known = stamp.layout_name in (STANDARD, BATCHED, TRTLLM) and layout["scale_swizzle"] == _SWIZZLE
             known = known and stamp.hidden_alignment == made.hidden_alignment
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ServingError(
@@ -83,7 +84,7 @@ class Stamp:
             raise ServingError(
                 "unknown layout in the stamp",
                 where="config.json, quantization_config.layout",
-                expected=f"name {STANDARD} or {BATCHED}, hidden_alignment {made.hidden_alignment},"
+                expected=f"name {STANDARD}, {BATCHED} or {TRTLLM}, hidden_alignment {made.hidden_alignment},"
                 f" scale_swizzle {_SWIZZLE}",
                 actual=dict(layout),
                 next_step="Install the version of nvfp4-prep that wrote the checkpoint.",
@@ -101,6 +102,8 @@ class Stamp:
         Raises:
             LayoutError: if the stamp's parameters make no layout.
         """
+        if self.layout_name == TRTLLM:
+            return MoeLayout.trtllm(gated=gated, moe_tp=self.moe_tp)
         if not self.batched:
             return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
         if not gated:

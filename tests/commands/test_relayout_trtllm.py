@@ -1,0 +1,116 @@
+"""Relayout to and from the TRTLLM-gen layout: the same bytes as a conversion of the source, whatever the scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nvfp4_prep.pipeline.relayout_jobs as jobs
+from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
+from nvfp4_prep.errors import VerificationError
+from nvfp4_prep_kernels import PreparedTensor
+from support.relayout_cases import flip, same_but_for_provenance, source
+from support.tiny_checkpoints import TinyLayer, config, write
+
+TRTLLM = ConvertOptions(layout=LayoutName.TRTLLM)
+OTHERS: list[dict[str, Any]] = [
+    {"layout": LayoutName.CUTEDSL},
+    {"layout": LayoutName.CUTEDSL, "gate_up_block": 16, "moe_tp": 2},
+    {"layout": LayoutName.CUTEDSL_BATCHED},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: "-".join(map(str, other.values())))
+@pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+def test_both_ways_equal_conversions_of_the_source(
+    tmp_path: Path, other: dict[str, Any], policy: GateUpPolicy, kind: str
+) -> None:
+    """Differing scales: rescaled block scales become the source's again, and the source's are rescaled anew."""
+    made = source(tmp_path / "source", intermediate=128, kind=kind)
+    convert(made, tmp_path / "other", ConvertOptions(gate_up_scales=policy, **other), smoke=None)
+    convert(made, tmp_path / "trtllm", ConvertOptions(layout=LayoutName.TRTLLM, gate_up_scales=policy), smoke=None)
+    relayout(tmp_path / "other", tmp_path / "a", layout=LayoutName.TRTLLM, moe_tp=1)
+    same_but_for_provenance(tmp_path / "a", tmp_path / "trtllm")
+    relayout(tmp_path / "trtllm", tmp_path / "b", **other)
+    same_but_for_provenance(tmp_path / "b", tmp_path / "other")
+    assert verify(tmp_path / "a", source=made).ok and verify(tmp_path / "b", source=made).ok
+    restore(tmp_path / "a", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (made / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        TinyLayer(intermediate=96, hidden=144),
+        TinyLayer(intermediate=96, hidden=144, names=("up_proj", "down_proj")),
+    ],
+    ids=["gated", "not gated"],
+)
+def test_padded_layers_both_ways(tmp_path: Path, layer: TinyLayer) -> None:
+    changes = {} if len(layer.names) == 3 else {"mlp_hidden_act": "relu2"}
+    made = write(tmp_path / "source", layer.tensors(), config(**changes))
+    convert(made, tmp_path / "cutedsl")
+    convert(made, tmp_path / "trtllm", TRTLLM)
+    relayout(tmp_path / "cutedsl", tmp_path / "a", layout=LayoutName.TRTLLM)
+    relayout(tmp_path / "a", tmp_path / "b", layout=LayoutName.CUTEDSL)
+    same_but_for_provenance(tmp_path / "a", tmp_path / "trtllm")
+    same_but_for_provenance(tmp_path / "b", tmp_path / "cutedsl")
+
+
+def test_stacked_and_transposed_source(tmp_path: Path) -> None:
+    made = write(tmp_path / "source", TinyLayer().llama4())
+    convert(made, tmp_path / "trtllm", TRTLLM)
+    relayout(tmp_path / "trtllm", tmp_path / "b", layout=LayoutName.CUTEDSL)
+    convert(made, tmp_path / "cutedsl")
+    same_but_for_provenance(tmp_path / "b", tmp_path / "cutedsl")
+
+
+def test_bytes_move_tile_by_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four tensors between the standard layouts; from the batched layout, what does not hold gate and up."""
+    made = source(tmp_path / "source", intermediate=128, hidden=256, differing=False)
+    moved: list[PreparedTensor] = []
+
+    def spy(tensor: PreparedTensor, *arguments: Any) -> Any:
+        moved.append(tensor)
+        return relayout_tiles(tensor, *arguments)
+
+    relayout_tiles = jobs.relayout_tiles
+    monkeypatch.setattr(jobs, "relayout_tiles", spy)
+    for name, expected in (("cutedsl", set(PreparedTensor)), ("cutedsl-batched", {"w2_weight", "w2_weight_scale"})):
+        moved.clear()
+        convert(made, tmp_path / name, ConvertOptions(layout=LayoutName(name)), smoke=None)
+        relayout(tmp_path / name, tmp_path / f"from {name}", layout=LayoutName.TRTLLM)
+        assert set(moved) == expected
+
+
+@pytest.mark.parametrize("name", ["source-block-scales-layer-00001.safetensors", "experts-layer-00001.safetensors"])
+def test_a_flipped_byte_is_found_on_the_way_to_trtllm(tmp_path: Path, name: str) -> None:
+    """The kept block scales go into the new file: their digests are the source's."""
+    convert(source(tmp_path / "source"), tmp_path / "old")
+    flip(tmp_path / "old" / name, (tmp_path / "old" / name).stat().st_size - 1)
+    with pytest.raises(VerificationError):
+        relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.TRTLLM)
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+def test_continues_after_a_kill_between_experts_and_their_scale_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The side of each rescaled expert comes from the journal then."""
+    made = source(tmp_path / "source")
+    convert(made, tmp_path / "old", TRTLLM)
+    command = "nvfp4_prep.commands.relayout.values_job"
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(command, killed)
+        relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.CUTEDSL)
+    assert not (tmp_path / "new" / "expert-scales.safetensors").exists()
+    assert relayout(tmp_path / "old", tmp_path / "new", layout=LayoutName.CUTEDSL).resumed
+    convert(made, tmp_path / "direct")
+    same_but_for_provenance(tmp_path / "new", tmp_path / "direct")

@@ -60,8 +60,11 @@ class ConvertOptions:
         check_integer("gate_up_block", self.gate_up_block, 16, 64)
         check_integer("moe_tp", self.moe_tp, 1, MAX_MOE_TP)
         if self.layout is not LayoutName.CUTEDSL and self.gate_up_block != 64:
+            batched = self.layout is LayoutName.CUTEDSL_BATCHED
             raise UsageError(
-                f"the layout {self.layout.value} does not have gate/up blocks of a height to choose",
+                "the batched layout does not interleave gate and up"
+                if batched
+                else "the TRTLLM-gen layout alternates gate and up row by row, without blocks of a height to choose",
                 expected="no --gate-up-block",
                 actual=self.gate_up_block,
             )

@@ -64,7 +64,7 @@ def edit_stamp(directory: Path, change: Callable[[dict[str, Any]], None]) -> Non
     edit_json(directory / "config.json", lambda config: change(config["quantization_config"]))
 
 
-@pytest.mark.parametrize("backend", ["flashinfer_trtllm", "flashinfer_cutlass", "marlin", "cutlass", "triton"])
+@pytest.mark.parametrize("backend", ["flashinfer_cutlass", "flashinfer_b12x", "marlin", "cutlass", "triton"])
 def test_another_backend(prepared: Path, backend: str) -> None:
     refused(
         f"--moe-backend {backend}",

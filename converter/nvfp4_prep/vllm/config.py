@@ -121,7 +121,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
             stamped = getattr(holder, "quantization_config", None)
             if isinstance(stamped, MutableMapping) and stamped.get("quant_method") == QUANT_METHOD:
                 adopt_source(stamped, user_quant, hf_config)
-        logger.info_once("Prepared NVFP4 experts: weights go into the CuteDSL kernel's parameters as they are.")
+        logger.info_once("Prepared NVFP4 experts: weights go into the kernel's parameters as they are.")
         return method
 
     def get_name(self) -> str:

@@ -23,22 +23,29 @@ from nvfp4_prep.errors import ServingError
 from nvfp4_prep.vllm.stamped import Stamp
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.fingerprint import fingerprint, fingerprint_layer
+from nvfp4_prep_kernels.scale_swizzle import swizzle_scales
 
-__all__ = ["check_installed_layout", "installed_gate_up_block"]
+__all__ = ["check_installed_layout", "installed_gate_up_block", "installed_trtllm_is_ours"]
 
 _BLOCKS = (64, 32, 16)
 Parts = Mapping[PreparedTensor, tuple[torch.Tensor, ...]]
 """For each prepared tensor the projections' bytes, ``uint8 [E, rows, bytes per row]`` each."""
 
 
-def check_installed_layout(stamp: Stamp, *, gated: bool) -> int | None:
-    """Compares the stamp's layout with what the installed vLLM prepares.
+def check_installed_layout(stamp: Stamp, backend: NvFp4MoeBackend, *, gated: bool) -> MoeLayout:
+    """Compare what the stamp says with our layouts, and our layouts with what the installed vLLM prepares.
+
+    Args:
+        stamp: of the checkpoint.
+        backend: whose kernel will run.
+        gated: whether the experts have a gate.
 
     Returns:
-        The gate/up block height of the installed kernel, or ``None`` where gate and up are not interleaved.
+        The layout that the installed kernel reads, for the stamp's tensor-parallel size.
 
     Raises:
-        ServingError: if no block height explains what the installed vLLM prepares.
+        ServingError: if the stamp's fingerprint is not that of its layout, or none of our layouts is what the installed
+            vLLM prepares.
     """
     own = fingerprint(stamp.moe_layout(gated=gated))
     if stamp.fingerprint != own:
@@ -49,13 +56,52 @@ def check_installed_layout(stamp: Stamp, *, gated: bool) -> int | None:
             actual=stamp.fingerprint,
             next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
         )
-    block = installed_gate_up_block(gated=gated, batched=stamp.batched)
-    if block == 0:
+    if backend == NvFp4MoeBackend.FLASHINFER_TRTLLM:
+        layout = MoeLayout.trtllm(gated=gated, moe_tp=stamp.moe_tp) if installed_trtllm_is_ours(gated=gated) else None
+    else:
+        batched = backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
+        block = installed_gate_up_block(gated=gated, batched=batched)
+        layout = None
+        if block and batched:
+            layout = MoeLayout.cutedsl_batched(moe_tp=stamp.moe_tp)
+        elif block:
+            layout = MoeLayout.cutedsl(gated=gated, gate_up_block=block, moe_tp=stamp.moe_tp)
+    if layout is None:
         raise ServingError(
             "the installed vLLM prepares experts in a layout that this version of nvfp4-prep does not know",
             next_step="Install a vLLM that the plugin was tested with, or a newer nvfp4-prep; do not serve this.",
         )
-    return block if gated and not stamp.batched else None
+    return layout
+
+
+@functools.cache
+def installed_trtllm_is_ours(*, gated: bool) -> bool:
+    """Return whether our TRTLLM-gen layout gives the bytes of the installed vLLM's preparation for that kernel.
+
+    It runs on the CPU, where FlashInfer's ``nvfp4_block_scale_interleave`` (a CUDA kernel) does not: our swizzle stands
+    in for that one function, so that a changed swizzle of that kernel would not be noticed here.
+    """
+    layout = MoeLayout.trtllm(gated=gated)
+    layers: list[Parts] = [fingerprint_layer(layout), _padded_layer(layout)]
+    backend = NvFp4MoeBackend.FLASHINFER_TRTLLM
+    with torch.device("cpu"), _quiet(), _interleave_on_cpu():
+        return all(_equal(layout, parts, _prepare(parts, gated=gated, backend=backend)) for parts in layers)
+
+
+@contextlib.contextmanager
+def _interleave_on_cpu() -> Iterator[None]:
+    import flashinfer
+
+    def interleave(scales: torch.Tensor) -> torch.Tensor:
+        return swizzle_scales(scales).reshape(-1)
+
+    name = "nvfp4_block_scale_interleave"
+    before = getattr(flashinfer, name)
+    setattr(flashinfer, name, interleave)
+    try:
+        yield
+    finally:
+        setattr(flashinfer, name, before)
 
 
 @functools.cache
@@ -66,11 +112,12 @@ def installed_gate_up_block(*, gated: bool, batched: bool) -> int:
         if batched
         else [MoeLayout.cutedsl(gated=gated, gate_up_block=block) for block in (_BLOCKS if gated else _BLOCKS[:1])]
     )
+    backend = NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED if batched else NvFp4MoeBackend.FLASHINFER_CUTEDSL
     layers: list[Parts] = [fingerprint_layer(layouts[0])]
     if not batched:
         layers.append(_padded_layer(layouts[0]))
     with torch.device("cpu"), _quiet():  # layers are created with the GPU as default device
-        made = [_prepare(parts, gated=gated, batched=batched) for parts in layers]
+        made = [_prepare(parts, gated=gated, backend=backend) for parts in layers]
     for layout in layouts:
         if all(_equal(layout, parts, done) for parts, done in zip(layers, made, strict=True)):
             return layout.gate_up_block
@@ -110,7 +157,7 @@ def _quiet() -> Iterator[None]:
         noisy.disabled = before
 
 
-def _prepare(parts: Parts, *, gated: bool, batched: bool) -> dict[PreparedTensor, torch.Tensor]:
+def _prepare(parts: Parts, *, gated: bool, backend: NvFp4MoeBackend) -> dict[PreparedTensor, torch.Tensor]:
     """The four big tensors as the installed vLLM prepares them, as bytes on the CPU."""
     fused = {tensor: torch.cat(list(found), dim=1).contiguous() for tensor, found in parts.items()}
     experts, _, half_hidden = fused[PreparedTensor.W13_WEIGHT].shape
@@ -123,7 +170,7 @@ def _prepare(parts: Parts, *, gated: bool, batched: bool) -> dict[PreparedTensor
     activation = MoEActivation.SILU if gated else MoEActivation.RELU2_NO_MUL
     ones = torch.ones(experts)
     w13, w13_scale, _, _, w2, w2_scale, _, _ = convert_to_nvfp4_moe_kernel_format(
-        nvfp4_backend=NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED if batched else NvFp4MoeBackend.FLASHINFER_CUTEDSL,
+        nvfp4_backend=backend,
         layer=SimpleNamespace(activation=activation, moe_config=moe_config),
         w13=fused[PreparedTensor.W13_WEIGHT],
         w13_scale=fused[PreparedTensor.W13_WEIGHT_SCALE].view(torch.float8_e4m3fn),

@@ -16,12 +16,14 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
 from nvfp4_prep.vllm.layout_check import check_installed_layout
 from nvfp4_prep.vllm.placement import Placement
-from nvfp4_prep.vllm.reorder import reorder_gate_up
+from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
 from nvfp4_prep.vllm.weight_loaders import PreparedWeights
-from nvfp4_prep_kernels import MoeDims
+from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeDims, MoeLayout
 
 __all__ = ["RELAYOUT_VARIABLE", "PreparedNvFp4MoEMethod"]
 
@@ -29,12 +31,12 @@ logger = init_logger(f"vllm.{__name__}")
 
 RELAYOUT_VARIABLE = "NVFP4_PREP_RELAYOUT"
 """Environment variable: 1 allows to reorder gate and up rows while loading, where the kernel wants other blocks."""
-_BACKEND = "flashinfer_cutedsl"
 _DUMMY_SCALES = {
     "w13_weight_scale": 1.0,
     "w2_weight_scale": 1.0,
     "w13_weight_scale_2": 1e-3,
     "w2_weight_scale_2": 1e-3,
+    UP_SCALE_VECTOR: 1e-3,
     "w13_input_scale": 1e-2,
     "w2_input_scale": 1e-2,
 }
@@ -49,12 +51,12 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
     def __init__(
         self, quant_config: ModelOptNvFp4Config, moe_config: FusedMoEConfig, stamp: Stamp, layer_name: str
     ) -> None:
-        """Pins the CuteDSL backend; vLLM's own reasons refuse devices, activations, LoRA and the like.
+        """Pins the backend; vLLM's own reasons refuse devices, activations, LoRA and the like.
 
         Raises:
-            ServingError: if something else than the CuteDSL backend was asked for, or the other of its two variants.
+            ServingError: if a backend was asked for that prepared weights cannot be given to, or the deployment takes
+                another variant of the kernel and nobody asked for it.
         """
-        _check_backend(moe_config, layer_name)
         _check_load_format(layer_name)
         if quant_config.moe_activation_override is not None:
             raise ServingError(
@@ -62,13 +64,14 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 where=layer_name,
                 next_step="Remove moe.activation from --quantization-config, or serve the source checkpoint.",
             )
-        moe_config.moe_backend = _BACKEND
+        self.asked = pin_backend(moe_config, stamp, layer_name)
         super().__init__(quant_config, moe_config)
         self.stamp = stamp
         self.layer_name = layer_name
         self._check_variant()
         self.dummy = _load_format() == "dummy"
-        self.reorder_to: int | None = None
+        self.relayout: RelayoutAtLoad | None = None
+        tell_choice(moe_config, self.nvfp4_backend.value, asked=self.asked)
 
     def create_weights(
         self,
@@ -85,7 +88,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         layer.quant_config = self.quant_config
         placement = self._placement(layer, num_experts, hidden_size)
         placement.check()
-        self._check_layout(placement)
+        self.relayout = self._relayout(placement)
         weights = PreparedWeights(placement)
         for name in weights.names:
             data = torch.empty(placement.local_shape(name), dtype=placement.dtype(name))
@@ -98,7 +101,8 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         layer.load_weights = weights.load_into(layer)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Checks that every tensor arrived and builds the kernel; no weight is touched.
+        """Checks that every tensor arrived and builds the kernel; no weight is touched unless another kernel than the
+        file's was asked for.
 
         After a reload (vLLM gives the layer fresh parameters and then copies them into the old storage) the kernel
         stays as it is, and only what was derived from the scales is brought up to date.
@@ -112,17 +116,29 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         weights: PreparedWeights = layer.nvfp4_prep
         if not self.dummy:
             weights.finish()
-        if self.reorder_to is not None:
-            scale = layer.w13_weight_scale.data.view(torch.uint8)
-            reorder_gate_up(layer.w13_weight.data, scale, self.stamp.gate_up_block, self.reorder_to)
-        if self.moe_kernel is None:
+        if self.relayout is not None:
+            self.relayout.convert(layer)
+        up = UpFactor(layer, self.layer_name)
+        trtllm = self.nvfp4_backend == NvFp4MoeBackend.FLASHINFER_TRTLLM
+        if not trtllm:
+            up.refuse_if_it_differs()
+        first = self.moe_kernel is None
+        if first:
             self._restore_padded_moe_dims(layer)
             self._build_moe_kernel(layer)
+        experts: Any = self.moe_kernel.fused_experts
+        if trtllm:
+            up.check_kernel(experts)
+        if first:
+            up.set(self.moe_quant_config)
             return
         # The kernel holds 1 / input_scale as tensors of its own.
         self.moe_quant_config.a1_gscale.copy_(1.0 / layer.w13_input_scale)
         self.moe_quant_config.a2_gscale.copy_(1.0 / layer.w2_input_scale)
-        self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+        if trtllm:
+            refresh_trtllm_kernel(layer, experts, self.moe_quant_config, up)
+            return
+        experts.process_weights_after_loading(layer)
 
     def _placement(self, layer: RoutedExperts, num_experts: int, hidden_size: int) -> Placement:
         manager, moe = layer.expert_map_manager, layer.moe_config
@@ -156,50 +172,58 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
 
     def _check_variant(self) -> None:
         batched = self.nvfp4_backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
-        if batched == self.stamp.batched:
+        if batched == self.stamp.batched or self.asked:
             return
         wanted = "cutedsl-batched" if batched else "cutedsl"
         raise ServingError(
             f"prepared for the {'batched' if self.stamp.batched else 'standard'} CuteDSL kernel, but this deployment"
             f" uses {self.nvfp4_backend.value} (all2all backend {self.moe.moe_parallel_config.all2all_backend})",
             where=self.layer_name,
-            next_step=f"Choose another --all2all-backend, or convert the source again with --layout {wanted}.",
+            next_step=f"Choose another --all2all-backend, write a checkpoint for it with `nvfp4-prep relayout --layout"
+            f" {wanted}`, or give --moe-backend flashinfer_cutedsl to rearrange the weights at every start.",
         )
 
-    def _check_layout(self, placement: Placement) -> None:
-        layout = placement.layout
-        block = check_installed_layout(self.stamp, gated=layout.gated)
-        if block in (None, layout.gate_up_block):
-            return
+    def _relayout(self, placement: Placement) -> RelayoutAtLoad | None:
+        """What is to be done to the loaded weights: nothing, unless the kernel reads another layout than the file's."""
+        stored, moe = placement.layout, placement.dims
+        wanted = check_installed_layout(self.stamp, self.nvfp4_backend, gated=stored.gated)
+        if wanted == stored:
+            return None
+        if self._same_kernel(stored, wanted):
+            self._check_block_heights(stored, wanted)
+        relayout = RelayoutAtLoad.of_share(stored, wanted, moe, placement.tp_size)
+        relayout.check(self.layer_name)
+        if not self._same_kernel(stored, wanted):
+            logger.warning_once(
+                "The checkpoint was prepared for another kernel (%s): its weights are rearranged on the device for %s"
+                " at every start. `nvfp4-prep relayout` does this once and for all.",
+                self.stamp.layout_name,
+                self.nvfp4_backend.value,
+            )
+        return relayout
+
+    @staticmethod
+    def _same_kernel(stored: MoeLayout, wanted: MoeLayout) -> bool:
+        """Whether two layouts are the CuteDSL kernel's, with blocks of two heights."""
+        return (stored.shuffled, stored.concatenated) == (wanted.shuffled, wanted.concatenated)
+
+    def _check_block_heights(self, stored: MoeLayout, wanted: MoeLayout) -> None:
         if os.environ.get(RELAYOUT_VARIABLE) != "1":
             raise ServingError(
                 "the installed kernel wants another gate/up block height than the checkpoint has",
                 where=self.layer_name,
-                expected=f"{block} rows",
-                actual=f"{layout.gate_up_block} rows",
-                next_step=f"Run `nvfp4-prep relayout --gate-up-block {block}` on the checkpoint, or set"
+                expected=f"{wanted.gate_up_block} rows",
+                actual=f"{stored.gate_up_block} rows",
+                next_step=f"Run `nvfp4-prep relayout --gate-up-block {wanted.gate_up_block}` on the checkpoint, or set"
                 f" {RELAYOUT_VARIABLE}=1 to reorder the rows on the GPU at every start.",
             )
         logger.warning_once(
             "Reordering gate and up rows of prepared experts from blocks of %d to %d while loading (%s=1). "
             "`nvfp4-prep relayout` does this once and for all.",
-            layout.gate_up_block,
-            block,
+            stored.gate_up_block,
+            wanted.gate_up_block,
             RELAYOUT_VARIABLE,
         )
-        self.reorder_to = block
-
-
-def _check_backend(moe_config: FusedMoEConfig, layer_name: str) -> None:
-    if moe_config.moe_backend in ("auto", _BACKEND):
-        return
-    raise ServingError(
-        "prepared for the CuteDSL kernels, but another MoE backend was asked for",
-        where=layer_name,
-        expected=f"--moe-backend {_BACKEND} (or none)",
-        actual=f"--moe-backend {moe_config.moe_backend}",
-        next_step="Leave --moe-backend out, or serve the source checkpoint (`nvfp4-prep restore`).",
-    )
 
 
 def _load_format() -> str | None:

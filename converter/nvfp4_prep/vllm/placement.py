@@ -9,12 +9,10 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import handle_of
-from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
 
-__all__ = ["STORED_TENSORS", "Placement"]
+__all__ = ["Placement"]
 
-STORED_TENSORS = (*(tensor.value for tensor in PreparedTensor), *SCALE_VECTORS)
-"""All tensors of a prepared layer."""
 _BIG = {tensor.value: tensor for tensor in PreparedTensor}
 
 
@@ -50,10 +48,15 @@ class Placement:
             f" with --moe-tp {self.tp_size}.",
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors of a prepared layer in this layout."""
+        return (*_BIG, *self.layout.scale_vectors)
+
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor in the file."""
         if name in _BIG:
-            return (self.dims.experts, *self.layout.expert_shape(_BIG[name], self.dims))
+            return self.layout.stored_shape(_BIG[name], self.dims)
         return (self.dims.experts,)
 
     def local_shape(self, name: str) -> tuple[int, ...]:
@@ -65,9 +68,7 @@ class Placement:
 
     def dtype(self, name: str) -> torch.dtype:
         """dtype of a tensor, in the file and in the parameter."""
-        if name not in _BIG:
-            return torch.float32
-        return torch.float8_e4m3fn if _BIG[name].is_scale else torch.uint8
+        return _BIG[name].torch_dtype if name in _BIG else torch.float32
 
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
         """Copies the rank's share of a stored tensor into its parameter, in place and with nothing else than ``copy_``.

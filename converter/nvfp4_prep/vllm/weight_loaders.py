@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.vllm.placement import STORED_TENSORS, Placement
+from nvfp4_prep.vllm.placement import Placement
 
 __all__ = ["PreparedWeights"]
 
@@ -25,14 +25,14 @@ class PreparedWeights:
 
     Attributes:
         placement: the rank's share.
+        names: of the layer's tensors.
         arrived: names of tensors loaded since the last :meth:`finish`. A loader that fills parameters by itself adds
             their names.
     """
 
-    names = STORED_TENSORS
-
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
+        self.names = placement.names
         self.arrived: set[str] = set()
 
     def loader(self, name: str) -> Callable[..., None]:

@@ -47,6 +47,7 @@ def reference(arguments: dict[str, Any]) -> torch.Tensor:
         w2_weight=w2,
         w2_weight_scale=stored_scales(arguments["w2_weight_sf"]),
         w13_alpha=arguments["w1_alpha"],
+        w13_alpha_up=arguments["w1_alpha"],
         w2_alpha=arguments["w2_alpha"],
         fc2_inverse_scale=arguments["fc2_input_scale"][0],
     )

@@ -41,3 +41,26 @@ def batched_prepare() -> Iterator[None]:
     made = BatchedPrepareAndFinalize(max_num_tokens=16, num_local_experts=8, num_dispatchers=1, rank=0)
     with batched_all_to_all(), mock.patch.object(nvfp4, "maybe_make_prepare_finalize", lambda **_: made):
         yield
+
+
+@contextlib.contextmanager
+def trtllm_on_cpu() -> Iterator[None]:
+    """A vLLM that accepts the TRTLLM-gen experts and prepares their weights on the CPU.
+
+    Replaced: the device answer of the experts classes, the number of the current accelerator, and FlashInfer's
+    ``nvfp4_block_scale_interleave``, a CUDA kernel, by vLLM's own torch function for the same swizzle.
+    """
+    import flashinfer
+    import torch
+    from vllm.model_executor.layers.fused_moe.experts.trtllm_nvfp4_moe import TrtLlmNvFp4ExpertsBase
+    from vllm.model_executor.layers.quantization.utils.nvfp4_utils import swizzle_blockscale
+
+    def interleave(scales: torch.Tensor) -> torch.Tensor:
+        return swizzle_blockscale(scales.view(torch.float8_e4m3fn)).view(torch.uint8).reshape(-1)
+
+    with (
+        mock.patch.object(TrtLlmNvFp4ExpertsBase, "_supports_current_device", staticmethod(lambda: True)),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
+        mock.patch.object(flashinfer, "nvfp4_block_scale_interleave", interleave),
+    ):
+        yield

@@ -28,8 +28,9 @@ def bring_up() -> None:
     Replaced: the platform (CpuPlatform), ``Tensor.cuda`` (identity: swizzle_blockscale ends in it), the device answer
     of the two CuteDSL experts classes, ``is_cuda_alike()`` as seen by two modules that refuse non-gated experts and
     EPLB on a CPU, the NVFP4 linear kernels of the CPU platform (emulation), the cache emptying of an accelerator that
-    is not there, the subprocess in which model classes are inspected, and torchvision, which Llama-4's image processor
-    imports (an empty module: no image is ever processed).
+    is not there, the answer whether the CPU has AMX (its kernels are compiled, not here), the subprocess in which model
+    classes are inspected, and torchvision, which Llama-4's image processor imports (an empty module: no image is ever
+    processed).
     """
     import vllm.platforms as platforms
     from vllm.platforms.cpu import CpuPlatform
@@ -43,6 +44,7 @@ def bring_up() -> None:
     platforms._current_platform = CpuPlatform()
     torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
     torch.accelerator.empty_cache = lambda: None
+    torch.cpu._is_amx_tile_supported = lambda: False
 
     import vllm.config.parallel as parallel_config
     import vllm.model_executor.kernels.linear as linear

@@ -19,6 +19,7 @@ from nvfp4_prep._version import __version__
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.output import shell_line, to_json
 from nvfp4_prep.errors import EXIT_CODES
+from support.command_line import COMMANDS
 
 
 def run(*arguments: object) -> Result:
@@ -388,13 +389,13 @@ def test_options_that_exclude_each_other(sample_source: Path, tmp_path: Path, op
 
 
 def test_help_of_every_command_teaches_by_example() -> None:
-    for name in cli.commands:
+    for name in COMMANDS:
         text = run(name, "--help").stdout
         assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name
 
 
 def test_help_says_what_every_option_is() -> None:
-    for name, command in cli.commands.items():
+    for name, command in COMMANDS.items():
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, (name, parameter.name)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.errors import ResumeConflictError, TargetError
+from nvfp4_prep.commands.verify import verify
+from nvfp4_prep.errors import ResumeConflictError, TargetError, VerificationError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
@@ -225,6 +227,7 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
 
     Raises:
         TargetError: if it is a finished conversion of something else, or its files are not all there.
+        VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
     """
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
@@ -245,9 +248,11 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
             where=str(path),
             next_step="Give another target, or remove it.",
         )
+    all_here = True
     for file in made.files:
         there, sha256 = path / file.name, manifest.files[file.name].sha256
         nbytes = there.stat().st_size if there.is_file() else None
+        all_here = all_here and nbytes == file.nbytes
         if nbytes != file.nbytes and not sink.holds(file.name, file.nbytes, sha256):
             raise TargetError(
                 "a file of a finished conversion is missing or damaged",
@@ -256,7 +261,22 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
                 actual="nothing" if nbytes is None else f"{nbytes} bytes",
                 next_step="Remove the directory and convert again; nvfp4-prep verify says what else is wrong in it.",
             )
+    if all_here:  # of files that were published and deleted, the Hub's listing is compared when publishing ends
+        _check_undamaged(path)
     return manifest
+
+
+def _check_undamaged(path: Path) -> None:
+    """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
+    report = verify(path, quick=True)
+    if report.problems:
+        rest = len(report.problems) - 1
+        more = f" (and {count(rest, 'more problem')})" if rest else ""
+        raise VerificationError(
+            f"was converted before, but is damaged: {report.problems[0]}{more}",
+            where=str(path),
+            next_step=report.next_step,
+        )
 
 
 def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:

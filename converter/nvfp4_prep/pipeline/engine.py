@@ -21,11 +21,10 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.errors import ConversionInterrupted
 from nvfp4_prep.output.atomic_file import TargetFile
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline.workers import Budget, Crew, Stopped, Turnstile
+from nvfp4_prep.pipeline.workers import MEMORY_BUDGET_NBYTES, Budget, Crew, Stopped, Turnstile
 
 __all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult", "default_threads", "run_jobs"]
 
-MEMORY_BUDGET_NBYTES = 640 * 2**20
 UNIT_NBYTES = 16 * 2**20
 """Source bytes that a unit aims at: large enough for sequential disk rates, small enough to stay in the budget."""
 READ_AHEAD_UNITS = 8

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["Budget", "Crew", "Stopped", "Turnstile"]
+__all__ = ["MEMORY_BUDGET_NBYTES", "Budget", "Crew", "Stopped", "Turnstile"]
+
+MEMORY_BUDGET_NBYTES = 640 * 2**20
+"""Limit of a run's :class:`Budget`: the memory of its buffers, whatever the checkpoint's size."""
 
 
 class Stopped(Exception):

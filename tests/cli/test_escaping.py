@@ -174,6 +174,7 @@ def test_hostile_arguments(words: list[str], tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict"])
+@pytest.mark.slow
 def test_paths_that_the_terminal_cannot_show(sample_source: Path, tmp_path: Path, encoding: str) -> None:
     """The output never turns a success into a failure."""
     target = os.path.join(os.fsencode(tmp_path), "out \xff 日本\n\x1b[2J".encode() + b"\xff\x1b")  # noqa: PTH118

@@ -19,6 +19,8 @@ import pytest
 import nvfp4_prep
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 needs_build = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("build", "hatchling")), reason="needs build and hatchling"
 )

@@ -22,7 +22,10 @@ from support.hub_store import Blob
 from support.hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 REPO = "alice/prepared"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own
+]
 
 
 @pytest.fixture(scope="module")

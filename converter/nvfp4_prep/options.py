@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep_kernels import LayoutError, MoeLayout
+
+if TYPE_CHECKING:
+    from nvfp4_prep_kernels import MoeLayout
 
 __all__ = ["MAX_MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName", "check_integer"]
 
@@ -76,6 +78,8 @@ class ConvertOptions:
         Raises:
             UsageError: if the options do not make a layout, or the layout has no such layers.
         """
+        from nvfp4_prep_kernels import LayoutError, MoeLayout  # imports torch; `convert --help` needs the names only
+
         try:
             if self.layout is LayoutName.CUTEDSL:
                 return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)

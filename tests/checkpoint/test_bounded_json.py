@@ -28,6 +28,7 @@ def depth_of(value: object) -> int:
 
 
 @given(_JSON)
+@pytest.mark.slow
 def test_depth_is_that_of_the_value(value: object) -> None:
     raw = json.dumps(value).encode()
     assert parse_json(raw, "x", SourceError, max_depth=depth_of(value)) == value

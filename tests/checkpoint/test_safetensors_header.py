@@ -233,6 +233,7 @@ entries = st.fixed_dictionaries(
 
 @given(st.dictionaries(st.text(max_size=6), entries | json_values, max_size=4), st.integers(0, 64))
 @settings(max_examples=500, deadline=None)
+@pytest.mark.slow
 def test_fuzz_structured_headers(header: dict[str, Any], data: int) -> None:
     """Accepted headers describe the file exactly: in order, without holes, to the last byte."""
     text = json.dumps(header).encode()
@@ -256,6 +257,7 @@ def test_official_library_opens_a_padded_header(tmp_path: Path) -> None:
         assert opened.get_tensor("w").view(torch.uint8).flatten().tolist() == list(range(6))
 
 
+@pytest.mark.slow
 def test_number_of_tensors_is_bounded() -> None:
     """A header within the format's size may still take gigabytes of memory once it is parsed."""
     entry = b'"%d":{"dtype":"U8","shape":[],"data_offsets":[0,0]}'

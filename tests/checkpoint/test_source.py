@@ -207,6 +207,7 @@ def test_odd_but_valid_names_are_kept(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("levels", [MAX_FOLDER_DEPTH, MAX_FOLDER_DEPTH + 1, 1500])
+@pytest.mark.slow
 def test_nested_folders(folder: Path, levels: int) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     for _ in range(levels):

@@ -19,6 +19,7 @@ from nvfp4_prep._version import __version__
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.output import shell_line, to_json
 from nvfp4_prep.errors import EXIT_CODES
+from support.command_line import COMMANDS
 
 
 def run(*arguments: object) -> Result:
@@ -234,6 +235,7 @@ def test_usage_errors_are_one_line_too() -> None:
     assert "Commands:" in run().stderr
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
     script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()"]
     for arguments in (["inspect", str(sample_prepared)], ["--help"], ["completion", "bash"]):
@@ -246,6 +248,7 @@ def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_path: Path, buffered: bool) -> None:
     """Python keeps what a buffered stderr did not take, and fails with it when it ends."""
     script = [sys.executable, "-c", "from nvfp4_prep.cli import main; main()"]
@@ -261,6 +264,7 @@ def test_a_log_that_cannot_be_written_stops_no_work(sample_source: Path, tmp_pat
     assert (tmp_path / "out" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
     """What is printed must not land in the file that got the number of a closed stdout."""
     script = "from nvfp4_prep.cli import main; main()"
@@ -270,6 +274,7 @@ def test_a_closed_stdout_is_no_file_of_ours(sample_source: Path, sample_prepared
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nvfp4_prep", "verify", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -306,6 +311,7 @@ def test_progress_is_a_log_line_where_stderr_is_no_terminal(sample_source: Path,
     assert "done in" not in quiet.stderr
 
 
+@pytest.mark.slow
 def test_closed_pipe_is_no_traceback(sample_prepared: Path) -> None:
     script = "from nvfp4_prep.cli import main; main()"
     process = subprocess.Popen(
@@ -317,6 +323,7 @@ def test_closed_pipe_is_no_traceback(sample_prepared: Path) -> None:
     assert process.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_does_not_hide_damage(sample_prepared: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
     (copy / "expert-scales.safetensors").unlink()
@@ -388,13 +395,13 @@ def test_options_that_exclude_each_other(sample_source: Path, tmp_path: Path, op
 
 
 def test_help_of_every_command_teaches_by_example() -> None:
-    for name in cli.commands:
+    for name in COMMANDS:
         text = run(name, "--help").stdout
         assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name
 
 
 def test_help_says_what_every_option_is() -> None:
-    for name, command in cli.commands.items():
+    for name, command in COMMANDS.items():
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert parameter.help, (name, parameter.name)
@@ -431,6 +438,7 @@ main()
 
 @pytest.mark.parametrize("command", [["convert", "a", "b"], ["inspect", "a", "--json"]])
 @pytest.mark.parametrize("moment", ["1", "click", "60", "torch", "300", "numpy", "600", "torch._C", "torch._ops"])
+@pytest.mark.slow
 def test_interrupt_while_modules_are_imported_has_the_same_exit_code(command: list[str], moment: str) -> None:
     """Native modules lose an exception in the middle of their import, print it, or abort; click makes exit code 1."""
     number = signal.SIGTERM if moment.isdigit() else signal.SIGINT

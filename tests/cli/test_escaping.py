@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nvfp4_prep._util.printable import escape_logs, join_lines, printable, printable_text
+from nvfp4_prep._util.progress import LogProgress
 from nvfp4_prep.cli import cli
-from nvfp4_prep.cli.output import _HarmlessProgress, hint, say, shell_line
+from nvfp4_prep.cli.output import hint, say, shell_line
 
 HOSTILE = "x\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202egpj.\u2066\r\nerror: forged\u2028y\ud800"
 """OSC 52 (clipboard), CSI in both forms, bidirectional overrides, a line break, a lone surrogate."""
@@ -173,6 +174,7 @@ def test_hostile_arguments(words: list[str], tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict"])
+@pytest.mark.slow
 def test_paths_that_the_terminal_cannot_show(sample_source: Path, tmp_path: Path, encoding: str) -> None:
     """The output never turns a success into a failure."""
     target = os.path.join(os.fsencode(tmp_path), "out \xff 日本\n\x1b[2J".encode() + b"\xff\x1b")  # noqa: PTH118
@@ -198,27 +200,17 @@ def test_commands_can_be_pasted_whatever_the_path() -> None:
 
 
 def test_progress_and_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[str] = []
-
-    class Inner:
-        def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
-            seen.append(title)
-
-        def advance(self, nbytes: int, label: str) -> None:
-            seen.append(label)
-
-        def close(self) -> None: ...
-
-    progress = _HarmlessProgress(Inner())
+    progress = LogProgress(sys.stderr, 0.0)
     progress.start(HOSTILE, 1)
     progress.advance(1, HOSTILE)
+    progress.close()
     handler = logging.StreamHandler(sys.stderr)
     escape_logs([handler])
     handler.handle(logging.LogRecord("hub", logging.WARNING, "", 0, "the server said %s", (HOSTILE,), None))
     hint(HOSTILE)
     say(HOSTILE)
     written = capsys.readouterr()
-    assert all(UNSAFE.search(text) is None for text in [*seen, written.err, written.out])
+    assert all(UNSAFE.search(text) is None for text in (written.err, written.out))
     assert written.out.count("\n") == 1
 
 

@@ -17,6 +17,8 @@ from nvfp4_prep.errors import UsageError
 from nvfp4_prep.pipeline.device import apply_layout, choose_device
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])

@@ -13,6 +13,8 @@ from nvfp4_prep import SampleModel, convert, write_sample
 from support.checkpoint_files import file_digests
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 ROOTS = os.pathsep.join([str(ROOT / "converter"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 

@@ -18,6 +18,8 @@ from data.synthetic_torch import to_torch
 from support.paths import ROOT
 from support.tiny_checkpoints import write
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 
 

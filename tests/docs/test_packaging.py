@@ -19,6 +19,8 @@ import pytest
 import nvfp4_prep
 from support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 needs_build = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("build", "hatchling")), reason="needs build and hatchling"
 )
@@ -79,6 +81,7 @@ def test_wheel_has_both_packages_and_nothing_else(built: Path) -> None:
         for path in root.rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
+    assert "nvfp4_prep/smoke/report.html.j2" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from nvfp4_prep import SampleModel, errors, write_sample
 from nvfp4_prep.cli import cli
+from support.command_line import COMMANDS
 from support.paths import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,7 +40,7 @@ def test_exit_codes_are_documented() -> None:
 
 
 def test_commands_and_options_that_are_documented_exist() -> None:
-    known = {option for command in cli.commands.values() for item in command.params for option in item.opts}
+    known = {option for command in COMMANDS.values() for item in command.params for option in item.opts}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         blocks = "\n".join(re.findall(r"^```.*?^```|^    .*$", text, re.MULTILINE | re.DOTALL))
@@ -47,7 +48,7 @@ def test_commands_and_options_that_are_documented_exist() -> None:
         for line in lines:
             words = line.strip("`$ \n").split("#")[0].split()
             if words[1].isalpha():
-                assert words[1] in cli.commands, line
+                assert words[1] in COMMANDS, line
             elif words[1].startswith("-"):
                 assert words[1] in ("--help", "--version"), line
             for word in words[2:]:

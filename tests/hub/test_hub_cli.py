@@ -24,7 +24,10 @@ from support.hub_support import QUICK, Files, assert_never_half, make_checkpoint
 
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,18 @@ import pytest
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
 from nvfp4_prep.hub.errors import Patience
+from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 from nvfp4_prep.publish.push import PushResult, publish
-from nvfp4_prep.publish.repository import PublishOptions
 from support.hub_server import LoopbackHub
 from support.hub_store import Blob
 from support.hub_support import QUICK, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
 REPO = "alice/prepared"
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own
+]
 
 
 @pytest.fixture(scope="module")

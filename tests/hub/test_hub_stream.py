@@ -35,7 +35,10 @@ pytestmark = pytest.mark.default_smoke
 SOURCE = "alice/small-moe"
 REPO = "alice/prepared"
 LAYERS = 8
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own
+]
 
 
 @pytest.fixture(scope="module")

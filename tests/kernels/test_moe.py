@@ -20,6 +20,8 @@ from nvfp4_prep_kernels.triton_moe import TritonMoe, sort_pairs
 from support.moe_cases import CASES, SITU, Layer, random_layer
 from support.paths import SUPPORT
 
+pytestmark = pytest.mark.slow
+
 
 def random_tokens(layer: Layer, count: int, top_k: int, device: torch.device, seed: int = 1) -> MoeTokens:
     """Quantized tokens whose padded columns are NOT zero: only zero weights may meet them."""

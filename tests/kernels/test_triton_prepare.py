@@ -15,6 +15,8 @@ from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
 from support.layout_cases import layers
 from support.paths import SUPPORT
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TESTS = SUPPORT
 EXAMPLES = 60 if DEVICE.type == "cpu" else 25  # each is compiled on a card

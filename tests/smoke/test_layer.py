@@ -19,6 +19,8 @@ from nvfp4_prep_kernels.triton_moe import TritonMoe
 from support.moe_cases import CASES, Layer, random_layer
 from support.mutations import MUTATIONS, PADDING_MUTATIONS, TRTLLM_MUTATIONS
 
+pytestmark = pytest.mark.slow
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = SmokeSettings(per_expert=8, routed=16, noise_experts=2)
 BACKENDS = {"torch": TorchMoe(), "triton": TritonMoe()}

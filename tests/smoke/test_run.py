@@ -23,6 +23,8 @@ from nvfp4_prep.smoke.html import make_page
 from nvfp4_prep.smoke.report import ErrorFigures
 from nvfp4_prep.smoke.run import spread
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = SmokeSettings(per_expert=4, routed=8, noise_experts=1)
 
 

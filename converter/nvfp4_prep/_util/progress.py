@@ -1,15 +1,18 @@
-"""Progress on stderr: a live line on a terminal, a log line every 30 seconds elsewhere."""
+"""Progress: a bar on a terminal or in a notebook, log lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
+from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.text import format_duration, format_nbytes
 
-__all__ = ["LogProgress", "NoProgress", "Progress", "TerminalProgress", "choose_progress"]
+__all__ = ["BarProgress", "LogProgress", "NoProgress", "Progress", "RateLog", "choose_progress"]
 
 
 class Progress(Protocol):
@@ -41,8 +44,11 @@ class NoProgress:
         """Nothing."""
 
 
-class TerminalProgress:
-    """A tqdm bar: bytes, rate, time left, current file."""
+class BarProgress:
+    """A tqdm bar: bytes, rate, time left, current file. In a notebook it is the notebook's own.
+
+    A stream that fails (a terminal that was closed) does not end the work.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -51,84 +57,142 @@ class TerminalProgress:
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
         """See :class:`Progress`."""
-        from tqdm import tqdm
+        from tqdm.auto import tqdm  # looks for a notebook when it is imported; most commands show no bar
 
-        self._bar = tqdm(
-            total=total_nbytes,
-            initial=done_nbytes,
-            desc=title,
-            unit="B",
-            unit_scale=True,
-            file=self._stream,
-            dynamic_ncols=True,
-        )
+        with contextlib.suppress(OSError):
+            self._bar = tqdm(
+                total=total_nbytes,
+                initial=done_nbytes,
+                desc=printable(title),
+                unit="B",
+                unit_scale=True,
+                file=self._stream,
+                dynamic_ncols=True,
+            )
 
     def advance(self, nbytes: int, label: str) -> None:
         """See :class:`Progress`."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.set_postfix_str(label, refresh=False)
+                self._bar.set_postfix_str(printable(label), refresh=False)
                 self._bar.update(nbytes)
 
     def close(self) -> None:
         """See :class:`Progress`."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
 
 
+class _Rate:
+    """Bytes over time since the first of them; say when the next line is due. Not thread-safe."""
+
+    def __init__(self, interval_s: float, done_nbytes: int = 0) -> None:
+        self.done_nbytes = done_nbytes
+        self._interval_s = interval_s
+        self._begin_nbytes = done_nbytes
+        self._begin_s = self._last_s = time.monotonic()
+
+    def advance(self, nbytes: int) -> bool:
+        """Count bytes; return whether a line is due."""
+        self.done_nbytes += nbytes
+        now_s = time.monotonic()
+        if now_s - self._last_s < self._interval_s:
+            return False
+        self._last_s = now_s
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Time since the beginning."""
+        return max(time.monotonic() - self._begin_s, 1e-9)
+
+    @property
+    def nbytes_per_s(self) -> float:
+        """Rate of this run: what was done before does not count."""
+        return (self.done_nbytes - self._begin_nbytes) / self.seconds
+
+
 class LogProgress:
-    """One line at the start, every ``interval_s`` seconds, and at the end."""
+    """One line at the start, every ``interval_s`` seconds, and at the end; for logs and pipes.
+
+    A stream that fails (a log on a full disk) does not end the work.
+    """
 
     def __init__(self, stream: TextIO, interval_s: float = 30.0) -> None:
         self._stream = stream
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._title = ""
-        self._total = self._done = self._begin_done = 0
-        self._begin = self._last = 0.0
+        self._total_nbytes = 0
+        self._rate = _Rate(interval_s)
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
         """See :class:`Progress`."""
         with self._lock:
-            self._title, self._total = title, total_nbytes
-            self._done = self._begin_done = done_nbytes
-            self._begin = self._last = time.monotonic()
+            self._title, self._total_nbytes = title, total_nbytes
+            self._rate = _Rate(self._interval_s, done_nbytes)
             resumed = f", {format_nbytes(done_nbytes)} done before" if done_nbytes else ""
-            print(f"{title}: {format_nbytes(total_nbytes)}{resumed}", file=self._stream, flush=True)
+            self._print(f"{title}: {format_nbytes(total_nbytes)}{resumed}")
 
     def advance(self, nbytes: int, label: str) -> None:
         """See :class:`Progress`."""
         with self._lock:
-            self._done += nbytes
-            now = time.monotonic()
-            if now - self._last < self._interval_s:
+            if not self._rate.advance(nbytes):
                 return
-            self._last = now
-            rate = (self._done - self._begin_done) / max(now - self._begin, 1e-9)
-            left = format_duration((self._total - self._done) / rate) if rate else "?"
-            print(
-                f"{self._title}: {format_nbytes(self._done)} of {format_nbytes(self._total)}"
-                f" ({100 * self._done / max(self._total, 1):.0f} %), {rate / 1e9:.2f} GB/s, {left} left, {label}",
-                file=self._stream,
-                flush=True,
+            done, total, speed = self._rate.done_nbytes, self._total_nbytes, self._rate.nbytes_per_s
+            left = format_duration((total - done) / speed) if speed else "?"
+            self._print(
+                f"{self._title}: {format_nbytes(done)} of {format_nbytes(total)} ({100 * done / max(total, 1):.0f} %),"
+                f" {speed / 1e9:.2f} GB/s, {left} left, {label}"
             )
 
     def close(self) -> None:
         """See :class:`Progress`."""
         with self._lock:
-            if self._total and self._done >= self._total:
-                seconds = max(time.monotonic() - self._begin, 1e-9)
-                rate = (self._done - self._begin_done) / seconds / 1e9
-                print(
-                    f"{self._title}: done in {format_duration(seconds)}, {rate:.2f} GB/s", file=self._stream, flush=True
-                )
-            self._total = 0
+            if self._total_nbytes and self._rate.done_nbytes >= self._total_nbytes:
+                speed = self._rate.nbytes_per_s / 1e9
+                self._print(f"{self._title}: done in {format_duration(self._rate.seconds)}, {speed:.2f} GB/s")
+            self._total_nbytes = 0
+
+    def _print(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            print(printable(text), file=self._stream, flush=True)
+
+
+class RateLog:
+    """Log lines of a load whose size is not known beforehand: called with numbers of bytes from several threads."""
+
+    def __init__(self, say: Callable[[str], None], *, every_s: float = 10.0) -> None:
+        self._say = say
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._rate: _Rate | None = None
+
+    def __call__(self, nbytes: int) -> None:
+        """``nbytes`` more have been handed on."""
+        with self._lock:
+            if self._rate is None:  # time begins with the first bytes, not with the model's construction
+                self._rate = _Rate(self._every_s)
+            if not self._rate.advance(nbytes):
+                return
+            text = (
+                f"{self._rate.done_nbytes / 1e9:.1f} GB of prepared experts loaded,"
+                f" {self._rate.nbytes_per_s / 1e9:.1f} GB/s"
+            )
+        self._say(text)
 
 
 def choose_progress(*, quiet: bool) -> Progress:
-    """The right one for stderr as it is."""
+    """Return what fits stderr as it is: nothing if ``quiet``, a bar on a terminal or in a notebook, else log lines."""
     if quiet:
         return NoProgress()
-    return TerminalProgress(sys.stderr) if sys.stderr.isatty() else LogProgress(sys.stderr)
+    return BarProgress(sys.stderr) if sys.stderr.isatty() or _in_notebook() else LogProgress(sys.stderr)
+
+
+def _in_notebook() -> bool:
+    """Whether an IPython kernel runs this, whose stderr is not a terminal; nothing is imported for it."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return shell is not None and "IPKernelApp" in shell.config

@@ -12,6 +12,7 @@ __all__ = [
     "FORMAT_VERSION",
     "HF_QUANT_CONFIG",
     "INDEX",
+    "JOURNAL",
     "MANIFEST",
     "README",
     "SOURCE_SCALES",
@@ -29,6 +30,8 @@ INDEX = "model.safetensors.index.json"
 MANIFEST = "nvfp4_prep.json"
 README = "README.md"
 
+JOURNAL = "journal.jsonl"
+"""In the work folder: what is written from what, and which files are finished."""
 WORK_FOLDER = ".nvfp4_prep"
 """In a target that is being written: lock, journal, temporary files, downloads, parts."""
 FORMAT_VERSION = 1

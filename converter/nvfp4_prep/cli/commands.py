@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from nvfp4_prep._util.system import check_linux
 from nvfp4_prep._version import __version__
-from nvfp4_prep.cli.completion import completion
-from nvfp4_prep.cli.convert import convert
-from nvfp4_prep.cli.doctor import doctor
-from nvfp4_prep.cli.inspect import inspect
 from nvfp4_prep.cli.output import report_errors, stdout_failed
-from nvfp4_prep.cli.push import push
-from nvfp4_prep.cli.relayout import relayout
-from nvfp4_prep.cli.restamp import restamp
-from nvfp4_prep.cli.restore import restore
-from nvfp4_prep.cli.sample import sample
-from nvfp4_prep.cli.verify import verify
 from nvfp4_prep.errors import EXIT_CODES, UsageError
 
 __all__ = ["cli"]
@@ -29,7 +21,36 @@ _EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code,
 
 
 class _Commands(click.Group):
-    """A group whose errors look like those of its commands."""
+    """A group that imports the module of a command when the command is asked for, as in click's documentation, and
+    whose errors look like those of its commands.
+
+    The modules import neither torch nor the Hub's client: ``--help`` shows at once. What a command calls is an
+    attribute of the package ``nvfp4_prep``, which imports it on first use.
+    """
+
+    names = (
+        "completion",
+        "convert",
+        "doctor",
+        "inspect",
+        "push",
+        "relayout",
+        "restamp",
+        "restore",
+        "sample",
+        "verify",
+    )
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(self.names)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command, from the module of its name."""
+        if cmd_name not in self.names:
+            return None
+        command: click.Command = getattr(import_module(f"nvfp4_prep.cli.{cmd_name}"), cmd_name)
+        return command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """As click's, but for the errors; always ends with :class:`SystemExit`."""
@@ -54,6 +75,8 @@ class _Commands(click.Group):
 
 
 def _check_surroundings(words: Sequence[str]) -> None:
+    if not {"-h", "--help", "--version"} & {*words}:
+        check_linux()
     if "" in words:
         raise UsageError("an argument is empty", next_step="Is a variable of your shell not set?")
     try:
@@ -93,7 +116,3 @@ def cli() -> None:
     Every command but completion has --json, and every --help has examples. Results go to stdout, progress and
     hints to stderr. Ctrl-C and kills are harmless: the same command continues.
     """
-
-
-for _command in (inspect, convert, verify, restamp, restore, relayout, push, sample, doctor, completion):
-    cli.add_command(_command)

@@ -1,24 +1,100 @@
-"""What ``nvfp4-prep convert`` prints."""
+"""The output of ``nvfp4-prep convert``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
-from nvfp4_prep.cli.output import hint, say, say_text, shell_line
+from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.output import hint, say, say_next, say_text, shell_line, to_json
 from nvfp4_prep.cli.push import say_pushed
+from nvfp4_prep.cli.render import (
+    left_out_lines,
+    outlook_text,
+    outlook_value,
+    plan_text,
+    plan_value,
+    quantization_lines,
+    relative_error_text,
+    tp_lines,
+)
+from nvfp4_prep.cli.smoke import say_smoke
+from nvfp4_prep.options import GateUpPolicy
+from nvfp4_prep.prepared.kernel_choice import kernel_lines
+from nvfp4_prep.smoke.html import write_page
 
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
     from nvfp4_prep.commands.convert_parts import PartResult
+    from nvfp4_prep.commands.convert_request import ConvertRequest
+    from nvfp4_prep.commands.preview import Preview
+    from nvfp4_prep.prepared.manifest import Manifest
     from nvfp4_prep.publish.push import PushResult
+    from nvfp4_prep.smoke.gate import SmokeFailedError
 
-__all__ = ["conversion_value", "say_conversion", "say_part", "warn_of_policy"]
+__all__ = ["say_checkpoint", "say_failed_smoke_run", "say_part", "say_preview"]
 
 
-def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
-    """For ``--json``."""
+def say_preview(preview: Preview, *, as_json: bool) -> None:
+    """Print the outcome of ``--dry-run``, and on stderr why the run would be refused."""
+    plan, room, outlook = preview.plan, preview.room, preview.outlook
+    if as_json:
+        say(to_json(plan_value(plan, room) | {"target": outlook_value(outlook)}))
+    else:
+        say_text(f"{plan_text(plan, room)}\n{outlook_text(outlook)}")
+    if outlook.refusal is not None:
+        hint(f"error: {outlook.refusal}")
+
+
+def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> None:
+    """Print one machine's part."""
+    if as_json:
+        value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
+        say(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
+        return
+    if part.joined:
+        say(_complete_text(request))
+        return
+    selection = request.selection
+    say(
+        f"{part.path}: part of {count(len(part.layers), 'MoE layer')} ({selection.text if selection else ''}),"
+        f" {format_nbytes(part.written_nbytes)} written{' (continued)' if part.resumed else ''}"
+    )
+    hint(f"next, when all parts are made: {shell_line('convert', request.source, request.target, '--join')}")
+
+
+def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: ConvertRequest, *, as_json: bool) -> None:
+    """Print the result of a conversion, write the page of ``--report``, and say on stderr what comes next."""
+    if request.report is not None and result.smoke is not None:
+        write_page(request.report, result.smoke, request.target, request.source)
+    if as_json:
+        say(to_json(_value(result, pushed)))
+    else:
+        _say_result(result, pushed, request)
+        say_smoke(result.smoke)
+    if request.report is not None and result.smoke is None:
+        page = shell_line("verify", request.target, "--smoke", "--report", request.report)
+        hint(f"no smoke run of what was complete already, and no {request.report}: {page} makes it")
+    if not as_json and not result.already_complete:
+        _warn_of_policy(result.manifest)
+        say_next("verify", request.target, "--source", request.source)
+
+
+def say_failed_smoke_run(error: SmokeFailedError, request: ConvertRequest, *, as_json: bool) -> None:
+    """Print a conversion that is whole but for the config, which the failed smoke run keeps back."""
+    if request.report is not None:
+        write_page(request.report, error.report, request.target, request.source)
+    if as_json:
+        failed = nvfp4_prep.ConvertResult(request.target, error.manifest, False, False, 0, smoke=error.report)
+        say(to_json(_value(failed, None)))
+    else:
+        say_smoke(error.report)
+    hint(f"error: {request.target} has no config.json, so that nothing serves this checkpoint; {error.next_step}")
+
+
+def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
+    """The value for ``--json``."""
     manifest = result.manifest
     return {
         "path": str(result.path),
@@ -35,17 +111,12 @@ def conversion_value(result: ConvertResult, pushed: PushResult | None) -> dict[s
     }
 
 
-def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str, target: Path) -> None:
-    """For people, on stdout."""
-    from nvfp4_prep._util.text import count, format_nbytes
-    from nvfp4_prep.cli.render import left_out_lines, quantization_lines, relative_error_text, tp_lines
-    from nvfp4_prep.prepared.kernel_choice import kernel_lines
-
+def _say_result(result: ConvertResult, pushed: PushResult | None, request: ConvertRequest) -> None:
     manifest = result.manifest
     if pushed is not None:
         say_pushed(pushed)
     if result.already_complete:
-        say(f"{target} is complete already" if pushed is not None else _complete_text(target, source))
+        say(f"{request.target} is complete already" if pushed is not None else _complete_text(request))
         return
     lines = [
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
@@ -55,51 +126,44 @@ def say_conversion(result: ConvertResult, pushed: PushResult | None, source: str
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
         *(f"left out {line}" for line in left_out_lines(result.left_out)),
         *(f"warning: {warning}" for warning in result.warnings),
+        *_gate_up_lines(manifest),
+        *(f"verified: {check['check']}: {check['result']}" for check in manifest.verified),
     ]
-    differing = sum(layer.gate_up.differing for layer in manifest.layers)
-    if differing:
-        policy = manifest.options.gate_up_scales.value
-        exact = not manifest.options.gives_scales_up
-        worst = max(
-            (layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing),
-            key=lambda errors: float(errors[policy]),
-        )
-        lines.append(
-            f"gate/up global scales differed in {count(differing, 'expert')}: both are stored, nothing was rescaled;"
-            f" relative error of the weights: 0 (with one scale for both: reconcile {worst['reconcile']:.3g},"
-            f" vllm {worst['vllm']:.3g})"
-            if exact
-            else f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
-            f" {relative_error_text(worst)}"
-        )
-    lines += [f"verified: {check['check']}: {check['result']}" for check in manifest.verified]
     say_text(join_lines(lines))
 
 
-def warn_of_policy(result: ConvertResult) -> None:
+def _gate_up_lines(manifest: Manifest) -> list[str]:
+    """One line where gate and up had different global scales, with the price of the policy."""
+    differing = sum(layer.gate_up.differing for layer in manifest.layers)
+    if not differing:
+        return []
+    policy = manifest.options.gate_up_scales.value
+    errors = [layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing]
+    worst = max(errors, key=lambda figures: float(figures[policy]))
+    if not manifest.options.gives_scales_up:
+        return [
+            f"gate/up global scales differed in {count(differing, 'expert')}: both are stored, nothing was rescaled;"
+            f" relative error of the weights: 0 (with one scale for both: reconcile {worst['reconcile']:.3g},"
+            f" vllm {worst['vllm']:.3g})"
+        ]
+    return [
+        f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
+        f" {relative_error_text(worst)}"
+    ]
+
+
+def _warn_of_policy(manifest: Manifest) -> None:
     """On stderr, if scales were given up."""
-    manifest = result.manifest
-    if manifest.options.gate_up_scales.value == "vllm" and any(layer.gate_up.differing for layer in manifest.layers):
+    if manifest.options.gate_up_scales == GateUpPolicy.VLLM and any(
+        layer.gate_up.differing for layer in manifest.layers
+    ):
         hint("warning: up's own scales are ignored as vLLM does; reconcile keeps them")
 
 
-def say_part(part: PartResult, layers: str, source: str, target: Path) -> None:
-    """One machine's part, for people."""
-    from nvfp4_prep._util.text import count, format_nbytes
-
-    if part.joined:
-        say(_complete_text(target, source))
-        return
-    say(
-        f"{part.path}: part of {count(len(part.layers), 'MoE layer')} ({layers}), {format_nbytes(part.written_nbytes)}"
-        f" written{' (continued)' if part.resumed else ''}"
-    )
-    hint(f"next, when all parts are made: {shell_line('convert', source, target, '--join')}")
-
-
-def _complete_text(target: Path, source: str) -> str:
-    """What a target that was there already was found to be, and how to know more."""
+def _complete_text(request: ConvertRequest) -> str:
+    """The finding about a target that was there already, and how to know more."""
+    command = shell_line("verify", request.target, "--source", request.source)
     return (
-        f"{target} is complete already: manifest, stamp, files, sizes, headers and index are right; the tensors' bytes"
-        f" were not read. To read them: {shell_line('verify', target, '--source', source)}"
+        f"{request.target} is complete already: manifest, stamp, files, sizes, headers and index are right; the"
+        f" tensors' bytes were not read. To read them: {command}"
     )

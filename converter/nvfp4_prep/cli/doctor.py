@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.options import common
+import nvfp4_prep
+from nvfp4_prep._util.printable import join_lines
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.cli.options import DIRECTORY, common
 from nvfp4_prep.cli.output import say, say_text, to_json
 
 if TYPE_CHECKING:
-    from nvfp4_prep.commands.doctor import Diagnosis
+    from nvfp4_prep import Diagnosis
 
 __all__ = ["doctor"]
 
 
 @click.command()
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", required=False, type=DIRECTORY)
 @common
 def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     """Say what is installed here and what will work; with DIRECTORY also how fast its disk is.
@@ -29,9 +32,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     nvfp4-prep doctor
     nvfp4-prep doctor /scratch          writes and reads back 537 MB there
     """
-    from nvfp4_prep.commands import doctor as diagnosing
-
-    found = diagnosing.diagnose(directory)
+    found = nvfp4_prep.diagnose(directory)
     if as_json:
         say(to_json(found.to_dict()))
     else:
@@ -41,9 +42,6 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
 
 
 def _text(found: Diagnosis) -> str:
-    from nvfp4_prep._util.printable import join_lines
-    from nvfp4_prep._util.text import format_nbytes
-
     lines = [f"{name:20} {version or 'not installed'}" for name, version in found.versions.items()]
     lines += [f"{'machine':20} {found.machine}", *(f"{'card':20} {card}" for card in found.cards or ("none",))]
     if found.disk is not None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import click
 
-from nvfp4_prep.cli.options import common
+import nvfp4_prep
+from nvfp4_prep.cli.options import checkpoint_argument, common
 from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
+from nvfp4_prep.cli.render import inspection_text, inspection_value
 
 __all__ = ["inspect"]
 
 
 @click.command()
-@click.argument("checkpoint")
+@checkpoint_argument(on_hub=True)
 @common
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it.
@@ -23,12 +25,8 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     nvfp4-prep inspect ./DeepSeek-NVFP4
     nvfp4-prep inspect nvidia/Kimi-K2.5-NVFP4 --json
     """
-    from nvfp4_prep.cli.render import inspection_text, inspection_value
-    from nvfp4_prep.commands import inspect as inspection
-    from nvfp4_prep.hub import open_source
-
     tell_address(checkpoint, quiet=quiet)
-    found = inspection.inspect(open_source(checkpoint))
+    found = nvfp4_prep.inspect(checkpoint)
     if as_json:
         say(to_json(inspection_value(found)))
     else:

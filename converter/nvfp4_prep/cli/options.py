@@ -1,36 +1,75 @@
-"""What the commands share: options, and their errors as one line."""
+"""Arguments and options that several commands share, and the library's values that they become."""
 
 from __future__ import annotations
 
+import enum
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from nvfp4_prep.cli.output import report_errors
-from nvfp4_prep.errors import UsageError
-
-if TYPE_CHECKING:
-    from nvfp4_prep.publish.repository import PublishOptions
+from nvfp4_prep.hub.publish_options import PublishOptions
+from nvfp4_prep.options import MAX_MOE_TP, ConvertOptions, GateUpPolicy, LayoutName
 
 __all__ = [
-    "Publishing",
-    "check_repository",
+    "EnumChoice",
+    "checkpoint_argument",
     "common",
     "conversion_options",
     "decorated",
+    "gate_up_block_option",
+    "layout_option",
+    "moe_tp_option",
     "publishing_options",
+    "report_option",
     "restart_option",
+    "source_argument",
+    "target_argument",
     "threads_option",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_Member = TypeVar("_Member", bound=enum.StrEnum)
+_GATE_UP_BLOCKS = (64, 32, 16)
+
+ADDRESS = click.Path()
+"""A directory or a Hub id: shells complete paths, and nothing is required to exist."""
+DIRECTORY = click.Path(path_type=Path)
+"""A directory on this machine; each command says itself what is wrong with it."""
+
+source_argument = click.argument("source", type=ADDRESS)
+target_argument = click.argument("target", type=DIRECTORY)
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+)
+restart_option = click.option(
+    "--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it."
+)
+
+
+class EnumChoice(click.Choice[_Member]):
+    """The members of an enum by their values; click's own choice goes by the names in the code."""
+
+    def normalize_choice(self, choice: object, ctx: click.Context | None) -> str:
+        """Return the member's value."""
+        return choice.value if isinstance(choice, enum.StrEnum) else super().normalize_choice(choice, ctx)
+
+
+def checkpoint_argument(*, on_hub: bool = False) -> Callable[[_Command], _Command]:
+    """Return the argument CHECKPOINT, a text where it may be a Hub id too, and a :class:`Path` elsewhere."""
+    return click.argument("checkpoint", type=ADDRESS if on_hub else DIRECTORY)
+
+
+def report_option(text: str) -> Callable[[_Command], _Command]:
+    """Return ``--report``."""
+    return click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help=text)
 
 
 def common(command: _Command) -> _Command:
-    """``--json`` and ``--quiet``, typed errors as one line, exit codes."""
+    """Add ``--json`` and ``--quiet``, and turn typed errors into one line and an exit code."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
@@ -42,68 +81,55 @@ def common(command: _Command) -> _Command:
     return run  # type: ignore[return-value]
 
 
-def threads_option(command: _Command) -> _Command:
-    """``--threads``."""
-    option = click.option(
-        "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+def layout_option(text: str, **extra: Any) -> Callable[[_Command], _Command]:
+    """Return ``--layout``."""
+    return click.option("--layout", type=EnumChoice(LayoutName), help=text, **extra)
+
+
+def gate_up_block_option(**extra: Any) -> Callable[[_Command], _Command]:
+    """Return ``--gate-up-block``."""
+    return click.option(
+        "--gate-up-block", type=click.Choice(_GATE_UP_BLOCKS), help="Rows in one gate/up block.", **extra
     )
-    return option(command)
 
 
-def restart_option(command: _Command) -> _Command:
-    """``--restart``."""
-    option = click.option("--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it.")
-    return option(command)
+def moe_tp_option(text: str, **extra: Any) -> Callable[[_Command], _Command]:
+    """Return ``--moe-tp``."""
+    return click.option("--moe-tp", type=click.IntRange(1, MAX_MOE_TP), help=text, **extra)
 
 
 def conversion_options(command: _Command) -> _Command:
-    """The options that decide the output's bytes; the command gets them as one ``options``."""
-    from_names = {"layout": str, "gate_up_block": int, "gate_up_scales": str, "moe_tp": int}
+    """Add the options that decide the output's bytes; the command gets them as one ``options``."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        layout, block, scales, moe_tp = (kind(kwargs.pop(name)) for name, kind in from_names.items())
-        with report_errors(kwargs["as_json"]):
-            from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+    def run(
+        *args: Any, layout: LayoutName, gate_up_block: int, gate_up_scales: GateUpPolicy, moe_tp: int, **kwargs: Any
+    ) -> None:
+        command(*args, options=ConvertOptions(layout, gate_up_block, gate_up_scales, moe_tp), **kwargs)
 
-            options = ConvertOptions(LayoutName(layout), block, GateUpPolicy(scales), moe_tp)
-        command(*args, options=options, **kwargs)
+    def default(value: object) -> dict[str, Any]:
+        return {"default": value, "show_default": str(value)}
 
     decorators = [
-        click.option(
-            "--layout",
-            type=click.Choice(["cutedsl", "cutedsl-batched", "trtllm"]),
-            default="cutedsl",
-            show_default=True,
-            help="Kernel to prepare for; cutedsl-batched is for DeepEP low latency.",
-        ),
-        click.option(
-            "--gate-up-block",
-            type=click.Choice(["64", "32", "16"]),
-            default="64",
-            show_default=True,
-            help="Rows in one gate/up block.",
-        ),
+        layout_option("Kernel to prepare for; cutedsl-batched is for DeepEP low latency.", **default(_DEFAULT.layout)),
+        gate_up_block_option(**default(_DEFAULT.gate_up_block)),
         click.option(
             "--gate-up-scales",
-            type=click.Choice(["reconcile", "vllm", "error"]),
-            default="reconcile",
-            show_default=True,
+            type=EnumChoice(GateUpPolicy),
             help="Where gate and up have different global scales: rescale one side, take gate's, or refuse.",
+            **default(_DEFAULT.gate_up_scales),
         ),
-        click.option(
-            "--moe-tp",
-            type=click.IntRange(1, 1024),
-            default=1,
-            show_default=True,
-            help="Tensor-parallel size to pad for, where padding depends on it.",
-        ),
+        moe_tp_option("Tensor-parallel size to pad for, where padding depends on it.", **default(_DEFAULT.moe_tp)),
     ]
     return decorated(run, decorators)  # type: ignore[return-value]
 
 
+_DEFAULT = ConvertOptions
+"""Its attributes are the fields' defaults; an instance would check them, for which it imports torch."""
+
+
 def publishing_options(condition: str = "") -> Callable[[_Command], _Command]:
-    """Where and how to publish; the command gets them as one :class:`Publishing`.
+    """Add where and how to publish; the command gets that as ``publish_options``.
 
     Args:
         condition: what the help says first, where the command publishes only if it is asked to.
@@ -115,7 +141,7 @@ def publishing_options(condition: str = "") -> Callable[[_Command], _Command]:
     def decorate(command: _Command) -> _Command:
         @functools.wraps(command)
         def run(*args: Any, private: bool, revision: str | None, create_pr: bool, **kwargs: Any) -> None:
-            command(*args, publishing=Publishing(private, revision, create_pr), **kwargs)
+            command(*args, publish_options=PublishOptions(private, revision, create_pr), **kwargs)
 
         decorators = [
             option("--private", "Make the repository a private one.", is_flag=True),
@@ -127,29 +153,8 @@ def publishing_options(condition: str = "") -> Callable[[_Command], _Command]:
     return decorate
 
 
-def decorated(command: Callable[..., None], decorators: list[Callable[[_Command], _Command]]) -> Callable[..., None]:
-    """The command under several decorators, the first one outermost."""
-    for decorator in reversed(decorators):
+def decorated(command: Callable[..., None], decorators: Iterable[Callable[..., Any]]) -> Callable[..., None]:
+    """Return the command under several decorators, the first one outermost."""
+    for decorator in reversed(list(decorators)):
         command = decorator(command)
     return command
-
-
-@dataclass(frozen=True)
-class Publishing:
-    """How to publish, as the command line has it; the library's value needs the Hub's client."""
-
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-
-    def options(self) -> PublishOptions:
-        """The library's value. Raises :class:`UsageError` if the options exclude each other."""
-        from nvfp4_prep.publish.repository import PublishOptions
-
-        return PublishOptions(private=self.private, revision=self.revision, create_pr=self.create_pr)
-
-
-def check_repository(text: str) -> None:
-    """Raises :class:`UsageError` for what can be no repository, before the network is asked."""
-    if len([part for part in text.split("/") if part]) != 2 or text.count("/") != 1:
-        raise UsageError("is no repository of the Hub", where=text, expected="USER/NAME")

@@ -13,15 +13,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from nvfp4_prep._util.printable import printable, printable_text
+from nvfp4_prep._util.progress import Progress, choose_progress
+from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
-
-if TYPE_CHECKING:
-    from nvfp4_prep._util.progress import Progress
+from nvfp4_prep.hub.address import parse_address
 
 __all__ = [
     "hint",
@@ -66,12 +66,10 @@ def report_errors(as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def tell_leftovers(target: Path) -> Iterator[None]:
     """Where damage of what is read ends a command: the error also says what is left in the target."""
-    from nvfp4_prep.output.target import Target
-
     try:
         yield
     except VerificationError as error:
-        if Target.has_journal(target):
+        if (target / WORK_FOLDER / JOURNAL).exists():
             left = f"{target} holds what was written until then, without a config; remove it if you give up."
             error.next_step = f"{error.next_step or ''} {left}".strip()
         raise
@@ -187,33 +185,10 @@ def _finite(value: Any) -> Any:
 
 def tell_address(text: str, *, quiet: bool) -> None:
     """Say it where a name that looks like a path is going to be looked up on the Hub."""
-    from nvfp4_prep.hub import parse_address
-
     if not quiet and not text.startswith("hf://") and parse_address(text) is not None:
         hint(f"{text} is nothing on this disk: looking for it on the Hub")
 
 
 def make_progress(quiet: bool) -> Progress:
-    """Bar, log lines or nothing, whatever fits stderr."""
-    from nvfp4_prep._util.progress import choose_progress
-
-    return _HarmlessProgress(choose_progress(quiet=quiet))
-
-
-class _HarmlessProgress:
-    """Progress whose stream may fail (a log on a full disk) without an end to the work."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-
-    def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.start(printable(title), total_nbytes, done_nbytes)
-
-    def advance(self, nbytes: int, label: str) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.advance(nbytes, printable(label))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._inner.close()
+    """Return a bar, log lines or nothing, whatever fits stderr."""
+    return choose_progress(quiet=quiet)

@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.options import (
-    Publishing,
-    check_repository,
-    common,
-    publishing_options,
-    threads_option,
-)
+import nvfp4_prep
+from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.options import checkpoint_argument, common, publishing_options, threads_option
 from nvfp4_prep.cli.output import make_progress, say, say_next, to_json
+from nvfp4_prep.hub import quiet_client
+from nvfp4_prep.hub.publish_options import PublishOptions, check_repository
 
 if TYPE_CHECKING:
-    from nvfp4_prep.publish.push import PushResult
+    from nvfp4_prep import PushResult
 
 __all__ = ["push", "say_pushed"]
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_argument()
 @click.argument("repository", metavar="USER/NAME")
 @publishing_options()
 @click.option("--full", is_flag=True, help="Check every byte before, not only structure, sizes and headers.")
@@ -32,7 +30,7 @@ __all__ = ["push", "say_pushed"]
 def push(
     checkpoint: Path,
     repository: str,
-    publishing: Publishing,
+    publish_options: PublishOptions,
     full: bool,
     threads: int | None,
     as_json: bool,
@@ -47,23 +45,21 @@ def push(
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared --private --full
     """
-    from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.publish import push as pushing
-
     check_repository(repository)
     quiet_client()
-    options = publishing.options()
-    pushed = pushing.push(checkpoint, repository, options, full=full, threads=threads, progress=make_progress(quiet))
+    pushed = nvfp4_prep.push(
+        checkpoint, repository, publish_options, full=full, threads=threads, progress=make_progress(quiet)
+    )
     if as_json:
         say(to_json(pushed.to_dict()))
         return
     say_pushed(pushed)
-    say_next("verify", f"{repository}@{publishing.revision}" if publishing.revision else repository)
+    revision = publish_options.revision
+    say_next("verify", f"{repository}@{revision}" if revision else repository)
 
 
 def say_pushed(pushed: PushResult) -> None:
-    from nvfp4_prep._util.text import count, format_nbytes
-
+    """Print what was published, and how it is served."""
     say(
         f"{pushed.page}: {count(pushed.files, 'file')}, {format_nbytes(pushed.nbytes)}, compared with the manifest"
         f" at commit {pushed.commit}"

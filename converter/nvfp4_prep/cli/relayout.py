@@ -6,26 +6,39 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.options import common, restart_option, threads_option
+import nvfp4_prep
+from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.options import (
+    checkpoint_argument,
+    common,
+    gate_up_block_option,
+    layout_option,
+    moe_tp_option,
+    restart_option,
+    target_argument,
+    threads_option,
+)
 from nvfp4_prep.cli.output import make_progress, say, say_next, tell_leftovers, to_json
+from nvfp4_prep.cli.render import layout_text, tp_lines
+from nvfp4_prep.options import LayoutName
 
 __all__ = ["relayout"]
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option("--layout", type=click.Choice(["cutedsl", "cutedsl-batched", "trtllm"]), help="Kernel to prepare for.")
-@click.option("--gate-up-block", type=click.Choice(["64", "32", "16"]), help="Rows in one gate/up block.")
-@click.option("--moe-tp", type=click.IntRange(1, 1024), help="Tensor-parallel size to pad for.")
+@checkpoint_argument()
+@target_argument
+@layout_option("Kernel to prepare for.")
+@gate_up_block_option()
+@moe_tp_option("Tensor-parallel size to pad for.")
 @threads_option
 @restart_option
 @common
 def relayout(
     checkpoint: Path,
     target: Path,
-    layout: str | None,
-    gate_up_block: str | None,
+    layout: LayoutName | None,
+    gate_up_block: int | None,
     moe_tp: int | None,
     threads: int | None,
     restart: bool,
@@ -39,17 +52,12 @@ def relayout(
     \b
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
-    from nvfp4_prep._util.text import count, format_nbytes
-    from nvfp4_prep.cli.render import layout_text, tp_lines
-    from nvfp4_prep.commands import relayout as new_layout
-    from nvfp4_prep.options import LayoutName
-
     with tell_leftovers(target):
-        result = new_layout.relayout(
+        result = nvfp4_prep.relayout(
             checkpoint,
             target,
-            layout=None if layout is None else LayoutName(layout),
-            gate_up_block=None if gate_up_block is None else int(gate_up_block),
+            layout=layout,
+            gate_up_block=gate_up_block,
             moe_tp=moe_tp,
             threads=threads,
             progress=make_progress(quiet),

@@ -6,20 +6,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.printable import join_lines, printable
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import FileKind
-from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
-from nvfp4_prep.commands.preflight import Outlook
-from nvfp4_prep.commands.verify import VerifyReport
-from nvfp4_prep.pipeline.engine import default_memory_nbytes
+from nvfp4_prep.moe.model_config import quantization_configs
+from nvfp4_prep.pipeline.workers import default_memory_nbytes
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
-from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.kernel_choice import kernel_lines
-from nvfp4_prep.prepared.stamp import quantization_configs
-from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor
+
+if TYPE_CHECKING:  # these import torch, for which --help must not wait
+    from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
+    from nvfp4_prep.commands.preflight import Outlook
+    from nvfp4_prep.commands.verify import VerifyReport
+    from nvfp4_prep.planning.plan import Plan
+    from nvfp4_prep_kernels import MoeDims, MoeLayout
 
 _COMMON_TP_SIZES = (1, 2, 4, 8)
 
@@ -83,6 +85,8 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
+    from nvfp4_prep_kernels import PreparedTensor  # needs torch
+
     expert_tensors = sum(len(group.records) for item in plan.layers for group in item.groups)
     gated = any(item.gated for item in plan.layers)
     lines = [
@@ -200,7 +204,7 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
             for layout, dims in known:
                 layout.for_moe_tp(size).check(dims)
             yield f"cannot serve {size}: convert with --moe-tp {size} for that"
-        except LayoutError as error:
+        except ValueError as error:  # a LayoutError
             yield f"cannot serve {size}: {error}"
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.options import common
+import nvfp4_prep
+from nvfp4_prep.cli.options import checkpoint_argument, common
 from nvfp4_prep.cli.output import say, say_next, to_json
 
 __all__ = ["restamp"]
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_argument()
 @common
 def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """Keep edits of the config.json of a prepared CHECKPOINT: record them in its manifest.
@@ -25,9 +26,7 @@ def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     \b
     nvfp4-prep restamp ./out
     """
-    from nvfp4_prep.commands import restamp as restamping
-
-    result = restamping.restamp(checkpoint)
+    result = nvfp4_prep.restamp(checkpoint)
     if as_json:
         say(to_json({"path": str(result.path), "config_edits": list(result.edits), "written": result.written}))
         return

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.options import common, restart_option, threads_option
+import nvfp4_prep
+from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.options import checkpoint_argument, common, restart_option, target_argument, threads_option
 from nvfp4_prep.cli.output import make_progress, say, tell_leftovers, to_json
 
 __all__ = ["restore"]
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@checkpoint_argument()
+@target_argument
 @threads_option
 @restart_option
 @common
@@ -27,13 +29,8 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     \b
     nvfp4-prep restore ./out ./back
     """
-    from nvfp4_prep._util.text import count, format_nbytes
-    from nvfp4_prep.commands import restore as restoration
-
     with tell_leftovers(target):
-        result = restoration.restore(
-            checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart
-        )
+        result = nvfp4_prep.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
         say(to_json({**value, "resumed": result.resumed}))

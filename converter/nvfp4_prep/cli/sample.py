@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from nvfp4_prep.cli.options import common
+import nvfp4_prep
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.cli.options import common, target_argument
 from nvfp4_prep.cli.output import say, to_json
-from nvfp4_prep.errors import ConversionInterrupted
 
 __all__ = ["sample"]
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
+@target_argument
 @click.option(
     "--layers", type=click.IntRange(2), default=3, show_default=True, help="Decoder layers; the first one is dense."
 )
@@ -63,18 +65,10 @@ def sample(
     nvfp4-prep sample ./sample                  a few MB
     nvfp4-prep sample ./layer --kimi-layer      one layer as large as Kimi-K2.5's
     """
-    from dataclasses import replace
-
-    from nvfp4_prep._util.text import format_nbytes
-    from nvfp4_prep.commands.sample import KIMI_LAYER, SampleModel, write_sample
-
     nbytes = shard_mb * 10**6
     if kimi_layer:
-        model = replace(KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
+        model = replace(nvfp4_prep.KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
     else:
-        model = SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
-    try:
-        written = write_sample(target, model)
-    except KeyboardInterrupt as error:
-        raise ConversionInterrupted("interrupted", where=str(target), next_step="Nothing was left there.") from error
+        model = nvfp4_prep.SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
+    written = nvfp4_prep.write_sample(target, model)
     say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")

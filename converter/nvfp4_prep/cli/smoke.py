@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nvfp4_prep.cli.options import decorated
+import nvfp4_prep
+from nvfp4_prep.cli.options import decorated, report_option
 from nvfp4_prep.cli.output import hint, say_text
-from nvfp4_prep.output.report_file import check_report_path, write_report
+from nvfp4_prep.smoke.html import write_page
+from nvfp4_prep.smoke.text import layer_line, smoke_text
 
 if TYPE_CHECKING:
-    from nvfp4_prep.checkpoint.source import Source
-    from nvfp4_prep.smoke import SmokeReport
-    from nvfp4_prep.smoke.gate import SmokePolicy
+    from nvfp4_prep import SmokePolicy, SmokeReport
+    from nvfp4_prep.smoke import LayerReport
 
-__all__ = ["SmokeOptions", "check_page", "say_smoke", "smoke_options", "smoke_policy", "smoke_run", "write_page"]
+__all__ = ["SmokeOptions", "say_smoke", "smoke_options", "smoke_policy", "smoke_run"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class SmokeOptions:
-    """What is run: ``verify``'s options.
+    """``verify``'s options for what is run.
 
     Attributes:
         layers: as :meth:`~nvfp4_prep.output.layer_selection.LayerSelection.parse` takes it; all without.
@@ -42,7 +43,7 @@ class SmokeOptions:
 
 
 def smoke_options(command: _Command) -> _Command:
-    """``--smoke`` and what belongs to it; the command gets ``smoke``, a flag, and one ``smoke_options``."""
+    """Add ``--smoke`` and what belongs to it; the command gets ``smoke``, a flag, and one ``smoke_options``."""
 
     @functools.wraps(command)
     def run(*args: Any, layers: str | None, sample: int | None, backend: str, report: Path | None, **rest: Any) -> None:
@@ -59,77 +60,37 @@ def smoke_options(command: _Command) -> _Command:
             show_default=True,
             help="With --smoke: what runs the layers.",
         ),
-        click.option(
-            "--report", type=click.Path(path_type=Path, dir_okay=False), help="With --smoke: write an HTML page."
-        ),
+        report_option("With --smoke: write an HTML page."),
     ]
     return decorated(run, decorators)  # type: ignore[return-value]
 
 
-def check_page(page: Path | None, *directories: str | Path | None) -> None:
-    """Raise :class:`UsageError` before the work begins if the page could not be written after it, or would be written
-    into one of ``directories``.
-    """
-    if page is not None:
-        check_report_path(page, *directories)
-
-
-def smoke_run(
-    checkpoint: str | Path, source: str | Source | None, options: SmokeOptions, *, quiet: bool = False
-) -> SmokeReport:
-    """Runs it, tells of each layer on stderr, and writes the page."""
-    from nvfp4_prep.smoke import run_smoke
-    from nvfp4_prep.smoke.text import layer_line
-
-    try:
-        report = run_smoke(
-            checkpoint,
-            source,
-            layers=_choose_layers(checkpoint, options.layers),
-            sample=options.sample,
-            backend=options.backend,
-            on_layer=None if quiet else lambda *layer: hint(layer_line(*layer)),
-        )
-    finally:
-        if source is not None and not isinstance(source, str):
-            source.close()
+def smoke_run(checkpoint: str, source: str | None, options: SmokeOptions, *, quiet: bool) -> SmokeReport:
+    """Run it, tell of each layer on stderr, and write the page."""
+    report = nvfp4_prep.run_smoke(
+        checkpoint,
+        source,
+        layers=options.layers,
+        sample=options.sample,
+        backend=options.backend,
+        on_layer=_tell_layer(quiet=quiet),
+    )
     if options.page is not None:
-        write_page(options.page, report, checkpoint, source if isinstance(source, str) else None)
+        write_page(options.page, report, checkpoint, source)
     return report
 
 
-def _choose_layers(checkpoint: str | Path, text: str | None) -> list[int] | None:
-    from nvfp4_prep.output.layer_selection import LayerSelection
-
-    return None if text is None else list(LayerSelection.parse(text).choose_present(_layer_numbers(checkpoint)))
-
-
-def _layer_numbers(checkpoint: str | Path) -> list[int]:
-    from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-
-    with PreparedCheckpoint(checkpoint) as opened:
-        return sorted({record.index for record in opened.manifest.layers})
-
-
 def smoke_policy(*, quiet: bool) -> SmokePolicy:
-    """The library's default, which tells of each layer on stderr."""
-    from nvfp4_prep.smoke.gate import SmokePolicy
-    from nvfp4_prep.smoke.text import layer_line
-
-    return SmokePolicy(on_layer=None if quiet else lambda *layer: hint(layer_line(*layer)))
+    """Return the library's default, which tells of each layer on stderr."""
+    return nvfp4_prep.SmokePolicy(on_layer=_tell_layer(quiet=quiet))
 
 
-def write_page(page: Path, report: SmokeReport, *directories: str | Path | None) -> None:
-    """Write the HTML page of ``--report``, outside ``directories``."""
-    from nvfp4_prep.smoke.html import make_page
-
-    write_report(page, make_page(report), *directories)
+def _tell_layer(*, quiet: bool) -> Callable[[LayerReport, int, int], None] | None:
+    return None if quiet else lambda *layer: hint(layer_line(*layer))
 
 
 def say_smoke(report: SmokeReport | None) -> None:
-    """The outcome on stdout, and what to do about a failure on stderr."""
-    from nvfp4_prep.smoke.text import smoke_text
-
+    """Print the outcome on stdout, and what to do about a failure on stderr."""
     if report is None:
         return
     say_text(smoke_text(report))

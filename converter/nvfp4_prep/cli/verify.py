@@ -8,22 +8,30 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvfp4_prep.cli.options import common, threads_option
+import nvfp4_prep
+from nvfp4_prep.checkpoint.filenames import MANIFEST
+from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, threads_option
 from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
-from nvfp4_prep.cli.smoke import SmokeOptions, check_page, say_smoke, smoke_options, smoke_run
+from nvfp4_prep.cli.render import verify_text
+from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
+from nvfp4_prep.hub import parse_address, quiet_client
+from nvfp4_prep.output.report_file import check_report_path
 
 if TYPE_CHECKING:
-    from nvfp4_prep.commands.verify import VerifyReport
-    from nvfp4_prep.hub import HubAddress
-    from nvfp4_prep.smoke import SmokeReport
+    from nvfp4_prep import SmokeReport, VerifyReport
 
 __all__ = ["verify"]
 
 
 @click.command()
-@click.argument("checkpoint")
-@click.option("--source", help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.")
+@checkpoint_argument(on_hub=True)
+@click.option(
+    "--source",
+    type=ADDRESS,
+    metavar="TEXT",
+    help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.",
+)
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
 @smoke_options
 @threads_option
@@ -53,23 +61,19 @@ def verify(
     nvfp4-prep verify ./out --quick                     structure only, seconds
     nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
     """
-    from nvfp4_prep.commands import verify as verification
-    from nvfp4_prep.hub import open_ranges, parse_address
-
     tell_address(checkpoint, quiet=quiet)
     address = parse_address(checkpoint)
     _check_combination(checkpoint, source, smoke_options, smoke=smoke, published=address is not None)
     ran: SmokeReport | None = None
     if address is not None:
-        found = _verify_published(address)
+        quiet_client()
+        found = nvfp4_prep.verify_published(address)
     else:
-        origin = None if source is None else open_ranges(source)
-        found = verification.verify(
-            checkpoint, source=origin, quick=quick, threads=threads, progress=make_progress(quiet)
+        found = nvfp4_prep.verify(
+            checkpoint, source=source, quick=quick, threads=threads, progress=make_progress(quiet)
         )
         if smoke and found.ok:
-            again = None if source is None else open_ranges(source)
-            ran = smoke_run(checkpoint, again, smoke_options, quiet=quiet)
+            ran = smoke_run(checkpoint, source, smoke_options, quiet=quiet)
     if as_json:
         say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
     else:
@@ -81,8 +85,6 @@ def verify(
 def _check_combination(
     checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
 ) -> None:
-    from nvfp4_prep.checkpoint.filenames import MANIFEST
-
     if not smoke and options != SmokeOptions():
         raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
     if published and (smoke or source is not None):
@@ -95,20 +97,11 @@ def _check_combination(
         raise UsageError(
             "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."
         )
-    check_page(options.page, checkpoint, source)
-
-
-def _verify_published(address: HubAddress) -> VerifyReport:
-    from nvfp4_prep.hub import quiet_client
-    from nvfp4_prep.publish.verify_published import verify_published
-
-    quiet_client()
-    return verify_published(address)
+    if options.page is not None:
+        check_report_path(options.page, checkpoint, source)
 
 
 def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:
-    from nvfp4_prep.cli.render import verify_text
-
     say_text(verify_text(found))
     say_smoke(ran)
     if not found.ok:

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.system import check_linux
+from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.errors import ResumeConflictError, TargetError
+from nvfp4_prep.commands.verify import verify
+from nvfp4_prep.errors import ResumeConflictError, TargetError, VerificationError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
@@ -179,6 +182,7 @@ def open_source(source: str | Path | Source, target: Path | None = None) -> Sour
     Raises:
         SourceError, HubError, UsageError: if it cannot be read.
     """
+    check_linux()
     if not isinstance(source, str | Path):
         return source
     if isinstance(source, str):
@@ -228,6 +232,7 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
 
     Raises:
         TargetError: if it is a finished conversion of something else, or its files are not all there.
+        VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
     """
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
@@ -245,11 +250,28 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
             where=str(path),
             next_step="Give another target, or remove it.",
         )
+    all_here = True
     for file in made.files:
         there, sha256 = path / file.name, manifest.files[file.name].sha256
         if not sink.holds(file.name, file.nbytes, sha256):
             check_size(there, file.nbytes)
+        all_here = all_here and there.is_file()
+    if all_here:  # of files that were published and deleted, the Hub's listing is compared when publishing ends
+        _check_undamaged(path)
     return manifest
+
+
+def _check_undamaged(path: Path) -> None:
+    """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
+    report = verify(path, quick=True)
+    if report.problems:
+        rest = len(report.problems) - 1
+        more = f" (and {count(rest, 'more problem')})" if rest else ""
+        raise VerificationError(
+            f"was converted before, but is damaged: {report.problems[0]}{more}",
+            where=str(path),
+            next_step=report.next_step,
+        )
 
 
 def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:

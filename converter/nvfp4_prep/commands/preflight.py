@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import check_apart, check_not_divided, find_complete
 from nvfp4_prep.commands.convert_parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.output.atomic_file import free_nbytes
-from nvfp4_prep.output.journal import JOURNAL, check_identity, finished_files, named_files, read_lines
+from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles

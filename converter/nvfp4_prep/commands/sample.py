@@ -18,7 +18,7 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
-from nvfp4_prep.errors import TargetError, UsageError
+from nvfp4_prep.errors import ConversionInterrupted, TargetError, UsageError
 from nvfp4_prep.options import check_integer
 from nvfp4_prep.output.atomic_file import translate_os_error
 
@@ -80,6 +80,7 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
     Raises:
         TargetError: if the directory is not empty or cannot be written.
         NoSpaceError: if the disk is full. In no case anything is left behind that was written.
+        ConversionInterrupted: on Ctrl-C.
     """
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -94,6 +95,10 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
             failure = translate_os_error(error, folder)
             failure.next_step = "Check its permissions and the room on the disk; nothing was left there."
             raise failure from error
+        if isinstance(error, KeyboardInterrupt):
+            raise ConversionInterrupted(
+                "interrupted", where=str(folder), next_step="Nothing was left there."
+            ) from error
         raise
 
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["NESTED_KEYS", "find_number", "positive", "text_configs"]
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG
+
+__all__ = ["NESTED_KEYS", "find_number", "positive", "quantization_configs", "text_configs"]
 
 NESTED_KEYS = ("text_config", "llm_config", "language_config")
 """Where multimodal models keep their language model's config."""
@@ -19,6 +21,23 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         if isinstance(nested, Mapping):
             yield nested
     yield config
+
+
+def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A checkpoint's quantization configs by place; the first one is the one that counts.
+
+    Args:
+        config: ``config.json``.
+        hf_quant_config: ``hf_quant_config.json``, where there is one.
+    """
+    found: dict[str, Any] = {}
+    for place, part in (("", config), *((key, config.get(key)) for key in NESTED_KEYS)):
+        if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
+            where = f"{place}.quantization_config" if place else "quantization_config"
+            found[f"{CONFIG}:{where}"] = part["quantization_config"]
+    if hf_quant_config is not None:
+        found[HF_QUANT_CONFIG] = dict(hf_quant_config)
+    return found
 
 
 def positive(value: object) -> float | None:

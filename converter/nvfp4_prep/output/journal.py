@@ -18,9 +18,8 @@ from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["JOURNAL", "check_identity", "finished_files", "named_files", "read_lines"]
+__all__ = ["check_identity", "finished_files", "named_files", "read_lines"]
 
-JOURNAL = "journal.jsonl"
 _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
 

@@ -9,7 +9,10 @@ from typing import Protocol
 
 from nvfp4_prep.options import ConvertOptions
 
-__all__ = ["FileSink", "KeepFiles"]
+__all__ = ["FILES_AT_ONCE", "FileSink", "KeepFiles", "PublishedFiles", "stream_room_nbytes"]
+
+FILES_AT_ONCE = 3
+"""With ``stream_out``, room for so many files of the largest size: one being made, one waiting, one on its way."""
 
 
 class FileSink(Protocol):
@@ -85,3 +88,22 @@ class KeepFiles:
 
     def interrupt(self) -> None:
         """Nobody waits."""
+
+
+def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
+    """Room in the target that files of these sizes take at most with ``stream_out``."""
+    everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
+    return min(everything, FILES_AT_ONCE * largest + small)
+
+
+class PublishedFiles(KeepFiles):
+    """For a plan with ``stream_out``, without asking the Hub: what was published is taken to be there still."""
+
+    def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
+        """Every file that has a digest."""
+        return sha256 is not None
+
+    def room_nbytes(self, sizes: Mapping[str, int]) -> int:
+        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
+        return stream_room_nbytes(sizes)

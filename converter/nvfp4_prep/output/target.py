@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import NoSpaceError, TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, translate_os_error
-from nvfp4_prep.output.journal import JOURNAL, check_identity, finished_files, named_files, read_lines
+from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.target_lock import LOCK, check_idle, check_locks, take_lock
 from nvfp4_prep.output.target_root import TargetRoot, check_work_folder

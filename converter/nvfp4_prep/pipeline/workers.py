@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 from nvfp4_prep.errors import NvfpPrepError
 
-__all__ = ["WorkerThreads"]
+__all__ = ["WorkerThreads", "default_memory_nbytes", "default_threads"]
+
+_MIN_MEMORY_NBYTES = 640 * 2**20
+_WORKER_MEMORY_NBYTES = 128 * 2**20
+_MAX_THREADS = 64
+
+
+def default_threads() -> int:
+    """Return one worker more than the processors, because units wait for the disk; at most 64."""
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)) + 1)
+
+
+def default_memory_nbytes(threads: int | None = None) -> int:
+    """Return the memory budget of buffers: 128 MiB a worker (two units of 16 MiB), at least 640 MiB."""
+    return max(_MIN_MEMORY_NBYTES, _WORKER_MEMORY_NBYTES * (threads or default_threads()))
 
 
 class WorkerThreads:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.output.sink import FileSink
-from nvfp4_prep.planning.plan import Plan
+
+if TYPE_CHECKING:  # it imports torch, and rendering needs the figures alone
+    from nvfp4_prep.planning.plan import Plan
 
 __all__ = ["SMALL_FILES_NBYTES", "Room", "room_for"]
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import CONFIG, FORMAT_VERSION, HF_QUANT_CONFIG
-from nvfp4_prep.moe.model_config import NESTED_KEYS
+from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION, HF_QUANT_CONFIG
+from nvfp4_prep.moe.model_config import NESTED_KEYS, quantization_configs
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.prepared.config_edits import find_edits, same_value
 from nvfp4_prep_kernels import MoeLayout
@@ -39,23 +39,6 @@ LAYOUT_NAMES = {
 }
 """Layouts by the name that the stamp uses: that of vLLM's MoE backend."""
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
-
-
-def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A checkpoint's quantization configs by place; the first one is the one that counts.
-
-    Args:
-        config: ``config.json``.
-        hf_quant_config: ``hf_quant_config.json``, where there is one.
-    """
-    found: dict[str, Any] = {}
-    for place, part in (("", config), *((key, config.get(key)) for key in NESTED_KEYS)):
-        if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
-            where = f"{place}.quantization_config" if place else "quantization_config"
-            found[f"{CONFIG}:{where}"] = part["quantization_config"]
-    if hf_quant_config is not None:
-        found[HF_QUANT_CONFIG] = dict(hf_quant_config)
-    return found
 
 
 def _counting_config(configs: Mapping[str, Any]) -> Mapping[str, Any]:

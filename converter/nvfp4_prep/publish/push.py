@@ -18,9 +18,10 @@ from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
+from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.publish.repository import PublishOptions, RemoteRepository
+from nvfp4_prep.publish.repository import RemoteRepository
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -94,7 +95,7 @@ def push(
     Args:
         checkpoint: its directory.
         repo_id: ``USER/NAME``.
-        options: see :class:`~nvfp4_prep.publish.repository.PublishOptions`.
+        options: see :class:`~nvfp4_prep.hub.publish_options.PublishOptions`.
         full: read every byte before (otherwise: structure, sizes and headers; the hashes of all uploaded bytes are
             compared with the manifest in any case, before the stamp).
         api: the official client; by default with the user's endpoint and token.

@@ -5,43 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nvfp4_prep._util.printable import mask_passwords
-from nvfp4_prep.errors import HubError, TargetError, UsageError
+from nvfp4_prep.errors import HubError, TargetError
 from nvfp4_prep.hub.errors import Patience, hub_errors, is_conflict, persist, well_formed
 from nvfp4_prep.hub.listing import LocalFile, Snapshot, read_snapshot
+from nvfp4_prep.hub.publish_options import PublishOptions
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-__all__ = ["PublishOptions", "RemoteRepository"]
+__all__ = ["RemoteRepository"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MAIN = "main"
 _CONFLICT_ATTEMPTS = 5
-
-
-@dataclass(frozen=True)
-class PublishOptions:
-    """How to publish.
-
-    Attributes:
-        private: create the repository as a private one.
-        revision: branch; made if it does not exist.
-        create_pr: publish as a pull request; an open one of the same title is continued.
-    """
-
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises :class:`UsageError` if the options exclude each other."""
-        if self.create_pr and self.revision:
-            raise UsageError("--create-pr and --revision exclude each other: a pull request is a branch of its own")
 
 
 class RemoteRepository:

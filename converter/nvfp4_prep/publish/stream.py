@@ -14,8 +14,9 @@ from nvfp4_prep.commands.convert import ConvertResult, convert
 from nvfp4_prep.errors import HubError
 from nvfp4_prep.hub.errors import Patience, translate
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
+from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.output.sink import KeepFiles
+from nvfp4_prep.output.sink import FILES_AT_ONCE, PublishedFiles, stream_room_nbytes
 from nvfp4_prep.publish.push import (
     BATCH_FILES,
     PushResult,
@@ -25,7 +26,7 @@ from nvfp4_prep.publish.push import (
     summary,
     withdrawal,
 )
-from nvfp4_prep.publish.repository import PublishOptions, RemoteRepository
+from nvfp4_prep.publish.repository import RemoteRepository
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
 if TYPE_CHECKING:
@@ -34,27 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["FILES_AT_ONCE", "PublishedFiles", "StreamPublisher", "convert_and_publish", "stream_room_nbytes"]
 
 _log = logging.getLogger(__name__)
-FILES_AT_ONCE = 3
-"""With ``stream_out``, room for so many files of the largest size: one being made, one waiting, one on its way."""
-
-
-def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
-    """Room in the target that files of these sizes take at most with ``stream_out``."""
-    everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
-    small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
-    return min(everything, FILES_AT_ONCE * largest + small)
-
-
-class PublishedFiles(KeepFiles):
-    """For a plan with ``stream_out``, without asking the Hub: what was published is taken to be there still."""
-
-    def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """Every file that has a digest."""
-        return sha256 is not None
-
-    def room_nbytes(self, sizes: Mapping[str, int]) -> int:
-        """See :class:`~nvfp4_prep.output.sink.FileSink`."""
-        return stream_room_nbytes(sizes)
 
 
 class StreamPublisher:

@@ -1,14 +1,14 @@
-"""Error bars of each layer as an inline SVG."""
+"""Positions of the error bars of each layer, for the report's SVG."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nvfp4_prep.smoke.report import LayerReport
 
-__all__ = ["error_chart"]
+__all__ = ["Bar", "Chart", "GridLine", "error_chart"]
 
 _WIDTH, _HEIGHT = 1000, 264
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 38
@@ -17,48 +17,86 @@ _LOWEST, _HIGHEST = -9, 1
 _MAX_LABELS = 30
 
 
-def error_chart(layers: Sequence[LayerReport]) -> str:
-    """Smallest, median and largest relative error over the experts of each layer, with noise floor and limit."""
-    parts = [_grid()]
+@dataclass(frozen=True)
+class GridLine:
+    """A power of ten, at height ``y``."""
+
+    y: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One layer: smallest, median and largest relative error of its experts, with noise floor and limit.
+
+    Attributes:
+        x, x1, x2: centre, and ends of the ticks.
+        low, middle, high, floor, limit: heights of the figures.
+        label: the layer's number, empty where there is no room for it.
+        words: the figures as text.
+        passed: whether nothing is wrong.
+    """
+
+    x: float
+    x1: float
+    x2: float
+    low: float
+    middle: float
+    high: float
+    floor: float
+    limit: float
+    label: str
+    words: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the template draws, in the units of the SVG's view box."""
+
+    grid: tuple[GridLine, ...]
+    bars: tuple[Bar, ...]
+    width: int = _WIDTH
+    height: int = _HEIGHT
+    left: int = _LEFT
+    right: int = _WIDTH - _RIGHT
+
+
+def error_chart(layers: Sequence[LayerReport]) -> Chart:
+    """Return the chart of the relative errors over the experts of each layer; the axis is logarithmic."""
     step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(layers))
     every = max(1, math.ceil(len(layers) / _MAX_LABELS))
-    for position, layer in enumerate(layers):
-        x = _LEFT + step * (position + 0.5)
-        parts.append(_layer(layer, x, min(10.0, step * 0.35)))
-        if position % every == 0:
-            parts.append(f"<text x='{x:.1f}' y='{_HEIGHT - 20}' text-anchor='middle'>{layer.index}</text>")
-    parts.append(f"<text x='{(_LEFT + _WIDTH) / 2:.0f}' y='{_HEIGHT - 4}' text-anchor='middle'>layer</text>")
-    return (
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='relative error by layer'>{''.join(parts)}</svg>"
+    grid = tuple(GridLine(_height(10.0**power), f"1e{power}") for power in range(_LOWEST, _HIGHEST + 1, 2))
+    bars = tuple(
+        _bar(layer, _LEFT + step * (position + 0.5), min(10.0, step * 0.35), labelled=position % every == 0)
+        for position, layer in enumerate(layers)
+    )
+    return Chart(grid, bars)
+
+
+def _bar(layer: LayerReport, x: float, half: float, *, labelled: bool) -> Bar:
+    errors = sorted((figure.errors.relative for figure in layer.figures), key=_rank)
+    return Bar(
+        x=round(x, 1),
+        x1=round(x - half, 1),
+        x2=round(x + half, 1),
+        low=_height(errors[0]),
+        middle=_height((errors[(len(errors) - 1) // 2] + errors[len(errors) // 2]) / 2),
+        high=_height(errors[-1]),
+        floor=_height(layer.noise.relative),
+        limit=_height(max((figure.errors.relative_limit for figure in layer.figures), key=_rank)),
+        label=str(layer.index) if labelled else "",
+        words=f"layer {layer.index}: {errors[0]:.2e} to {errors[-1]:.2e}, noise floor {layer.noise.relative:.2e}",
+        passed=layer.passed,
     )
 
 
-def _layer(layer: LayerReport, x: float, half: float) -> str:
-    errors = sorted(figure.errors.relative for figure in layer.figures)
-    low, middle, high = _height(errors[0]), _height(statistics.median(errors)), _height(errors[-1])
-    floor = _height(layer.noise.relative)
-    limit = _height(max(figure.errors.relative_limit for figure in layer.figures))
-    words = f"layer {layer.index}: {errors[0]:.2e} to {errors[-1]:.2e}, noise floor {layer.noise.relative:.2e}"
-    kind = "" if layer.passed else " class='wrong'"
-    return (
-        f"<g{kind}><title>{words}</title>"
-        f"<line class='limit' x1='{x - half:.1f}' x2='{x + half:.1f}' y1='{limit:.1f}' y2='{limit:.1f}'/>"
-        f"<line class='floor' x1='{x - half:.1f}' x2='{x + half:.1f}' y1='{floor:.1f}' y2='{floor:.1f}'/>"
-        f"<line class='bar' x1='{x:.1f}' x2='{x:.1f}' y1='{low:.1f}' y2='{high:.1f}'/>"
-        f"<circle class='dot' cx='{x:.1f}' cy='{middle:.1f}' r='4'/></g>"
-    )
+def _rank(value: float) -> float:
+    """Sort key by which NaN comes last, as the worst value."""
+    return math.inf if math.isnan(value) else value
 
 
 def _height(value: float) -> float:
     power = _HIGHEST if not math.isfinite(value) else _LOWEST if value <= 0 else math.log10(value)
     share = (min(max(power, _LOWEST), _HIGHEST) - _LOWEST) / (_HIGHEST - _LOWEST)
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _grid() -> str:
-    lines = []
-    for power in range(_LOWEST, _HIGHEST + 1, 2):
-        y = _height(10.0**power)
-        lines.append(f"<line class='grid' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
-        lines.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>1e{power}</text>")
-    return "".join(lines)
+    return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)

@@ -12,6 +12,8 @@ import torch
 
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.hub import open_ranges
+from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
@@ -29,7 +31,7 @@ def run_smoke(
     prepared: str | Path,
     source: str | Path | Source | None = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | str | None = None,
     sample: int | None = None,
     backend: str = "auto",
     settings: SmokeSettings | None = None,
@@ -42,7 +44,7 @@ def run_smoke(
         source: what it was made from. Without it the reference is computed from the prepared tensors turned back,
             which the report says; that still proves the kernel's view of the bytes, but not that they came from
             the source.
-        layers: numbers of the layers to run; all by default.
+        layers: numbers of the layers to run, or a text of them (``1,4-6``, ``2/8``); all by default.
         sample: experts of each layer, evenly spread; by default all on a card and 8 on a CPU.
         backend: ``auto``, ``flashinfer``, ``triton`` or ``torch``.
         settings: numbers of tokens.
@@ -58,9 +60,10 @@ def run_smoke(
         checkpoint = held.enter_context(PreparedCheckpoint(prepared))
         records = choose_layers(checkpoint.manifest, layers)
         chosen = choose_backend(backend, {record.layout for record in records})
-        opened = source
+        opened = open_ranges(source) if isinstance(source, str) else source
         if isinstance(opened, str | Path):
             opened = LocalSource(Path(opened))
+        if opened is not None and opened is not source:
             held.callback(opened.close)
         reader = CheckpointReader(checkpoint, opened, chosen.device)
         if sample is None and chosen.device.type == "cpu":
@@ -90,11 +93,13 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose_layers(manifest: Manifest, layers: Sequence[int] | None) -> list[LayerRecord]:
+def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> list[LayerRecord]:
     """The layers with these numbers, all without; raises :class:`UsageError` for a number that does not exist."""
     if layers is None:
         return list(manifest.layers)
     there = {record.index for record in manifest.layers}
+    if isinstance(layers, str):
+        layers = LayerSelection.parse(layers).choose_present(there)
     missing = sorted(set(layers) - there)
     if missing or not layers:
         raise UsageError(

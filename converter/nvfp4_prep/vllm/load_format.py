@@ -22,12 +22,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from nvfp4_prep._util.progress import RateLog
 from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, EXPERTS_PREFIX, MANIFEST
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, make_handle
 from nvfp4_prep.load.options import default_threads, usable_cores
-from nvfp4_prep.load.rate_log import RateLog
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 

@@ -1,0 +1,61 @@
+"""A conversion that is only looked at: its plan, the disk space it takes, and what it would find at its target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.commands.convert import open_source
+from nvfp4_prep.commands.convert_request import ConvertRequest
+from nvfp4_prep.commands.preflight import Outlook, look_ahead
+from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
+from nvfp4_prep.planning.builder import make_plan
+from nvfp4_prep.planning.disk_space import Room, room_for
+from nvfp4_prep.planning.plan import Plan
+
+__all__ = ["Preview", "preview_conversion"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The outcome of a dry run.
+
+    Attributes:
+        plan: of the whole conversion, also where a part was asked for.
+        room: disk space that a run into an empty target takes.
+        outlook: what the run would find at its target, and why it would be refused, if it would be.
+    """
+
+    plan: Plan
+    room: Room
+    outlook: Outlook
+
+
+def preview_conversion(request: ConvertRequest, source: str | Path | Source | None = None) -> Preview:
+    """Go through everything that a conversion checks before its first byte; write nothing.
+
+    Args:
+        request: the conversion.
+        source: an opened source to use instead of the request's.
+
+    Raises:
+        SourceError, UnsupportedCheckpointError: if there is nothing to plan; all other refusals are in the outlook.
+    """
+    sink = PublishedFiles() if request.stream_out else KeepFiles()
+    opened = open_source(request.source if source is None else source)
+    try:
+        plan = make_plan(opened, request.options)
+        room = room_for(plan, (), opened, sink)
+        outlook = look_ahead(
+            plan,
+            opened,
+            request.target,
+            sink,
+            selection=request.selection,
+            join=request.join,
+            restart=request.restart,
+        )
+    finally:
+        opened.close()
+    return Preview(plan, room, outlook)

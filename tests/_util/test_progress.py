@@ -1,0 +1,98 @@
+"""Progress on terminals, in logs and in loads: what is shown, escaped, and that a failing stream ends nothing."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from nvfp4_prep._util import progress as module
+from nvfp4_prep._util.progress import BarProgress, LogProgress, NoProgress, Progress, RateLog, choose_progress
+
+HOSTILE = "x\x1b[2J\u202e\r\nerror: forged"
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(progress: Progress) -> None:
+    progress.start(HOSTILE, 100, 10)
+    progress.advance(40, HOSTILE)
+    progress.advance(50, HOSTILE)
+    progress.close()
+    progress.close()
+
+
+@pytest.mark.parametrize("make", [BarProgress, lambda stream: LogProgress(stream, 0.0)])
+def test_titles_and_labels_are_escaped(make: Callable[[io.StringIO], Progress]) -> None:
+    stream = io.StringIO()
+    run(make(stream))
+    text = stream.getvalue()
+    assert "x\\x1b[2J" in text
+    assert "\x1b[2J" not in text and "\u202e" not in text
+    assert not any(line.startswith("error: forged") for line in text.replace("\r", "\n").splitlines())
+
+
+@pytest.mark.parametrize("make", [BarProgress, lambda stream: LogProgress(stream, 0.0)])
+def test_a_stream_that_fails_ends_nothing(make: Callable[[io.StringIO], Progress]) -> None:
+    run(make(FullDisk()))
+
+
+@pytest.mark.parametrize(
+    ("quiet", "stream", "kind"),
+    [(True, Terminal(), NoProgress), (False, Terminal(), BarProgress), (False, io.StringIO(), LogProgress)],
+)
+def test_choice_fits_the_stream(
+    monkeypatch: pytest.MonkeyPatch, quiet: bool, stream: io.StringIO, kind: type[Progress]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert type(choose_progress(quiet=quiet)) is kind
+
+
+def test_a_notebook_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shell:
+        config = {"IPKernelApp": {}}  # noqa: RUF012
+
+    class IPython:
+        get_ipython = staticmethod(Shell)
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setitem(sys.modules, "IPython", IPython)
+    assert isinstance(choose_progress(quiet=False), BarProgress)
+
+
+def test_rate_of_a_log_leaves_out_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = LogProgress(stream, 30.0)
+    progress.start("convert", 40_000_000_000, 10_000_000_000)
+    now[0] += 10
+    progress.advance(5_000_000_000, "early")
+    now[0] += 20
+    progress.advance(10_000_000_000, "layer 2")
+    line = stream.getvalue().splitlines()[-1]
+    assert "early" not in stream.getvalue()
+    assert line == "convert: 25.00 GB of 40.00 GB (62 %), 0.50 GB/s, 0:30 left, layer 2"
+
+
+def test_rate_log_counts_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    log = RateLog(said.append, every_s=0.0)
+    threads = [threading.Thread(target=lambda: [log(10**8) for _ in range(10)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(said) == 40
+    assert max(said, key=lambda text: float(text.split()[0])).startswith("4.0 GB of prepared experts loaded, ")

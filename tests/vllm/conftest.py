@@ -44,6 +44,15 @@ def ranks() -> Iterator[Any]:
     processes.close()
 
 
+@pytest.fixture(autouse=True)
+def fresh_probes() -> Iterator[None]:
+    """What the plugin remembers of the installed vLLM is forgotten, so that no test sees another's stand-in."""
+    yield
+    from nvfp4_prep.vllm.layout_check import installed_layout
+
+    installed_layout.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def plugin() -> None:
     """The plugin in this process."""

@@ -20,6 +20,7 @@ from nvfp4_prep.load.options import default_threads
 from nvfp4_prep.vllm import load_format
 from support.serving.compare import Job, Outcome, run
 from support.serving.families import FAMILIES
+from support.serving.installed import reload_from
 from support.serving.results import Checkpoints
 from support.serving.states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
 from support.serving.tiny_models import TinyModel
@@ -69,8 +70,6 @@ def test_no_expert_tensor_comes_through_vllms_iterator(checkpoints: Checkpoints)
 
 
 def test_reload_uses_tensors_with_data(checkpoints: Checkpoints) -> None:
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     _, prepared = checkpoints.get(DEEPSEEK)
     _, other = checkpoints.get(replace(DEEPSEEK, family="deepseek_v3y"))
     config = make_vllm_config(prepared, moe_backend="auto", load=LOAD)
@@ -78,7 +77,7 @@ def test_reload_uses_tensors_with_data(checkpoints: Checkpoints) -> None:
         loaded = load_model(config)
         first, where = snapshot(loaded), storage_of(loaded)
         for directory in (other, prepared):
-            reload_weights(config, loaded, None, str(directory), is_checkpoint_format=True)
+            reload_from(config, loaded, directory)
             assert storage_of(loaded) == where
             if directory == other:
                 assert differences(experts_state(loaded), state_of_open(other)) == []
@@ -148,7 +147,7 @@ class TestFailures:
 
     def test_a_model_that_cannot_be_built_leaves_no_threads(self, checkpoints: Checkpoints) -> None:
         load = {"load": LOAD, "moe_backend": "marlin"}
-        with pytest.raises(ServingError, match="another MoE backend"):
+        with pytest.raises(ServingError, match="an MoE backend was asked for that wants weights in another form"):
             state_of(checkpoints.get(QWEN)[1], **load)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvfp4-load")]
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from support.serving.families import FAMILIES
+from support.serving.installed import NEEDS_PADDING, reload_from
 from support.serving.results import Checkpoints
 from support.serving.stand_ins import batched_prepare, installed_kernel_with
 from support.serving.states import differences, experts_state, snapshot, state_of, state_of_open, storage_of
@@ -56,8 +58,6 @@ def test_dummy_weights_need_no_files(checkpoints: Checkpoints, tmp_path: Path) -
 @pytest.mark.parametrize("model", [QWEN, DEEPSEEK, NEMOTRON], ids=lambda model: model.family)
 def test_layerwise_reload_twice(checkpoints: Checkpoints, model: TinyModel) -> None:
     """The same values in the same storage, scales multiplied once, the kernel object reading that storage."""
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     _, prepared = checkpoints.get(model)
     _, other = checkpoints.get(replace(model, family=f"{model.family}x"))  # other bytes, same sizes
     config = make_vllm_config(prepared, moe_backend="auto")
@@ -65,7 +65,7 @@ def test_layerwise_reload_twice(checkpoints: Checkpoints, model: TinyModel) -> N
         loaded = load_model(config)
         first, where = snapshot(loaded), storage_of(loaded)
         for directory in (other, prepared, prepared):
-            reload_weights(config, loaded, None, str(directory), is_checkpoint_format=True)
+            reload_from(config, loaded, directory)
             assert storage_of(loaded) == where
             if directory == other:
                 assert any("w13_weight" in name for name in differences(first, snapshot(loaded)))
@@ -73,7 +73,11 @@ def test_layerwise_reload_twice(checkpoints: Checkpoints, model: TinyModel) -> N
         assert differences(first, snapshot(loaded)) == []
 
 
-@pytest.mark.parametrize("model", [QWEN, NEMOTRON, DEEPSEEK.with_sizes(8, 320, 96)], ids=lambda model: model.family)
+@pytest.mark.parametrize(
+    "model",
+    [QWEN, NEMOTRON, pytest.param(DEEPSEEK.with_sizes(8, 320, 96), marks=NEEDS_PADDING)],
+    ids=lambda model: model.family,
+)
 def test_eplb_moves_experts_in_place(checkpoints: Checkpoints, model: TinyModel) -> None:
     """After EPLB rearranged whole experts, the kernel's views and alphas are those of the moved experts."""
     states = []
@@ -93,7 +97,10 @@ def test_eplb_moves_experts_in_place(checkpoints: Checkpoints, model: TinyModel)
 
 
 @pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("model", [QWEN, QWEN.with_sizes(4, 320, 96)], ids=["aligned", "padded"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(QWEN, id="aligned"), pytest.param(QWEN.with_sizes(4, 320, 96), id="padded", marks=NEEDS_PADDING)],
+)
 def test_relayout_while_loading(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, block: int, model: TinyModel
 ) -> None:
@@ -117,3 +124,32 @@ def test_batched_layout(checkpoints: Checkpoints, model: TinyModel) -> None:
     assert differences(expected, actual) == []
     classes = [value for name, value in actual.items() if name.endswith("/classes")]
     assert classes == [("FlashInferCuteDSLBatchedExperts", "FLASHINFER_CUTEDSL_BATCHED")] * 2
+
+
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK], ids=lambda model: model.family)
+def test_a_reload_after_deep_sleep(checkpoints: Checkpoints, model: TinyModel) -> None:
+    """Sleep mode, level 2, discards every byte of the pool that held weights, the kernel's own tensors too."""
+    _, prepared = checkpoints.get(model)
+    config = make_vllm_config(prepared, moe_backend="auto")
+    with rank_of(config):
+        loaded = load_model(config)
+        first, where = experts_state(loaded), storage_of(loaded)
+        for layer in routed_experts(loaded).values():
+            quant = layer.quant_method.moe_quant_config
+            for tensor in (*layer.parameters(), quant.a1_gscale, quant.a2_gscale):
+                tensor.data.view(torch.uint8).fill_(0x7F)
+        assert differences(first, experts_state(loaded)) != []
+        reload_from(config, loaded, prepared)
+        assert storage_of(loaded) == where
+        assert differences(first, experts_state(loaded)) == []
+
+
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK], ids=lambda model: model.family)
+def test_a_weight_update_with_original_tensors_is_refused(checkpoints: Checkpoints, model: TinyModel) -> None:
+    """What a trainer sends whose experts are in the source's form."""
+    source, prepared = checkpoints.get(model)
+    config = make_vllm_config(prepared, moe_backend="auto")
+    with rank_of(config):
+        loaded = load_model(config)
+        with pytest.raises(ServingError, match="for a layer that the stamp says is prepared"):
+            reload_from(config, loaded, source)

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 
 from nvfp4_prep.commands.convert import convert
+from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 from support.checkpoint_files import IN_REPOSITORY, WHOLE
-from support.serving.compare import Job, Outcome, run
+from support.serving.compare import Counts, Job, Outcome, run
 from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.installed import PADS
 from support.serving.results import TABLE, Checkpoints
 from support.serving.tiny_models import TinyModel
 
@@ -48,6 +50,7 @@ class Case:
         options: of the conversion.
         oracle: what vLLM loads instead of the source, where it cannot load the source right.
         input_scales: see Job.
+        padded: the sizes need padding, which vLLM 0.31 does not do.
     """
 
     model: TinyModel
@@ -57,6 +60,7 @@ class Case:
     options: ConvertOptions = field(default_factory=ConvertOptions)
     oracle: TinyModel | None = None
     input_scales: bool = True
+    padded: bool = False
 
     @property
     def name(self) -> str:
@@ -86,11 +90,17 @@ CASES = [
     Case(DEEPSEEK, "DP2 with EP", DP2),
     Case(QWEN, "DP2 with EP", DP2),
     Case(NEMOTRON, "DP2 with EP", DP2),
-    case(QWEN.with_sizes(8, 320, 96), "TP1", "I 96, H 320 padded"),
-    case(QWEN.with_sizes(6, 336, 352), "TP2 with EP", "I 352, H 336 padded, 6 experts"),
-    case(QWEN.with_sizes(8, 256, 192), "TP2", "I 192, --moe-tp 2", options=ConvertOptions(moe_tp=2)),
-    case(NEMOTRON.with_sizes(8, 320, 192), "TP1", "I 192, H 320 padded"),
-    case(NEMOTRON.with_sizes(8, 320, 192), "TP2", "I 192, H 320, --moe-tp 2", options=ConvertOptions(moe_tp=2)),
+    case(QWEN.with_sizes(8, 320, 96), "TP1", "I 96, H 320 padded", padded=True),
+    case(QWEN.with_sizes(6, 336, 352), "TP2 with EP", "I 352, H 336 padded, 6 experts", padded=True),
+    case(QWEN.with_sizes(8, 256, 192), "TP2", "I 192, --moe-tp 2", options=ConvertOptions(moe_tp=2), padded=True),
+    case(NEMOTRON.with_sizes(8, 320, 192), "TP1", "I 192, H 320 padded", padded=True),
+    case(
+        NEMOTRON.with_sizes(8, 320, 192),
+        "TP2",
+        "I 192, H 320, --moe-tp 2",
+        options=ConvertOptions(moe_tp=2),
+        padded=True,
+    ),
     case(COMPRESSED, "TP1", "compressed-tensors"),
     case(COMPRESSED, "TP2", "compressed-tensors"),
     case(COMPRESSED, "TP2 with EP", "compressed-tensors, without input scales", input_scales=False),
@@ -113,6 +123,9 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
     source, prepared = checkpoints.get(row.model, row.options)
     if row.oracle is not None:
         source, _ = checkpoints.get(row.oracle)
+    if row.padded and not PADS:
+        refused_for_padding(row, prepared, request)
+        return
     job = Job(str(source), str(prepared), options={"parallel": row.parallel}, input_scales=row.input_scales)
     outcomes: Sequence[Outcome] = request.getfixturevalue("ranks").run(job) if row.parallel else [run(job)]
     record(row, outcomes)
@@ -125,6 +138,24 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
         assert outcome.prepared.calls == 8 * outcome.layers
         experts = sum(1 for name, _ in row.model.tensors() if ".experts" in name)
         assert outcome.prepared.tensors == len(list(row.model.tensors())) - experts + 8 * len(row.model.layers)
+
+
+def refused_for_padding(row: Case, prepared: Path, request: pytest.FixtureRequest) -> None:
+    """Assert that an installed vLLM that does not pad (0.31) gets no layer that needs it, and add the row."""
+    job = Job(str(prepared), str(prepared), options={"parallel": row.parallel})
+    with pytest.raises((ServingError, RuntimeError), match="the experts' sizes need padding"):
+        request.getfixturevalue("ranks").run(job) if row.parallel else run(job)
+    nothing = asdict(Counts())
+    TABLE.append(
+        {
+            "model": row.name,
+            "configuration": row.configuration,
+            "result": "refused: this vLLM does not pad",
+            "compared": "0",
+            "source": nothing,
+            "prepared": nothing,
+        }
+    )
 
 
 QUANTIZED = {  # written by real quantizers; with what vLLM needs beside the files

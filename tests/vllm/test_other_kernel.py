@@ -14,6 +14,7 @@ import torch
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from support.serving.families import FAMILIES
+from support.serving.installed import NEEDS_PADDING, reload_from
 from support.serving.results import Checkpoints
 from support.serving.stand_ins import batched_prepare, trtllm_on_cpu
 from support.serving.states import differences, experts_state, snapshot, state_of, storage_of
@@ -58,7 +59,11 @@ def with_factors(model: torch.nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("model", [QWEN, DEEPSEEK, NEMOTRON, PADDED], ids=["qwen", "deepseek", "nemotron", "padded"])
+@pytest.mark.parametrize(
+    "model",
+    [QWEN, DEEPSEEK, NEMOTRON, pytest.param(PADDED, marks=NEEDS_PADDING)],
+    ids=["qwen", "deepseek", "nemotron", "padded"],
+)
 def test_each_kernel_from_each_file(checkpoints: Checkpoints, model: TinyModel, file: str, kernel: str) -> None:
     source, prepared = checkpoints.get(model, FILES[file])
     expected = kernels(source, moe_backend=BACKENDS[kernel])
@@ -77,6 +82,7 @@ def test_without_a_flag_the_file_says_which_kernel(checkpoints: Checkpoints, fil
     assert differences(expected, kernels(prepared)) == []
 
 
+@NEEDS_PADDING
 def test_the_load_format_of_ours(checkpoints: Checkpoints) -> None:
     source, prepared = checkpoints.get(PADDED, TRTLLM)
     for kernel, backend in BACKENDS.items():
@@ -89,8 +95,6 @@ def test_the_load_format_of_ours(checkpoints: Checkpoints) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_reload(checkpoints: Checkpoints, file: str, kernel: str) -> None:
     """The same values in the same storage after other weights and the first ones again."""
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     _, prepared = checkpoints.get(DEEPSEEK, FILES[file])
     _, other = checkpoints.get(replace(DEEPSEEK, family="deepseek_v3x"), FILES[file])
     expected_other = kernels(other, moe_backend=BACKENDS[kernel])
@@ -99,7 +103,7 @@ def test_reload(checkpoints: Checkpoints, file: str, kernel: str) -> None:
         loaded = load_model(config)
         first, where, factors = snapshot(loaded), storage_of(loaded), with_factors(loaded)
         for directory in (other, prepared):
-            reload_weights(config, loaded, None, str(directory), is_checkpoint_format=True)
+            reload_from(config, loaded, directory)
             assert storage_of(loaded) == where
             if directory == other:
                 assert differences(with_factors(loaded), expected_other) == []
@@ -133,6 +137,21 @@ def test_the_log_says_what_runs_and_what_would_have(checkpoints: Checkpoints, ca
     assert "prepared for another kernel (flashinfer_cutedsl)" in told and "rearranged on the device" in told
 
 
+def test_the_reference_code_computes_either_file(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the CuteDSL layout: a TRTLLM-gen file is rearranged for it, and refused where nobody said so."""
+    from nvfp4_prep.vllm.reference_moe import REFERENCE_VARIABLE
+
+    _, cutedsl = checkpoints.get(QWEN, FILES["cutedsl"])
+    _, trtllm = checkpoints.get(QWEN, TRTLLM)
+    monkeypatch.setenv(REFERENCE_VARIABLE, "1")
+    expected = kernels(cutedsl)
+    assert differences(expected, kernels(trtllm, moe_backend="flashinfer_cutedsl")) == []
+    with pytest.raises(ServingError, match="computes experts in the CuteDSL kernel's layout only"):
+        kernels(trtllm)
+
+
 DIFFERING = replace(QWEN, equal_gate_up=False)
 
 
@@ -153,14 +172,12 @@ def test_two_factors(checkpoints: Checkpoints) -> None:
 
 
 def test_two_factors_after_a_reload(checkpoints: Checkpoints) -> None:
-    from vllm.model_executor.model_loader.reload.inplace import reload_weights
-
     _, prepared = checkpoints.get(DIFFERING, TRTLLM)
     config = make_vllm_config(prepared, moe_backend="auto")
     with rank_of(config):
         loaded = load_model(config)
         before = with_factors(loaded)
-        reload_weights(config, loaded, None, str(prepared), is_checkpoint_format=True)
+        reload_from(config, loaded, prepared)
         assert differences(before, with_factors(loaded)) == []
 
 
@@ -214,10 +231,10 @@ def test_sizes_that_the_batched_kernel_does_not_take(checkpoints: Checkpoints) -
 def test_a_kernel_with_an_unknown_shuffle(checkpoints: Checkpoints) -> None:
     import flashinfer.fused_moe.core as core
 
-    from nvfp4_prep.vllm.layout_check import installed_trtllm_is_ours
+    from nvfp4_prep.vllm.layout_check import installed_layout
 
     _, prepared = checkpoints.get(QWEN, TRTLLM)
-    installed_trtllm_is_ours.cache_clear()
+    installed_layout.cache_clear()
     original = core.get_w2_permute_indices_with_cache
     changed = lambda *arguments, **options: original(*arguments, **options).flip(0)  # noqa: E731
     with (
@@ -225,4 +242,4 @@ def test_a_kernel_with_an_unknown_shuffle(checkpoints: Checkpoints) -> None:
         pytest.raises(ServingError, match="in a layout that this version"),
     ):
         kernels(prepared)
-    installed_trtllm_is_ours.cache_clear()
+    installed_layout.cache_clear()

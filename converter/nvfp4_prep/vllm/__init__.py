@@ -10,14 +10,12 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Teaches this vLLM process quantization method and load format ``nvfp4_prep``. Safe to call more than once.
+    """Teach this vLLM process quantization method and load format ``nvfp4_prep``. Safe to call more than once.
 
-    In a vLLM outside the tested range nothing of vLLM is replaced; only opening a prepared checkpoint then fails, with
-    the reason.
+    In a vLLM that the plugin refuses nothing of vLLM is replaced; only opening a prepared checkpoint then fails, with
+    the reason. That is one older than the tested versions, or a newer one whose interface is not the expected one.
     """
-    from nvfp4_prep.vllm.versions import version_problem
-
-    problem = version_problem()
+    problem = _problem()
     if problem is None:
         from nvfp4_prep.vllm.config import register_configs
         from nvfp4_prep.vllm.load_format import register_load_format
@@ -28,3 +26,16 @@ def register() -> None:
         from nvfp4_prep.vllm.refusal import register_refusal
 
         register_refusal(problem)
+
+
+def _problem() -> str | None:
+    """Return why the installed vLLM is refused, or ``None``."""
+    from nvfp4_prep.vllm.versions import Support, installed_version, support, untested_problem, version_problem
+
+    version = installed_version()
+    problem = version_problem(version)
+    if problem is not None or support(version) is Support.TESTED:
+        return problem
+    from nvfp4_prep.vllm.interface import interface_problems
+
+    return untested_problem(version, list(interface_problems()))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from vllm.model_executor.layers.quantization import get_quantization_config, reg
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
-from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.vllm.compat import normalized_source
 from nvfp4_prep.vllm.moe_method import PreparedNvFp4MoEMethod
 from nvfp4_prep.vllm.stamped import STAMP_KEY, Stamp
 
@@ -165,8 +164,7 @@ def adopt_source(config: MutableMapping[str, Any], user_quant: str | None, hf_co
     """
     stamp = Stamp.parse(config)
     original = dict(config)
-    holder = SimpleNamespace(quantization_config=copy.deepcopy(dict(stamp.source)))
-    source = ModelArchConfigConvertorBase._normalize_quantization_config(None, holder)
+    source = normalized_source(stamp.source)
     method = source["quant_method"]
     for name in PREPARED_CONFIGS:
         override = get_quantization_config(name).override_quantization_method(source, user_quant, hf_config=hf_config)

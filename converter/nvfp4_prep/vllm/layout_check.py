@@ -12,7 +12,9 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -25,27 +27,42 @@ from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.fingerprint import fingerprint, fingerprint_layer
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales
 
-__all__ = ["check_installed_layout", "installed_gate_up_block", "installed_trtllm_is_ours"]
+__all__ = ["InstalledLayout", "check_installed_layout", "installed_layout"]
 
 _BLOCKS = (64, 32, 16)
 Parts = Mapping[PreparedTensor, tuple[torch.Tensor, ...]]
 """For each prepared tensor the projections' bytes, ``uint8 [E, rows, bytes per row]`` each."""
 
 
-def check_installed_layout(stamp: Stamp, backend: NvFp4MoeBackend, *, gated: bool) -> MoeLayout:
+@dataclass(frozen=True)
+class InstalledLayout:
+    """The layout in which the installed vLLM prepares experts for one kernel.
+
+    Attributes:
+        layout: ours that gives the same bytes, for one rank; ``None`` if none does.
+        pads: whether layers whose sizes the kernel cannot take are padded (for CuteDSL from vLLM 0.32 on). ``None`` if
+            they are, but in another way than ours.
+    """
+
+    layout: MoeLayout | None
+    pads: bool | None
+
+
+def check_installed_layout(stamp: Stamp, backend: NvFp4MoeBackend, *, gated: bool, padded: bool) -> MoeLayout:
     """Compare what the stamp says with our layouts, and our layouts with what the installed vLLM prepares.
 
     Args:
         stamp: of the checkpoint.
         backend: whose kernel will run.
         gated: whether the experts have a gate.
+        padded: whether the layer's sizes need padding.
 
     Returns:
         The layout that the installed kernel reads, for the stamp's tensor-parallel size.
 
     Raises:
-        ServingError: if the stamp's fingerprint is not that of its layout, or none of our layouts is what the installed
-            vLLM prepares.
+        ServingError: if the stamp's fingerprint is not that of its layout, none of our layouts is what the installed
+            vLLM prepares, or it does not pad and the layer needs it.
     """
     own = fingerprint(stamp.moe_layout(gated=gated))
     if stamp.fingerprint != own:
@@ -56,36 +73,58 @@ def check_installed_layout(stamp: Stamp, backend: NvFp4MoeBackend, *, gated: boo
             actual=stamp.fingerprint,
             next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
         )
-    if backend == NvFp4MoeBackend.FLASHINFER_TRTLLM:
-        layout = MoeLayout.trtllm(gated=gated, moe_tp=stamp.moe_tp) if installed_trtllm_is_ours(gated=gated) else None
-    else:
-        batched = backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
-        block = installed_gate_up_block(gated=gated, batched=batched)
-        layout = None
-        if block and batched:
-            layout = MoeLayout.cutedsl_batched(moe_tp=stamp.moe_tp)
-        elif block:
-            layout = MoeLayout.cutedsl(gated=gated, gate_up_block=block, moe_tp=stamp.moe_tp)
-    if layout is None:
+    installed = installed_layout(backend, gated=gated)
+    if installed.layout is None or installed.pads is None:
         raise ServingError(
             "the installed vLLM prepares experts in a layout that this version of nvfp4-prep does not know",
             next_step="Install a vLLM that the plugin was tested with, or a newer nvfp4-prep; do not serve this.",
         )
-    return layout
+    if padded and not installed.pads:
+        raise ServingError(
+            "the experts' sizes need padding, which the installed vLLM does not know for this kernel",
+            next_step="Install vLLM 0.32 or newer, or serve the source checkpoint with another --moe-backend.",
+        )
+    return installed.layout.for_moe_tp(stamp.moe_tp)
 
 
 @functools.cache
-def installed_trtllm_is_ours(*, gated: bool) -> bool:
-    """Return whether our TRTLLM-gen layout gives the bytes of the installed vLLM's preparation for that kernel.
+def installed_layout(backend: NvFp4MoeBackend, *, gated: bool) -> InstalledLayout:
+    """Return which of our layouts gives the bytes of the installed vLLM's preparation for a kernel.
 
-    It runs on the CPU, where FlashInfer's ``nvfp4_block_scale_interleave`` (a CUDA kernel) does not: our swizzle stands
-    in for that one function, so that a changed swizzle of that kernel would not be noticed here.
+    It runs on the CPU, where FlashInfer's ``nvfp4_block_scale_interleave`` (a CUDA kernel, for TRTLLM-gen) does not:
+    our swizzle stands in for that one function, so that a changed swizzle of that kernel would not be noticed here.
     """
-    layout = MoeLayout.trtllm(gated=gated)
-    layers: list[Parts] = [fingerprint_layer(layout), _padded_layer(layout)]
-    backend = NvFp4MoeBackend.FLASHINFER_TRTLLM
-    with torch.device("cpu"), _quiet(), _interleave_on_cpu():
-        return all(_equal(layout, parts, _prepare(parts, gated=gated, backend=backend)) for parts in layers)
+    trtllm = backend == NvFp4MoeBackend.FLASHINFER_TRTLLM
+    layouts = _candidates(backend, gated=gated)
+    parts = fingerprint_layer(layouts[0])
+    with torch.device("cpu"), _quiet(), _interleave_on_cpu() if trtllm else contextlib.nullcontext():
+        made = _prepare(parts, gated=gated, backend=backend)
+        layout = next((layout for layout in layouts if _equal(layout, parts, made)), None)
+        if layout is None:
+            return InstalledLayout(None, pads=None)
+        batched = backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
+        return InstalledLayout(layout, pads=True if batched else _pads(layout, backend))
+
+
+def _candidates(backend: NvFp4MoeBackend, *, gated: bool) -> list[MoeLayout]:
+    if backend == NvFp4MoeBackend.FLASHINFER_TRTLLM:
+        return [MoeLayout.trtllm(gated=gated)]
+    if backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED:
+        return [MoeLayout.cutedsl_batched()]
+    return [MoeLayout.cutedsl(gated=gated, gate_up_block=block) for block in (_BLOCKS if gated else _BLOCKS[:1])]
+
+
+def _pads(layout: MoeLayout, backend: NvFp4MoeBackend) -> bool | None:
+    parts = _padded_layer(layout)
+    try:
+        made = _prepare(parts, gated=layout.gated, backend=backend)
+    except (RuntimeError, ValueError, AssertionError):
+        return False  # sizes that cannot be interleaved
+    if _equal(layout, parts, made):
+        return True
+    rows = {tensor: sum(part.shape[1] for part in parts[tensor]) for tensor in PreparedTensor}
+    codes = [tensor for tensor in PreparedTensor if not tensor.is_scale]
+    return False if all(made[tensor].shape[1] == rows[tensor] for tensor in codes) else None
 
 
 @contextlib.contextmanager
@@ -95,33 +134,8 @@ def _interleave_on_cpu() -> Iterator[None]:
     def interleave(scales: torch.Tensor) -> torch.Tensor:
         return swizzle_scales(scales).reshape(-1)
 
-    name = "nvfp4_block_scale_interleave"
-    before = getattr(flashinfer, name)
-    setattr(flashinfer, name, interleave)
-    try:
+    with mock.patch.object(flashinfer, "nvfp4_block_scale_interleave", interleave):
         yield
-    finally:
-        setattr(flashinfer, name, before)
-
-
-@functools.cache
-def installed_gate_up_block(*, gated: bool, batched: bool) -> int:
-    """The block height with which our layout gives the bytes of the installed vLLM's preparation; 0 if none does."""
-    layouts = (
-        [MoeLayout.cutedsl_batched()]
-        if batched
-        else [MoeLayout.cutedsl(gated=gated, gate_up_block=block) for block in (_BLOCKS if gated else _BLOCKS[:1])]
-    )
-    backend = NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED if batched else NvFp4MoeBackend.FLASHINFER_CUTEDSL
-    layers: list[Parts] = [fingerprint_layer(layouts[0])]
-    if not batched:
-        layers.append(_padded_layer(layouts[0]))
-    with torch.device("cpu"), _quiet():  # layers are created with the GPU as default device
-        made = [_prepare(parts, gated=gated, backend=backend) for parts in layers]
-    for layout in layouts:
-        if all(_equal(layout, parts, done) for parts, done in zip(layers, made, strict=True)):
-            return layout.gate_up_block
-    return 0
 
 
 def _equal(layout: MoeLayout, parts: Parts, made: Mapping[PreparedTensor, torch.Tensor]) -> bool:
@@ -148,11 +162,17 @@ def _padded_layer(layout: MoeLayout) -> Parts:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without vLLM's messages about padding, which would speak of the fixed layers."""
+    """Without vLLM's messages about padding, which would speak of the fixed layers, and on a machine without a GPU.
+
+    vLLM's swizzle ends in ``.cuda()``, whatever the device of its input.
+    """
     noisy = logging.getLogger(align_fp4_moe_weights_for_fi.__module__)
     before, noisy.disabled = noisy.disabled, True
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            if not torch.cuda.is_available():
+                stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
+            yield
     finally:
         noisy.disabled = before
 

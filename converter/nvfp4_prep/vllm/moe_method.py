@@ -6,19 +6,22 @@ import os
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEConfig, RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config, ModelOptNvFp4FusedMoE
 from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
+from nvfp4_prep.vllm.compat import activation_override
 from nvfp4_prep.vllm.layout_check import check_installed_layout
+from nvfp4_prep.vllm.load_formats import Completeness, check_load_format, publish_kernel_scales
 from nvfp4_prep.vllm.placement import Placement
+from nvfp4_prep.vllm.proof import prove_untested_version
 from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.vllm.stamped import Stamp
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
@@ -57,21 +60,23 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
             ServingError: if a backend was asked for that prepared weights cannot be given to, or the deployment takes
                 another variant of the kernel and nobody asked for it.
         """
-        _check_load_format(layer_name)
-        if quant_config.moe_activation_override is not None:
+        self.completeness = check_load_format(layer_name)
+        if activation_override(quant_config) is not None:
             raise ServingError(
                 "an activation override was asked for on top of prepared experts",
                 where=layer_name,
                 next_step="Remove moe.activation from --quantization-config, or serve the source checkpoint.",
             )
         self.asked = pin_backend(moe_config, stamp, layer_name)
-        super().__init__(quant_config, moe_config)
+        reference_moe.check_backend(moe_config.moe_backend, layer_name)
+        with reference_moe.selecting():
+            super().__init__(quant_config, moe_config)
         self.stamp = stamp
         self.layer_name = layer_name
         self._check_variant()
-        self.dummy = _load_format() == "dummy"
         self.relayout: RelayoutAtLoad | None = None
-        tell_choice(moe_config, self.nvfp4_backend.value, asked=self.asked)
+        if not reference_moe.reference_moe_asked_for():
+            tell_choice(moe_config, self.nvfp4_backend.value, asked=self.asked)
 
     def create_weights(
         self,
@@ -89,6 +94,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         placement = self._placement(layer, num_experts, hidden_size)
         placement.check()
         self.relayout = self._relayout(placement)
+        prove_untested_version(self, layer)
         weights = PreparedWeights(placement)
         for name in weights.names:
             data = torch.empty(placement.local_shape(name), dtype=placement.dtype(name))
@@ -114,8 +120,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 next_step="Load the prepared checkpoint itself, with --load-format auto.",
             )
         weights: PreparedWeights = layer.nvfp4_prep
-        if not self.dummy:
-            weights.finish()
+        self.completeness.check(weights)
         if self.relayout is not None:
             self.relayout.convert(layer)
         up = UpFactor(layer, self.layer_name)
@@ -131,6 +136,8 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
             up.check_kernel(experts)
         if first:
             up.set(self.moe_quant_config)
+            if self.completeness is Completeness.ALL_OR_NONE:
+                publish_kernel_scales(layer, self.moe_quant_config.a1_gscale, self.moe_quant_config.a2_gscale)
             return
         # The kernel holds 1 / input_scale as tensors of its own.
         self.moe_quant_config.a1_gscale.copy_(1.0 / layer.w13_input_scale)
@@ -139,6 +146,12 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
             refresh_trtllm_kernel(layer, experts, self.moe_quant_config, up)
             return
         experts.process_weights_after_loading(layer)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        """Return vLLM's, or the reference implementation's where the user asked for that."""
+        if reference_moe.reference_moe_asked_for():
+            return reference_moe.reference_quant_config(layer)
+        return super().get_fused_moe_quant_config(layer)
 
     def _placement(self, layer: RoutedExperts, num_experts: int, hidden_size: int) -> Placement:
         manager, moe = layer.expert_map_manager, layer.moe_config
@@ -186,7 +199,10 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
     def _relayout(self, placement: Placement) -> RelayoutAtLoad | None:
         """What is to be done to the loaded weights: nothing, unless the kernel reads another layout than the file's."""
         stored, moe = placement.layout, placement.dims
-        wanted = check_installed_layout(self.stamp, self.nvfp4_backend, gated=stored.gated)
+        padded = (stored.padded_hidden(moe.hidden), stored.padded_intermediate(moe.intermediate))
+        wanted = check_installed_layout(
+            self.stamp, self.nvfp4_backend, gated=stored.gated, padded=padded != (moe.hidden, moe.intermediate)
+        )
         if wanted == stored:
             return None
         if self._same_kernel(stored, wanted):
@@ -224,23 +240,3 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
             wanted.gate_up_block,
             RELAYOUT_VARIABLE,
         )
-
-
-def _load_format() -> str | None:
-    current = get_current_vllm_config_or_none()
-    return None if current is None else str(current.load_config.load_format)
-
-
-def _check_load_format(layer_name: str) -> None:
-    load_format = _load_format()
-    if load_format not in ("ipc_cache", "sharded_state", "tensorizer"):
-        if load_format not in (None, "dummy", QUANT_METHOD):
-            logger.info_once(
-                "--load-format nvfp4_prep reads each rank's share of the prepared experts only, and faster."
-            )
-        return
-    raise ServingError(
-        f"--load-format {load_format} holds weights of a running engine, not a checkpoint's",
-        where=layer_name,
-        next_step="Use auto, safetensors, fastsafetensors, instanttensor, runai_streamer or nvfp4_prep.",
-    )

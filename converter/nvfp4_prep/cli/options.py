@@ -75,7 +75,8 @@ def conversion_options(command: _Command) -> _Command:
             type=click.Choice(["cutedsl", "cutedsl-batched", "trtllm"]),
             default="cutedsl",
             show_default=True,
-            help="Kernel to prepare for; cutedsl-batched is for DeepEP low latency.",
+            help="Kernel to prepare for; vLLM and SGLang choose trtllm by themselves on a B200, cutedsl-batched is for"
+            " DeepEP low latency.",
         ),
         click.option(
             "--gate-up-block",

@@ -37,12 +37,14 @@ def relayout(
     What is not given stays as it is.
 
     \b
+    nvfp4-prep relayout ./out ./out2 --layout trtllm
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
     from nvfp4_prep._util.text import count, format_nbytes
     from nvfp4_prep.cli.render import layout_text, tp_lines
     from nvfp4_prep.commands import relayout as new_layout
     from nvfp4_prep.options import LayoutName
+    from nvfp4_prep.prepared.kernel_choice import kernel_lines
 
     with tell_leftovers(target):
         result = new_layout.relayout(
@@ -65,6 +67,6 @@ def relayout(
         f" {layout_text(options, gated=any(record.gated for record in layers))},"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}"
     )
-    for line in tp_lines((record.layout, record.dims) for record in layers):
+    for line in (*kernel_lines(result.manifest.options.layout), *tp_lines((it.layout, it.dims) for it in layers)):
         say(line)
     say_next("verify", target)

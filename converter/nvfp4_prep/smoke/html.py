@@ -92,8 +92,8 @@ def _verdict(report: SmokeReport) -> str:
         kernel = "FlashInfer's CuteDSL fused-MoE kernel itself ran, the one that serves."
     else:
         kernel = (
-            f"FlashInfer's CuteDSL kernel did NOT run ({report.backend.reason}). The {report.backend.name} backend"
-            " read the same bytes by the published layout and did the same arithmetic."
+            f"FlashInfer's {report.backend.kernel} kernel did NOT run ({report.backend.reason}). The"
+            f" {report.backend.name} backend read the same bytes by the published layout and did the same arithmetic."
         )
     source = "" if report.reference == "source" else _RESTORED
     words = "".join(f"<p>{_escape(text)}</p>" for text in (f"{covered}.", kernel))

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, inspect, load, restore, verify
+from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import UnsupportedCheckpointError, UsageError
 from nvfp4_prep.load.flashinfer import load_layer as load_for_flashinfer
 from nvfp4_prep.smoke import run_smoke
@@ -116,6 +118,31 @@ def test_stamp_and_inspection(tmp_path: Path) -> None:
     assert layout["fingerprint"] == fingerprint(MoeLayout.trtllm(gated=True))
     assert layout["fingerprint"] != fingerprint(MoeLayout.cutedsl(gated=True))
     assert inspect(out).prepared_as["options"]["layout"] == "trtllm"
+
+
+@pytest.mark.parametrize("layout", LayoutName)
+def test_outputs_say_which_kernel_runs(tmp_path: Path, layout: LayoutName) -> None:
+    """Plan, conversion, card and smoke run; the default names the kernel that servers choose by themselves."""
+    source = write(tmp_path / "source", TinyLayer(differing=True).tensors())
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--layout", layout.value]
+    runs = {
+        "cutedsl": "FlashInfer's CuteDSL fused MoE",
+        "cutedsl-batched": "FlashInfer's batched CuteDSL fused MoE",
+        "trtllm": "FlashInfer's TRTLLM-gen fused MoE",
+    }[layout.value]
+    kernel = {"cutedsl": "CuteDSL", "cutedsl-batched": "batched CuteDSL", "trtllm": "TRTLLM-gen"}[layout.value]
+    planned = CliRunner().invoke(cli, [*arguments, "--dry-run"]).output
+    done = CliRunner().invoke(cli, arguments).output
+    assert f"kernel   runs {runs} (vLLM's FLASHINFER_" in planned
+    assert f"\nruns {runs} (vLLM's FLASHINFER_" in done
+    if layout is LayoutName.CUTEDSL:
+        assert "choose FLASHINFER_TRTLLM by themselves" in done and "--moe-backend flashinfer_trtllm" in done
+    both = "both are stored, nothing was rescaled; relative error of the weights: 0"
+    assert (both in done) == (layout is TRTLLM)
+    assert f"the real {kernel} kernel did NOT run" in done or torch.cuda.is_available()
+    assert f"prepared for {runs}" in (tmp_path / "out" / "README.md").read_text()
+    told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")]).output
+    assert ("both are stored" in told) == (layout is TRTLLM)
 
 
 def test_there_are_no_blocks_to_choose() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from support.checkpoint_files import IN_REPOSITORY, WHOLE
 from support.serving.compare import Counts, Job, Outcome, run
 from support.serving.families import COMPRESSED, FAMILIES
@@ -156,6 +156,42 @@ def refused_for_padding(row: Case, prepared: Path, request: pytest.FixtureReques
             "prepared": nothing,
         }
     )
+
+
+WAYS = {
+    "TRTLLM file": (LayoutName.TRTLLM, "flashinfer_trtllm", "auto"),
+    "CuteDSL file, TRTLLM kernel": (LayoutName.CUTEDSL, "flashinfer_trtllm", "flashinfer_trtllm"),
+    "TRTLLM file, CuteDSL kernel": (LayoutName.TRTLLM, "flashinfer_cutedsl", "flashinfer_cutedsl"),
+}
+"""The file's layout, the kernel that vLLM runs for the source, the flag for the prepared checkpoint."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row.name}-{row.configuration}")
+@pytest.mark.usefixtures("plugin")
+def test_both_kernels_from_either_file(
+    row: Case, way: str, checkpoints: Checkpoints, request: pytest.FixtureRequest
+) -> None:
+    """vLLM on the source with the same kernel is the oracle; input scales as above."""
+    layout, kernel, flag = WAYS[way]
+    source, prepared = checkpoints.get(row.model, replace(row.options, layout=layout))
+    if row.oracle is not None:
+        source, _ = checkpoints.get(row.oracle)
+    job = Job(
+        str(source),
+        str(prepared),
+        options={"parallel": row.parallel},
+        input_scales=row.input_scales,
+        kernel=kernel,
+        prepared_kernel=flag,
+    )
+    outcomes: Sequence[Outcome] = request.getfixturevalue("ranks").run(job) if row.parallel else [run(job)]
+    for outcome in outcomes:
+        assert outcome.unsupported is None
+        assert outcome.differences == []
+        assert outcome.layers == (1 if "PP2" in row.configuration else 2)
+        two_scales = layout is LayoutName.TRTLLM and len(row.model.projections) == 3
+        assert outcome.prepared.calls == (9 if two_scales else 8) * outcome.layers
 
 
 QUANTIZED = {  # written by real quantizers; with what vLLM needs beside the files

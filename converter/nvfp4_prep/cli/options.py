@@ -111,7 +111,11 @@ def conversion_options(command: _Command) -> _Command:
         return {"default": value, "show_default": str(value)}
 
     decorators = [
-        layout_option("Kernel to prepare for; cutedsl-batched is for DeepEP low latency.", **default(_DEFAULT.layout)),
+        layout_option(
+            "Kernel to prepare for; vLLM and SGLang choose trtllm by themselves on a B200, cutedsl-batched is for"
+            " DeepEP low latency.",
+            **default(_DEFAULT.layout),
+        ),
         gate_up_block_option(**default(_DEFAULT.gate_up_block)),
         click.option(
             "--gate-up-scales",

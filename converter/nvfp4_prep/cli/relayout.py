@@ -21,6 +21,7 @@ from nvfp4_prep.cli.options import (
 from nvfp4_prep.cli.output import make_progress, say, say_next, tell_leftovers, to_json
 from nvfp4_prep.cli.render import layout_text, tp_lines
 from nvfp4_prep.options import LayoutName
+from nvfp4_prep.prepared.kernel_choice import kernel_lines
 
 __all__ = ["relayout"]
 
@@ -50,6 +51,7 @@ def relayout(
     What is not given stays as it is.
 
     \b
+    nvfp4-prep relayout ./out ./out2 --layout trtllm
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16
     """
     with tell_leftovers(target):
@@ -74,6 +76,6 @@ def relayout(
         f" {format_nbytes(result.written_nbytes)} written"
         f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )
-    for line in tp_lines((record.layout, record.dims) for record in layers):
+    for line in (*kernel_lines(result.manifest.options.layout), *tp_lines((it.layout, it.dims) for it in layers)):
         say(line)
     say_next("verify", target)

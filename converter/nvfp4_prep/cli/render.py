@@ -12,6 +12,7 @@ from nvfp4_prep._util.printable import join_lines, printable
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.moe.model_config import quantization_configs
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.pipeline.workers import default_memory_nbytes
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
 from nvfp4_prep.prepared.kernel_choice import kernel_lines
@@ -246,7 +247,8 @@ def inspection_text(found: Inspection) -> str:
             f"layout {layout_text(options, gated=any(layer.gated for layer in found.layers))}",
             f"serves tensor-parallel sizes {', '.join(map(str, made['tp_sizes'])) or 'none in common'}",
         ]
-    lines += [_inspected_line(layer) for layer in found.layers]
+    exact = found.prepared and not ConvertOptions.from_dict(found.prepared_as["options"]).gives_scales_up
+    lines += [_inspected_line(layer, exact=exact) for layer in found.layers]
     lines += [f"not part of the model: {line}" for line in left_out_lines(found.left_out)]
     lines += [f"warning: {warning}" for warning in found.warnings]
     if found.layers:
@@ -256,7 +258,7 @@ def inspection_text(found: Inspection) -> str:
     return join_lines(lines)
 
 
-def _inspected_line(layer: InspectedLayer) -> str:
+def _inspected_line(layer: InspectedLayer, *, exact: bool) -> str:
     text = f"{layer.experts_path}: {layer.status}"
     if layer.experts is not None:
         text += f", E {layer.experts}, I {layer.intermediate}, H {layer.hidden}, {layer.format}"
@@ -268,7 +270,9 @@ def _inspected_line(layer: InspectedLayer) -> str:
                 else ", gate/up scales agree"
             )
         text += f", TP {', '.join(map(str, layer.tp_sizes))}"
-        if "relative_error" in layer.gate_up_figures:
+        if exact and layer.differing:
+            text += ", both are stored"
+        elif "relative_error" in layer.gate_up_figures:
             text += f", {relative_error_text(layer.gate_up_figures['relative_error'])}"
     return text + (f" ({layer.reason})" if layer.reason else "")
 

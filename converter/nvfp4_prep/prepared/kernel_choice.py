@@ -31,8 +31,7 @@ def kernel_lines(layout: LayoutName) -> list[str]:
     if layout is LayoutName.CUTEDSL_BATCHED:
         return [f"{runs}, which vLLM takes with DeepEP low latency"]
     return [
-        f"{runs}; on a B200 vLLM and SGLang choose FLASHINFER_TRTLLM by themselves unless experts are spread over"
-        " data-parallel ranks",
-        "to run that one: --layout trtllm, or serve this file with --moe-backend flashinfer_trtllm"
-        " (docs/which-kernel.md)",
+        f"{runs}; for the source vLLM and SGLang choose FLASHINFER_TRTLLM by themselves on a B200",
+        "to run that one: convert with --layout trtllm, or have vLLM serve this file with --moe-backend"
+        " flashinfer_trtllm (docs/which-kernel.md)",
     ]

@@ -23,6 +23,7 @@ __all__ = ["BACKENDS", "ChosenBackend", "choose_backend"]
 BACKENDS = ("auto", "flashinfer", "triton", "torch")
 _LIBRARIES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
 _AMPERE = (8, 0)
+_CUTEDSL = "CuteDSL"
 
 
 @dataclass(frozen=True)
@@ -46,29 +47,38 @@ def choose_backend(wanted: str = "auto", layouts: Iterable[MoeLayout] = ()) -> C
     """
     if wanted not in BACKENDS:
         raise UsageError("no such backend", expected=" or ".join(BACKENDS), actual=wanted)
-    no_flashinfer = _why_not_flashinfer(layouts)
+    kernel = _kernel(layouts)
+    no_flashinfer = _why_not_flashinfer(kernel)
     no_triton = _why_not_triton()
     if wanted == "flashinfer" and no_flashinfer:
         raise UsageError(f"the flashinfer backend cannot run here: {no_flashinfer}", next_step="Use --backend auto.")
     if wanted == "triton" and no_triton:
         raise UsageError(f"the triton backend cannot run here: {no_triton}", next_step="Use --backend auto.")
     if wanted == "flashinfer" or (wanted == "auto" and not no_flashinfer):
-        return _chosen(FlashInferMoe(), "cuda", "")
+        return _chosen(FlashInferMoe(), "cuda", "", kernel)
     reason = f"flashinfer: {no_flashinfer}" if no_flashinfer else "flashinfer could run, but another was asked for"
     if wanted == "triton" or (wanted == "auto" and not no_triton):
-        return _chosen(TritonMoe(), "cuda", reason)
+        return _chosen(TritonMoe(), "cuda", reason, kernel)
     reason += f"; triton: {no_triton}" if no_triton else "; triton could run, but torch was asked for"
-    return _chosen(TorchMoe(), "cpu", reason)
+    return _chosen(TorchMoe(), "cpu", reason, kernel)
 
 
-def _why_not_flashinfer(layouts: Iterable[MoeLayout]) -> str:
-    """Empty if the real kernel can run here and reads these layouts."""
+def _kernel(layouts: Iterable[MoeLayout]) -> str:
+    """The kernel that reads layers in these layouts; all layers of a checkpoint have one kernel's."""
+    for layout in layouts:
+        if layout.shuffled:
+            return "TRTLLM-gen"
+        if layout.concatenated:
+            return "batched CuteDSL"
+    return _CUTEDSL
+
+
+def _why_not_flashinfer(kernel: str) -> str:
+    """Empty if the real kernel can run here and is the one that the smoke run calls."""
     if not torch.cuda.is_available():
         return "no CUDA card"
-    for layout in layouts:
-        if layout.concatenated or layout.shuffled:
-            which = "batched CuteDSL" if layout.concatenated else "TRTLLM-gen"
-            return f"the layout is that of the {which} kernels, which the smoke run does not call"
+    if kernel != _CUTEDSL:
+        return f"the smoke run does not call the {kernel} kernels"
     major, minor = torch.cuda.get_device_capability()
     if major != 10:
         return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the CuteDSL kernel needs 10.x"
@@ -89,7 +99,7 @@ def _why_not_triton() -> str:
     return ""
 
 
-def _chosen(backend: MoeBackend, device: str, reason: str) -> ChosenBackend:
+def _chosen(backend: MoeBackend, device: str, reason: str, kernel: str) -> ChosenBackend:
     card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     facts = BackendFacts(
         name=backend.name,
@@ -98,6 +108,7 @@ def _chosen(backend: MoeBackend, device: str, reason: str) -> ChosenBackend:
         device=card if device == "cuda" else f"CPU ({card})",
         versions={"python": platform.python_version()}
         | {name: found for name in _LIBRARIES if (found := _version(name))},
+        kernel=kernel,
     )
     return ChosenBackend(backend, torch.device(device), facts)
 

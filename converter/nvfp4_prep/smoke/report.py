@@ -257,6 +257,7 @@ class BackendFacts:
         reason: why no better backend ran; empty if this is the best.
         device: card or processor.
         versions: library to version.
+        kernel: the one that a server runs with this layout.
     """
 
     name: str
@@ -264,6 +265,7 @@ class BackendFacts:
     reason: str
     device: str
     versions: dict[str, str]
+    kernel: str = "CuteDSL"
 
 
 @dataclass(frozen=True)

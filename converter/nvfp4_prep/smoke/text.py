@@ -23,7 +23,7 @@ def smoke_text(report: SmokeReport) -> str:
         lines.append(f"smoke run: FlashInfer's CuteDSL fused-MoE kernel itself, on {backend.device}")
     else:
         lines.append(
-            f"smoke run: {backend.name} backend on {backend.device}; the real CuteDSL kernel did NOT run"
+            f"smoke run: {backend.name} backend on {backend.device}; the real {backend.kernel} kernel did NOT run"
             f" ({backend.reason})"
         )
     if report.reference == "restored":

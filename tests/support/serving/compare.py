@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from support.serving.stand_ins import trtllm_on_cpu
 from support.serving.states import differences, snapshot
 from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
@@ -29,6 +30,8 @@ class Job:
         meetings: where the ranks meet, one for each load.
         input_scales: compare the input scales and what is made of them. Off where vLLM itself takes another maximum.
         prepared_load: LoadConfig fields for the prepared directory only.
+        kernel: --moe-backend for the source.
+        prepared_kernel: --moe-backend for the prepared directory.
     """
 
     source: str
@@ -38,6 +41,12 @@ class Job:
     meetings: tuple[str, str] | None = None
     input_scales: bool = True
     prepared_load: dict[str, Any] = field(default_factory=dict)
+    kernel: str = "flashinfer_cutedsl"
+    prepared_kernel: str = "auto"
+
+    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
+        """What the kernel needs to be accepted on a CPU."""
+        return trtllm_on_cpu() if "trtllm" in self.kernel else contextlib.nullcontext()
 
 
 @dataclass
@@ -126,22 +135,26 @@ class Comparison:
         self._expected: dict[str, Any] = {}
 
     def load_source(self) -> str | None:
-        """Loads the source with --moe-backend flashinfer_cutedsl; returns vLLM's reason if it cannot."""
+        """Loads the source with its --moe-backend; returns vLLM's reason if it cannot."""
         job, meeting = self.job, (self.job.meetings or (None, None))[0]
         try:
-            config = make_vllm_config(Path(job.source), **job.options)
-            with rank_of(config, self.rank, job.world, meeting), counting(self.outcome.source):
+            config = make_vllm_config(Path(job.source), moe_backend=job.kernel, **job.options)
+            with (
+                rank_of(config, self.rank, job.world, meeting),
+                counting(self.outcome.source),
+                job.stand_ins(),
+            ):
                 self._expected = snapshot(load_model(config))
         except VLLM_REASONS as error:
             return f"{type(error).__name__}: {str(error).strip()}"[:300]
         return None
 
     def load_prepared(self) -> Outcome:
-        """Loads the prepared checkpoint without any flag and compares."""
+        """Loads the prepared checkpoint, without any flag unless the job has one, and compares."""
         job, outcome, meeting = self.job, self.outcome, (self.job.meetings or (None, None))[1]
         options = {**job.options, "load": {**job.options.get("load", {}), **job.prepared_load}}
-        config = make_vllm_config(Path(job.prepared), moe_backend="auto", **options)
-        with rank_of(config, self.rank, job.world, meeting), counting(outcome.prepared):
+        config = make_vllm_config(Path(job.prepared), moe_backend=job.prepared_kernel, **options)
+        with rank_of(config, self.rank, job.world, meeting), counting(outcome.prepared), job.stand_ins():
             model = load_model(config)
             actual = snapshot(model)
             outcome.layers = len(routed_experts(model))

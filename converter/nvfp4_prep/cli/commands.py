@@ -99,7 +99,8 @@ def _usage_error(error: click.UsageError) -> UsageError:
 )
 @click.version_option(__version__, prog_name="nvfp4-prep")
 def cli() -> None:
-    """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
+    """Prepare NVFP4 mixture-of-experts checkpoints for FlashInfer's fused-MoE kernels, CuteDSL and
+    TRTLLM-gen.
 
     \b
     nvfp4-prep doctor                                     what will work on this machine?

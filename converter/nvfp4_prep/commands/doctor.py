@@ -165,7 +165,8 @@ def _serving(cards: tuple[str, ...], vllm: str) -> list[Ability]:
 
         missing += [problem] if (problem := version_problem(vllm)) else []
     if not any("compute capability 10." in card for card in cards):
-        missing.append("the CuteDSL kernel needs a card of compute capability 10.x (B200, B300, GB200, GB300)")
+        names = "B200, B300, GB200, GB300"
+        missing.append(f"the CuteDSL and TRTLLM-gen kernels need a GPU of compute capability 10.x ({names})")
     return [plugin, Ability("serving with vLLM", not missing, "; ".join(missing) or f"vLLM {vllm}")]
 
 

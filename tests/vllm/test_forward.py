@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.vllm.reference_moe import REFERENCE_VARIABLE
 from support.serving.families import FAMILIES
 from support.serving.forward import TOKENS, run_layers
 from support.serving.installed import NEEDS_PADDING
@@ -35,3 +37,16 @@ def test_kernel_arguments_and_outputs_are_the_sources(checkpoints: Checkpoints, 
             assert value.shape[0] == TOKENS
             assert bool(value.isfinite().all())
             assert bool(value.any())
+
+
+@pytest.mark.parametrize("file", [LayoutName.CUTEDSL, LayoutName.TRTLLM])
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h"])
+def test_the_reference_experts_give_the_outputs_of_the_replaced_launch(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, family: str, file: LayoutName
+) -> None:
+    source, prepared = checkpoints.get(FAMILIES[family], ConvertOptions(layout=file))
+    expected = run_layers(source, moe_backend="flashinfer_cutedsl")
+    monkeypatch.setenv(REFERENCE_VARIABLE, "1")
+    actual = run_layers(prepared, moe_backend="flashinfer_cutedsl")
+    assert len(actual) == 2
+    assert differences({name: expected[name] for name in actual}, actual) == []

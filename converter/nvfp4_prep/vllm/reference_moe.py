@@ -116,6 +116,11 @@ class _ServedExperts:
     fc2_inverse_scale: torch.Tensor
 
     @property
+    def w13_alpha_up(self) -> torch.Tensor:
+        """Gate's factor: a layer whose up has another one is refused for the CuteDSL layout."""
+        return self.w13_alpha
+
+    @property
     def padded_hidden(self) -> int:
         """Hp."""
         return self.w2_weight.shape[1]

@@ -115,7 +115,7 @@ def main(source: str, request: Path, answer: Path) -> None:
     """Write tokens and log-probabilities of the request's prompts, greedily decoded."""
     wanted = json.loads(request.read_text())
     with mock.patch.object(ModelOptNvFp4Config, "FusedMoEMethodCls", ModelOptSourceMethod):
-        engine = LLM(source, enforce_eager=True, max_model_len=128, dtype="bfloat16", block_size=16)
+        engine = LLM(source, enforce_eager=True, max_model_len=128, dtype="bfloat16", max_num_seqs=1)
     sampling = SamplingParams(temperature=0, max_tokens=wanted["max_tokens"], logprobs=1, ignore_eos=True)
     prompts = [{"prompt_token_ids": tokens} for tokens in wanted["prompts"]]
     found = [one.outputs[0] for one in engine.generate(prompts, sampling)]

@@ -153,7 +153,8 @@ QWEN3_MOE = WholeModel(
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        # Not a multiple of 32: so vLLM takes no AMX attention, an illegal instruction on some virtual machines.
+        "head_dim": 80,
         "num_experts": 8,
         "intermediate_size": 256,
         "norm_topk_prob": True,

@@ -92,5 +92,5 @@ def run_layers(directory: Path, **options: Any) -> dict[str, Any]:
             weights = torch.rand(TOKENS, TOP_K, generator=random)
             with set_forward_context(None, config), torch.inference_mode():
                 found[f"{name}/output"] = layer.forward_modular(x, weights, ids.to(torch.int32)).clone()
-            found |= {f"{name}/{key}": value for key, value in calls[-1].items()}
+            found |= {f"{name}/{key}": value for launched in calls[-1:] for key, value in launched.items()}
     return found

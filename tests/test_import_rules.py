@@ -20,8 +20,8 @@ GROUND = ("_version", "errors", "options", "_util")
 """Modules and packages that everything may import."""
 ORDER = ("checkpoint", "formats", "moe", "output", "hub", "planning", "prepared", "smoke", "pipeline", "commands")
 """A package imports only what stands before it."""
-SERVING = ("load", "vllm", "sglang")
-"""Run inside a server: they read prepared checkpoints and never make one."""
+SERVING = ("load", "serving", "vllm", "sglang")
+"""Run inside a server: they read prepared checkpoints and never make one. In this order; no plugin imports another."""
 CLOSED_TO_SERVING = ("pipeline", "planning", "output", "commands", "hub")
 TOP = ("publish", "cli", "__main__", "__init__")
 """On top: nothing below imports them."""
@@ -93,7 +93,8 @@ def may_import(importer: str, imported: str) -> bool:
     if importer == "commands" and imported in SERVING:
         return True  # doctor asks the plugins what they would say; they never import commands
     if importer in SERVING:
-        return imported not in CLOSED_TO_SERVING and imported not in TOP
+        lower = imported not in SERVING or SERVING.index(imported) < SERVING.index(importer)
+        return lower and imported not in (*CLOSED_TO_SERVING, *TOP) and (importer, imported) != ("sglang", "vllm")
     if importer in ORDER:
         return imported in ORDER and ORDER.index(imported) < ORDER.index(importer)
     return False
@@ -115,6 +116,10 @@ def test_imports_go_one_way() -> None:
         ("output", "planning"),
         ("load", "pipeline"),
         ("vllm", "hub"),
+        ("serving", "vllm"),
+        ("serving", "sglang"),
+        ("load", "serving"),
+        ("sglang", "vllm"),
         ("_util", "checkpoint"),
         ("hub", "commands"),
     ],

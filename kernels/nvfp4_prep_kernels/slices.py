@@ -20,7 +20,7 @@ import torch
 from nvfp4_prep_kernels.layout import LayoutError, MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.scale_swizzle import ROW_TILE, TILE_NBYTES
 
-__all__ = ["ExpertSlice", "rank_slice", "take_rank"]
+__all__ = ["ExpertSlice", "rank_slice", "take_rank", "take_slice"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ def take_rank(
     Returns:
         ``uint8 [..., rows, bytes per row]`` in ``rank_slice(...).shape``, contiguous.
     """
-    part = rank_slice(layout, tensor, dims, rank, size)
+    return take_slice(prepared, rank_slice(layout, tensor, dims, rank, size))
+
+
+def take_slice(prepared: torch.Tensor, part: ExpertSlice) -> torch.Tensor:
+    """Return the bytes of a slice, from data: ``uint8 [..., rows, bytes per row]`` in ``part.shape``, contiguous."""
     *lead, rows, row_nbytes = prepared.shape
     flat = prepared.reshape(*lead, rows * row_nbytes)
     runs = flat.unfold(-1, part.run_nbytes, 1)[..., part.offset_bytes :: part.stride_bytes, :][..., : part.runs, :]

@@ -126,3 +126,20 @@ echo "${COMPREPLY[@]}"
         ["bash", "--norc", "-c", script + commands], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stdout.split() == ["convert", "--gate-up-scales"], done.stderr
+
+
+def test_sglang_beside_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"sglang": "0.5.23"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, ""))
+    monkeypatch.setattr(doctor, "_cards", lambda: (("B200, compute capability 10.0, 192 GB",), ""))
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    point = EntryPoint("nvfp4_prep", "nvfp4_prep.sglang:register", doctor.SGLANG_PLUGIN_GROUP)
+    ours = {doctor.SGLANG_PLUGIN_GROUP: [point]}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ours.get(group, []))
+    assert ability(diagnose(), "SGLang plugin").works
+    assert ability(diagnose(), "serving with SGLang").works
+    assert not ability(diagnose(), "serving with vLLM").works
+    versions["sglang"] = "0.5.22"
+    assert "0.5.22" in ability(diagnose(), "serving with SGLang").reason
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert "leaves nvfp4_prep out" in ability(diagnose(), "SGLang plugin").reason

@@ -70,7 +70,14 @@ echo 42
     return folder
 
 
-SCRIPTS = sorted([*EXAMPLES.glob("*.py"), EXAMPLES / "serve_vllm.sh", EXAMPLES / "slurm" / "convert.sbatch"])
+SCRIPTS = sorted(
+    [
+        *EXAMPLES.glob("*.py"),
+        EXAMPLES / "serve_sglang.sh",
+        EXAMPLES / "serve_vllm.sh",
+        EXAMPLES / "slurm" / "convert.sbatch",
+    ]
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -101,6 +101,27 @@ def test_serve_script(mode: str, flags: str) -> None:
     assert wrong.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("tp", "--tp 4"),
+        ("ep", "--tp 4 --ep 4"),
+        ("dep", "--tp 4 --ep 4 --dp 4 --enable-dp-attention"),
+    ],
+)
+def test_serve_script_for_sglang(mode: str, flags: str) -> None:
+    script, environment = str(EXAMPLES / "serve_sglang.sh"), {**os.environ, "DRY_RUN": "1", "FAST": "1"}
+    done = subprocess.run(
+        ["bash", script, "ckpt", mode, "4"], capture_output=True, text=True, env=environment, check=True
+    )
+    command = f"python -m sglang.launch_server --model-path ckpt --trust-remote-code {flags}"
+    assert done.stderr.strip() == f"{command} --load-format nvfp4_prep"
+    wrong = subprocess.run(
+        ["bash", script, "ckpt", "pp", "4"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert wrong.returncode == 2
+
+
 def write_source(directory: Path, layer: SyntheticLayer) -> Path:
     return write(directory, {f"model.layers.3.mlp.experts.{name}": to_torch(made) for name, made in layer.tensors()})
 

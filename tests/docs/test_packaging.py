@@ -94,10 +94,11 @@ def test_metadata(built: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     needed = {line.split(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert needed == {"click", "flashinfer-python", "huggingface-hub", "safetensors", "torch", "tqdm"}
-    assert set(metadata.get_all("Provides-Extra", [])) >= {"dev", "ray", "vllm"}
+    assert set(metadata.get_all("Provides-Extra", [])) >= {"dev", "ray", "sglang", "vllm"}
     points = wheel.read(f"{folder}/entry_points.txt").decode()
     assert "nvfp4-prep = nvfp4_prep.cli:main" in points
     assert "[vllm.general_plugins]" in points
+    assert "[sglang.srt.plugins]" in points
 
 
 @needs_build
@@ -131,21 +132,21 @@ print(nvfp4_prep.verify("out", source="source").ok, nvfp4_prep.__version__)
 
 @needs_build
 def test_import_needs_nothing_that_is_optional(python: Path, tmp_path: Path) -> None:
-    """All modules import with FlashInfer, vLLM, Triton and Ray forbidden; the package itself even without torch."""
+    """All modules import without FlashInfer, vLLM, SGLang, Triton and Ray; the package itself even without torch."""
     script = """
 import importlib, pkgutil, sys
 class Forbid:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in FORBIDDEN:
             raise ModuleNotFoundError(name)
-FORBIDDEN = {"torch", "flashinfer", "vllm", "triton", "ray", "huggingface_hub", "safetensors"}
+FORBIDDEN = {"torch", "flashinfer", "vllm", "sglang", "triton", "ray", "huggingface_hub", "safetensors"}
 sys.meta_path.insert(0, Forbid())
 import nvfp4_prep, nvfp4_prep.cli
 assert nvfp4_prep.__version__ and "convert" in dir(nvfp4_prep)
 FORBIDDEN -= {"torch", "huggingface_hub", "safetensors"}
 for package in (nvfp4_prep, importlib.import_module("nvfp4_prep_kernels")):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name.startswith("nvfp4_prep.vllm.") or "triton" in module.name:
+        if module.name.startswith(("nvfp4_prep.vllm.", "nvfp4_prep.sglang.")) or "triton" in module.name:
             continue
         importlib.import_module(module.name)
 print("imported")

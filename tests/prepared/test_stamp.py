@@ -11,7 +11,7 @@ import pytest
 from nvfp4_prep import ConvertOptions, LayoutName
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD, make_stamp, quantization_configs, stamped_config
-from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 

@@ -303,7 +303,7 @@ def test_substituted_experts() -> None:
 
 
 def test_a_parameter_is_not_touched_by_a_tensor_of_another_dtype(checkpoints: Checkpoints) -> None:
-    from nvfp4_prep.vllm.placement import Placement
+    from nvfp4_prep.serving.placement import Placement
     from nvfp4_prep_kernels import MoeDims, MoeLayout
 
     placement = Placement("layer", MoeLayout.cutedsl(gated=True), MoeDims(2, 64, 256), 0, 1, (0, 1))

@@ -19,9 +19,10 @@ from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
 
-__all__ = ["PLUGIN_GROUP", "Ability", "Diagnosis", "DiskSpeed", "diagnose", "measure_disk"]
+__all__ = ["PLUGIN_GROUP", "SGLANG_PLUGIN_GROUP", "Ability", "Diagnosis", "DiskSpeed", "diagnose", "measure_disk"]
 
 PLUGIN_GROUP = "vllm.general_plugins"
+SGLANG_PLUGIN_GROUP = "sglang.srt.plugins"
 _DISTRIBUTIONS = (
     "torch",
     "triton",
@@ -30,6 +31,7 @@ _DISTRIBUTIONS = (
     "flashinfer-python",
     "nvidia-cutlass-dsl",
     "vllm",
+    "sglang",
     "ray",
 )
 _DISK_NBYTES = 512 * 2**20
@@ -109,7 +111,7 @@ def diagnose(directory: str | Path | None = None) -> Diagnosis:
         machine=f"{len(os.sched_getaffinity(0))} processors, {format_nbytes(memory_nbytes)} memory,"
         f" {platform.system()} {platform.machine()}",
         cards=cards,
-        abilities=(*_offline(no_torch), *_serving(cards, found["vllm"])),
+        abilities=(*_offline(no_torch), *_vllm(cards, found["vllm"]), *_sglang(cards, found["sglang"])),
         disk=None if directory is None else measure_disk(Path(directory)),
     )
 
@@ -147,27 +149,40 @@ def _offline(no_torch: str) -> list[Ability]:
     return [offline, Ability("smoke run of the fused experts", True, f"{facts.name} on {facts.device}: {real}")]
 
 
-def _serving(cards: tuple[str, ...], vllm: str) -> list[Ability]:
-    visible = any(point.name == "nvfp4_prep" for point in importlib.metadata.entry_points(group=PLUGIN_GROUP))
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if not visible:
-        reason = f"no entry point in {PLUGIN_GROUP}: install nvfp4-prep here (pip install . in a clone of it)"
-        plugin = Ability("vLLM plugin", False, reason)
-    elif allowed is not None and "nvfp4_prep" not in allowed.split(","):
-        plugin = Ability("vLLM plugin", False, f"VLLM_PLUGINS={allowed} leaves nvfp4_prep out")
-    else:
-        plugin = Ability("vLLM plugin", True, "visible to vLLM" if vllm else "installed; vLLM is not")
-    missing = [] if plugin.works else ["the plugin is not visible"]
-    if not vllm:
-        missing.append("vLLM is not installed")
-    else:
-        from nvfp4_prep.vllm.versions import version_problem
+def _vllm(cards: tuple[str, ...], version: str) -> list[Ability]:
+    from nvfp4_prep.vllm.versions import version_problem
 
-        missing += [problem] if (problem := version_problem(vllm)) else []
+    problem = version_problem(version) if version else "vLLM is not installed"
+    return _serving("vLLM", version, problem, PLUGIN_GROUP, "VLLM_PLUGINS", cards)
+
+
+def _sglang(cards: tuple[str, ...], version: str) -> list[Ability]:
+    from nvfp4_prep.sglang.versions import version_problem
+
+    problem = version_problem(version) if version else "SGLang is not installed"
+    return _serving("SGLang", version, problem, SGLANG_PLUGIN_GROUP, "SGLANG_PLUGINS", cards)
+
+
+def _serving(
+    server: str, version: str, problem: str | None, group: str, variable: str, cards: tuple[str, ...]
+) -> list[Ability]:
+    """Return whether a server sees the plugin, and whether it will serve with it."""
+    visible = any(point.name == "nvfp4_prep" for point in importlib.metadata.entry_points(group=group))
+    allowed = os.environ.get(variable)
+    if not visible:
+        reason = f"no entry point in {group}: install nvfp4-prep here (pip install . in a clone of it)"
+        plugin = Ability(f"{server} plugin", False, reason)
+    elif allowed is not None and "nvfp4_prep" not in allowed.split(","):
+        plugin = Ability(f"{server} plugin", False, f"{variable}={allowed} leaves nvfp4_prep out")
+    else:
+        reason = f"visible to {server}" if version else f"installed; {server} is not"
+        plugin = Ability(f"{server} plugin", True, reason)
+    missing = [] if plugin.works else ["the plugin is not visible"]
+    missing += [problem] if problem else []
     if not any("compute capability 10." in card for card in cards):
         names = "B200, B300, GB200, GB300"
         missing.append(f"the CuteDSL and TRTLLM-gen kernels need a GPU of compute capability 10.x ({names})")
-    return [plugin, Ability("serving with vLLM", not missing, "; ".join(missing) or f"vLLM {vllm}")]
+    return [plugin, Ability(f"serving with {server}", not missing, "; ".join(missing) or f"{server} {version}")]
 
 
 def measure_disk(directory: Path) -> DiskSpeed:

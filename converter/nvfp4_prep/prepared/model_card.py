@@ -216,6 +216,8 @@ def _use(manifest: Manifest) -> Iterator[str]:
         "",
         "    # nvfp4-prep must be installed beside vLLM: its plugin reads these files, plain vLLM refuses them",
         f"    vllm serve <this repository> --tensor-parallel-size {sizes[-1] if sizes else 1}",
+        "    # or beside SGLang, which the same installation has a plugin for",
+        f"    python -m sglang.launch_server --model-path <this repository> --tp {sizes[-1] if sizes else 1}",
         "",
         f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",
         "",

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.vllm.stamped import BATCHED, STANDARD, TRTLLM, Stamp
+from nvfp4_prep.serving.stamped import BATCHED, STANDARD, TRTLLM, Stamp
 
 __all__ = ["pin_backend", "stock_choice", "tell_choice"]
 

@@ -24,9 +24,9 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecis
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
 from nvfp4_prep.vllm.compat import normalized_source
 from nvfp4_prep.vllm.moe_method import PreparedNvFp4MoEMethod
-from nvfp4_prep.vllm.stamped import STAMP_KEY, Stamp
 
 __all__ = ["Nvfp4PrepConfig", "adopt_source", "register_configs"]
 

@@ -22,9 +22,9 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend, c
 from vllm.model_executor.layers.quantization.utils.flashinfer_utils import align_fp4_moe_weights_for_fi
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.vllm.stamped import Stamp
+from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
-from nvfp4_prep_kernels.fingerprint import fingerprint, fingerprint_layer
+from nvfp4_prep_kernels.fingerprint import fingerprint_layer
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales
 
 __all__ = ["InstalledLayout", "check_installed_layout", "installed_layout"]
@@ -64,15 +64,7 @@ def check_installed_layout(stamp: Stamp, backend: NvFp4MoeBackend, *, gated: boo
         ServingError: if the stamp's fingerprint is not that of its layout, none of our layouts is what the installed
             vLLM prepares, or it does not pad and the layer needs it.
     """
-    own = fingerprint(stamp.moe_layout(gated=gated))
-    if stamp.fingerprint != own:
-        raise ServingError(
-            "layout fingerprint does not match: the checkpoint was written with another layout than its name says",
-            where="config.json, quantization_config.layout.fingerprint",
-            expected=own,
-            actual=stamp.fingerprint,
-            next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
-        )
+    stamp.check_fingerprint(gated=gated)
     installed = installed_layout(backend, gated=gated)
     if installed.layout is None or installed.pads is None:
         raise ServingError(

@@ -9,9 +9,8 @@ loader waits for them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from vllm.model_executor.model_loader import get_model_loader, register_model_lo
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from nvfp4_prep._util.progress import RateLog
-from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, EXPERTS_PREFIX, MANIFEST
-from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import Catalog, ExpertLoader, LoadOptions, make_handle
+from nvfp4_prep.load import ExpertLoader, LoadOptions
 from nvfp4_prep.load.options import default_threads, usable_cores
+from nvfp4_prep.serving.expert_files import ExpertFiles
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 
@@ -132,8 +130,7 @@ class _ExpertsApart:
 
     def __init__(self, others: Any, loader: ExpertLoader) -> None:
         self._others = others
-        self._loader = loader
-        self._files: list[Path] = []
+        self._apart = ExpertFiles(loader)
 
     def __enter__(self) -> None:
         prepare, weights = self._others._prepare_weights, self._others.get_all_weights
@@ -141,13 +138,13 @@ class _ExpertsApart:
         def prepare_others(*args: Any, **kw: Any) -> Any:
             found = prepare(*args, **kw)
             if isinstance(found, list):
-                return self._set_apart(found)
-            return tuple(self._set_apart(part) if isinstance(part, list) else part for part in found)
+                return self._apart.set_apart(found)
+            return tuple(self._apart.set_apart(part) if isinstance(part, list) else part for part in found)
 
         def handles_and_others(model_config: ModelConfig, model: nn.Module) -> Weights:
             others = weights(model_config, model)
             first = next(others, None)  # now vLLM has listed its files
-            yield from self._handles(getattr(model, "is_unused_checkpoint_weight", None))
+            yield from self._apart.handles(getattr(model, "is_unused_checkpoint_weight", None))
             if first is not None:
                 yield first
                 yield from others
@@ -157,42 +154,6 @@ class _ExpertsApart:
 
     def __exit__(self, *exception: object) -> None:
         del self._others._prepare_weights, self._others.get_all_weights
-
-    def _set_apart(self, files: Sequence[str]) -> list[str]:
-        others = []
-        for file in files:
-            if not Path(file).name.startswith(EXPERTS_PREFIX):
-                others.append(file)
-            elif "://" in file:
-                raise ServingError(
-                    f"--load-format {LOAD_FORMAT} reads local files",
-                    where=file,
-                    next_step="Use --load-format runai_streamer, or download the checkpoint.",
-                )
-            elif Path(file) not in self._files:
-                self._files.append(Path(file))
-        return others
-
-    def _handles(self, is_unused: Any) -> Weights:
-        crc32 = self._checksums() if self._loader.options.verify else {}
-        for path in sorted(self._files):
-            for record in read_header(path).tensors:
-                if is_unused is None or not is_unused(record.name):
-                    yield record.name, make_handle(self._loader, path, record, crc32.get(record.name))
-
-    def _checksums(self) -> dict[str, tuple[int, ...]]:
-        checksums: dict[str, tuple[int, ...]] = {}
-        for root in {path.parent for path in self._files}:
-            if not (root / MANIFEST).exists():
-                raise ServingError(
-                    f"verify needs {MANIFEST}", where=str(root), next_step="Download the whole checkpoint."
-                )
-            catalog = Catalog.open(root)
-            catalog.check_sha256(EXPERT_SCALES)
-            for layer in catalog.manifest.layers:
-                for name, values in layer.expert_crc32.items():
-                    checksums[layer.prepared_name(name)] = values
-        return checksums
 
 
 def register_load_format() -> None:

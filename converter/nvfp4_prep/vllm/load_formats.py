@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.vllm.weight_loaders import PreparedWeights
+from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
 __all__ = ["Completeness", "check_load_format", "publish_kernel_scales"]
 

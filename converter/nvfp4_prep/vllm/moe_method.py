@@ -15,17 +15,18 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.placement import Placement
+from nvfp4_prep.serving.prepared_weights import PreparedWeights
+from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
 from nvfp4_prep.vllm.compat import activation_override
 from nvfp4_prep.vllm.layout_check import check_installed_layout
 from nvfp4_prep.vllm.load_formats import Completeness, check_load_format, publish_kernel_scales
-from nvfp4_prep.vllm.placement import Placement
 from nvfp4_prep.vllm.proof import prove_untested_version
 from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
-from nvfp4_prep.vllm.stamped import Stamp
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
-from nvfp4_prep.vllm.weight_loaders import PreparedWeights
+from nvfp4_prep.vllm.weight_loaders import load_into
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeDims, MoeLayout
 
 __all__ = ["RELAYOUT_VARIABLE", "PreparedNvFp4MoEMethod"]
@@ -104,7 +105,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 set_weight_attrs(param, {"dummy_weight_value": _DUMMY_SCALES[name]})
             layer.register_parameter(name, param)
         layer.nvfp4_prep = weights
-        layer.load_weights = weights.load_into(layer)
+        layer.load_weights = load_into(layer, weights)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Checks that every tensor arrived and builds the kernel; no weight is touched unless another kernel than the

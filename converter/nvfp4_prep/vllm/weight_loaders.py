@@ -1,4 +1,4 @@
-"""Loaders of prepared parameters, for both families of model loaders in vLLM.
+"""The ``load_weights`` of prepared layers in vLLM.
 
 Models with a loop over names end in ``param.weight_loader(param, tensor)``; models with AutoWeightsLoader end in
 ``RoutedExperts.load_weights``, which drops names that it does not know in silence and is therefore replaced on the
@@ -8,80 +8,26 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 
-from nvfp4_prep.errors import ServingError
-from nvfp4_prep.vllm.placement import Placement
+from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
-__all__ = ["PreparedWeights"]
+__all__ = ["load_into"]
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 
 
-class PreparedWeights:
-    """Loads one layer and remembers what arrived.
+def load_into(layer: torch.nn.Module, prepared: PreparedWeights) -> Callable[[Weights], Iterator[str]]:
+    """Return the ``load_weights`` of one layer; it yields the names of the parameters that it filled."""
 
-    Attributes:
-        placement: the rank's share.
-        names: of the layer's tensors.
-        arrived: names of tensors loaded since the last :meth:`finish`. A loader that fills parameters by itself adds
-            their names.
-    """
+    def load_weights(weights: Weights) -> Iterator[str]:
+        for full_name, tensor in weights:
+            name = full_name.removeprefix("routed_experts.")
+            if name not in prepared.names:
+                raise prepared.foreign(repr(full_name))
+            param = getattr(layer, name)
+            param.weight_loader(param, tensor)
+            yield name
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        self.names = placement.names
-        self.arrived: set[str] = set()
-
-    def loader(self, name: str) -> Callable[..., None]:
-        """The weight_loader of one parameter.
-
-        It takes the tensor as the file holds it, ``[E, …]``, whatever the rank. Further arguments are those with which
-        vLLM passes a single expert's original tensor, and refused.
-        """
-
-        def prepared_weight_loader(
-            param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kw: Any
-        ) -> None:
-            if args or kw:
-                raise self._foreign(f"an original tensor for {name}")
-            self.placement.fill(name, param.data, loaded_weight)
-            self.arrived.add(name)
-
-        return prepared_weight_loader
-
-    def load_into(self, layer: torch.nn.Module) -> Callable[[Weights], Iterator[str]]:
-        """The ``load_weights`` of one layer; it yields the names of the parameters that it filled."""
-
-        def load_weights(weights: Weights) -> Iterator[str]:
-            for full_name, tensor in weights:
-                name = full_name.removeprefix("routed_experts.")
-                if name not in self.names:
-                    raise self._foreign(repr(full_name))
-                param = getattr(layer, name)
-                param.weight_loader(param, tensor)
-                yield name
-
-        return load_weights
-
-    def finish(self) -> None:
-        """Raises :class:`ServingError` if a tensor did not arrive; else forgets what did."""
-        missing = [name for name in self.names if name not in self.arrived]
-        self.arrived.clear()
-        if missing:
-            raise ServingError(
-                f"{len(missing)} of {len(self.names)} tensors of prepared experts did not arrive: {', '.join(missing)}",
-                where=self.placement.layer_name,
-                next_step="A file is missing, not in model.safetensors.index.json, or named for another model: run"
-                " `nvfp4-prep verify` on the directory.",
-            )
-
-    def _foreign(self, what: str) -> ServingError:
-        return ServingError(
-            f"{what} came for a layer that the stamp says is prepared",
-            where=self.placement.layer_name,
-            expected=", ".join(self.names),
-            next_step="The directory mixes a prepared checkpoint and its source: run `nvfp4-prep verify` on it.",
-        )
+    return load_weights

@@ -83,7 +83,7 @@ def counting(counts: Counts) -> Iterator[None]:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    from nvfp4_prep.vllm.weight_loaders import PreparedWeights
+    from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
     read, load = DefaultModelLoader.get_all_weights, DefaultModelLoader.load_weights
     original, prepared = RoutedExperts.weight_loader, PreparedWeights.loader

@@ -13,6 +13,7 @@ from nvfp4_prep.options import LayoutName
 from nvfp4_prep.prepared.manifest_values import sha256, text, whole
 from nvfp4_prep.prepared.stamp import LAYOUT_NAMES
 from nvfp4_prep_kernels import LayoutError, MoeLayout
+from nvfp4_prep_kernels.fingerprint import fingerprint
 
 __all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "TRTLLM", "Stamp"]
 
@@ -109,3 +110,16 @@ class Stamp:
         if not gated:
             raise LayoutError("the batched layout has no non-gated experts")
         return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)
+
+    def check_fingerprint(self, *, gated: bool) -> None:
+        """Raise :class:`ServingError` unless our layout of this name gives the bytes that the writer's gave."""
+        own = fingerprint(self.moe_layout(gated=gated))
+        if self.fingerprint == own:
+            return
+        raise ServingError(
+            "layout fingerprint does not match: the checkpoint was written with another layout than its name says",
+            where="config.json, quantization_config.layout.fingerprint",
+            expected=own,
+            actual=self.fingerprint,
+            next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
+        )

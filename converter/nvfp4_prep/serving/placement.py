@@ -9,10 +9,14 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import handle_of
-from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, rank_slice, take_rank
+from nvfp4_prep.serving.hidden_padding import drop_hidden_padding
+from nvfp4_prep_kernels import SCALE_VECTORS, ExpertSlice, MoeDims, MoeLayout, PreparedTensor, rank_slice
+from nvfp4_prep_kernels.slices import take_slice
 
-__all__ = ["Placement"]
+__all__ = ["STORED_TENSORS", "Placement"]
 
+STORED_TENSORS = (*(tensor.value for tensor in PreparedTensor), *SCALE_VECTORS)
+"""Tensors that a prepared layer has in every layout."""
 _BIG = {tensor.value: tensor for tensor in PreparedTensor}
 
 
@@ -26,6 +30,7 @@ class Placement:
         dims: of the whole layer, unpadded.
         tp_rank, tp_size: share of I.
         experts: the stored (logical) expert of each local slot. Slots may repeat experts (EPLB) and follow any order.
+        keep_hidden_padding: whether the parameters have the file's padding of H.
     """
 
     layer_name: str
@@ -34,6 +39,7 @@ class Placement:
     tp_rank: int
     tp_size: int
     experts: tuple[int, ...]
+    keep_hidden_padding: bool = True
 
     def check(self) -> None:
         """Raises :class:`ServingError` if a file in this layout cannot serve this share."""
@@ -44,7 +50,7 @@ class Placement:
             f"prepared for tensor-parallel sizes {', '.join(map(str, sizes))} of the experts, not for {self.tp_size}:"
             f" {self.dims.intermediate} / {self.tp_size} needs other padding",
             where=self.layer_name,
-            next_step="Serve with one of these sizes or with --enable-expert-parallel, or convert the source again"
+            next_step="Serve with one of these sizes or with expert parallelism, or convert the source again"
             f" with --moe-tp {self.tp_size}.",
         )
 
@@ -52,6 +58,20 @@ class Placement:
     def names(self) -> tuple[str, ...]:
         """All tensors of a prepared layer in this layout."""
         return (*_BIG, *self.layout.scale_vectors)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rank takes experts as they are stored."""
+        padded = self.layout.padded_hidden(self.dims.hidden) != self.dims.hidden
+        return self.tp_size == 1 and (self.keep_hidden_padding or not padded)
+
+    def part(self, tensor: PreparedTensor) -> ExpertSlice:
+        """Return the rank's share of one expert."""
+        part = rank_slice(self.layout, tensor, self.dims, self.tp_rank, self.tp_size)
+        if self.keep_hidden_padding:
+            return part
+        hidden = self.dims.hidden
+        return drop_hidden_padding(part, tensor, self.layout.padded_hidden(hidden), hidden)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor in the file."""
@@ -62,7 +82,7 @@ class Placement:
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the rank's parameter."""
         if name in _BIG:
-            part = rank_slice(self.layout, _BIG[name], self.dims, self.tp_rank, self.tp_size)
+            part = self.part(_BIG[name])
             return (len(self.experts), *part.shape)
         return (len(self.experts),)
 
@@ -84,16 +104,16 @@ class Placement:
             return
         handle = handle_of(stored)
         if handle is not None:
-            part = rank_slice(self.layout, _BIG[name], self.dims, self.tp_rank, self.tp_size)
+            part = self.part(_BIG[name])
             handle.load_into(param, part, self.experts)
             return
         first = self.experts[0]
-        if self.tp_size == 1 and self.experts == tuple(range(first, first + len(self.experts))):
+        if self.whole and self.experts == tuple(range(first, first + len(self.experts))):
             param.view(torch.uint8).copy_(stored.view(torch.uint8)[first : first + len(self.experts)])
             return
         for slot, expert in enumerate(self.experts):
             whole = stored[expert].view(torch.uint8)
-            share = take_rank(self.layout, _BIG[name], whole, self.dims, self.tp_rank, self.tp_size)
+            share = take_slice(whole, self.part(_BIG[name]))
             param[slot].view(torch.uint8).copy_(share)
 
     def _check_stored(self, name: str, stored: torch.Tensor) -> None:

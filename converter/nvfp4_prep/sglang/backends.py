@@ -1,0 +1,122 @@
+"""MoE runner backends of SGLang and the layouts that they read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvfp4_prep.errors import NvfpPrepError, ServingError
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.serving.stamped import TRTLLM, Stamp
+from nvfp4_prep.sglang.source_config import adopted_stamp
+from nvfp4_prep_kernels import MoeLayout
+
+__all__ = ["backend_of", "choose_backend", "wanted_layout"]
+
+_TRTLLM = ("flashinfer_trtllm", "flashinfer_trtllm_routed")
+_CUTEDSL = "flashinfer_cutedsl"
+_CHOICES = f"{_CUTEDSL}, {' or '.join(_TRTLLM)}"
+
+
+def backend_of(stamp: Stamp) -> str:
+    """Return the backend that reads the file's layout; SGLang has no CuteDSL kernel for compressed-tensors."""
+    if stamp.layout_name == TRTLLM or stamp.source.get("quant_method") == "compressed-tensors":
+        return _TRTLLM[0]
+    return _CUTEDSL
+
+
+def choose_backend(server_args: Any) -> None:
+    """Declare the backend of a prepared checkpoint's layout where none was asked for, and the source's method.
+
+    Raises:
+        ServingError: if the checkpoint is prepared and another kernel's backend was asked for.
+    """
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    stamp = _stamp_of(server_args)
+    if stamp is None:
+        return
+    view = resolving_view(server_args)
+    if view.quantization is None:
+        # For some architectures SGLang does not look into the config and asks for this flag.
+        declare_resolution(server_args, QUANT_METHOD, quantization=_method_of(stamp))
+    asked = view.moe_runner_backend
+    if asked == "auto":
+        declare_resolution(server_args, QUANT_METHOD, moe_runner_backend=backend_of(stamp))
+    elif asked not in (*_TRTLLM, _CUTEDSL):
+        raise _other_backend(asked, "--moe-runner-backend")
+
+
+def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
+    """Return the layout that this process's backend reads.
+
+    Raises:
+        ServingError: if the backend reads no layout that the file can be brought into.
+    """
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend, is_flashinfer_cutedsl_v1_path
+
+    backend = get_moe_runner_backend()
+    if get_moe_a2a_backend().is_megamoe():
+        raise _other_backend("megamoe", where)
+    trtllm = backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()
+    masked = is_flashinfer_cutedsl_v1_path()
+    if not trtllm and not backend.is_flashinfer_cutedsl():
+        raise _other_backend(backend.value, where)
+    if masked == stamp.batched:
+        if masked:
+            return MoeLayout.cutedsl_batched(moe_tp=stamp.moe_tp)
+        make = MoeLayout.trtllm if trtllm else MoeLayout.cutedsl
+        return make(gated=gated, moe_tp=stamp.moe_tp)
+    a2a = get_moe_a2a_backend().value
+    raise ServingError(
+        f"prepared in the {'batched' if stamp.batched else 'standard'} layout, but {backend.value} with"
+        f" --moe-a2a-backend {a2a} reads the {'batched' if masked else 'standard'} one",
+        where=where,
+        next_step=(
+            "Serve with --moe-a2a-backend deepep and --moe-runner-backend flashinfer_cutedsl, or convert the source"
+            " again with --layout cutedsl."
+            if stamp.batched
+            else "Leave --moe-a2a-backend deepep out, or convert the source again with --layout cutedsl-batched."
+        ),
+    )
+
+
+def _stamp_of(server_args: Any) -> Stamp | None:
+    """Return the stamp of the model that is to be served; ``None`` for stock checkpoints.
+
+    SGLang reads (and remembers) the same config a little later; what it cannot read is left to its own words.
+    """
+    from sglang.srt.utils.hf_transformers import config as hf_config
+
+    try:
+        found = hf_config.get_config(
+            server_args.model_path,
+            trust_remote_code=server_args.trust_remote_code,
+            revision=server_args.revision,
+        )
+    except NvfpPrepError:
+        raise
+    except Exception:
+        return None
+    stamp = adopted_stamp(found)
+    return None if stamp is None else Stamp.parse(stamp)
+
+
+def _method_of(stamp: Stamp) -> str:
+    """Return SGLang's name of the source's quantization method."""
+    method = stamp.source.get("quant_method", "modelopt")
+    if method == "compressed-tensors":
+        return "compressed-tensors"
+    nested = stamp.source.get("quantization")
+    algo = (nested if isinstance(nested, dict) else stamp.source).get("quant_algo")
+    return "modelopt_mixed" if str(algo).upper() == "MIXED_PRECISION" else "modelopt_fp4"
+
+
+def _other_backend(asked: str, where: str) -> ServingError:
+    return ServingError(
+        "prepared for FlashInfer's CuteDSL and TRTLLM kernels, but another MoE runner backend was asked for",
+        where=where,
+        expected=_CHOICES,
+        actual=asked,
+        next_step="Leave --moe-runner-backend out, or serve the source checkpoint (`nvfp4-prep restore`).",
+    )

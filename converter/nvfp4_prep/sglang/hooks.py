@@ -1,0 +1,147 @@
+"""Hooks into SGLang, in one table.
+
+SGLang logs a hook that cannot be applied and goes on. A checkpoint served with half of the hooks would give garbage, so
+the first of them, which puts the source's config in the stamp's place, refuses unless all others are in place. Without
+it stock SGLang refuses the stamp's method name as unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.serving.placement import STORED_TENSORS
+from nvfp4_prep.sglang.source_config import adopt_source, stamped_configs
+
+__all__ = ["HOOKS", "parameter_name", "register_hooks"]
+
+_CONFIG = "sglang.srt.utils.hf_transformers.config.get_config"
+_SPELLED = tuple(f".experts.routed_experts.{name}" for name in (*STORED_TENSORS, "w13_weight_scale_2_up"))
+_refusal: str | None = None
+
+
+def adopt(config: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Put the source's quantization config in the stamp's place, in every config that SGLang reads from disk."""
+    for stamped in stamped_configs(config):
+        if _refusal is not None:
+            raise ServingError(_refusal)
+        _check_applied()
+        adopt_source(stamped)
+
+
+def from_config(original: Callable[..., Any], cls: type, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Build the source's config object and hang the stamp on it."""
+    from nvfp4_prep.sglang.methods import config_with_stamp
+
+    return config_with_stamp(original, cls, config, *args, **kwargs)
+
+
+def get_quant_method(original: Callable[..., Any], config: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Put the prepared method in the place of SGLang's for NVFP4 experts of a stamped checkpoint."""
+    from nvfp4_prep.sglang.methods import prepared_method
+
+    return prepared_method(original(config, layer, *args, **kwargs), config, layer, *args, **kwargs)
+
+
+def get_quant_config(made: Any, model_config: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Refuse a config object that does not know of the stamp: another --quantization was asked for."""
+    from nvfp4_prep.sglang.methods import check_stamp_was_taken
+
+    check_stamp_was_taken(made, model_config)
+
+
+def rename(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Spell the names of prepared tensors as SGLang's parameters: without ``routed_experts``."""
+    for name, tensor in original(*args, **kwargs):
+        yield parameter_name(name), tensor
+
+
+def parameter_name(name: str) -> str:
+    """Return SGLang's name of a stored tensor; only those of prepared experts differ."""
+    return name.replace(".experts.routed_experts.", ".experts.") if name.endswith(_SPELLED) else name
+
+
+def choose_backend(_result: Any, server_args: Any) -> None:
+    """Choose the MoE runner backend of the file's layout unless one was asked for."""
+    from nvfp4_prep.sglang.backends import choose_backend as choose
+
+    choose(server_args)
+
+
+def verify_load_format(original: Callable[..., Any], load_config: Any) -> Any:
+    """Turn ``--load-format nvfp4_prep`` into the loader class."""
+    if load_config.load_format == QUANT_METHOD:
+        from nvfp4_prep.sglang.load_format import PreparedModelLoader
+
+        load_config.load_format = PreparedModelLoader
+        return None
+    return original(load_config)
+
+
+def dummy_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Let layers know that no tensors will arrive."""
+    from nvfp4_prep.sglang.methods import dummy_weights
+
+    with dummy_weights():
+        return original(*args, **kwargs)
+
+
+def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Load a model and refuse a stamped one in which no layer is prepared."""
+    from nvfp4_prep.sglang.methods import check_model
+
+    return check_model(original(*args, **kwargs), kwargs["model_config"])
+
+
+_QUANTIZATION = "sglang.srt.layers.quantization"
+_LOADER = "sglang.srt.model_loader.loader"
+_CONFIGS = (
+    f"{_QUANTIZATION}.modelopt_quant.ModelOptFp4Config",
+    f"{_QUANTIZATION}.modelopt_quant.ModelOptMixedPrecisionConfig",
+    f"{_QUANTIZATION}.compressed_tensors.compressed_tensors.CompressedTensorsConfig",
+)
+HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
+    (_CONFIG, adopt, "AFTER"),
+    *((f"{config}.from_config", from_config, "AROUND") for config in _CONFIGS),
+    *((f"{config}.get_quant_method", get_quant_method, "AROUND") for config in _CONFIGS),
+    ("sglang.srt.model_loader.weight_utils.get_quant_config", get_quant_config, "AFTER"),
+    (f"{_LOADER}.DefaultModelLoader._get_weights_iterator", rename, "AROUND"),
+    (f"{_LOADER}.RunaiModelStreamerLoader._get_weights_iterator", rename, "AROUND"),
+    (f"{_LOADER}.DefaultModelLoader.load_model", load_model, "AROUND"),
+    (f"{_LOADER}.RunaiModelStreamerLoader.load_model", load_model, "AROUND"),
+    (f"{_LOADER}.DummyModelLoader.load_model", dummy_load, "AROUND"),
+    ("sglang.srt.arg_groups.model_path_hook.handle_model_source_paths", choose_backend, "AFTER"),
+    ("sglang.srt.configs.load_config.LoadConfig._verify_load_format", verify_load_format, "AROUND"),
+)
+"""Dotted path in SGLang, hook, kind of hook. All are needed."""
+
+
+def register_hooks(problem: str | None) -> None:
+    """Register all hooks, or with a ``problem`` the first alone, which then raises it for prepared checkpoints."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    global _refusal
+    _refusal = problem
+    for target, hook, kind in HOOKS if problem is None else HOOKS[:1]:
+        if not any(known is hook for _, known, _ in HookRegistry._hooks.get(target, ())):
+            HookRegistry.register(target, hook, HookType[kind])
+    if problem is None:
+        from sglang.srt.arg_groups.choices import LOAD_FORMAT_CHOICES, add_load_format_choices
+
+        if QUANT_METHOD not in LOAD_FORMAT_CHOICES:
+            add_load_format_choices([QUANT_METHOD])
+
+
+def _check_applied() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [target for target, _, _ in HOOKS if target not in HookRegistry._patched]
+    if missing:
+        raise ServingError(
+            f"{len(missing)} of {len(HOOKS)} hooks could not be applied to this SGLang: {', '.join(missing)}",
+            next_step="Install an SGLang that the plugin was tested with; the log has the reason.",
+        )

@@ -1,0 +1,174 @@
+"""The parameters of one prepared layer in SGLang: their shapes, the rank's share, and what arrived."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
+from nvfp4_prep.serving.placement import STORED_TENSORS, Placement
+from nvfp4_prep.serving.prepared_weights import PreparedWeights
+from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
+
+__all__ = ["LayerWeights", "big_tensors", "check_padding", "placement_of"]
+
+_INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
+_W13_SCALE = "w13_weight_scale_2"
+
+
+class LayerWeights(PreparedWeights):
+    """Prepared weights in SGLang's shapes.
+
+    SGLang keeps the global scales of gate and up in two columns, ``[E local, 2]``, and the input scales of all
+    experts, ``[E global, 2]`` and ``[E global]``. Under EPLB the slots hold the experts of SGLang's current map, which
+    is asked for anew at every load.
+
+    Attributes:
+        two_scales: whether the file that was loaded last has a vector of its own for up's global scales.
+    """
+
+    def __init__(self, placement: Placement, layer: Any) -> None:
+        super().__init__(placement)
+        self._layer = layer
+        self.two_scales = False
+
+    def finish(self) -> None:
+        """Raise :class:`ServingError` if a tensor did not arrive; else forget what did."""
+        self.two_scales = UP_SCALE_VECTOR in self.arrived
+        super().finish()
+
+    def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
+        """Copy the rank's share of a stored tensor into SGLang's parameter."""
+        local, everywhere = _slots(self._layer)
+        self.placement = replace(self.placement, experts=local)
+        if name == UP_SCALE_VECTOR:
+            self.placement.fill(name, self._layer.w13_weight_scale_2.data[:, 1], stored)
+            return
+        if name in _INPUT_SCALES:
+            columns = param.unsqueeze(-1) if param.dim() == 1 else param
+            whole = replace(self.placement, experts=everywhere)
+            for column in range(columns.shape[1]):
+                whole.fill(name, columns[:, column], stored)
+            return
+        if name == _W13_SCALE and param.dim() == 2:
+            for column in range(1 if UP_SCALE_VECTOR in self.arrived else 2):
+                self.placement.fill(name, param[:, column], stored)
+            return
+        self.placement.fill(name, param, stored)
+
+    def register(self, layer: Any) -> None:
+        """Give the layer's parameters their stored shapes and these loaders.
+
+        The parameters of block scales and codes are SGLang's own, made for the same sizes where nothing is padded.
+        """
+        for name in STORED_TENSORS:
+            param = getattr(layer, name)
+            if name not in (*_INPUT_SCALES, _W13_SCALE, "w2_weight_scale_2"):
+                shape = self.placement.local_shape(name)
+                if tuple(param.shape) != shape:
+                    param.data = torch.empty(shape, dtype=param.dtype, device=param.device)
+            # SGLang's own parameter classes have weight_loader as a property of this attribute.
+            setattr(param, "_weight_loader" if hasattr(param, "_weight_loader") else "weight_loader", self.loader(name))
+        if self.placement.layout.takes_two_w13_scales:
+            up = torch.nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+            up.weight_loader = self.loader(UP_SCALE_VECTOR)  # type: ignore[attr-defined]
+            layer.register_parameter(UP_SCALE_VECTOR, up)
+
+    @property
+    def scales_differ(self) -> bool:
+        """Whether an expert's gate and up have different global scales."""
+        scales = self._layer.w13_weight_scale_2
+        return self.two_scales and not torch.equal(scales[:, 0], scales[:, 1])
+
+    def check_scales(self, *, two: bool) -> None:
+        """Raise :class:`ServingError` if gate and up have different scales and the kernel takes one."""
+        if not two and self.scales_differ:
+            raise ServingError(
+                "gate and up have different global scales, but this kernel takes one for both",
+                where=self.placement.layer_name,
+                next_step="Serve with --moe-runner-backend flashinfer_trtllm, or convert the source again with"
+                " --layout cutedsl.",
+            )
+
+
+def placement_of(layer: Any, stamp: Stamp, name: str, hidden: int, intermediate_per_rank: int) -> Placement:
+    """Return the share of this rank in a layer.
+
+    Raises:
+        ServingError: if the layer has experts that the file does not have.
+    """
+    if layer.num_fused_shared_experts:
+        raise ServingError(
+            "shared experts fused into the routed experts cannot be served from a prepared checkpoint",
+            where=name,
+            next_step="Serve with --disable-shared-experts-fusion.",
+        )
+    local, _ = _slots(layer)
+    tp = int(layer.moe_tp_size)
+    return Placement(
+        layer_name=name,
+        layout=stamp.moe_layout(gated=bool(layer.moe_runner_config.is_gated)),
+        dims=MoeDims(_stored_experts(layer), intermediate_per_rank * tp, hidden),
+        tp_rank=int(layer.moe_tp_rank),
+        tp_size=tp,
+        experts=local,
+        keep_hidden_padding=False,
+    )
+
+
+def check_padding(placement: Placement, target: MoeLayout, *, trtllm: bool) -> None:
+    """Raise :class:`ServingError` unless SGLang serves the file's padded sizes.
+
+    SGLang pads H nowhere (what the file pads is left out where it lies in tiles of its own), and I only for TRTLLM and
+    for experts without gate.
+    """
+    layout, dims = placement.layout, placement.dims
+    padded = (layout.padded_hidden(dims.hidden), layout.padded_intermediate(dims.intermediate))
+    if can_drop_hidden_padding(dims.hidden) and (padded[1] == dims.intermediate or trtllm or not target.gated):
+        return
+    raise ServingError(
+        f"padded to hidden size {padded[0]} and intermediate size {padded[1]}, as SGLang does not for this kernel",
+        where=placement.layer_name,
+        expected="a hidden size that is a multiple of 128"
+        + ("" if trtllm else f", and intermediate size {dims.intermediate}"),
+        actual=f"hidden size {dims.hidden}, intermediate size {dims.intermediate}",
+        next_step="Serve it with vLLM, or serve the source checkpoint (`nvfp4-prep restore` brings it back)."
+        if not can_drop_hidden_padding(dims.hidden)
+        else "Serve with --moe-runner-backend flashinfer_trtllm, which pads the intermediate size as the file does.",
+    )
+
+
+def big_tensors(layer: Any) -> list[tuple[PreparedTensor, torch.Tensor]]:
+    """Return the four big parameters of a layer as bytes."""
+    return [(tensor, getattr(layer, tensor.value).data.view(torch.uint8)) for tensor in PreparedTensor]
+
+
+def _metadata(layer: Any) -> Any:
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    return get_global_expert_location_metadata() if layer.uses_expert_location else None
+
+
+def _stored_experts(layer: Any) -> int:
+    metadata = _metadata(layer)
+    return int(layer.num_global_routed_experts if metadata is None else metadata.num_logical_experts)
+
+
+def _slots(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the stored experts of this rank's slots and of all slots."""
+    metadata = _metadata(layer)
+    physical = int(layer.num_global_routed_experts)
+    stored = range(physical) if metadata is None else metadata.physical_to_logical_map[layer.layer_id].tolist()
+    if len(stored) != physical:
+        raise ServingError(
+            f"SGLang's map of redundant experts has {len(stored)} slots, the layer {physical}",
+            where=str(layer.layer_name),
+            next_step="Serve without --init-expert-location.",
+        )
+    first, count = int(layer._expert_storage_rank) * int(layer._num_local_routed), int(layer._num_local_routed)
+    return tuple(stored[first : first + count]), tuple(stored)

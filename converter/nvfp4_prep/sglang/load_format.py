@@ -1,0 +1,124 @@
+"""SGLang's load format ``nvfp4_prep``: prepared experts by the rank-exact loader, the rest as SGLang loads it.
+
+In the place of the files of prepared experts the model gets tensors without data (:mod:`nvfp4_prep.load.lazy_tensor`)
+under the same names, whose parameters' loaders queue the read of exactly the rank's bytes. The reads run while SGLang
+loads the rest; they are done before it derives anything from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.model_loader.loader import DefaultModelLoader
+
+from nvfp4_prep._util.progress import RateLog
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.load import ExpertLoader, LoadOptions
+from nvfp4_prep.load.options import default_threads, usable_cores
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.serving.expert_files import ExpertFiles
+from nvfp4_prep.sglang.hooks import parameter_name
+
+__all__ = ["LOAD_FORMAT", "PreparedModelLoader"]
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMAT = QUANT_METHOD
+_OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
+_OTHERS = "others"
+_ALLOWED = ("auto", "safetensors", "fastsafetensors", "instanttensor")
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Loads a prepared checkpoint.
+
+    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions`, ``others``: the load
+    format of everything that is not an expert (``auto`` if left out), and that format's own options. Weight updates
+    of a running server read whole tensors.
+
+    Attributes:
+        report: of the last load.
+    """
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        """Raises :class:`ServingError` if ``others`` is not one of SGLang's formats for files of safetensors."""
+        extra = dict(load_config.model_loader_extra_config or {})
+        others = extra.pop(_OTHERS, "auto")
+        if others not in _ALLOWED:
+            raise ServingError(
+                f"{_OTHERS} cannot be {others!r}",
+                expected=" or ".join(_ALLOWED),
+                next_step="Leave it out for SGLang's default.",
+            )
+        self._options = {name: extra.pop(name) for name in _OPTIONS & extra.keys()}
+        super().__init__(dataclasses.replace(load_config, load_format=others, model_loader_extra_config=extra))
+        self._files: ExpertFiles | None = None
+        self._loader: ExpertLoader | None = None
+        self.report: str | None = None
+
+    def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        """Load everything.
+
+        Raises:
+            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged.
+            ServingError: if the checkpoint is not prepared or not in a local directory.
+        """
+        device = torch.device(device_config.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        options = LoadOptions(**{"threads": _threads(), **self._options})
+        with ExpertLoader(device, options, progress=RateLog(logger.info)) as loader:
+            self._loader, self._files = loader, ExpertFiles(loader)
+            try:
+                model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
+            except BaseException:
+                loader.abandon()
+                raise
+            finally:
+                self._loader = self._files = None
+        return model
+
+    def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[str, list[str], bool]:
+        folder, files, use_safetensors = super()._prepare_weights(*args, **kwargs)
+        return folder, files if self._files is None else self._files.set_apart(files), use_safetensors
+
+    def _get_all_weights(self, model_config: Any, model: torch.nn.Module) -> Weights:
+        others = super()._get_all_weights(model_config, model)
+        first = next(others, None)  # now SGLang has listed its files
+        if self._files is not None:
+            for name, handle in self._files.handles():
+                yield parameter_name(name), handle
+        if first is not None:
+            yield first
+            yield from others
+
+    def load_weights_and_postprocess(self, model: torch.nn.Module, weights: Weights, target_device: Any) -> None:
+        """Wait for the queued reads between loading and what SGLang derives."""
+        self.load_weights_only(model, weights, target_device)
+        if self._loader is not None:
+            report = self._loader.finish()
+            if not report.nbytes:
+                raise ServingError(
+                    f"--load-format {LOAD_FORMAT} found no prepared experts for this model",
+                    next_step="Leave --load-format out for a checkpoint that nvfp4-prep did not convert.",
+                )
+            self.report = str(report)
+            logger.info("Prepared experts: %s", report)
+        self.postprocess_weights(model, target_device)
+
+
+def _threads() -> int:
+    """For this process's part of the machine's cores: ranks of one host load at one time."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    ranks = int(parallel.tp_size) * int(parallel.pp_size)
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    return default_threads(usable_cores() // max(1, min(ranks, devices)))

@@ -1,0 +1,100 @@
+"""SGLang's config objects and MoE methods, as they become prepared ones."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
+from nvfp4_prep.sglang.source_config import adopted_stamp
+
+__all__ = ["check_model", "check_stamp_was_taken", "config_with_stamp", "dummy_weights", "finish", "prepared_method"]
+
+_STAMP = "nvfp4_prep_stamp"
+_dummy: contextvars.ContextVar[bool] = contextvars.ContextVar("nvfp4_prep_dummy_weights", default=False)
+
+
+def config_with_stamp(original: Callable[..., Any], cls: type, config: dict[str, Any], *args: Any, **kw: Any) -> Any:
+    """Return what the stock class makes of the source's config, with the stamp; stock configs pass through."""
+    if STAMP_KEY not in config:
+        return original(cls, config, *args, **kw)
+    clean = {key: value for key, value in config.items() if key != STAMP_KEY}
+    made = original(cls, clean, *args, **kw)
+    setattr(made, _STAMP, Stamp.parse(config[STAMP_KEY]))
+    return made
+
+
+def check_stamp_was_taken(made: Any, model_config: Any) -> None:
+    """Raise :class:`ServingError` if a stamped checkpoint got a config object without stamp."""
+    if adopted_stamp(model_config.hf_config) is None or getattr(made, _STAMP, None) is not None:
+        return
+    raise ServingError(
+        f"quantization method {model_config.quantization} was asked for on top of prepared experts",
+        where=str(model_config.model_path),
+        next_step="Leave --quantization out, or serve the source checkpoint (`nvfp4-prep restore`).",
+    )
+
+
+def prepared_method(method: Any, config: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the prepared method in the place of ``method``, if that is for NVFP4 experts of a stamped file."""
+    stamp = getattr(config, _STAMP, None)
+    if stamp is None or method is None:
+        return method
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsFusedMoEMethod
+    from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Nvfp4MoE
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptNvFp4FusedMoEMethod
+
+    if not isinstance(layer, FusedMoE):
+        return method
+    prefix = str(kwargs.get("prefix", args[0] if args else ""))
+    if type(method) is ModelOptNvFp4FusedMoEMethod:
+        from nvfp4_prep.sglang.modelopt_method import PreparedModelOptMethod
+
+        return PreparedModelOptMethod(method.quant_config, stamp, prefix)
+    if type(method) is CompressedTensorsFusedMoEMethod and type(layer.scheme) is CompressedTensorsW4A4Nvfp4MoE:
+        from nvfp4_prep.sglang.compressed_tensors_scheme import PreparedScheme
+
+        layer.scheme = PreparedScheme(stamp, prefix)
+    return method
+
+
+def check_model(model: Any, model_config: Any) -> Any:
+    """Return the model, or raise :class:`ServingError` if its checkpoint is stamped and no layer is prepared.
+
+    Some of SGLang's models (quantized Mixtral) hold experts as single linear layers, which skip the names of prepared
+    tensors in silence. A pipeline rank may have no expert layer at all, and a draft model none that is prepared.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    if adopted_stamp(model_config.hf_config) is None or model_config.is_draft_model:
+        return model
+    modules = dict(model.named_modules())
+    if any(hasattr(module, "nvfp4_prep") for module in modules.values()):
+        return model
+    if int(get_parallel().pp_size) > 1 and not any(name.endswith(".experts") for name in modules):
+        return model
+    raise ServingError(
+        "the checkpoint is prepared, but this model class of SGLang has no NVFP4 expert layers of the fused kind",
+        where=type(model).__name__,
+        next_step="Serve it with vLLM, or serve the source checkpoint (`nvfp4-prep restore` brings it back).",
+    )
+
+
+@contextlib.contextmanager
+def dummy_weights() -> Iterator[None]:
+    """While it is entered, layers are not missing anything."""
+    token = _dummy.set(True)
+    try:
+        yield
+    finally:
+        _dummy.reset(token)
+
+
+def finish(weights: Any) -> None:
+    """Check that every tensor of a layer arrived, unless weights are dummies."""
+    if not _dummy.get():
+        weights.finish()

@@ -1,0 +1,72 @@
+"""Fixtures of the tests that run the real SGLang; without it (see `make test-sglang`) nothing here is collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# This directory is itself importable as a namespace package called sglang, so find_spec alone proves nothing.
+_spec = importlib.util.find_spec("sglang")
+HAVE_SGLANG = _spec is not None and bool(_spec.origin)
+collect_ignore_glob = [] if HAVE_SGLANG else ["test_*.py"]
+
+if HAVE_SGLANG:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("SGLANG_LOGGING_LEVEL", "ERROR")
+    sys.path.append(str(Path(__file__).parent))  # the helpers beside this file: pytest imports in importlib mode
+    from sglang_on_cpu import bring_up
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bring_up()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from sglang_models import Checkpoints
+
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """Two processes with the plugin; started when a test needs them."""
+    from sglang_ranks import Ranks
+
+    processes = Ranks()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def plugin() -> None:
+    """The plugin in this process."""
+    from sglang_on_cpu import plug_in
+
+    plug_in()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of models and configurations, and the refusals with their messages."""
+    if not HAVE_SGLANG:
+        return
+    from sglang_results import REFUSALS, TABLE, table_lines
+
+    if TABLE:
+        terminalreporter.section("prepared against source, through SGLang's own code")
+        for line in table_lines():
+            terminalreporter.write_line(line)
+    if REFUSALS:
+        terminalreporter.section("refusals")
+        for what, message in REFUSALS:
+            terminalreporter.write_line(f"{what}: {message}")
+    if path := os.environ.get("NVFP4_PREP_SGLANG_RESULTS"):
+        Path(path).write_text(json.dumps({"table": TABLE, "refusals": REFUSALS}, indent=1) + "\n")

@@ -1,0 +1,89 @@
+"""Runs jobs in two processes that stay alive, so that SGLang is imported once in each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from sglang_compare import Comparison, Job, Outcome
+from sglang_on_cpu import bring_up, meeting_point, plug_in
+
+WORLD = 2
+TIMEOUT_S = 180
+
+
+class Broken(str):
+    """The traceback of a rank that failed."""
+
+    __slots__ = ()
+
+
+class Ranks:
+    """Two processes, rank 0 and rank 1."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(WORLD)]
+        self._ends: list[Connection] = [end for end, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, other, sys.path), daemon=True)
+            for rank, (_, other) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, job: Job) -> Sequence[Outcome]:
+        """One job in both ranks; raises ``RuntimeError`` with the traceback of a rank that failed."""
+        reasons = self._ask(replace(job, meetings=(meeting_point(), meeting_point())))
+        if any(reasons):
+            return [Outcome(unsupported=reason) for reason in reasons if reason]
+        return self._ask("prepared")
+
+    def _ask(self, request: Job | str) -> list[Any]:
+        for end in self._ends:
+            end.send(request)
+        replies = []
+        for rank, end in enumerate(self._ends):
+            if not end.poll(TIMEOUT_S):
+                self.close()
+                raise RuntimeError(f"rank {rank} did not answer within {TIMEOUT_S} s")
+            replies.append(end.recv())
+        broken = [str(reply) for reply in replies if isinstance(reply, Broken)]
+        if broken:
+            raise RuntimeError("\n".join(broken))
+        return replies
+
+    def close(self) -> None:
+        """Ends both processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, end: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    import torch
+
+    torch.set_num_threads(1)
+    bring_up()
+    plug_in()
+
+    comparison: Comparison | None = None
+    while True:
+        try:
+            request: Any = end.recv()
+        except EOFError:
+            return
+        try:
+            if isinstance(request, Job):
+                comparison = Comparison(request, rank)
+                end.send(comparison.load_source())
+            else:
+                end.send(comparison.load_prepared() if comparison else Broken("no job"))
+        except BaseException:
+            end.send(Broken(f"rank {rank}: {traceback.format_exc()}"))

@@ -1,0 +1,226 @@
+"""Load formats, dummy weights, reloads, the batched layout, and stock SGLang without the plugin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from sglang_compare import RAW_SCALES, UNREAD, Job, run
+from sglang_models import MODELS, Checkpoints, Model, dims_of
+from sglang_on_cpu import load_model, make_server_args, rank_of
+from sglang_states import differences, expert_layers, experts_state, storage_of
+
+from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep_kernels import MoeLayout, PreparedTensor
+
+CUTEDSL, TRTLLM = "flashinfer_cutedsl", "flashinfer_trtllm"
+QWEN, DEEPSEEK = MODELS["qwen3_moe"], MODELS["deepseek_v3"]
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+def left_out(backend: str) -> tuple[str, ...]:
+    return (*RAW_SCALES, *UNREAD) if backend == CUTEDSL else RAW_SCALES
+
+
+def share_nbytes(model: Model, ranks: int) -> int:
+    """Bytes of one rank's share of all codes and block scales."""
+    layout = MoeLayout.trtllm(gated=model.gated)
+    layer = sum(layout.expert_nbytes(tensor, dims_of(model)) for tensor in PreparedTensor) * model.sizes[0]
+    return layer * len(model.layers) // ranks
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"load_format": "safetensors"},
+        {"model_loader_extra_config": {"enable_multithread_load": False}},
+        {"load_format": "nvfp4_prep"},
+        {"load_format": "nvfp4_prep", "model_loader_extra_config": {"threads": 2, "others": "safetensors"}},
+    ],
+    ids=["safetensors", "one thread", "nvfp4_prep", "nvfp4_prep with options"],
+)
+@pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
+def test_load_formats(checkpoints: Checkpoints, backend: str, load: dict[str, Any]) -> None:
+    source, prepared = checkpoints.get(QWEN, trtllm=backend == TRTLLM)
+    outcome = run(Job(str(source), str(prepared), backend, left_out=left_out(backend), load=load))
+    assert (outcome.unsupported, outcome.differences) == (None, [])
+    assert outcome.prepared.nbytes == (share_nbytes(QWEN, 1) if load.get("load_format") == "nvfp4_prep" else 0)
+
+
+@pytest.mark.parametrize("parallel", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}], ids=["TP2", "TP2 with EP2"])
+@pytest.mark.parametrize("asked", ["auto", CUTEDSL], ids=["no flag", "permuted"])
+def test_rank_exact_format(checkpoints: Checkpoints, ranks: Any, parallel: dict[str, Any], asked: str) -> None:
+    """Each rank reads its share of the experts and no byte more."""
+    model = replace(QWEN, one_input_scale=True)
+    source, prepared = checkpoints.get(model, trtllm=True)
+    backend = TRTLLM if asked == "auto" else asked
+    job = Job(str(source), str(prepared), backend, asked, options=parallel, load={"load_format": "nvfp4_prep"})
+    for outcome in ranks.run(job):
+        assert (outcome.unsupported, outcome.differences) == (None, [])
+        assert outcome.prepared.nbytes == share_nbytes(model, 2)
+
+
+@pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
+def test_rank_exact_format_without_the_padding_of_h(checkpoints: Checkpoints, backend: str) -> None:
+    source, prepared = checkpoints.get(QWEN.with_sizes(4, 384, 128), trtllm=backend == TRTLLM)
+    load = {"load_format": "nvfp4_prep"}
+    outcome = run(Job(str(source), str(prepared), backend, left_out=left_out(backend), load=load))
+    assert (outcome.unsupported, outcome.differences) == (None, [])
+    assert outcome.prepared.nbytes == share_nbytes(QWEN.with_sizes(4, 384, 128), 1) * 384 // 512
+
+
+def test_rank_exact_format_of_a_stock_checkpoint(checkpoints: Checkpoints) -> None:
+    from nvfp4_prep.errors import ServingError
+
+    source, _ = checkpoints.get(QWEN)
+    args = make_server_args(source, moe_runner_backend=TRTLLM)
+    with rank_of(args), pytest.raises(ServingError, match="found no prepared experts"):
+        load_model(args, load_format="nvfp4_prep")
+
+
+def test_dummy_weights_need_no_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    _, prepared = checkpoints.get(QWEN, trtllm=True)
+    (tmp_path / "config.json").write_bytes((prepared / "config.json").read_bytes())
+    states = []
+    for directory, load in ((prepared, {}), (tmp_path, {"load_format": "dummy"})):
+        args = make_server_args(directory)
+        with rank_of(args):
+            states.append(experts_state(load_model(args, **load)))
+    real, dummy = states
+    assert dummy.keys() == real.keys()
+    for name, value in real.items():
+        if isinstance(value, torch.Tensor):
+            assert (dummy[name].shape, dummy[name].dtype) == (value.shape, value.dtype), name
+        else:
+            assert dummy[name] == value, name
+
+
+@pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
+@pytest.mark.parametrize("trtllm", [False, True], ids=["cutedsl file", "trtllm file"])
+def test_reload_twice(checkpoints: Checkpoints, backend: str, trtllm: bool) -> None:
+    """What update_weights_from_disk does: the same values in the same storage, permuted again where needed."""
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_loader.loader import DefaultModelLoader, LoadConfig, get_model_loader
+
+    _, prepared = checkpoints.get(QWEN, trtllm=trtllm)
+    _, other = checkpoints.get(replace(QWEN, family="qwen3_moex"), trtllm=trtllm)  # other bytes, same sizes
+    args = make_server_args(prepared, moe_runner_backend=backend)
+    with rank_of(args):
+        model = load_model(args)
+        first, where = experts_state(model), storage_of(model)
+        config = ModelConfig.from_server_args(args)
+        for directory in (other, prepared, prepared):
+            config.model_path = str(directory)
+            loader = get_model_loader(LoadConfig(), config)
+            weights = loader._get_weights_iterator(DefaultModelLoader.Source.init_new(config, model))
+            DefaultModelLoader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+            assert storage_of(model) == where
+            changed = any(name.endswith("w13_weight") for name in differences(first, experts_state(model)))
+            assert changed == (directory == other)
+        assert differences(first, experts_state(model)) == []
+
+
+def test_batched_layout_for_deepep(checkpoints: Checkpoints) -> None:
+    """The masked kernel of DeepEP low latency; DeepEP itself is not installed, its dispatcher is a stand-in.
+
+    The kernel takes an input scale for each expert's down projection; a prepared checkpoint has the layer's maximum.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
+
+    model = replace(QWEN, one_input_scale=True)
+    source, prepared = checkpoints.get(model, ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
+    options = {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"}
+    dispatcher = SimpleNamespace(set_quant_config=lambda config: None)
+    with mock.patch.object(fused_moe, "MaybeTboDeepEPDispatcher", lambda **_: dispatcher):
+        outcome = run(Job(str(source), str(prepared), CUTEDSL, options=options))
+    assert (outcome.unsupported, outcome.differences) == (None, [])
+    assert outcome.prepared.calls == 16
+
+
+def test_redundant_experts_move_in_place(checkpoints: Checkpoints) -> None:
+    """The parameters that EPLB moves are SGLang's own set, expert by expert."""
+    states = []
+    for directory, backend in zip(checkpoints.get(QWEN, trtllm=True), (TRTLLM, "auto"), strict=True):
+        args = make_server_args(directory, moe_runner_backend=backend)
+        with rank_of(args):
+            model = load_model(args)
+            names = {
+                name: sorted(key for key, _ in layer.named_per_expert_tensors(layer.num_local_experts))
+                for name, layer in expert_layers(model).items()
+            }
+            states.append(names)
+    assert states[0] == states[1]
+
+
+LAUNCH = """
+import sys; sys.path[:0] = sys.argv[2:]
+from sglang_on_cpu import bring_up
+bring_up()
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+arguments = ["--model-path", sys.argv[1], "--device", "cpu", "--skip-tokenizer-init", "--load-format", "nvfp4_prep"]
+args = prepare_server_args(arguments)
+args.resolve_once()
+from sglang.srt.arg_groups.model_override_base import resolving_view
+view = resolving_view(args)
+print("RESOLVED", view.moe_runner_backend, view.quantization, view.load_format)
+"""
+
+
+@pytest.fixture
+def launch(checkpoints: Checkpoints, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A process that does what `sglang.launch_server` does first: plugins by entry point, command line, resolution.
+
+    The entry point is that of pyproject.toml, in a distribution made for this test: the tree need not be installed.
+    """
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    points = project["entry-points"]["sglang.srt.plugins"]
+    installed = tmp_path / "nvfp4_prep_under_test-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: nvfp4-prep-under-test\nVersion: 1\n")
+    lines = ["[sglang.srt.plugins]", *(f"{name} = {value}" for name, value in points.items())]
+    (installed / "entry_points.txt").write_text("\n".join(lines))
+
+    def run_it(**environment: str) -> subprocess.CompletedProcess[str]:
+        _, prepared = checkpoints.get(QWEN, trtllm=True)
+        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(prepared), str(tmp_path), *sys.path]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+    return run_it
+
+
+def test_launch_with_the_plugin(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = launch()
+    assert "RESOLVED flashinfer_trtllm modelopt_fp4 nvfp4_prep" in done.stdout, done.stderr[-2000:]
+
+
+def test_launch_without_the_plugin(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """SGLANG_PLUGINS leaves it out: then even the load format is unknown."""
+    done = launch(SGLANG_PLUGINS="other")
+    assert done.returncode != 0
+    assert "nvfp4_prep" in done.stderr
+
+
+def test_stock_sglang_refuses_a_prepared_checkpoint(checkpoints: Checkpoints) -> None:
+    """Without the plugin the stamp's method name is unknown: nothing is served."""
+    _, prepared = checkpoints.get(QWEN)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from sglang_on_cpu import bring_up, make_server_args\n"
+        "bring_up()\n"
+        "make_server_args(sys.argv[1], moe_runner_backend='flashinfer_cutedsl')\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(prepared), *sys.path], capture_output=True)
+    assert done.returncode != 0
+    assert b"Unknown quantization method: nvfp4_prep" in done.stderr

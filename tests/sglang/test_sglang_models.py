@@ -1,0 +1,171 @@
+"""Prepared checkpoints equal SGLang's own load of the source: model families, parallel configurations, backends.
+
+Everything is SGLang's own code: ServerArgs and their resolution, ModelConfig, loaders, model classes,
+process_weights_after_loading. The oracle is SGLang on the source with the same backend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pytest
+from sglang_compare import RAW_COMPRESSED, RAW_SCALES, UNPADDED, UNREAD, Job, Outcome, run
+from sglang_models import COMPRESSED_QWEN, MODELS, Checkpoints, Model
+from sglang_results import TABLE
+
+from nvfp4_prep.options import ConvertOptions
+
+CUTEDSL, TRTLLM, ROUTED = "flashinfer_cutedsl", "flashinfer_trtllm", "flashinfer_trtllm_routed"
+PARALLEL: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": {"tp_size": 2},
+    "TP2 with EP2": {"tp_size": 2, "ep_size": 2},
+    "PP2": {"pp_size": 2},
+    "TP2 with EP2, EPLB, 2 redundant": {
+        "tp_size": 2,
+        "ep_size": 2,
+        "enable_eplb": True,
+        "ep_num_redundant_experts": 2,
+    },
+    "TP2 with EP2, EPLB, slots in another order": {
+        "tp_size": 2,
+        "ep_size": 2,
+        "enable_eplb": True,
+        "ep_num_redundant_experts": 2,
+        "init_expert_location": json.dumps(
+            {"physical_to_logical_map": [[3, 7, 7, 0, 1, 2, 6, 5, 4, 3], [0, 1, 2, 3, 4, 5, 6, 7, 1, 0]]}
+        ),
+    },
+    "DP attention 2, EP2": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "ep_size": 2},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        model: what is converted.
+        file: layout of the file.
+        parallel: name of the parallel configuration.
+        backend: the backend that serves it.
+        note: what is special, for the table.
+        options: of the conversion.
+        left_out: endings of names that are not compared.
+    """
+
+    model: Model
+    file: str
+    parallel: str
+    backend: str
+    note: str = ""
+    options: ConvertOptions = field(default_factory=ConvertOptions)
+    left_out: tuple[str, ...] = RAW_SCALES
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.family}{f' ({self.note})' if self.note else ''}"
+
+    @property
+    def asked(self) -> str:
+        """No flag where the file's layout decides."""
+        return "auto" if self.file == self.backend else self.backend
+
+
+def case(model: Model, file: str, parallel: str, backend: str, note: str = "", **changes: Any) -> Case:
+    left_out = (*RAW_SCALES, *UNREAD) if backend == CUTEDSL else RAW_SCALES
+    if model.one_input_scale:
+        left_out = ()
+    if model.quant == "compressed-tensors":
+        left_out = RAW_COMPRESSED
+    return Case(model, file, parallel, backend, note, **{"left_out": left_out, **changes})
+
+
+QWEN, DEEPSEEK, GLM = MODELS["qwen3_moe"], MODELS["deepseek_v3"], MODELS["glm4_moe"]
+QWEN_ONE = replace(QWEN, one_input_scale=True)
+DEEPSEEK_ONE = replace(DEEPSEEK, one_input_scale=True)
+TWO_SCALES = replace(QWEN, equal_gate_up=False)
+FUSED = [name for name in MODELS if name != "mixtral"]  # quantized Mixtral has one module an expert in SGLang
+WIDE = QWEN.with_sizes(4, 384, 128)
+NANO = MODELS["nemotron_h"].with_sizes(4, 384, 192)
+H384 = "H 384 padded in the file"
+ONE = "one input scale a layer"
+
+CASES = [
+    *(
+        case(MODELS[name], layout, "TP1", layout)
+        for name in MODELS
+        if name != "mixtral"
+        for layout in (CUTEDSL, TRTLLM)
+    ),
+    *(case(QWEN_ONE, layout, "TP1", layout, ONE) for layout in (CUTEDSL, TRTLLM)),
+    case(QWEN, CUTEDSL, "TP1", TRTLLM, "permuted at load"),
+    case(QWEN, TRTLLM, "TP1", CUTEDSL, "permuted at load"),
+    case(QWEN, TRTLLM, "TP1", ROUTED),
+    *(case(QWEN, TRTLLM, parallel, TRTLLM) for parallel in PARALLEL if parallel != "TP1"),
+    *(case(DEEPSEEK, TRTLLM, parallel, TRTLLM) for parallel in ("TP2", "TP2 with EP2")),
+    *(case(GLM, TRTLLM, parallel, TRTLLM) for parallel in ("TP2", "TP2 with EP2")),
+    *(
+        case(QWEN_ONE, CUTEDSL, parallel, CUTEDSL, "one input scale a layer")
+        for parallel in PARALLEL
+        if parallel != "TP1"
+    ),
+    *(
+        case(DEEPSEEK_ONE, CUTEDSL, parallel, CUTEDSL, "one input scale a layer")
+        for parallel in ("TP2", "TP2 with EP2")
+    ),
+    case(QWEN, CUTEDSL, "TP2", TRTLLM, "permuted at load"),
+    case(QWEN, TRTLLM, "TP2", CUTEDSL, "permuted at load"),
+    case(TWO_SCALES, TRTLLM, "TP1", TRTLLM, "gate/up scales differ"),
+    case(TWO_SCALES, TRTLLM, "TP2 with EP2", TRTLLM, "gate/up scales differ"),
+    case(QWEN.with_sizes(8, 256, 96), TRTLLM, "TP1", TRTLLM, "I 96 padded"),
+    *(case(WIDE, file, "TP1", b, H384) for file in (CUTEDSL, TRTLLM) for b in (CUTEDSL, TRTLLM)),
+    case(replace(WIDE, one_input_scale=True), CUTEDSL, "TP2", CUTEDSL, H384),
+    case(NANO, TRTLLM, "TP1", TRTLLM, "H 384, I 192 padded"),
+    case(NANO, CUTEDSL, "TP1", CUTEDSL, "H 384, I 192 padded", left_out=(*RAW_SCALES, *UNREAD, *UNPADDED)),
+    case(replace(QWEN, quant="modelopt_mixed"), CUTEDSL, "TP1", CUTEDSL, "ModelOpt mixed precision"),
+    case(replace(QWEN, quant="modelopt_mixed"), TRTLLM, "TP1", TRTLLM, "ModelOpt mixed precision"),
+    case(replace(DEEPSEEK, quant="modelopt_legacy"), TRTLLM, "TP1", TRTLLM, "hf_quant_config.json"),
+    case(COMPRESSED_QWEN, TRTLLM, "TP1", TRTLLM, "compressed-tensors"),
+    case(COMPRESSED_QWEN.with_sizes(8, 256, 256), TRTLLM, "TP2", TRTLLM, "compressed-tensors"),
+    case(replace(COMPRESSED_QWEN, one_input_scale=True), CUTEDSL, "TP2 with EP2", TRTLLM, f"compressed-tensors, {ONE}"),
+]
+
+
+@pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row.name}-{row.file}-{row.parallel}-{row.backend}")
+@pytest.mark.usefixtures("plugin")
+def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: pytest.FixtureRequest) -> None:
+    source, prepared = checkpoints.get(row.model, row.options, trtllm=row.file == TRTLLM)
+    parallel = PARALLEL[row.parallel]
+    options = {**parallel, **({"disable_radix_cache": True} if row.model.family == "nemotron_h" else {})}
+    job = Job(str(source), str(prepared), row.backend, row.asked, options=options, left_out=row.left_out)
+    outcomes: Sequence[Outcome] = request.getfixturevalue("ranks").run(job) if parallel else [run(job)]
+    record(row, outcomes)
+    tensors = 9 if row.file == TRTLLM and row.model.gated else 8
+    for outcome in outcomes:
+        assert outcome.unsupported is None
+        assert outcome.differences == []
+        assert outcome.layers == (1 if row.parallel == "PP2" else 2)
+        assert outcome.compared >= 14 * outcome.layers
+        # One loader call a tensor, whatever the number of experts.
+        assert outcome.prepared.calls == tensors * outcome.layers
+
+
+def record(row: Case, outcomes: Sequence[Outcome]) -> None:
+    """Add a row to the table that is printed at the end."""
+    bad = [o.unsupported or f"DIFFERS: {', '.join(o.differences)}" for o in outcomes if o.unsupported or o.differences]
+    TABLE.append(
+        {
+            "model": row.name,
+            "file": row.file,
+            "parallel": row.parallel,
+            "backend": f"{row.backend} ({'no flag' if row.asked == 'auto' else 'asked for'})",
+            "result": "; ".join(bad) or "bit-equal",
+            "compared": " + ".join(str(outcome.compared) for outcome in outcomes),
+            "source": asdict(outcomes[-1].source),
+            "prepared": asdict(outcomes[-1].prepared),
+        }
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
+from tqdm import tqdm
 
 from nvfp4_prep._util import progress as module
 from nvfp4_prep._util.progress import BarProgress, LogProgress, NoProgress, Progress, RateLog, choose_progress
@@ -96,3 +98,30 @@ def test_rate_log_counts_from_several_threads(monkeypatch: pytest.MonkeyPatch) -
         thread.join()
     assert len(said) == 40
     assert max(said, key=lambda text: float(text.split()[0])).startswith("4.0 GB of prepared experts loaded, ")
+
+
+def test_a_stream_that_fails_leaves_no_lock_behind() -> None:
+    """tqdm's lock belongs to the whole process: bars of other threads must still start."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("terminal is gone")
+
+        def flush(self) -> None:
+            raise OSError("terminal is gone")
+
+    progress = BarProgress(Closed())
+    progress.start("convert", 100)
+    for _ in range(3):
+        progress.advance(1, "file")
+        time.sleep(0.11)
+    progress.close()
+    started = threading.Event()
+
+    def other_bar() -> None:
+        with tqdm(total=1, file=io.StringIO()) as bar:
+            bar.update(1)
+        started.set()
+
+    threading.Thread(target=other_bar, daemon=True).start()
+    assert started.wait(5)

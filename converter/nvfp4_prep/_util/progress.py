@@ -44,6 +44,29 @@ class NoProgress:
         """Nothing."""
 
 
+class _HarmlessStream:
+    """A stream whose failures are not seen. tqdm writes while it holds a lock of the whole process, and an error on the
+    way keeps that lock for ever: the next bar in another thread, ours or the Hub client's, would wait without end.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 class BarProgress:
     """A tqdm bar: bytes, rate, time left, current file. In a notebook it is the notebook's own.
 
@@ -66,7 +89,7 @@ class BarProgress:
                 desc=printable(title),
                 unit="B",
                 unit_scale=True,
-                file=self._stream,
+                file=_HarmlessStream(self._stream),
                 dynamic_ncols=True,
             )
 

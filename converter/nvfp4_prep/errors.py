@@ -64,7 +64,7 @@ class NvfpPrepError(Exception):
         return text + (f". {self.next_step}" if self.next_step else "")
 
     def to_dict(self) -> dict[str, object]:
-        """The error for ``--json``."""
+        """Return the error for ``--json``."""
         return {
             "error": type(self).__name__,
             "what": self.what,

@@ -73,7 +73,7 @@ class ConvertOptions:
         self.layout_for(gated=True)
 
     def layout_for(self, *, gated: bool) -> MoeLayout:
-        """The layout of a layer.
+        """Return the layout of a layer.
 
         Raises:
             UsageError: if the options do not make a layout, or the layout has no such layers.
@@ -103,7 +103,7 @@ class ConvertOptions:
         return differing if self.gate_up_scales is GateUpPolicy.RECONCILE and self.gives_scales_up else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """Return JSON form."""
         return {key: str(value) if isinstance(value, enum.Enum) else value for key, value in asdict(self).items()}
 
     @classmethod

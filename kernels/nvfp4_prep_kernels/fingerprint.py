@@ -16,12 +16,12 @@ __all__ = ["fingerprint", "fingerprint_layer"]
 
 
 def _dims(gated: bool) -> MoeDims:
-    """Sizes of the fixed layer: no padding, several swizzle tiles both ways, I no multiple of 128 if gated."""
+    """Return sizes of the fixed layer: no padding, several swizzle tiles both ways, I no multiple of 128 if gated."""
     return MoeDims(experts=2, intermediate=192 if gated else 256, hidden=512)
 
 
 def fingerprint_layer(layout: MoeLayout) -> dict[PreparedTensor, tuple[torch.Tensor, ...]]:
-    """The fixed layer's source tensors.
+    """Return the fixed layer's source tensors.
 
     Byte ``i`` of a projection's codes or scales is byte ``i % 32`` of the sha256 of the text
     ``nvfp4_prep:<tensor>:<projection>:<i // 32>``; scale bytes are taken modulo 126 and increased by 1, so that all
@@ -38,7 +38,7 @@ def fingerprint_layer(layout: MoeLayout) -> dict[PreparedTensor, tuple[torch.Ten
 
 
 def fingerprint(layout: MoeLayout) -> str:
-    """Hex sha256 over the four prepared tensors of the fixed layer, in order. Independent of ``moe_tp``."""
+    """Return the hex sha256 over the four prepared tensors of the fixed layer, in order. Independent of ``moe_tp``."""
     plain = layout.for_moe_tp(1)
     digest = hashlib.sha256()
     for tensor, parts in fingerprint_layer(plain).items():

@@ -40,7 +40,7 @@ class FlashInferUnavailableError(RuntimeError):
 
 
 def mma_view(scales: torch.Tensor) -> torch.Tensor:
-    """The kernel's 6-D view of swizzled scales: strides alone, no byte moves.
+    """Return the kernel's 6-D view of swizzled scales: strides alone, no byte moves.
 
     Args:
         scales: ``uint8 [E, M, Ks]``, swizzled and contiguous.
@@ -125,7 +125,7 @@ def bind_call(
 
 
 def activation_arguments(activation: MoeActivation) -> dict[str, Any]:
-    """The activation as keyword arguments: only what differs from plain SwiGLU, the default of every version."""
+    """Return the activation as keyword arguments: only what differs from plain SwiGLU, the default of every version."""
     if activation.function is ActivationFunction.RELU2:
         return {"activation_type": _RELU2}
     wanted: dict[str, Any] = {}

@@ -19,7 +19,7 @@ __all__ = ["deinterleave_gate_up", "interleave_gate_up", "join_alternating_rows"
 def interleave_gate_up(
     gate: torch.Tensor, up: torch.Tensor, block: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Interleaves the rows of two projections, up first, in blocks of ``block`` rows.
+    """Interleave the rows of two projections, up first, in blocks of ``block`` rows.
 
     Args:
         gate: ``[..., I, C]``, any dtype.
@@ -47,7 +47,7 @@ def interleave_gate_up(
 
 
 def deinterleave_gate_up(fused: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of :func:`interleave_gate_up`.
+    """Return the inverse of :func:`interleave_gate_up`.
 
     Args:
         fused: ``[..., 2*I, C]``.
@@ -68,7 +68,7 @@ def deinterleave_gate_up(fused: torch.Tensor, block: int) -> tuple[torch.Tensor,
 
 
 def split_alternating_rows(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits rows stored as ``[gate0, up0, gate1, up1, ...]`` (SWIGLUOAI checkpoints).
+    """Split rows stored as ``[gate0, up0, gate1, up1, ...]`` (SWIGLUOAI checkpoints).
 
     Args:
         fused: ``[..., 2*I, C]``.
@@ -80,6 +80,6 @@ def split_alternating_rows(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def join_alternating_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`split_alternating_rows`: ``[..., 2*I, C]``."""
+    """Return the inverse of :func:`split_alternating_rows`: ``[..., 2*I, C]``."""
     *lead, rows, cols = gate.shape
     return torch.stack((gate, up), dim=-2).reshape(*lead, 2 * rows, cols)

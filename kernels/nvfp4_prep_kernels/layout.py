@@ -72,7 +72,7 @@ class MoeLayout:
 
     @classmethod
     def cutedsl(cls, *, gated: bool, gate_up_block: int = 64, moe_tp: int = 1) -> MoeLayout:
-        """The layout of ``cute_dsl_fused_moe`` (vLLM's FLASHINFER_CUTEDSL backend)."""
+        """Return the layout of ``cute_dsl_fused_moe`` (vLLM's FLASHINFER_CUTEDSL backend)."""
         if not gated:
             return cls(PlainRows(), moe_tp=moe_tp)
         return cls(BlockRows(gate_up_block), moe_tp=moe_tp)
@@ -87,11 +87,11 @@ class MoeLayout:
 
     @classmethod
     def trtllm(cls, *, gated: bool, moe_tp: int = 1) -> MoeLayout:
-        """The layout of the TRTLLM-gen kernels (vLLM's FLASHINFER_TRTLLM backend)."""
+        """Return the layout of the TRTLLM-gen kernels (vLLM's FLASHINFER_TRTLLM backend)."""
         return cls(ShuffledRows(gated), moe_tp=moe_tp)
 
     def for_moe_tp(self, moe_tp: int) -> MoeLayout:
-        """The same layout, padded for another tensor-parallel size."""
+        """Return the same layout, padded for another tensor-parallel size."""
         return replace(self, moe_tp=moe_tp)
 
     @property
@@ -145,7 +145,7 @@ class MoeLayout:
         return (*SCALE_VECTORS, UP_SCALE_VECTOR) if self.takes_two_w13_scales else SCALE_VECTORS
 
     def check(self, dims: MoeDims) -> None:
-        """Raises :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
+        """Raise :class:`LayoutError` if a layer of these sizes cannot be stored in this layout."""
         if dims.experts < 1 or dims.intermediate < 1 or dims.hidden < 1:
             raise LayoutError(f"experts, intermediate and hidden sizes must be positive, got {dims}")
         if dims.hidden % BLOCK_COLS or dims.intermediate % BLOCK_COLS:
@@ -195,18 +195,18 @@ class MoeLayout:
         return rows, cols // tensor.cols_per_byte
 
     def expert_nbytes(self, tensor: PreparedTensor, dims: MoeDims) -> int:
-        """Bytes of one expert in a prepared tensor."""
+        """Return the bytes of one expert in a prepared tensor."""
         rows, row_nbytes = self.expert_shape(tensor, dims)
         return rows * row_nbytes
 
     def projections(self, tensor: PreparedTensor) -> tuple[Projection, ...]:
-        """The projections that a prepared tensor holds, in the order of :meth:`apply`'s arguments."""
+        """Return the projections that a prepared tensor holds, in the order of :meth:`apply`'s arguments."""
         if not tensor.is_w13:
             return (Projection.DOWN,)
         return (Projection.GATE, Projection.UP) if self.gated else (Projection.UP,)
 
     def tp_sizes(self, dims: MoeDims, limit: int = 64) -> tuple[int, ...]:
-        """Tensor-parallel sizes up to ``limit``, and ``moe_tp``, that a file in this layout serves bit-exactly.
+        """Return tensor-parallel sizes up to ``limit``, and ``moe_tp``, that a file in this layout serves bit-exactly.
 
         A rank's share of the prepared whole equals the preparation of the rank's share if the share needs no padding,
         or if the file was padded for exactly that size.
@@ -225,7 +225,7 @@ class MoeLayout:
         return tuple(found) if self.moe_tp <= limit else (*found, self.moe_tp)
 
     def apply(self, tensor: PreparedTensor, *parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Source bytes of one expert to prepared bytes.
+        """Return source bytes of one expert to prepared bytes.
 
         Args:
             tensor: which prepared tensor to make.
@@ -249,7 +249,7 @@ class MoeLayout:
         return swizzle_scales(fused) if tensor.is_scale else fused
 
     def invert(self, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims) -> tuple[torch.Tensor, ...]:
-        """Inverse of :meth:`apply`.
+        """Return the inverse of :meth:`apply`.
 
         Args:
             tensor: which prepared tensor ``prepared`` is.
@@ -269,7 +269,7 @@ class MoeLayout:
         return tuple(self._unpad(tensor, part, dims) for part in parts)
 
     def _pad(self, tensor: PreparedTensor, part: torch.Tensor) -> torch.Tensor:
-        """Pads I on each rank's slice and H once; I is the rows of w13 and the columns of w2."""
+        """Pad I on each rank's slice and H once; I is the rows of w13 and the columns of w2."""
         per_byte = tensor.cols_per_byte
         *lead, rows, cols = part.shape
         if (rows if tensor.is_w13 else cols) % self.moe_tp:

@@ -36,7 +36,7 @@ class MatrixAddresses:
 
 
 def find_addresses(parts: Sequence[Parts]) -> MatrixAddresses:
-    """Addresses of parts of one shape, which are copied first unless they have one row stride and whole rows."""
+    """Return the addresses of parts of one shape, copied first unless they have one row stride and whole rows."""
     row_strides = {_row_stride(part) for part in parts}
     row_stride = row_strides.pop() if len(row_strides) == 1 else None
     if row_stride is None:
@@ -56,7 +56,7 @@ def find_addresses(parts: Sequence[Parts]) -> MatrixAddresses:
 
 
 def divisor_pow2(limit: int, value: int) -> int:
-    """The largest power of two up to ``limit``, which is one, that divides ``value``."""
+    """Return the largest power of two up to ``limit``, which is one, that divides ``value``."""
     divisor = limit
     while value % divisor:
         divisor //= 2
@@ -64,7 +64,7 @@ def divisor_pow2(limit: int, value: int) -> int:
 
 
 def _row_stride(part: Parts) -> int | None:
-    """Bytes between rows, the same for all experts; None if they differ or the bytes of a row are apart."""
+    """Return bytes between rows, the same for all experts; None if they differ or the bytes of a row are apart."""
     matrices = part[:1] if isinstance(part, torch.Tensor) else part
     strides = {matrix.stride(0) if matrix.stride(1) == 1 else None for matrix in matrices}
     return strides.pop() if len(strides) == 1 else None

@@ -102,7 +102,7 @@ def evaluate(
     *,
     order: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Evaluation:
-    """Runs one expert.
+    """Run one expert.
 
     Args:
         expert: source tensors on the device of ``x``.
@@ -128,7 +128,7 @@ def evaluate(
 def evaluate_down(
     expert: SourceExpert, quantized: torch.Tensor, fc2_input_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second GEMM alone, from an intermediate that an implementation has shown.
+    """Return the second GEMM alone, from an intermediate that an implementation has shown.
 
     Args:
         expert: source tensors.
@@ -151,7 +151,7 @@ def _down_bound(quantized: torch.Tensor, down: torch.Tensor, alpha: float) -> to
 def _project(
     matrix: SourceMatrix, x: torch.Tensor, input_scale: float, columns: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output of one projection and the bound of its error."""
+    """Return the outputs of one projection and the bound of its error."""
     weight = matrix.decode()
     alpha = matrix.global_scale * input_scale
     return _product(x, weight, columns) * alpha, ACCUMULATION * abs(alpha) * _norm(x) * _norm(weight).T

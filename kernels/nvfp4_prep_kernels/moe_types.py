@@ -63,7 +63,7 @@ class MoeActivation:
         return self.function is not ActivationFunction.RELU2
 
     def __call__(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """Applies the activation to float32 tensors of one shape; ``gate`` is ``None`` for relu2."""
+        """Apply the activation to float32 tensors of one shape; ``gate`` is ``None`` for relu2."""
         if gate is None:
             return up.clamp(min=0.0).square()
         if self.function is ActivationFunction.SITU:
@@ -186,5 +186,5 @@ class MoeBackend(Protocol):
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
     ) -> MoeTrace | None:
-        """Writes ``out [T, Hp]``; gives the intermediate where the implementation can show it."""
+        """Write ``out [T, Hp]``; gives the intermediate where the implementation can show it."""
         ...

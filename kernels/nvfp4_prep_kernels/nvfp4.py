@@ -30,7 +30,7 @@ _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def decode_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
+    """Return two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
     values = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
     # one look-up a byte, two values each: half the index memory of one a code
     table = torch.tensor([(values[byte & 0xF], values[byte >> 4]) for byte in range(256)], device=codes.device)
@@ -39,7 +39,7 @@ def decode_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def encode_codes(values: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`decode_codes` for values that :func:`round_e2m1` gave; zero has no sign."""
+    """Return the inverse of :func:`decode_codes` for values that :func:`round_e2m1` gave; zero has no sign."""
     magnitudes = torch.tensor(_MAGNITUDES, device=values.device)
     code = torch.searchsorted(magnitudes, values.abs().contiguous()).to(torch.uint8)
     code |= (values < 0).to(torch.uint8) << 3
@@ -79,7 +79,7 @@ def round_e2m1(values: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(values: torch.Tensor, inverse_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes rows with a global scale: ``values ≈ code * block scale / inverse_scale``.
+    """Quantize rows with a global scale: ``values ≈ code * block scale / inverse_scale``.
 
     Args:
         values: ``[..., C]``, C a multiple of 16.

@@ -8,12 +8,12 @@ __all__ = ["pad_matrix", "roundup", "unpad_matrix"]
 
 
 def roundup(value: int, alignment: int) -> int:
-    """The smallest multiple of ``alignment`` that is at least ``value``."""
+    """Return the smallest multiple of ``alignment`` that is at least ``value``."""
     return -(-value // alignment) * alignment
 
 
 def pad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Appends zero rows and columns; returns the tensor itself when nothing is missing.
+    """Append zero rows and columns; returns the tensor itself when nothing is missing.
 
     Args:
         matrix: ``[..., R, C]`` of one-byte elements.
@@ -36,7 +36,7 @@ def pad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
 
 
 def unpad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Inverse of :func:`pad_matrix`, which refuses padding that is not zero.
+    """Return the inverse of :func:`pad_matrix`, which refuses padding that is not zero.
 
     Args:
         matrix: ``[..., R, C]`` of ``uint8``.

@@ -88,7 +88,7 @@ RowOrder = PlainRows | HalfRows | BlockRows | ShuffledRows
 
 
 def row_at_place(order: RowOrder, *, fused: bool, place: int, half_rows: int) -> tuple[int, int]:
-    """The index formula: which row stands in a prepared place.
+    """Return the index formula: which row stands in a prepared place.
 
     Args:
         fused: whether the matrix is w13, else w2.
@@ -110,7 +110,7 @@ def row_at_place(order: RowOrder, *, fused: bool, place: int, half_rows: int) ->
 
 
 def place_of_row(order: RowOrder, *, fused: bool, half: int, row: int, half_rows: int) -> int:
-    """Inverse of :func:`row_at_place`."""
+    """Return the inverse of :func:`row_at_place`."""
     place = row
     if fused and order.gated:
         if order.block == 0:
@@ -145,7 +145,7 @@ def join_rows(order: RowOrder, parts: Sequence[torch.Tensor], out: torch.Tensor 
 
 
 def split_rows(order: RowOrder, matrix: torch.Tensor, *, fused: bool) -> tuple[torch.Tensor, ...]:
-    """Inverse of :func:`join_rows`; ``fused`` tells whether the matrix is w13."""
+    """Return the inverse of :func:`join_rows`; ``fused`` tells whether the matrix is w13."""
     if order.shuffled:
         matrix = unshuffle_rows(matrix)
     if not (fused and order.gated):
@@ -159,7 +159,7 @@ def shuffle_rows(matrix: torch.Tensor, out: torch.Tensor | None = None) -> torch
 
 
 def unshuffle_rows(matrix: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`shuffle_rows`."""
+    """Return the inverse of :func:`shuffle_rows`."""
     return _transpose_blocks(matrix, _INNER, _OUTER, None)
 
 
@@ -174,7 +174,7 @@ def _transpose_blocks(matrix: torch.Tensor, outer: int, inner: int, out: torch.T
 
 
 def _interleave_and_shuffle(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Both steps of :class:`ShuffledRows` in one pass over the bytes.
+    """Return both steps of :class:`ShuffledRows` in one pass over the bytes.
 
     Fused row ``4*b + a`` is row ``2*b + a // 2`` of up (``a`` even) or gate (odd), and goes to place ``8*a + b``.
     """

@@ -33,7 +33,7 @@ def _check(scales: torch.Tensor) -> tuple[list[int], int, int]:
 
 
 def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Row-major scales to swizzled scales.
+    """Return row-major scales to swizzled scales.
 
     Args:
         scales: ``[..., M, Ks]`` ``uint8``, ``M % 128 == 0``, ``Ks % 4 == 0``.
@@ -51,7 +51,7 @@ def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
 
 
 def unswizzle_scales(swizzled: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`swizzle_scales`; same shapes and errors."""
+    """Return the inverse of :func:`swizzle_scales`; same shapes and errors."""
     lead, rows, cols = _check(swizzled)
     words = swizzled.contiguous().view(torch.int32).reshape(*lead, rows // 128, cols // 4, 32, 4)
     return words.transpose(-1, -2).movedim(-3, -1).reshape(*lead, rows, cols // 4).contiguous().view(torch.uint8)

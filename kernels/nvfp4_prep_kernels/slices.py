@@ -44,7 +44,7 @@ class ExpertSlice:
 
 
 def rank_slice(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, rank: int, size: int) -> ExpertSlice:
-    """The share of tensor-parallel rank ``rank`` of ``size`` in one expert.
+    """Return the share of tensor-parallel rank ``rank`` of ``size`` in one expert.
 
     Raises:
         LayoutError: if the rank is out of range or a file in this layout cannot serve ``size`` ranks.
@@ -76,7 +76,7 @@ def rank_slice(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, rank: i
 def take_rank(
     layout: MoeLayout, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims, rank: int, size: int
 ) -> torch.Tensor:
-    """The share of one tensor-parallel rank, from data.
+    """Return the share of one tensor-parallel rank, from data.
 
     Args:
         prepared: ``uint8 [..., rows, bytes per row]`` as ``layout.expert_shape`` gives them, contiguous.

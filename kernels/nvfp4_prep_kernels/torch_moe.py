@@ -70,7 +70,7 @@ def _row_order(experts: PreparedExperts, device: torch.device) -> tuple[torch.Te
 
 
 def _shuffled_places(rows: torch.Tensor) -> torch.Tensor:
-    """Places of rows in TRTLLM-gen's order: of every 32, row s goes to [0, 8, 16, 24, 1, 9, …][s]."""
+    """Return the places of rows in TRTLLM-gen's order: of every 32, row s goes to [0, 8, 16, 24, 1, 9, …][s]."""
     places = torch.tensor([first + 8 * step for first in range(8) for step in range(4)], device=rows.device)
     return rows // 32 * 32 + places[rows % 32]
 

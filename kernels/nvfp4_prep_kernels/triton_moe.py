@@ -144,7 +144,7 @@ def _launch_down(experts: PreparedExperts, tokens: MoeTokens, tiles: _Tiles, scr
 
 
 def sort_pairs(expert_ids: torch.Tensor, experts: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups (token, expert) pairs by expert, each group padded to whole tiles.
+    """Group (token, expert) pairs by expert, each group padded to whole tiles.
 
     Args:
         expert_ids: ``int32 [T, k]``; pair ``t * k + slot``.

@@ -153,7 +153,7 @@ def _activate(gate, up, alpha, beta, limit, situ_beta, situ_linear_beta, FUNCTIO
 
 @triton.jit
 def _quantize(values, inverse_scale, BM: tl.constexpr, BN: tl.constexpr):
-    """Rounds float32 ``[BM, BN]`` to NVFP4 with a global scale: code * block scale, exact in float16."""
+    """Round float32 ``[BM, BN]`` to NVFP4 with a global scale: code * block scale, exact in float16."""
     blocks = tl.reshape(values, (BM, BN // 16, 16))
     scale = _round_e4m3(tl.max(tl.abs(blocks), axis=2) * (1.0 / 6.0) * inverse_scale)[:, :, None]
     factor = tl.where(scale == 0, 0.0, inverse_scale / tl.where(scale == 0, 1.0, scale))

@@ -82,7 +82,7 @@ class IndexMap:
 
 
 def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> IndexMap:
-    """The index map of a layer of these sizes; raises :class:`LayoutError` if the layout cannot hold them."""
+    """Return the index map of a layer of these sizes; raises :class:`LayoutError` if the layout cannot hold them."""
     layout.check(dims)
     rows, cols = layout.expert_shape(tensor, dims)
     per_byte = tensor.cols_per_byte
@@ -99,7 +99,7 @@ def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> Index
 def prepare(
     layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, *parts: Parts, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Source bytes of a whole layer to prepared bytes, on the device on which they are.
+    """Return source bytes of a whole layer to prepared bytes, on the device on which they are.
 
     Args:
         layout, tensor, dims: what to make; ``dims.experts`` is E.
@@ -128,7 +128,7 @@ def prepare(
 def unprepare(
     layout: MoeLayout, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims
 ) -> tuple[torch.Tensor, ...]:
-    """Inverse of :func:`prepare`.
+    """Return the inverse of :func:`prepare`.
 
     Args:
         prepared: ``uint8 [E, rows, bytes per row]``, contiguous from a multiple of 8 bytes on.
@@ -242,14 +242,14 @@ def plan_launch(mapping: IndexMap, is_scale: bool, row_stride: int, alignment: i
 
 
 def _code_unit(mapping: IndexMap, alignment: int) -> int:
-    """Bytes that move together: 8 where everything is a multiple of 8, as the 16-column scale blocks make it."""
+    """Return bytes that move together: 8 where everything is a multiple of 8, as the 16-column scale blocks make it."""
     return 8 if alignment >= 8 and mapping.col_src % 8 == 0 and mapping.col_pad % 8 == 0 else 1
 
 
 def _launch(
     mapping: IndexMap, is_scale: bool, source: MatrixAddresses, prepared: torch.Tensor, dirty: torch.Tensor | None
 ) -> None:
-    """Runs one direction; with ``dirty`` the source is written, and the flag set where padding is not zero."""
+    """Run one direction; with ``dirty`` the source is written, and the flag set where padding is not zero."""
     from nvfp4_prep_kernels import triton_prepare_kernels as kernels
 
     inverse = dirty is not None

@@ -67,7 +67,7 @@ def _source_row(
 
 @triton.jit
 def _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES: tl.constexpr, STACKED: tl.constexpr):
-    """Address of an expert's matrix: a scalar for one projection, else one for each element of ``part``.
+    """Return the addresses of an expert's matrix: a scalar for one projection, else one for each element of ``part``.
 
     ``STACKED``: address of expert 0 and bytes to the next one, for each projection; else ``table [experts, HALVES]``.
     """
@@ -87,7 +87,7 @@ def _address(table, base_0, stride_0, base_1, stride_1, expert, part, HALVES: tl
 
 @triton.jit
 def _flag(dirty, bad):
-    """Sets ``dirty`` if any element is bad."""
+    """Set ``dirty`` if any element is bad."""
     worst = tl.max(bad.to(tl.int32))
     tl.atomic_max(dirty, worst, mask=worst != 0)
 
@@ -119,7 +119,7 @@ def codes(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Copies rows of codes between source and prepared order; columns in units of ``UNIT`` bytes."""
+    """Copy rows of codes between source and prepared order; columns in units of ``UNIT`` bytes."""
     expert, row_tile, col_tile = _tile((ROWS + BLOCK_R - 1) // BLOCK_R, (COLS + BLOCK_C - 1) // BLOCK_C)
     n = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     c = col_tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -160,7 +160,7 @@ def _move_words(
     ALIGN: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Reads ``word [4, 32, BLOCK_K]`` from the source or, ``INVERSE``, writes it there; the sizes are in words.
+    """Read ``word [4, 32, BLOCK_K]`` from the source or, ``INVERSE``, write it there; the sizes are in words.
 
     Returns (the words, which of them have no source and are not zero).
     """
@@ -231,7 +231,7 @@ def scales(
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Moves block scales between row-major source and swizzled order, 128 rows by ``BLOCK_K`` words a program."""
+    """Move block scales between row-major source and swizzled order, 128 rows by ``BLOCK_K`` words a program."""
     row_tiles: tl.constexpr = HALF_ROWS * HALVES // 128
     expert, row_tile, k_tile = _tile(row_tiles, (ROW_WORDS + BLOCK_K - 1) // BLOCK_K)
     # source side: [4 (m // 32), 32 (m % 32), word]; prepared side: [word, 32, 4], which lies in memory as it stands

@@ -64,7 +64,7 @@ def empty_bytes(nbytes: int) -> torch.Tensor:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable. The view keeps the tensor alive.
+    """Return the bytes of a contiguous CPU tensor, writable. The view keeps the tensor alive.
 
     Raises:
         ValueError: if the tensor is not contiguous or not on the CPU.
@@ -85,7 +85,7 @@ def address_of(view: memoryview) -> int:
 
 
 def crc32_each(experts: torch.Tensor) -> list[int]:
-    """The CRC-32 of each expert's bytes: ``uint8 [n, ...]``, contiguous, on the CPU."""
+    """Return the CRC-32 of each expert's bytes: ``uint8 [n, ...]``, contiguous, on the CPU."""
     data, nbytes = byte_view(experts), experts[0].numel()
     return [zlib.crc32(data[row * nbytes : (row + 1) * nbytes]) for row in range(len(experts))]
 

@@ -215,7 +215,7 @@ def choose_progress(*, quiet: bool) -> Progress:
 
 
 def _in_notebook() -> bool:
-    """Whether an IPython kernel runs this, whose stderr is not a terminal; nothing is imported for it."""
+    """Return whether an IPython kernel runs this, whose stderr is not a terminal; nothing is imported for it."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return shell is not None and "IPKernelApp" in shell.config

@@ -68,7 +68,7 @@ class CheckpointIndex:
 
 
 def read_index(source: Source) -> CheckpointIndex:
-    """Indexes a source.
+    """Index a source.
 
     Raises:
         SourceError: if a file is missing, malformed, unsafe or a git-lfs pointer, or a tensor stands in two shards.
@@ -107,7 +107,7 @@ def read_index(source: Source) -> CheckpointIndex:
 
 
 def read_json_file(name: str, raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """Decodes a JSON object; raises :class:`SourceError` if it is none, or exceeds a bound of depth or values."""
+    """Decode a JSON object; raises :class:`SourceError` if it is none, or exceeds a bound of depth or values."""
     next_step = "It is damaged, or no checkpoint's: restore it or download it again."
     value = parse_json(raw, name, SourceError, max_depth=max_depth, next_step=next_step)
     if not isinstance(value, dict):
@@ -131,7 +131,7 @@ def _read_small(source: Source, file: SourceFile) -> bytes:
 
 
 def _check_pointers(source: Source, files: Iterable[SourceFile]) -> None:
-    """Raises :class:`SourceError` if git-lfs left pointers in a clone. The Hub itself gives no pointers out."""
+    """Raise :class:`SourceError` if git-lfs left pointers in a clone. The Hub itself gives no pointers out."""
     if not isinstance(source, LocalSource):
         return
     pointers = [
@@ -162,7 +162,7 @@ def _shards(
 def _merge(
     source: Source, headers: Mapping[str, ShardHeader], weight_map: Mapping[str, str] | None
 ) -> tuple[dict[str, TensorRecord], tuple[str, ...]]:
-    """All tensors, and warnings about the index."""
+    """Return all tensors, and warnings about the index."""
     tensors: dict[str, TensorRecord] = {}
     for header in headers.values():
         for record in header.tensors:

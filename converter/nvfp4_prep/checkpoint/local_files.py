@@ -122,7 +122,7 @@ def _names(folder: Path, place: Path) -> Iterator[str]:
 
 
 def _status(path: Path, place: Path, link_roots: Sequence[Path]) -> tuple[os.stat_result, bool]:
-    """The status of a regular file or folder, and whether a link led to it."""
+    """Return the status of a regular file or folder, and whether a link led to it."""
     try:
         is_link = stat.S_ISLNK(path.lstat().st_mode)
         if is_link:

@@ -131,7 +131,7 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def read_header(path: Path, file: str | None = None) -> ShardHeader:
-    """Reads and checks the header of a local file.
+    """Read and check the header of a local file.
 
     Args:
         path: the file.
@@ -184,7 +184,7 @@ def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
 
 
 def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None = None) -> ShardHeader:
-    """Parses length prefix and header.
+    """Parse length prefix and header.
 
     Args:
         file: name for records.
@@ -307,7 +307,7 @@ def _check_coverage(file: str, records: list[TensorRecord], data_start: int, fil
 def encode_header(
     file: str, tensors: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[TensorRecord, ...]]:
-    """Makes a header for tensors that follow each other without holes.
+    """Make a header for tensors that follow each other without holes.
 
     Args:
         file: name that the records carry.

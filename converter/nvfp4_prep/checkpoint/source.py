@@ -52,19 +52,19 @@ class Source(Protocol):
     sequential: bool
 
     def files(self) -> tuple[SourceFile, ...]:
-        """All files, sorted by name."""
+        """Return all files, sorted by name."""
         ...
 
     def header(self, file: str) -> ShardHeader:
-        """The checked safetensors header of a shard, without downloading the shard."""
+        """Return the checked safetensors header of a shard, without downloading the shard."""
         ...
 
     def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
-        """A small range, read while planning, without downloading the shard."""
+        """Return a small range, read while planning, without downloading the shard."""
         ...
 
     def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
-        """Announces the shards that will be read, in order of first use, and how many bytes of them are needed at
+        """Announce the shards that will be read, in order of first use, and how many bytes of them are needed at
         once."""
         ...
 
@@ -73,7 +73,7 @@ class Source(Protocol):
         ...
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
-        """Fills ``buffer`` with the bytes from ``offset_bytes``; waits for the shard where it is not there yet."""
+        """Fill ``buffer`` with the bytes from ``offset_bytes``; waits for the shard where it is not there yet."""
         ...
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
@@ -81,24 +81,24 @@ class Source(Protocol):
         ...
 
     def release(self, shard: str) -> None:
-        """Says that a scheduled shard is needed no more."""
+        """Say that a scheduled shard is needed no more."""
         ...
 
     def check_unchanged(self) -> None:
-        """Raises :class:`SourceError` if a file is not the one that was listed any more."""
+        """Raise :class:`SourceError` if a file is not the one that was listed any more."""
         ...
 
     def interrupt(self) -> None:
-        """Makes waiting and further reads of what is not there yet fail: the run has failed elsewhere."""
+        """Make waiting and further reads of what is not there yet fail: the run has failed elsewhere."""
         ...
 
     def close(self) -> None:
-        """Gives back descriptors and temporary files."""
+        """Give back descriptors and temporary files."""
         ...
 
 
 def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryview) -> None:
-    """Fills ``buffer`` from a file descriptor.
+    """Fill ``buffer`` from a file descriptor.
 
     Raises:
         SourceError: on an I/O error, or if the file ends before the buffer is full.
@@ -142,7 +142,7 @@ class LocalSource:
     sequential = False
 
     def __init__(self, root: Path) -> None:
-        """Opens a directory.
+        """Open a directory.
 
         Raises:
             SourceError: if it does not exist, is no directory or cannot be listed, or holds something else than files.
@@ -168,11 +168,11 @@ class LocalSource:
         return blobs.resolve() if self.root.parent.name == "snapshots" and blobs.is_dir() else None
 
     def place(self, file: str) -> str:
-        """The path of a file for errors, as the user gave the directory."""
+        """Return the path of a file for errors, as the user gave the directory."""
         return str(self._shown / file)
 
     def files(self) -> tuple[SourceFile, ...]:
-        """All files, sorted by name; hidden ones left out."""
+        """Return all files, sorted by name; hidden ones left out."""
         return tuple(SourceFile(file.name, file.state.nbytes, file.state.identity) for file in self._listed.values())
 
     def header(self, file: str) -> ShardHeader:
@@ -211,12 +211,12 @@ class LocalSource:
         return open_listed(self.root / file, self._file(file), self.place(file))
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
-        """Starts the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
+        """Start the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
         with suppress(OSError, SourceError), self._descriptors.use(file) as descriptor:
             os.posix_fadvise(descriptor, offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, shard: str) -> None:
-        """Closes the shard's descriptor; reading it again opens it again."""
+        """Close the shard's descriptor; reading it again opens it again."""
         self._descriptors.forget(shard)
 
     def check_unchanged(self) -> None:
@@ -237,5 +237,5 @@ class LocalSource:
         """Nothing waits here."""
 
     def close(self) -> None:
-        """Closes all descriptors."""
+        """Close all descriptors."""
         self._descriptors.close()

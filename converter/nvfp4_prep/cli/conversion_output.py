@@ -94,7 +94,7 @@ def say_failed_smoke_run(error: SmokeFailedError, request: ConvertRequest, *, as
 
 
 def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
-    """The value for ``--json``."""
+    """Return the value for ``--json``."""
     manifest = result.manifest
     return {
         "path": str(result.path),
@@ -133,7 +133,7 @@ def _say_result(result: ConvertResult, pushed: PushResult | None, request: Conve
 
 
 def _gate_up_lines(manifest: Manifest) -> list[str]:
-    """One line where gate and up had different global scales, with the price of the policy."""
+    """Return one line where gate and up had different global scales, with the price of the policy."""
     differing = sum(layer.gate_up.differing for layer in manifest.layers)
     if not differing:
         return []
@@ -161,7 +161,7 @@ def _warn_of_policy(manifest: Manifest) -> None:
 
 
 def _complete_text(request: ConvertRequest) -> str:
-    """The finding about a target that was there already, and how to know more."""
+    """Return the finding about a target that was there already, and how to know more."""
     command = shell_line("verify", request.target, "--source", request.source)
     return (
         f"{request.target} is complete already: manifest, stamp, files, sizes, headers and index are right; the"

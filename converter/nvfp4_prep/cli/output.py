@@ -138,7 +138,7 @@ def _echo(text: str, *, err: bool) -> None:
 
 
 def stdout_failed(error: OSError) -> None:
-    """Sends what is left to nowhere, or Python's own end fails once more. Raises as :func:`say`."""
+    """Send what is left to nowhere, or Python's own end fails once more. Raises as :func:`say`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not isinstance(error, BrokenPipeError):
         error.filename = "stdout"
@@ -171,7 +171,7 @@ def say_next(*words: object) -> None:
 
 
 def to_json(value: object) -> str:
-    """One line of strict JSON: what is no finite number (a broken source's NaN) becomes ``null``."""
+    """Return one line of strict JSON: what is no finite number (a broken source's NaN) becomes ``null``."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

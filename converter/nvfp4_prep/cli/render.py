@@ -43,7 +43,7 @@ __all__ = [
 
 
 def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
-    """A plan for ``--json``; ``room`` is what its run takes, by default the output's size."""
+    """Return a plan for ``--json``; ``room`` is what its run takes, by default the output's size."""
     room = room or Room(plan.output_nbytes)
     return {
         "source": plan.source_label,
@@ -82,7 +82,7 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
 
 
 def plan_text(plan: Plan, room: Room | None = None) -> str:
-    """A plan for people; arguments as for :func:`plan_value`."""
+    """Return a plan for people; arguments as for :func:`plan_value`."""
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
     passed = sum(len(file.copies) for file in plan.files)
@@ -121,7 +121,7 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
 
 
 def left_out_lines(names: Iterable[str]) -> Iterable[str]:
-    """The source's files that are no part of the model: one line for each, or for a whole subfolder."""
+    """Return the source's files that are no part of the model: one line for each, or for a whole subfolder."""
     for folder, run in groupby(names, key=lambda name: name.split("/")[0] if "/" in name else ""):
         inside = list(run)
         if folder:
@@ -226,12 +226,12 @@ def _layers(numbers: Iterable[int]) -> str:
 
 
 def inspection_value(found: Inspection) -> dict[str, Any]:
-    """An inspection for ``--json``."""
+    """Return an inspection for ``--json``."""
     return asdict(found)
 
 
 def inspection_text(found: Inspection) -> str:
-    """An inspection for people."""
+    """Return an inspection for people."""
     quantization = ", ".join(f"{key} {value}" for key, value in found.quantization.items() if key != "producer")
     lines = [
         f"{found.path}: {'prepared' if found.prepared else 'source'} checkpoint,"
@@ -278,12 +278,12 @@ def _inspected_line(layer: InspectedLayer, *, exact: bool) -> str:
 
 
 def relative_error_text(errors: Mapping[str, float]) -> str:
-    """The errors of the dequantized experts under the two policies that the kernel can serve."""
+    """Return the errors of the dequantized experts under the two policies that the kernel can serve."""
     return f"relative error of their weights: reconcile {errors['reconcile']:.3g}, vllm {errors['vllm']:.3g}"
 
 
 def verify_text(report: VerifyReport) -> str:
-    """A verification for people."""
+    """Return a verification for people."""
     lines = [f"checked {line}" for line in report.checks]
     lines += [f"WRONG {problem}" for problem in report.problems[:50]]
     if len(report.problems) > 50:

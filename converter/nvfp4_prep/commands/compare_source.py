@@ -31,7 +31,7 @@ class SourceComparison:
     """The source's side of a verification."""
 
     def __init__(self, checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> None:
-        """Indexes the source; raises :class:`SourceError` if it cannot be read."""
+        """Index the source; raises :class:`SourceError` if it cannot be read."""
         self._checkpoint = checkpoint
         self._name = str(source) if isinstance(source, str | Path) else source.label
         self._source: Source = LocalSource(Path(source)) if isinstance(source, str | Path) else source
@@ -51,7 +51,7 @@ class SourceComparison:
         return f"{count(len(self._compared), 'tensor')}, configs and {count(self._compared_files, 'other file')}"
 
     def close(self) -> None:
-        """Closes the source."""
+        """Close the source."""
         self._source.close()
 
     def finish(self) -> None:
@@ -119,7 +119,7 @@ class SourceComparison:
                 self._problems.add(name, "is not as in the source")
 
     def compare_experts(self, layer: LayerRecord, group: TensorGroup, chunk: range, raw: torch.Tensor) -> None:
-        """Compares the restored bytes of some experts (``uint8 [n, nbytes]``) with the source's."""
+        """Compare the restored bytes of some experts (``uint8 [n, nbytes]``) with the source's."""
         source = self._groups.get(group.key)
         if source is None:
             self._problems.add(group.name(chunk.start), "is not an NVFP4 expert tensor in the source")
@@ -141,7 +141,7 @@ class SourceComparison:
                 self._problems.add(f"{group.name(expert)}, expert {expert}", f"differs from byte {position} on")
 
     def jobs(self) -> list[FileJob]:
-        """Jobs that compare passed-through tensors and side files."""
+        """Return the jobs that compare passed-through tensors and side files."""
         jobs: list[FileJob] = []
         try:
             records = self._checkpoint.records

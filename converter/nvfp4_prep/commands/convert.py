@@ -79,7 +79,7 @@ class ConvertResult:
 
 
 def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> Plan:
-    """Plans a conversion without writing anything.
+    """Plan a conversion without writing anything.
 
     Args:
         source: a directory, a Hub id, or an opened source.
@@ -110,7 +110,7 @@ def convert(
     smoke: SmokePolicy | None = DEFAULT_SMOKE,
     smoke_again: bool = False,
 ) -> ConvertResult:
-    """Converts a checkpoint.
+    """Convert a checkpoint.
 
     Every prepared byte is turned back and compared with the source before it is written. Killed at any moment, the
     same call continues and ends with the same bytes. Peak memory does not depend on the checkpoint's size (see
@@ -195,7 +195,7 @@ def open_source(source: str | Path | Source, target: Path | None = None) -> Sour
 
 
 def check_apart(source: Source, target: Path) -> None:
-    """Raises :class:`TargetError` if target and source directory are the same or one lies in the other."""
+    """Raise :class:`TargetError` if target and source directory are the same or one lies in the other."""
     root = getattr(source, "root", None)
     if not isinstance(root, Path):
         return
@@ -209,7 +209,7 @@ def check_apart(source: Source, target: Path) -> None:
 
 
 def check_not_divided(path: Path) -> None:
-    """Raises :class:`ResumeConflictError` if parts of a conversion work there."""
+    """Raise :class:`ResumeConflictError` if parts of a conversion work there."""
     parts = list_parts(path)
     if parts:
         raise ResumeConflictError(
@@ -228,7 +228,7 @@ def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None
 
 
 def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
-    """The manifest, if the target is already what the plan would make; ``None`` if it is not finished.
+    """Return the manifest, if the target is already what the plan would make; ``None`` if it is not finished.
 
     Raises:
         TargetError: if it is a finished conversion of something else, or its files are not all there.

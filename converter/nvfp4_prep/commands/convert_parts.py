@@ -81,7 +81,7 @@ def convert_part(
     progress: Progress | None = None,
     restart: bool = False,
 ) -> PartResult:
-    """Prepares some of the layers, for :func:`join_parts`. Killed at any moment, the same call continues.
+    """Prepare some of the layers, for :func:`join_parts`. Killed at any moment, the same call continues.
 
     Any number of parts may run at once, on any machines that see source and target. Parts may overlap: the bytes are
     the same. Peak memory as for :func:`~nvfp4_prep.commands.convert.convert`.
@@ -130,7 +130,7 @@ def join_parts(
     progress: Progress | None = None,
     smoke: SmokePolicy | None = DEFAULT_SMOKE,
 ) -> ConvertResult:
-    """Makes a whole checkpoint of finished parts. Killed at any moment, the same call continues.
+    """Make a whole checkpoint of finished parts. Killed at any moment, the same call continues.
 
     Args:
         source, options: the parts'.
@@ -185,7 +185,7 @@ def join_parts(
 
 
 def choose_part(made: Plan, selection: LayerSelection) -> Plan:
-    """The plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
+    """Return the plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
     present = [plan.index for plan in made.layers]
     chosen = selection.choose(present)
     if not chosen:
@@ -203,14 +203,14 @@ def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
 
 
 def _layer_of(made: Plan, file: OutputFile) -> int | None:
-    """The model's number of the layer, for a file that parts make."""
+    """Return the model's number of the layer, for a file that parts make."""
     if file.kind not in _DIVISIBLE or file.layer_position is None:
         return None
     return made.layers[file.layer_position].index
 
 
 def check_not_whole(path: Path) -> None:
-    """Raises :class:`ResumeConflictError` if the directory itself, not a part in it, is worked on."""
+    """Raise :class:`ResumeConflictError` if the directory itself, not a part in it, is worked on."""
     if Target.has_journal(path):
         raise ResumeConflictError(
             "is being converted as a whole, or joined",
@@ -241,7 +241,7 @@ def finished_entries(parts: Mapping[Path, Mapping[str, JournalEntry]]) -> dict[s
 
 
 def check_whole(made: Plan, entries: Mapping[str, JournalEntry], path: Path) -> None:
-    """Raises :class:`PartsMissingError` if layers have files that no part finished."""
+    """Raise :class:`PartsMissingError` if layers have files that no part finished."""
     missing = sorted(
         {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}
     )

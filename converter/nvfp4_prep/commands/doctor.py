@@ -95,7 +95,7 @@ class Diagnosis:
 
 
 def diagnose(directory: str | Path | None = None) -> Diagnosis:
-    """Looks at this machine. Needs no card and no optional package.
+    """Look at this machine. Needs no card and no optional package.
 
     Args:
         directory: measure the disk under it: 537 MB are written, read and deleted.
@@ -186,7 +186,7 @@ def _serving(
 
 
 def measure_disk(directory: Path) -> DiskSpeed:
-    """Writes, flushes, reads and deletes one file of random bytes.
+    """Write, flushes, read and delete one file of random bytes.
 
     Raises:
         UsageError: if the directory does not exist, cannot be written or has no room.

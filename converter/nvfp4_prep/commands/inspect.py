@@ -95,7 +95,7 @@ class Inspection:
 
 
 def inspect(checkpoint: str | Path | Source) -> Inspection:
-    """Describes a checkpoint. Reads headers, configs and scalars only.
+    """Describe a checkpoint. Reads headers, configs and scalars only.
 
     Raises:
         SourceError: if it cannot be read.
@@ -150,7 +150,7 @@ def _refusal(source: Source) -> str:
 
 
 def _other(finding: LayerFinding, *, refused: bool) -> InspectedLayer:
-    """A layer that is not prepared, of a checkpoint that convert refuses or not."""
+    """Return a layer that is not prepared, of a checkpoint that convert refuses or not."""
     if finding.refused:
         status, reason = "refused", f"{finding.reason}. {finding.instead}"
     else:

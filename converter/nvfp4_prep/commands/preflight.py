@@ -75,7 +75,7 @@ def look_ahead(
     join: bool = False,
     restart: bool = False,
 ) -> Outlook:
-    """Goes through what a conversion checks before its first byte, in its order, and only looks.
+    """Go through what a conversion checks before its first byte, in its order, and only looks.
 
     Args:
         made: the plan of the whole conversion.
@@ -113,7 +113,7 @@ def look_ahead(
 
 
 def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, JournalEntry]:
-    """The files that a run in this directory would keep; raises as :class:`Target` does."""
+    """Return the files that a run in this directory would keep; raises as :class:`Target` does."""
     Target.check_ours(path)
     Target.check_idle(path)
     if restart or not Target.has_journal(path):
@@ -127,7 +127,7 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
 
 
 def _look_at_parts(made: Plan, target: Path) -> dict[str, JournalEntry]:
-    """The files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
+    """Return the files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
     parts = {
         folder: _look_at(folder, part_identity(made, LayerSelection.parse(text)), KeepFiles(), restart=False)
         for text, folder in list_parts(target).items()

@@ -65,7 +65,7 @@ def relayout(
     progress: Progress | None = None,
     restart: bool = False,
 ) -> RelayoutResult:
-    """Writes a prepared checkpoint in another layout.
+    """Write a prepared checkpoint in another layout.
 
     Streams as ``convert`` does, with the same peak memory; can be killed and continued; every expert's stored bytes are
     checked before they are used, and every source tensor that they turn back to after.
@@ -120,7 +120,7 @@ def _new_options(
 
 
 def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[LayerPlan, ...]:
-    """The layers in the new layout; their groups have no records, because the source is not here."""
+    """Return the layers in the new layout; their groups have no records, because the source is not here."""
     plans = []
     for record in checkpoint.manifest.layers:
         layer = record.source
@@ -233,7 +233,7 @@ class _Relayout:
         return [outcome for fact in facts for outcome in fact.get("reconciled", [])]
 
     def _finish(self) -> Manifest:
-        """Checks the digests, then writes index, card, manifest and config, the last two last."""
+        """Check the digests, then writes index, card, manifest and config, the last two last."""
         results = {name: JobResult.from_entry(entry) for name, entry in self._target.done.items()}
         self._check_copies(results)
         layers = tuple(self._layer_record(position, results) for position in range(len(self._plans)))

@@ -49,7 +49,7 @@ class RestampResult:
 
 
 def restamp(checkpoint: str | Path) -> RestampResult:
-    """Record the edits of a prepared checkpoint's ``config.json`` in its manifest.
+    """Return record the edits of a prepared checkpoint's ``config.json`` in its manifest.
 
     ``verify`` passes afterwards and names the edits, ``relayout`` keeps them, ``restore`` still gives back the source's
     own config. A config that was put back loses its record. The config itself is not written.

@@ -68,7 +68,7 @@ def restore(
     progress: Progress | None = None,
     restart: bool = False,
 ) -> RestoreResult:
-    """Writes the source of a prepared checkpoint.
+    """Write the source of a prepared checkpoint.
 
     Tensors are equal in name, dtype, shape and bytes; configs, model card and other files are byte-equal. Only the
     division into shards is our own: one file for each MoE layer, an index always. Every byte is checked on the way:
@@ -231,7 +231,7 @@ def _side_files(checkpoint: PreparedCheckpoint) -> dict[str, SourceFile]:
 
 
 def _texts(checkpoint: PreparedCheckpoint, files: list[_RestoredFile]) -> dict[str, bytes]:
-    """The small files in the order of writing: the config is the last."""
+    """Return the small files in the order of writing: the config is the last."""
     texts = checkpoint.manifest.texts
     index = make_index(record for file in files for record in file.records)
     return {

@@ -68,7 +68,7 @@ KIMI_LAYER = SampleModel(layers=2, experts=384, intermediate=2048, hidden=7168, 
 
 
 def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
-    """Writes a sample checkpoint into a new or empty directory.
+    """Write a sample checkpoint into a new or empty directory.
 
     Args:
         path: the directory.

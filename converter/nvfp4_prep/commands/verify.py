@@ -70,7 +70,7 @@ class VerifyReport:
         return not self.problems
 
     def raise_for_problems(self) -> None:
-        """Raises :class:`VerificationError` with the first problem, if there is one."""
+        """Raise :class:`VerificationError` with the first problem, if there is one."""
         if self.problems:
             first, more = self.problems[0], len(self.problems) - 1
             raise VerificationError(
@@ -117,7 +117,7 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Verifies a prepared checkpoint. Never writes.
+    """Verify a prepared checkpoint. Never writes.
 
     Args:
         checkpoint: its directory.
@@ -227,7 +227,7 @@ class _Verification:
             yield Unit(nbytes, partial(work, offset, nbytes))
 
     def _expert_units(self, name: str) -> Iterator[Unit]:
-        """Units in the file's order. A file whose tensors are not those of its layer is only digested."""
+        """Return units in the file's order. A file whose tensors are not those of its layer is only digested."""
         checkpoint = self._checkpoint
         layer = next((layer for layer in checkpoint.manifest.layers if name in layer.files), None)
         header = checkpoint.files.header(name)
@@ -312,7 +312,7 @@ class _Verification:
                     )
 
     def _check_scales(self, layer: LayerRecord) -> bool:
-        """Whether they could be computed again."""
+        """Return whether they could be computed again."""
         try:
             scalars = self._checkpoint.scalars(layer)
             for key, raw in scalars.raw.items():

@@ -27,7 +27,7 @@ NAMING_GROUP = "nvfp4_prep.namings"
 
 @cache
 def formats() -> dict[str, QuantFormat]:
-    """All known formats by name: the built-in ones and those of entry point group ``nvfp4_prep.formats``."""
+    """Return all known formats by name: the built-in ones and those of entry point group ``nvfp4_prep.formats``."""
     found: dict[str, QuantFormat] = {}
     for kind in (ModelOpt(), CompressedTensors(), *_plugins(FORMAT_GROUP)):
         found[kind.name] = kind
@@ -36,7 +36,7 @@ def formats() -> dict[str, QuantFormat]:
 
 @cache
 def namings() -> tuple[ExpertNaming, ...]:
-    """All known namings, those of entry point group ``nvfp4_prep.namings`` first."""
+    """Return all known namings, those of entry point group ``nvfp4_prep.namings`` first."""
     return (*_plugins(NAMING_GROUP), PerExpertNaming(), ProjectionFirstNaming(), StackedNaming(), MoeStackNaming())
 
 

@@ -64,7 +64,7 @@ class ExpertNaming(Protocol):
     name: str
 
     def parse(self, tensor: str) -> ExpertTensorName | None:
-        """The parts of a name, or ``None`` if it is no tensor of a routed expert in this naming."""
+        """Return the parts of a name, or ``None`` if it is no tensor of a routed expert in this naming."""
         ...
 
 

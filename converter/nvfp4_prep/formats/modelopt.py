@@ -23,9 +23,9 @@ class ModelOpt:
     }
 
     def global_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored values: ModelOpt stores multipliers."""
+        """Return the stored values: ModelOpt stores multipliers."""
         return stored
 
     def input_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """The stored values: ModelOpt stores multipliers."""
+        """Return the stored values: ModelOpt stores multipliers."""
         return stored

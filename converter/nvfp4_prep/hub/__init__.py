@@ -21,7 +21,7 @@ __all__ = ["HubAddress", "open_ranges", "open_source", "parse_address", "quiet_c
 
 
 def open_source(text: str, *, target: Path | None = None, keep_source: bool = False) -> str | HubSource:
-    """A Hub id as an opened source, anything else as it is: a path.
+    """Return a Hub id as an opened source, anything else as it is: a path.
 
     Args:
         text: as the user wrote it.
@@ -46,7 +46,7 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
 
 
 def open_ranges(text: str) -> str | RangeSource:
-    """A Hub id as a source that is read by ranges and never downloaded, anything else as it is; errors as
+    """Return a Hub id as a source that is read by ranges and never downloaded, anything else as it is; errors as
     :func:`open_source`.
     """
     address = parse_address(text)

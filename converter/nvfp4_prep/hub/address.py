@@ -32,7 +32,7 @@ class HubAddress:
 
 
 def parse_address(text: str) -> HubAddress | None:
-    """Reads ``ORG/NAME``, ``ORG/NAME@REVISION`` or the same behind ``hf://``.
+    """Read ``ORG/NAME``, ``ORG/NAME@REVISION`` or the same behind ``hf://``.
 
     A path that exists always wins over a Hub id of the same spelling; ``hf://`` settles it the other way.
 

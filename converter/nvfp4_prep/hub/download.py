@@ -43,7 +43,7 @@ class Downloader:
     """
 
     def __init__(self, api: HfApi, snapshot: Snapshot, patience: Patience, stop: threading.Event) -> None:
-        """Reads nothing yet; ``stop`` ends all waiting."""
+        """Read nothing yet; ``stop`` ends all waiting."""
         self.api = api
         self.snapshot = snapshot
         self.patience = patience
@@ -59,7 +59,7 @@ class Downloader:
             raise HubError("download was stopped", next_step="Run the same command again: it continues.")
 
     def cached(self, file: RemoteFile) -> Path | None:
-        """The file in the user's cache, where its size is right; its hash is not checked here."""
+        """Return the file in the user's cache, where its size is right; its hash is not checked here."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.snapshot.repo_id, file.name, revision=self.snapshot.commit)
@@ -67,7 +67,7 @@ class Downloader:
         return path if path is not None and path.is_file() and path.stat().st_size == file.nbytes else None
 
     def fetch(self, file: RemoteFile, target: Path) -> None:
-        """Brings ``file`` to ``target``, going on with ``target``'s partial file where there is one.
+        """Bring ``file`` to ``target``, going on with ``target``'s partial file where there is one.
 
         Raises:
             HubError: if access is refused, the network stays away, or the bytes are wrong again and again.
@@ -94,7 +94,7 @@ class Downloader:
         )
 
     def fetch_to_cache(self, file: RemoteFile) -> Path:
-        """Brings ``file`` to the user's cache by the client's own means and returns its path there.
+        """Bring ``file`` to the user's cache by the client's own means and return its path there.
 
         Raises:
             HubError: as :meth:`fetch`.
@@ -136,7 +136,7 @@ class Downloader:
             raise malformed(f"{self.snapshot.repo_id}/{file.name}", "the ETag", etag)
 
     def read_whole(self, file: RemoteFile) -> bytes:
-        """A small file's checked bytes, from the user's cache or the Hub; nothing is written."""
+        """Return a small file's checked bytes, from the user's cache or the Hub; nothing is written."""
         local = self.cached(file)
         if local is not None and hash_matches(file, local):
             return local.read_bytes()
@@ -154,7 +154,7 @@ class Downloader:
         )
 
     def read_range(self, file: RemoteFile, offset_bytes: int, nbytes: int) -> bytes:
-        """A range of a file, by one request; the caller must check it against the whole file later.
+        """Return a range of a file, by one request; the caller must check it against the whole file later.
 
         Raises:
             HubError: as :meth:`fetch`.
@@ -227,7 +227,7 @@ class Downloader:
         return file.in_xet and usable and not self._xet_failed
 
     def _fetch_by_xet(self, file: RemoteFile, partial: Path) -> bool:
-        """Tries the client's Xet transfer; False where plain HTTP should do it."""
+        """Try the client's Xet transfer; False where plain HTTP should do it."""
         from huggingface_hub import hf_hub_download
 
         folder = partial.with_suffix(".xet")

@@ -74,7 +74,7 @@ def _transport_error() -> type[Exception]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes: the client wraps upload failures in RuntimeError and metadata failures in
+    """Return the error and its causes: the client wraps upload failures in RuntimeError and metadata failures in
     LocalEntryNotFoundError.
     """
     seen: set[int] = set()
@@ -86,7 +86,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed later."""
+    """Return whether the same request may well succeed later."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for item in _chain(error):
@@ -104,7 +104,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _is_unresolved(error: BaseException) -> bool:
-    """Whether a host name has no address: where nothing ever worked, waiting does not help."""
+    """Return whether a host name has no address: where nothing ever worked, waiting does not help."""
     current: BaseException | None = error
     for _ in range(10):
         if current is None or isinstance(current, socket.gaierror):
@@ -114,7 +114,7 @@ def _is_unresolved(error: BaseException) -> bool:
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether a commit was refused because the branch is not where it was expected."""
+    """Return whether a commit was refused because the branch is not where it was expected."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return any(isinstance(item, HfHubHTTPError) and item.response.status_code == 412 for item in _chain(error))
@@ -128,7 +128,7 @@ def persist(
     progress: Callable[[], int] = lambda: 0,
     stop: threading.Event | None = None,
 ) -> _T:
-    """Runs ``action`` until it succeeds, fails for good, or has failed without progress for too long.
+    """Run ``action`` until it succeeds, fails for good, or has failed without progress for too long.
 
     Args:
         action: may be repeated.
@@ -280,7 +280,7 @@ def malformed(where: str, what: str, actual: object) -> HubError:
 
 
 def limit_waiting(read_s: float = 300.0) -> None:
-    """Gives the client's shared session timeouts: its default is to wait for ever, which no unattended run may.
+    """Give the client's shared session timeouts: its default is to wait for ever, which no unattended run may.
 
     For programs (the command line), not for libraries: the session belongs to the whole process.
     """

@@ -102,12 +102,12 @@ class LocalFile:
 
 
 def is_sha256(value: object) -> bool:
-    """Whether this is a sha256 as the Hub writes it: it becomes the name of a file."""
+    """Return whether this is a sha256 as the Hub writes it: it becomes the name of a file."""
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def is_git_id(value: object) -> bool:
-    """Whether this is the id of a git object: it becomes the name of a file, and part of addresses."""
+    """Return whether this is the id of a git object: it becomes the name of a file, and part of addresses."""
     return isinstance(value, str) and _GIT_ID.fullmatch(value) is not None
 
 
@@ -157,12 +157,12 @@ def _remote_file(repo_id: str, entry: RepoFile) -> RemoteFile:
 
 
 def git_blob_sha1(content: bytes) -> str:
-    """The id that git gives a file's content."""
+    """Return the id that git gives a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def hash_matches(file: RemoteFile, path: Path) -> bool:
-    """Whether a local file has exactly the bytes that the Hub lists. Reads it once, 8 MiB at a time."""
+    """Return whether a local file has exactly the bytes that the Hub lists. Reads it once, 8 MiB at a time."""
     if path.stat().st_size != file.nbytes:
         return False
     if file.sha256 is None:

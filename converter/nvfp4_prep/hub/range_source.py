@@ -42,7 +42,7 @@ class RangeSource:
     sequential = True
 
     def __init__(self, address: HubAddress, *, patience: Patience | None = None, api: HfApi | None = None) -> None:
-        """Resolves the revision and lists the files.
+        """Resolve the revision and list the files.
 
         Args:
             address: what to read.
@@ -71,7 +71,7 @@ class RangeSource:
         return self.downloader.received_nbytes
 
     def files(self) -> tuple[SourceFile, ...]:
-        """All files, sorted by name; hidden ones left out."""
+        """Return all files, sorted by name; hidden ones left out."""
         return tuple(
             SourceFile(file.name, file.nbytes, file.identity)
             for name, file in sorted(self.snapshot.files.items())
@@ -181,10 +181,10 @@ class RangeSource:
         self.downloader.stop.set()
 
     def close(self) -> None:
-        """Ends all waiting."""
+        """End all waiting."""
         self.interrupt()
 
 
 def is_small(file: RemoteFile) -> bool:
-    """Whether a file is read whole, into memory."""
+    """Return whether a file is read whole, into memory."""
     return file.nbytes <= _SMALL_NBYTES and not file.name.endswith(".safetensors")

@@ -65,7 +65,7 @@ class HubSource(RangeSource):
         patience: Patience | None = None,
         api: HfApi | None = None,
     ) -> None:
-        """Resolves the revision and lists the files.
+        """Resolve the revision and list the files.
 
         Args:
             address: what to read.
@@ -92,7 +92,7 @@ class HubSource(RangeSource):
         self._threads: list[threading.Thread] = []
 
     def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
-        """Starts downloading, in this order; leftovers of an earlier run that are not in it are deleted."""
+        """Start downloading, in this order; leftovers of an earlier run that are not in it are deleted."""
         with self._changed:
             self._heads.clear()
             self._order = list(shards)
@@ -137,7 +137,7 @@ class HubSource(RangeSource):
         return self.work_dir / name
 
     def _pump(self) -> None:
-        """Starts what fits, in order; call it with the lock held."""
+        """Start what fits, in order; call it with the lock held."""
         held = sum(shard.file.nbytes for shard in self._shards.values() if shard.state in ("fetching", "ready"))
         for shard in (self._shards[name] for name in self._order):
             if shard.state == "waiting":
@@ -214,7 +214,7 @@ class HubSource(RangeSource):
         """Nothing: shards are downloaded ahead as a whole, and lie in the page cache then."""
 
     def release(self, shard: str) -> None:
-        """Deletes the shard, unless it lies in the user's cache. Reading it again downloads it again."""
+        """Delete the shard, unless it lies in the user's cache. Reading it again downloads it again."""
         with self._changed:
             known = self._shards.pop(shard, None)
             if known is None:
@@ -242,7 +242,7 @@ class HubSource(RangeSource):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stops downloads and closes descriptors. Shards that are still needed stay, for the next run to go on with;
+        """Stop downloads and close descriptors. Shards that are still needed stay, for the next run to go on with;
         when all were released, the work directory goes too.
         """
         self.interrupt()

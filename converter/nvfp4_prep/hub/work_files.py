@@ -39,5 +39,5 @@ def open_partial(path: Path) -> BinaryIO:
 
 
 def remove_tree(folder: Path) -> None:
-    """Deletes a folder of our own making; nothing happens where there is none."""
+    """Delete a folder of our own making; nothing happens where there is none."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,7 @@ class RankShare:
 
     @classmethod
     def of(cls, experts: int, tp: tuple[int, int] = (0, 1), ep: tuple[int, int] = (0, 1)) -> RankShare:
-        """The share of tensor-parallel and expert-parallel ranks, each ``(rank, size)``, of ``experts`` experts.
+        """Return the share of tensor-parallel and expert-parallel ranks, each ``(rank, size)``, of ``experts`` experts.
 
         Experts are spread as vLLM's linear placement does: the first ``experts % size`` ranks hold one more.
 
@@ -91,7 +91,7 @@ def load_layer(
     device: torch.device | str = "cpu",
     options: LoadOptions | None = None,
 ) -> LoadedLayer:
-    """Loads one rank's share of one prepared layer.
+    """Load one rank's share of one prepared layer.
 
     Args:
         path: a directory that ``nvfp4-prep convert`` wrote.
@@ -119,7 +119,7 @@ def load_layer(
 def load_layers(
     catalog: Catalog, layers: Sequence[LayerRecord], share: RankShare, loader: ExpertLoader
 ) -> tuple[list[LoadedLayer], LoadReport]:
-    """Loads one rank's share of several layers with one loader.
+    """Load one rank's share of several layers with one loader.
 
     Raises:
         As :func:`load_layer`.

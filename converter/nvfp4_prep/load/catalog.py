@@ -46,7 +46,7 @@ class Catalog:
         return cls(folder, Manifest.from_bytes(raw, str(path)))
 
     def layer(self, which: int | str) -> LayerRecord:
-        """A layer by its number, or by its experts' module path where a number is not unique.
+        """Return a layer by its number, or by its experts' module path where a number is not unique.
 
         Raises:
             UsageError: if there is no such layer, or more than one.
@@ -63,7 +63,7 @@ class Catalog:
         raise UsageError(f"no prepared layer {which}", where=str(self.root), expected=f"one of {numbers}")
 
     def records(self, layer: LayerRecord) -> Mapping[str, TensorRecord]:
-        """The four big tensors and the scale vectors of a layer, by their short names.
+        """Return the four big tensors and the scale vectors of a layer, by their short names.
 
         Raises:
             CheckpointError: if a file is missing, malformed, of another size than the manifest says, or a tensor is
@@ -94,7 +94,7 @@ class Catalog:
         return found
 
     def check_sha256(self, file: str) -> None:
-        """Reads a small file whole and compares its digest; raises :class:`CheckpointError` if it differs."""
+        """Read a small file whole and compare its digest; raises :class:`CheckpointError` if it differs."""
         listed = self.manifest.files.get(file)
         if listed is None:
             raise CheckpointError(

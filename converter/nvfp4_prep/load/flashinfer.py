@@ -64,7 +64,7 @@ def load_layer(
     experts: Sequence[int] | None = None,
     options: LoadOptions | None = None,
 ) -> ReadyLayer:
-    """Loads one rank's share of one prepared layer, reading exactly its bytes.
+    """Load one rank's share of one prepared layer, reading exactly its bytes.
 
     Args:
         path: a directory that ``nvfp4-prep convert`` wrote.

@@ -30,7 +30,7 @@ class Transfer:
         done: Callable[[int, int], None],
         failed: Callable[[BaseException, Filled], None],
     ) -> None:
-        """Starts both threads.
+        """Start both threads.
 
         Args:
             device: CUDA device.
@@ -54,11 +54,11 @@ class Transfer:
             thread.start()
 
     def put(self, filled: Filled) -> None:
-        """Takes over a filled buffer."""
+        """Take over a filled buffer."""
         self._filled.put(filled)
 
     def close(self) -> None:
-        """Ends both threads after everything taken over."""
+        """End both threads after everything taken over."""
         self._filled.put(None)
         for thread in self._threads:
             thread.join()
@@ -89,7 +89,7 @@ class Transfer:
             self.submit_s += time.perf_counter() - begun
 
     def _next_batch(self) -> list[Filled]:
-        """Waits for one buffer and takes all others that are filled by then; empty at the end."""
+        """Wait for one buffer and take all others that are filled by then; empty at the end."""
         batch: list[Filled] = []
         item = self._filled.get()
         while item is not None:

@@ -42,14 +42,14 @@ class TensorHandle:
     crc32: tuple[int, ...] | None
 
     def load_into(self, parameter: torch.Tensor, part: ExpertSlice, experts: Sequence[int]) -> None:
-        """Queues the load of a parameter; see :meth:`ExpertLoader.submit`. The data is there after ``finish``."""
+        """Queue the load of a parameter; see :meth:`ExpertLoader.submit`. The data is there after ``finish``."""
         self.loader.submit(self.path, self.record, part, experts, parameter, self.crc32)
 
 
 def make_handle(
     loader: ExpertLoader, path: Path, record: TensorRecord, crc32: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """A meta tensor of the stored shape and dtype that carries a handle.
+    """Return a meta tensor of the stored shape and dtype that carries a handle.
 
     Raises:
         LoadError: if a prepared file holds a tensor of a dtype that none of the big ones has.
@@ -68,6 +68,6 @@ def make_handle(
 
 
 def handle_of(tensor: torch.Tensor) -> TensorHandle | None:
-    """The handle that a tensor carries, if it is no ordinary tensor."""
+    """Return the handle that a tensor carries, if it is no ordinary tensor."""
     handle = getattr(tensor, _ATTRIBUTE, None)
     return handle if isinstance(handle, TensorHandle) else None

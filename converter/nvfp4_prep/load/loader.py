@@ -49,7 +49,7 @@ class ExpertLoader:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Allocates staging and starts the threads.
+        """Allocate staging and start the threads.
 
         Args:
             device: CPU or CUDA device of the parameters.
@@ -104,7 +104,7 @@ class ExpertLoader:
 
     @contextlib.contextmanager
     def _called(self) -> Iterator[None]:
-        """One call at a time, and from one thread until the load is finished."""
+        """Return one call at a time, and from one thread until the load is finished."""
         if not self._call.acquire(blocking=False):
             raise _in_use()
         try:
@@ -125,7 +125,7 @@ class ExpertLoader:
         parameter: torch.Tensor,
         crc32: Sequence[int] | None = None,
     ) -> None:
-        """Queues the load of one parameter.
+        """Queue the load of one parameter.
 
         Args:
             path: the prepared file.
@@ -177,7 +177,7 @@ class ExpertLoader:
             )
 
     def finish(self) -> LoadReport:
-        """Waits for everything queued and says what it took.
+        """Wait for everything queued and say what it took.
 
         Raises:
             LoadError, VerificationError: the first failure; all parameters since the last call are void.
@@ -208,7 +208,7 @@ class ExpertLoader:
         return LoadReport(seconds if submitted else 0.0, submitted, counts, times, len(self._reading))
 
     def abandon(self) -> None:
-        """Drops what is still queued and waits for what is under way; the parameters submitted so far are void.
+        """Drop what is still queued and wait for what is under way; the parameters submitted so far are void.
 
         Does nothing where another thread is using this loader: its load goes on.
         """
@@ -218,7 +218,7 @@ class ExpertLoader:
             self._wait()
 
     def close(self) -> None:
-        """Drops what is still queued, ends the threads and gives staging and files back."""
+        """Drop what is still queued, end the threads and give staging and files back."""
         if threading.current_thread().name.startswith(_THREADS):
             raise _in_use()  # from its own progress: it would wait for itself
         with self._state:

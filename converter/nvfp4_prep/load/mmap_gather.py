@@ -46,7 +46,7 @@ def _libc() -> Any:
 
 @functools.cache
 def mapping_supported() -> bool:
-    """Whether windows of a mapping can be brought in safely: Linux 5.14 or later."""
+    """Return whether windows of a mapping can be brought in safely: Linux 5.14 or later."""
     if sys.platform != "linux" or os.sysconf("SC_PAGE_SIZE") != _PAGE:
         return False
     address = _libc().mmap(None, _PAGE, _PROT_READ, _MAP_SHARED | 0x20, -1, 0)  # anonymous
@@ -61,7 +61,7 @@ class FileMapping:
     """A whole file, read-only. Peak resident memory: the windows between :meth:`populate` and :meth:`release`."""
 
     def __init__(self, descriptor: int, nbytes: int) -> None:
-        """Maps ``nbytes`` bytes of an open file; raises ``OSError`` if the system refuses."""
+        """Map ``nbytes`` bytes of an open file; raises ``OSError`` if the system refuses."""
         self.nbytes = nbytes
         self._address: int | None = None
         address = _libc().mmap(None, nbytes, _PROT_READ, _MAP_SHARED, descriptor, 0)
@@ -71,7 +71,7 @@ class FileMapping:
         self.bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
 
     def populate(self, offset_bytes: int, nbytes: int) -> None:
-        """Brings the pages of a range in.
+        """Bring the pages of a range in.
 
         Raises:
             OSError: if a page cannot be read: the file ended, the disk failed, or there is no memory.
@@ -83,11 +83,11 @@ class FileMapping:
                 raise OSError(code, "file ended or cannot be read" if code == errno.EFAULT else os.strerror(code))
 
     def release(self, offset_bytes: int, nbytes: int) -> None:
-        """Gives the pages of a range back to the page cache."""
+        """Give the pages of a range back to the page cache."""
         _libc().madvise(*self._pages(offset_bytes, nbytes), _MADV_DONTNEED)
 
     def close(self) -> None:
-        """Unmaps; tensors that view the mapping must not be used any more."""
+        """Unmap; tensors that view the mapping must not be used any more."""
         if self._address is not None:
             del self.bytes
             _libc().munmap(self._address, self.nbytes)
@@ -103,7 +103,7 @@ class FileMapping:
 def gather_runs(
     source: torch.Tensor, offset_bytes: int, run_nbytes: int, stride_bytes: int, runs: int, target: torch.Tensor
 ) -> None:
-    """Copies ``runs`` runs of ``run_nbytes`` bytes, ``stride_bytes`` apart, to one contiguous place.
+    """Copy ``runs`` runs of ``run_nbytes`` bytes, ``stride_bytes`` apart, to one contiguous place.
 
     Args:
         source: ``uint8 [n]``, CPU.

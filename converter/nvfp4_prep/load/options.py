@@ -24,7 +24,7 @@ class DirectIO(enum.StrEnum):
 
 
 def usable_cores() -> int:
-    """Cores that this process may use (Linux), or that there are."""
+    """Return the cores that this process may use (Linux), or that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -57,7 +57,7 @@ class LoadOptions:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        """Checks what may come from a command line (vLLM's ``--model-loader-extra-config``).
+        """Check what may come from a command line (vLLM's ``--model-loader-extra-config``).
 
         Raises:
             UsageError: if a value is of another type, or unusable.

@@ -102,7 +102,7 @@ def plan_reads(
     chunk_nbytes: int,
     crc32: Sequence[int] | None = None,
 ) -> tuple[Task, ...]:
-    """Plans the reads that fill one parameter.
+    """Plan the reads that fill one parameter.
 
     Args:
         path: the file.
@@ -140,7 +140,7 @@ def _first_byte(task: Task) -> int:
 
 
 def _chunks(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], chunk_nbytes: int) -> Iterator[Chunk]:
-    """Packs segments into chunks; long ranges get chunks of their own, which direct I/O needs."""
+    """Pack segments into chunks; long ranges get chunks of their own, which direct I/O needs."""
     destination, pending, size = 0, list[Segment](), 0
     for segment in _merged(begin, stored, part, experts):
         for piece in _split(segment, chunk_nbytes):
@@ -158,7 +158,7 @@ def _chunks(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], 
 
 
 def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) -> Iterator[Segment]:
-    """Segments of all slots in the parameter's order, neighbours in the file joined."""
+    """Return the segments of all slots in the parameter's order, neighbours in the file joined."""
     last: Segment | None = None
     for expert in experts:
         for segment in _segments(begin + expert * stored, part):
@@ -190,7 +190,7 @@ def _segments(begin: int, part: ExpertSlice) -> Iterator[Segment]:
 
 
 def _split(segment: Segment, limit: int) -> Iterator[Segment]:
-    """Pieces of at most ``limit`` bytes: at page boundaries of the file, or between runs."""
+    """Return the pieces of at most ``limit`` bytes: at page boundaries of the file, or between runs."""
     if segment.nbytes <= limit:
         yield segment
     elif segment.contiguous:
@@ -207,7 +207,7 @@ def _split(segment: Segment, limit: int) -> Iterator[Segment]:
 
 
 def _windows(begin: int, stored: int, part: ExpertSlice, destination: int, limit: int) -> Iterator[Chunk]:
-    """One expert in windows of at most ``limit`` bytes, each with the segments inside."""
+    """Return one expert in windows of at most ``limit`` bytes, each with the segments inside."""
     position, end = begin, begin + stored
     while position < end:
         stop = min(end, (position + limit) // ALIGNMENT * ALIGNMENT)

@@ -47,7 +47,7 @@ class ReadCounts:
         return self.read_nbytes + self.gathered_nbytes
 
     def add(self, other: ReadCounts) -> None:
-        """Adds another thread's counts."""
+        """Add another thread's counts."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
@@ -62,7 +62,7 @@ class FileReader:
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
-        """Opens a file.
+        """Open a file.
 
         Args:
             path: the file.
@@ -81,7 +81,7 @@ class FileReader:
             self._open_direct()
 
     def close(self) -> None:
-        """Closes descriptors and mapping. No other thread may read any more."""
+        """Close descriptors and mapping. No other thread may read any more."""
         if self._mapping is not None:
             self._mapping.close()
         for descriptor in (self._descriptor, self._direct_descriptor):
@@ -106,7 +106,7 @@ class FileReader:
         return missing * 2 <= _PROBES
 
     def fill(self, tensor: str, chunk: Chunk, target: torch.Tensor, scratch: torch.Tensor, counts: ReadCounts) -> int:
-        """Reads the segments of a chunk without window, one after the other.
+        """Read the segments of a chunk without window, one after the other.
 
         Args:
             tensor: name for messages.
@@ -140,7 +140,7 @@ class FileReader:
     def fill_window(
         self, tensor: str, chunk: Chunk, target: torch.Tensor, scratch: torch.Tensor, crc32: int, counts: ReadCounts
     ) -> int:
-        """Reads the window of a chunk, adds it to a CRC-32 and cuts the chunk's segments out; see :meth:`fill`.
+        """Read the window of a chunk, add it to a CRC-32 and cut the chunk's segments out; see :meth:`fill`.
 
         Returns:
             The new CRC-32.
@@ -157,7 +157,7 @@ class FileReader:
         return zlib.crc32(view, crc32)
 
     def read(self, tensor: str, offset_bytes: int, view: memoryview, nbytes: int, counts: ReadCounts) -> None:
-        """Reads one range through the page cache into the first ``nbytes`` of ``view``; see :meth:`fill`."""
+        """Read one range through the page cache into the first ``nbytes`` of ``view``; see :meth:`fill`."""
         exact = view if len(view) == nbytes else view[:nbytes]
         self._read(tensor, self._descriptor, offset_bytes, exact, nbytes, counts)
 
@@ -173,7 +173,7 @@ class FileReader:
                 raise LoadError(f"cannot be opened ({error.strerror})", where=str(self.path)) from error
 
     def _read_direct(self, tensor: str, segment: Segment, target: torch.Tensor, counts: ReadCounts) -> int | None:
-        """Returns where the data begins, or None where this range, buffer or file system does not fit direct I/O."""
+        """Return where the data begins, or None where this range, buffer or file system does not fit direct I/O."""
         lead = segment.offset_bytes % ALIGNMENT
         needed = lead + segment.nbytes
         rounded = -(-needed // ALIGNMENT) * ALIGNMENT

@@ -71,7 +71,7 @@ class Times:
     submit: float = 0.0
 
     def add(self, other: Times) -> None:
-        """Adds another thread's times."""
+        """Add another thread's times."""
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
@@ -119,7 +119,7 @@ class Reading:
     _scratch: torch.Tensor | None = None
 
     def run(self, job: Job) -> None:
-        """Reads a task. :attr:`chunks_done` says for how many of its chunks somebody else will account.
+        """Read a task. :attr:`chunks_done` says for how many of its chunks somebody else will account.
 
         Raises:
             LoadError: if the file cannot be read.

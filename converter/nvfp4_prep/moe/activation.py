@@ -68,7 +68,7 @@ _LAYER_LIMITS = ("swiglu_limits", "expert_swiglu_limit_list")
 
 
 def find_activation(config: Mapping[str, Any], *, gated: bool, layer: int = 0) -> Activation:
-    """Reads the activation of the routed experts of a layer.
+    """Read the activation of the routed experts of a layer.
 
     A language model's config may be nested under ``text_config`` (or ``llm_config``), which wins. A config without
     any activation key means SiLU for gated experts (vLLM's default for such models) and is unknown otherwise.
@@ -89,7 +89,7 @@ def find_activation(config: Mapping[str, Any], *, gated: bool, layer: int = 0) -
 
 
 def alternating_stacks(config: Mapping[str, Any]) -> bool | None:
-    """Whether tensors that hold gate and up together alternate their rows.
+    """Return whether tensors that hold gate and up together alternate their rows.
 
     Only SWIGLUOAI models do so, and not all of them. ``None`` for a SWIGLUOAI model that is not known: guessing would
     swap gate and up in silence.

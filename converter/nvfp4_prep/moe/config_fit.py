@@ -24,13 +24,13 @@ _COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_
 
 
 def classify_layers(index: CheckpointIndex) -> FoundLayers:
-    """Every MoE layer of a checkpoint by its tensors and its config, with all known namings and formats."""
+    """Return every MoE layer of a checkpoint by its tensors and its config, with all known namings and formats."""
     alternating = alternating_stacks(index.config)
     return fit_config(find_layers(index.tensors, namings(), formats(), alternating=alternating), index.config)
 
 
 def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
-    """Takes out the layers that the kernel cannot compute or that hold fewer experts than the config promises.
+    """Take out the layers that the kernel cannot compute or that hold fewer experts than the config promises.
 
     Where only some layers have an activation that the kernel lacks (Step-3.5's last two), they pass through and the
     others are prepared; where all have it, all are refused.
@@ -50,7 +50,7 @@ def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
 
 
 def _is_quark(config: Mapping[str, Any]) -> bool:
-    """Whether the server would load the checkpoint as AMD Quark's, whatever its tensors are called."""
+    """Return whether the server would load the checkpoint as AMD Quark's, whatever its tensors are called."""
     said = [part.get("quantization_config") for part in text_configs(config)]
     return any(isinstance(part, Mapping) and part.get("quant_method") == "quark" for part in said)
 
@@ -78,7 +78,7 @@ def _not_computed(layer: MoeLayer, config: Mapping[str, Any], *, refused: bool) 
 
 
 def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
-    """A layer whose last experts are missing looks whole by its names; only the config knows better."""
+    """Return a layer whose last experts are missing looks whole by its names; only the config knows better."""
     parts = reversed([*text_configs(config)])  # nested parts win, so they come last
     said = {key: part[key] for part in parts for key in _COUNT_KEYS if type(part.get(key)) is int}
     if not said or layer.dims.experts >= min(said.values()):

@@ -79,7 +79,7 @@ def find_layers(
     *,
     alternating: bool | None = False,
 ) -> FoundLayers:
-    """Classifies every MoE layer.
+    """Classify every MoE layer.
 
     Args:
         tensors: the index, by name.
@@ -201,7 +201,7 @@ def _role_order(role: tuple[tuple[Projection, ...], Leaf]) -> tuple[int, int]:
 
 
 def _format_of(members: _Tensors, formats: Mapping[str, QuantFormat]) -> QuantFormat:
-    """The format of a layer by its leaves and their dtypes; else the reason why the layer is of another kind."""
+    """Return the format of a layer by its leaves and their dtypes; else the reason why the layer is of another kind."""
     dtypes = {(parsed.leaf, record.dtype) for parsed, record in members}
     spelled = {leaf for leaf, _ in dtypes}
     for format_ in formats.values():

@@ -15,7 +15,7 @@ __all__ = ["arrange_experts", "arrange_groups", "read_experts"]
 
 
 def read_experts(source: Source, group: TensorGroup, chunk: range, experts: int) -> torch.Tensor:
-    """The source bytes of some experts of one group: ``uint8 [len(chunk), nbytes of one expert]``."""
+    """Return the source bytes of some experts of one group: ``uint8 [len(chunk), nbytes of one expert]``."""
     nbytes = group.expert_range(chunk.start, experts).nbytes
     raw = empty_bytes(len(chunk) * nbytes)
     view = byte_view(raw)

@@ -55,7 +55,7 @@ class Reconciled:
 
 
 def rescale(block_scales: torch.Tensor, own: float, other: float) -> torch.Tensor | None:
-    """Block scales for another global scale.
+    """Return the block scales for another global scale.
 
     Args:
         block_scales: ``uint8``, e4m3 bytes.
@@ -71,7 +71,7 @@ def rescale(block_scales: torch.Tensor, own: float, other: float) -> torch.Tenso
 
 
 def reconcile(gate: torch.Tensor, up: torch.Tensor, gate_scale: float, up_scale: float) -> Reconciled:
-    """Brings both projections of one expert to one global scale.
+    """Bring both projections of one expert to one global scale.
 
     Both directions are tried; the one that changes fewer block scales wins, then the one with the smaller worst change.
     Rescaling the side with the smaller global scale can never overflow, so one direction always exists.
@@ -111,7 +111,7 @@ def _look_up(table: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
 
 
 def _rescaled_bytes(present: torch.Tensor, own: float, other: float) -> torch.Tensor | None:
-    """The new byte of each byte, ``uint8 [256]``; ``None`` if one that is present would pass 448."""
+    """Return the new byte of each byte, ``uint8 [256]``; ``None`` if one that is present would pass 448."""
     if other == 0.0:
         return None
     scaled = _E4M3 * (own / other)
@@ -124,7 +124,7 @@ def _rescaled_bytes(present: torch.Tensor, own: float, other: float) -> torch.Te
 
 
 def _judge(counts: torch.Tensor, table: torch.Tensor, own: float, other: float) -> tuple[int, float, int, float]:
-    """Blocks rounded, worst absolute change, blocks underflowed, worst relative change of the others."""
+    """Return the blocks rounded, worst absolute change, blocks underflowed, worst relative change of the others."""
     old, new = _E4M3 * own, _E4M3[table.to(torch.int64)] * other
     present = counts > 0
     change = torch.where(present, (new - old).abs(), 0.0)
@@ -154,7 +154,7 @@ class PolicyErrors:
 
     @classmethod
     def total(cls, parts: Iterable[PolicyErrors]) -> PolicyErrors:
-        """The sum over experts, the same in whatever order they come."""
+        """Return the sum over experts, the same in whatever order they come."""
         found = list(parts)
         return cls(
             math.fsum(part.source for part in found),
@@ -163,7 +163,7 @@ class PolicyErrors:
         )
 
     def relative(self) -> dict[str, float]:
-        """Relative error ``|W - W_source| / |W_source|`` (Frobenius norm) by policy, to six digits.
+        """Return relative error ``|W - W_source| / |W_source|`` (Frobenius norm) by policy, to six digits.
 
         ``source`` is the error of serving gate and up with their own scales, which the kernel cannot: 0 by definition.
         """
@@ -181,7 +181,7 @@ def measure(
     global_scales: tuple[float, float],
     outcome: Reconciled,
 ) -> PolicyErrors:
-    """The errors of one expert under all policies, from its codes and block scales.
+    """Return the errors of one expert under all policies, from its codes and block scales.
 
     A weight is ``code * block_scale * global_scale``, and only the two scales change, so the squared error of a block
     is the sum of its squared codes times the squared change of ``block_scale * global_scale``.

@@ -73,23 +73,23 @@ class TensorGroup:
         return math.prod(self.shape) if self.leaf.is_scalar and not self.stacked else 1
 
     def name(self, expert: int) -> str:
-        """The source name of the tensor that holds expert ``expert``."""
+        """Return the source name of the tensor that holds expert ``expert``."""
         return self.head + self.tail if self.stacked else f"{self.head}{expert}{self.tail}"
 
     def specs(self, experts: int) -> list[TensorSpec]:
-        """The source tensors: one, or one for each of ``experts``."""
+        """Return the source tensors: one, or one for each of ``experts``."""
         count = 1 if self.stacked else experts
         return [TensorSpec(self.name(expert), self.dtype, self.shape) for expert in range(count)]
 
     def expert_range(self, expert: int, experts: int) -> ByteRange:
-        """The bytes of one expert in the source."""
+        """Return the bytes of one expert in the source."""
         record = self.records[0 if self.stacked else expert]
         nbytes = record.nbytes // experts if self.stacked else record.nbytes
         begin = record.offset_bytes + (expert * nbytes if self.stacked else 0)
         return ByteRange(record.file, begin, nbytes, record.name)
 
     def arrange(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Source bytes of one expert's codes or block scales to canonical matrices.
+        """Return source bytes of one expert's codes or block scales to canonical matrices.
 
         Args:
             raw: ``uint8 [nbytes]``.
@@ -107,7 +107,7 @@ class TensorGroup:
         return split_alternating_rows(matrix) if self.alternating else tuple(matrix.chunk(2, dim=0))
 
     def disarrange(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Inverse of :meth:`arrange`: ``uint8 [nbytes]``, contiguous."""
+        """Return the inverse of :meth:`arrange`: ``uint8 [nbytes]``, contiguous."""
         if len(parts) == 1:
             matrix = parts[0]
         else:
@@ -150,11 +150,11 @@ class MoeLayer:
         return frozenset(record.file for group in self.groups for record in group.records)
 
     def prepared_name(self, tensor: str) -> str:
-        """Name of a prepared tensor of this layer."""
+        """Return the name of a prepared tensor of this layer."""
         return f"{self.experts_path}.routed_experts.{tensor}"
 
     def groups_of(self, leaf: Leaf, projections: Sequence[Projection]) -> tuple[TensorGroup, ...]:
-        """The groups that together hold a leaf of these projections, in the projections' order."""
+        """Return the groups that together hold a leaf of these projections, in the projections' order."""
         found = dict.fromkeys(
             group
             for projection in projections
@@ -164,7 +164,7 @@ class MoeLayer:
         return tuple(found)
 
     def groups_for(self, layout: MoeLayout, tensor: PreparedTensor) -> tuple[TensorGroup, ...]:
-        """The groups whose bytes go into a prepared tensor."""
+        """Return the groups whose bytes go into a prepared tensor."""
         leaf = Leaf.BLOCK_SCALE if tensor.is_scale else Leaf.CODES
         return self.groups_of(leaf, layout.projections(tensor))
 

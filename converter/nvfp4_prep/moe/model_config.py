@@ -15,7 +15,7 @@ NESTED_KEYS = ("text_config", "llm_config", "language_config")
 
 
 def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The parts that may speak of the language model: nested ones first, which win, then the whole."""
+    """Return the parts that may speak of the language model: nested ones first, which win, then the whole."""
     for key in NESTED_KEYS:
         nested = config.get(key)
         if isinstance(nested, Mapping):
@@ -24,7 +24,7 @@ def text_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A checkpoint's quantization configs by place; the first one is the one that counts.
+    """Return a checkpoint's quantization configs by place; the first one is the one that counts.
 
     Args:
         config: ``config.json``.
@@ -41,7 +41,7 @@ def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str
 
 
 def positive(value: object) -> float | None:
-    """A number of a config as a float; ``None`` for what is no number, 0, negative, NaN or beyond float64."""
+    """Return a number of a config as a float; ``None`` for what is no number, 0, negative, NaN or beyond float64."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 < value <= sys.float_info.max else None  # type: ignore[operator,arg-type]
 

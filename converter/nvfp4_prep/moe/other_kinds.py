@@ -162,7 +162,7 @@ def _kind(leaves: Collection[str], records: Collection[TensorRecord]) -> tuple[s
 
 
 def _is_nvfp4(records: Collection[TensorRecord]) -> bool:
-    """Whether there are byte matrices with a scale for each 16 weights; such scales are e4m3, or its bytes."""
+    """Return whether there are byte matrices with a scale for each 16 weights; such scales are e4m3, or its bytes."""
     shapes = _shapes(records)
     in_bytes = _have_scales(shapes, _PACKED, {"F8_E4M3", "U8"}, _SCALES_PER_BYTE)
     return in_bytes or _have_scales(shapes, {"F4"}, {"F8_E4M3", "U8"}, BLOCK_COLS)

@@ -57,7 +57,7 @@ class LayerScalars:
 
 
 def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalars]:
-    """Reads the scalars of all layers with few, merged reads.
+    """Read the scalars of all layers with few, merged reads.
 
     Raises:
         UnsupportedCheckpointError: if a scale is negative, infinite or not a number, or all input scales of a layer
@@ -91,7 +91,7 @@ def known_format(layer: MoeLayer) -> QuantFormat:
 
 
 def _multipliers(layer: MoeLayer, raw: Mapping[str, bytes], leaf: Leaf, projection: Projection) -> torch.Tensor | None:
-    """Multipliers ``float32 [E]`` of one scalar leaf, from the source's bytes; ``None`` where the layer has none.
+    """Return the multipliers ``float32 [E]`` of one scalar leaf; ``None`` where the layer has none.
 
     Reciprocal formats are inverted in float32 before anything else is done with the values.
     """
@@ -140,7 +140,7 @@ def _float32_bytes(values: Sequence[float]) -> bytes:
 
 
 def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars:
-    """The multipliers of a layer from the source's scalars; raises as :func:`read_scalars`."""
+    """Return the multipliers of a layer from the source's scalars; raises as :func:`read_scalars`."""
 
     def values(leaf: Leaf, projection: Projection) -> torch.Tensor:
         found = _multipliers(layer, raw, leaf, projection)
@@ -181,7 +181,7 @@ def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars
 
 
 def _peek_merged(source: Source, records: Sequence[TensorRecord]) -> dict[str, bytes]:
-    """Bytes by tensor name; records that lie close together are read at once."""
+    """Return bytes by tensor name; records that lie close together are read at once."""
     found: dict[str, bytes] = {}
     run: list[TensorRecord] = []
 

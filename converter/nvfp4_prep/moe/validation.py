@@ -37,17 +37,17 @@ class NotPrepared(Exception):
 
 
 def refuse(kind: str, reason: str, instead: str) -> NotPrepared:
-    """The layer must not be converted, and its checkpoint neither."""
+    """Return the refusal of a layer that must not be converted, nor its checkpoint."""
     return NotPrepared(kind, reason, instead, refused=True)
 
 
 def pass_through(kind: str, reason: str, instead: str) -> NotPrepared:
-    """The layer is of another kind and passes through unchanged."""
+    """Return the finding of a layer of another kind, which passes through unchanged."""
     return NotPrepared(kind, reason, instead, refused=False)
 
 
 def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
-    """Refuses tensors (leaf, name) that the prepared layout has no place for."""
+    """Refuse tensors (leaf, name) that the prepared layout has no place for."""
     if not foreign:
         return
     names = sorted(name for _, name in foreign)
@@ -100,7 +100,7 @@ def check_spelled_once(groups: Sequence[TensorGroup]) -> None:
 
 
 def check_numbers(group: TensorGroup, experts: list[int | None]) -> None:
-    """Refuses names that :meth:`TensorGroup.name` would not give back: two spellings in one layer, a tensor twice."""
+    """Refuse names that :meth:`TensorGroup.name` would not give back: two spellings in one layer, a tensor twice."""
     if group.stacked:
         return
     for expert, record in zip(experts, group.records, strict=True):
@@ -152,7 +152,7 @@ def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, for
 
 
 def is_transposed(group: TensorGroup, groups: Sequence[TensorGroup]) -> bool:
-    """Whether a stack holds ``[E, in, out]`` instead of ``[E, out, in]``, from its codes and block scales.
+    """Return whether a stack holds ``[E, in, out]`` instead of ``[E, out, in]``, from its codes and block scales.
 
     One block scale serves 16 weights, 8 bytes of codes, along the input dimension; the output dimension is the same.
     """
@@ -201,7 +201,7 @@ def find_dims(groups: Sequence[TensorGroup], experts: int) -> MoeDims:
 
 
 def _matrix_size(group: TensorGroup, experts: int) -> tuple[int, int]:
-    """Rows and columns (in weights, not bytes) of one projection."""
+    """Return the rows and columns (in weights, not bytes) of one projection."""
     shape = group.shape
     if len(shape) != (3 if group.stacked else 2) or (group.stacked and shape[0] != experts):
         raise refuse("different shapes", f"{group.name(0)} has shape {list(shape)}", "Expected one matrix an expert.")

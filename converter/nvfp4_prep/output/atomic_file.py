@@ -21,7 +21,7 @@ _DIRECT_MIN_NBYTES = 1 << 20
 
 
 def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
-    """A write error as one of ours."""
+    """Return a write error as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = format_nbytes(free_nbytes(path))
         return NoSpaceError(
@@ -37,13 +37,13 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
 
 
 def free_nbytes(path: Path) -> int:
-    """Room on the file system that a path lies on, or will lie on."""
+    """Return the room on the file system that a path lies on, or will lie on."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
 
 def _open_direct(root: TargetRoot, name: str) -> int:
-    """A second descriptor for direct I/O, or -1 where the file system or the system has none."""
+    """Return a second descriptor for direct I/O, or -1 where the file system or the system has none."""
     try:
         return root.open_file(name, os.O_WRONLY | os.O_DIRECT)
     except (OSError, AttributeError):
@@ -66,7 +66,7 @@ class AtomicFile:
         nbytes: int,
         place: Callable[[Mapping[str, Any] | None, os.stat_result], None],
     ) -> None:
-        """Creates the file and allocates its space.
+        """Create the file and allocate its space.
 
         Args:
             root: where it is written.
@@ -92,7 +92,7 @@ class AtomicFile:
             raise translate_os_error(error, self._path) from error
 
     def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Writes all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
+        """Write all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
 
         Whole pages in page-aligned memory go past the page cache where the file system allows it: the copy into the
         cache would cost more than everything else that a conversion does with the bytes but hashing them.
@@ -105,7 +105,7 @@ class AtomicFile:
             raise translate_os_error(error, self._path) from error
 
     def _write_direct(self, offset_bytes: int, view: memoryview) -> int:
-        """Writes whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
+        """Write whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
         if self._direct < 0 or offset_bytes % PAGE_NBYTES or len(view) < _DIRECT_MIN_NBYTES or view.readonly:
             return 0
         if address_of(view) % PAGE_NBYTES:
@@ -118,14 +118,14 @@ class AtomicFile:
             raise
 
     def _close(self) -> None:
-        """Closes both descriptors, once: their numbers may belong to other files after that."""
+        """Close both descriptors, once: their numbers may belong to other files after that."""
         descriptors, self._descriptor, self._direct = (self._descriptor, self._direct), -1, -1
         for descriptor in descriptors:
             if descriptor >= 0:
                 os.close(descriptor)
 
     def commit(self, entry: Mapping[str, Any] | None) -> None:
-        """Flushes the file, notes it in the journal (unless ``entry`` is ``None``) and renames it into place."""
+        """Flush the file, note it in the journal (unless ``entry`` is ``None``) and rename it into place."""
         try:
             os.fsync(self._descriptor)
             status = os.fstat(self._descriptor)
@@ -135,14 +135,14 @@ class AtomicFile:
             raise translate_os_error(error, self._path) from error
 
     def abandon(self) -> None:
-        """Closes and deletes the temporary file."""
+        """Close and delete the temporary file."""
         with contextlib.suppress(OSError):
             self._close()
         self._root.unlink(self._temporary)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a directory, so that renames in it survive a power cut."""
+    """Flush a directory, so that renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

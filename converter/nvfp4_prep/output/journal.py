@@ -63,7 +63,7 @@ def finished_files(
     *,
     need_sha256: bool = True,
 ) -> dict[str, JournalEntry]:
-    """Entries of the files that are in the directory with their size, or were taken away on purpose.
+    """Return entries of the files that are in the directory with their size, or were taken away on purpose.
 
     Args:
         root: the directory.
@@ -87,7 +87,7 @@ def finished_files(
 
 
 def check_identity(path: Path, found: object, identity: Mapping[str, Any]) -> None:
-    """Raises :class:`ResumeConflictError` if the directory's unfinished run, ``found``, is another one."""
+    """Raise :class:`ResumeConflictError` if the directory's unfinished run, ``found``, is another one."""
     if _same(found, identity):
         return
     differences = list(_differences(found, identity))

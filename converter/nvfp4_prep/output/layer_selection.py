@@ -38,7 +38,7 @@ class LayerSelection:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads ``1-20``, ``3,7-9`` or ``2/8``; blanks around commas do not count.
+        """Read ``1-20``, ``3,7-9`` or ``2/8``; blanks around commas do not count.
 
         Raises:
             UsageError: if it is none of these, a range runs backwards or a share is not within its count.
@@ -74,7 +74,7 @@ class LayerSelection:
 
     @classmethod
     def from_folder_name(cls, name: str) -> Self:
-        """Inverse of :attr:`folder_name`; raises :class:`UsageError` for another name."""
+        """Return the inverse of :attr:`folder_name`; raises :class:`UsageError` for another name."""
         kind, _, text = name.partition("-")
         return cls.parse(text.replace("-of-", "/") if kind == "share" else text if kind == "layers" else name)
 
@@ -107,7 +107,7 @@ def part_folder(target: Path, selection: LayerSelection) -> Path:
 
 
 def list_parts(target: Path) -> dict[str, Path]:
-    """Parts that were begun, by the text of their selection."""
+    """Return parts that were begun, by the text of their selection."""
     check_work_folder(target / WORK_FOLDER, (), (PARTS_FOLDER,))
     folder = target / WORK_FOLDER / PARTS_FOLDER
     if not folder.is_dir():
@@ -118,7 +118,7 @@ def list_parts(target: Path) -> dict[str, Path]:
 
 
 def discard_parts(target: Path) -> None:
-    """Deletes all parts.
+    """Delete all parts.
 
     Raises:
         BusyError: if one is at work; those before it are gone.

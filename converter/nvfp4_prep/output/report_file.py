@@ -82,7 +82,7 @@ def _is_free(path: Path) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a regular file, not a link to one, begins as a report."""
+    """Return whether a regular file, not a link to one, begins as a report."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -97,7 +97,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _overlaps(path: Path, directory: Path) -> bool:
-    """Whether a path is or lies in a directory, or would be above it, by name or through links and mounts."""
+    """Return whether a path is or lies in a directory, or would be above it, by name or through links and mounts."""
     place, root = path.parent.resolve() / path.name, directory.resolve()
     if place.is_relative_to(root) or root.is_relative_to(place):
         return True

@@ -37,7 +37,7 @@ class FileSink(Protocol):
         ...
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Room in the directory that files of these sizes take at most, all the time."""
+        """Return the room in the directory that files of these sizes take at most, all the time."""
         ...
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
@@ -49,7 +49,7 @@ class FileSink(Protocol):
         ...
 
     def drain(self) -> None:
-        """Waits until everything is taken.
+        """Wait until everything is taken.
 
         Raises:
             NvfpPrepError: if something could not be taken.
@@ -74,7 +74,7 @@ class KeepFiles:
         return False
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
-        """All of them."""
+        """Return all of them."""
         return sum(sizes.values())
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
@@ -91,7 +91,7 @@ class KeepFiles:
 
 
 def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
-    """Room in the target that files of these sizes take at most with ``stream_out``."""
+    """Return the room in the target that files of these sizes take at most with ``stream_out``."""
     everything, largest = sum(sizes.values()), max(sizes.values(), default=0)
     small = sum(nbytes for name, nbytes in sizes.items() if not name.endswith(".safetensors"))
     return min(everything, FILES_AT_ONCE * largest + small)
@@ -101,7 +101,7 @@ class PublishedFiles(KeepFiles):
     """For a plan with ``stream_out``, without asking the Hub: what was published is taken to be there still."""
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """Every file that has a digest."""
+        """Return every file that has a digest."""
         return sha256 is not None
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:

@@ -58,7 +58,7 @@ class Target:
         elsewhere: Callable[[str, int, str | None], bool] = lambda name, nbytes, sha256: False,
         need_sha256: bool = True,
     ) -> None:
-        """Prepares the directory for one job.
+        """Prepare the directory for one job.
 
         Args:
             path: the directory; made if it does not exist.
@@ -126,7 +126,7 @@ class Target:
         self._close()
 
     def _leave_nothing(self) -> None:
-        """Takes back the claim of a run that wrote no file, and the directories that it made; while it has the lock."""
+        """Take back the claim of a run that wrote no file, and the directories that it made; while it has the lock."""
         self._root.remove_tree(self._writing)
         if set(self._root.names(WORK_FOLDER)) != {LOCK, JOURNAL}:
             return  # downloads, or parts
@@ -145,12 +145,12 @@ class Target:
 
     @staticmethod
     def has_journal(path: Path) -> bool:
-        """Whether the directory itself (not a part in it) has been worked on and is not finished."""
+        """Return whether the directory itself (not a part in it) has been worked on and is not finished."""
         return os.path.lexists(path / WORK_FOLDER / JOURNAL)
 
     @staticmethod
     def check_ours(path: Path) -> None:
-        """Raises :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
+        """Raise :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
         if not path.exists():
             return
         if not path.is_dir():
@@ -169,7 +169,7 @@ class Target:
 
     @staticmethod
     def check_idle(path: Path) -> None:
-        """Raises :class:`BusyError` if a run holds the directory; only looks."""
+        """Raise :class:`BusyError` if a run holds the directory; only looks."""
         check_idle(path)
 
     @staticmethod
@@ -234,7 +234,7 @@ class Target:
         return True
 
     def _repair_tail(self) -> None:
-        """Cuts off a last line that a kill left unfinished, so that the next one starts on its own."""
+        """Cut off a last line that a kill left unfinished, so that the next one starts on its own."""
         with os.fdopen(self._root.open_file(_JOURNAL, os.O_RDWR), "r+b") as stream:
             text = stream.read()
             if not text.endswith(b"\n"):
@@ -242,7 +242,7 @@ class Target:
                 os.fsync(stream.fileno())
 
     def note(self, entry: Mapping[str, Any] | JournalEntry) -> None:
-        """Appends one line to the journal and flushes it to disk."""
+        """Append one line to the journal and flush it to disk."""
         line = asdict(entry) if isinstance(entry, JournalEntry) else entry
         with self._note_lock:
             try:
@@ -258,7 +258,7 @@ class Target:
                 self.done[finished.file] = finished
 
     def check_names(self, expected: Iterable[str]) -> None:
-        """Raises :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
+        """Raise :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
         # what this run will write and an earlier one did not begin with is somebody else's
         begun = {*self.done, *self._ours}
         foreign = [name for name in expected if name not in begun and self._root.status(name) is not None]
@@ -267,7 +267,7 @@ class Target:
         check_names(self.path, begun)
 
     def check_space(self, needed_nbytes: int) -> None:
-        """Raises :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
+        """Raise :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
         check_space(self.path, needed_nbytes, free_nbytes(self.path))
 
     def create(self, name: str, nbytes: int) -> AtomicFile:
@@ -307,7 +307,7 @@ class Target:
         self._ours.discard(name)
 
     def adopt(self, entry: JournalEntry, other: Target) -> None:
-        """Takes over a file that another target on this file system finished, with its journal entry."""
+        """Take over a file that another target on this file system finished, with its journal entry."""
         status = other._root.status(entry.file)
         try:
             if status is None:
@@ -318,13 +318,13 @@ class Target:
             raise translate_os_error(error, self.path / entry.file) from error
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Writes a small file whole; the journal has its name only, so a resumed run writes it again."""
+        """Write a small file whole; the journal has its name only, so a resumed run writes it again."""
         file = self.create(name, len(data))
         file.write(0, data)
         file.commit(None)
 
     def remove_file(self, name: str) -> None:
-        """Removes a file of an earlier run that :meth:`write_file` will write again."""
+        """Remove a file of an earlier run that :meth:`write_file` will write again."""
         if name in self._ours:
             self._root.unlink(name)
             self._ours.discard(name)
@@ -350,7 +350,7 @@ class Target:
                 )
 
     def finish(self) -> None:
-        """Removes journal and work folder: the directory is a finished output now.
+        """Remove journal and work folder: the directory is a finished output now.
 
         The journal goes first and at once: files beside a work folder without a journal are a finished output, so a
         kill in between leaves nothing that another run would take for its own. The same command finds the output
@@ -377,7 +377,7 @@ def _difference(seen: os.stat_result | None, now: os.stat_result | None) -> str 
 
 
 def check_names(path: Path, known: Collection[str]) -> None:
-    """Raises :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
+    """Raise :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
     for there in sorted(path.rglob("*")):
         name = there.relative_to(path).as_posix()
         if there.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
@@ -389,7 +389,7 @@ def _foreign(path: Path) -> TargetError:
 
 
 def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:
-    """Raises :class:`NoSpaceError` if more is needed than there is."""
+    """Raise :class:`NoSpaceError` if more is needed than there is."""
     if needed_nbytes > free_there_nbytes:
         raise NoSpaceError(
             f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free_there_nbytes)} free",

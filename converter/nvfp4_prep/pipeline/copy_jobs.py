@@ -47,19 +47,19 @@ def _copy_unit(source: Source, ranges: tuple[ByteRange, ...], offset_bytes: int,
 
 
 def passthrough_job(file: OutputFile, source: Source) -> FileJob:
-    """The job that writes a file of passed-through tensors."""
+    """Return the job that writes a file of passed-through tensors."""
     ranges = [ByteRange(copy.file, copy.offset_bytes, copy.nbytes, copy.name) for copy in file.copies]
     return FileJob(file.name, file.nbytes, file.header, lambda: copy_units(source, ranges, len(file.header)))
 
 
 def side_file_job(file: SourceFile, source: Source) -> FileJob:
-    """The job that copies a file as it is."""
+    """Return the job that copies a file as it is."""
     whole = ByteRange(file.name, 0, file.nbytes, file.name)
     return FileJob(file.name, file.nbytes, b"", lambda: copy_units(source, [whole], 0))
 
 
 def values_job(file: OutputFile, values: dict[str, bytes]) -> FileJob:
-    """The job that writes a file whose tensors' bytes are known, by name."""
+    """Return the job that writes a file whose tensors' bytes are known, by name."""
 
     def units() -> Iterator[Unit]:
         for record in file.records:

@@ -23,7 +23,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device by the name that the command line uses.
+    """Return the device by the name that the command line uses.
 
     Raises:
         UsageError: if it cannot be used here, before any work.
@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 def apply_layout(
     layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, parts: Sequence[torch.Tensor], device: torch.device
 ) -> torch.Tensor:
-    """Prepares some experts.
+    """Prepare some experts.
 
     Args:
         layout, tensor: what to make.

@@ -39,7 +39,7 @@ _CPU = torch.device("cpu")
 
 
 def expert_chunks(experts: int, expert_nbytes: int) -> Iterator[range]:
-    """Ranges of experts that make units of about ``UNIT_NBYTES``."""
+    """Return ranges of experts that make units of about ``UNIT_NBYTES``."""
     step = max(1, UNIT_NBYTES // max(expert_nbytes, 1))
     for begin in range(0, experts, step):
         yield range(begin, min(begin + step, experts))
@@ -53,7 +53,7 @@ def prepare_and_prove(
     where: str,
     device: torch.device = _CPU,
 ) -> torch.Tensor:
-    """Applies a layout to some experts, and its inverse to the result.
+    """Apply a layout to some experts, and its inverse to the result.
 
     Args:
         layout, tensor, dims: what to make.
@@ -91,7 +91,7 @@ def prove(
 
 
 def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch.device) -> FileJob:
-    """The job that writes a layer's file (or one of its parts), prepared on ``device``."""
+    """Return the job that writes a layer's file (or one of its parts), prepared on ``device``."""
 
     def units() -> Iterator[Unit]:
         for tensor, record in zip(file.tensors, file.records, strict=True):
@@ -193,7 +193,7 @@ def reconcile_chunk(
 
 
 def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:
-    """The job that keeps the original block scales of rescaled projections, for restore."""
+    """Return the job that keeps the original block scales of rescaled projections, for restore."""
     layer = plan.source
     groups = layer.groups_for(plan.layout, PreparedTensor.W13_WEIGHT_SCALE)
     (scales,) = file.records

@@ -27,7 +27,7 @@ def write_made_files(
     served: Iterable[TensorRecord],
     accept: Callable[[Manifest], None] = lambda manifest: None,
 ) -> Manifest:
-    """Writes the last files and finishes the target.
+    """Write the last files and finish the target.
 
     Args:
         target: holds all other files.

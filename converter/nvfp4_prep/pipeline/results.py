@@ -21,7 +21,7 @@ __all__ = ["gate_up_record", "layer_record", "make_index", "reconciled_sides"]
 
 
 def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:
-    """The manifest's record of a layer.
+    """Return the manifest's record of a layer.
 
     Args:
         made: the plan.
@@ -62,7 +62,7 @@ def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[
 
 
 def _without_records(plan: LayerPlan) -> MoeLayer:
-    """The layer as the manifest has it: names and shapes, no places."""
+    """Return the layer as the manifest has it: names and shapes, no places."""
     return replace(plan.source, groups=tuple(replace(group, records=()) for group in plan.groups))
 
 

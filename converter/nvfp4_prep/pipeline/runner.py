@@ -52,7 +52,7 @@ class Execution:
         self._files = {file.name: file for file in made.files}
 
     def write(self, threads: int | None, progress: Progress) -> int:
-        """Writes the files that the journal does not have; returns their bytes."""
+        """Write the files that the journal does not have; returns their bytes."""
         made, target = self._plan, self._target
         target.check_names([*self._files, *(file.name for file in made.side_files), *MADE_FILES])
         pending = [file for file in made.files if file.name not in self._results]
@@ -117,7 +117,7 @@ class Execution:
         return source_block_scales_job(layer, file, self._source)
 
     def finish(self, smoke: SmokePolicy | None = None) -> tuple[Manifest, SmokeReport | None]:
-        """Writes index, card, manifest and config, the last two last, and removes the work folder.
+        """Write index, card, manifest and config, the last two last, and remove the work folder.
 
         The config is written only after the smoke run passed, and the journal stays until then: a run that was killed
         in it or failed it leaves an unfinished conversion, which the same command takes up at the smoke run.

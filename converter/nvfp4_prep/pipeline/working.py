@@ -14,7 +14,7 @@ __all__ = ["working"]
 
 @contextmanager
 def working(progress: Progress, title: str, total_nbytes: int, done_nbytes: int = 0) -> Iterator[None]:
-    """Starts and closes the progress, and keeps torch to one thread meanwhile: the engine's workers are the
+    """Start and close the progress, and keep torch to one thread meanwhile: the engine's workers are the
     parallelism.
 
     Args:

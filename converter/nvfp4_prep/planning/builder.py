@@ -38,7 +38,7 @@ MAX_PASSTHROUGH_SHARDS = 4
 
 
 def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
-    """Plans a conversion. Reads headers and scalars only, writes nothing.
+    """Plan a conversion: read headers and scalars, write nothing.
 
     Raises:
         SourceError: if the source cannot be read.
@@ -72,7 +72,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
 
 
 def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
-    """Raises :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
+    """Raise :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
     nested = [index.config, *(value for value in index.config.values() if isinstance(value, Mapping))]
     stamped = [config.get("quantization_config") for config in nested]
     prepared = next((name for name in index.tensors if name.endswith(".routed_experts.w13_weight")), None)
@@ -131,7 +131,7 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
 
 
 def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
-    """Refuses what vLLM's FlashInferCuteDSLBatchedExperts does not compute: it knows plain SiLU only."""
+    """Refuse what vLLM's FlashInferCuteDSLBatchedExperts does not compute: it knows plain SiLU only."""
     plain = activation.kind is ActivationKind.SILU and activation.clamp is None
     if options.layout is LayoutName.CUTEDSL_BATCHED and not plain:
         clamp = f" clamped at {activation.clamp:g}" if activation.clamp is not None else ""
@@ -143,7 +143,7 @@ def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptio
 
 
 def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
-    """The files of the experts, and of the original block scales where some are rescaled."""
+    """Return the files of the experts, and of the original block scales where some are rescaled."""
     files = []
     labels = _labels(layers)
     for position, plan in enumerate(layers):
@@ -184,7 +184,7 @@ def _labels(layers: tuple[LayerPlan, ...]) -> list[str]:
 
 
 def _split_tensors(plan: LayerPlan) -> list[list[PreparedTensor]]:
-    """The four tensors, in as few files as the size limit allows."""
+    """Return the four tensors, in as few files as the size limit allows."""
     parts: list[list[PreparedTensor]] = [[]]
     size = 0
     for tensor in PreparedTensor:
@@ -198,7 +198,7 @@ def _split_tensors(plan: LayerPlan) -> list[list[PreparedTensor]]:
 
 
 def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile:
-    """The original block scales of rescaled projections, which restore needs because rounding loses them."""
+    """Return the original block scales of rescaled projections, which restore needs because rounding loses them."""
     rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.dims)
     count = len(plan.reconciled)
     dtype = PreparedTensor.W13_WEIGHT_SCALE.dtype
@@ -237,7 +237,7 @@ def _passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) ->
 
 
 def scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
-    """The file of all scale vectors that a server reads, and that of the source's scalars."""
+    """Return the file of all scale vectors that a server reads, and that of the source's scalars."""
     vectors = [
         TensorSpec(plan.prepared_name(vector), "F32", (plan.dims.experts,))
         for plan in layers
@@ -256,7 +256,7 @@ def scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
 
 
 def _check_names(files: Sequence[OutputFile], side_files: Sequence[SourceFile]) -> None:
-    """Raises :class:`SourceError` where names of the source are those that the output needs."""
+    """Raise :class:`SourceError` where names of the source are those that the output needs."""
     found: dict[str, str] = {}
     for file in files:
         for record in file.records:

@@ -38,7 +38,7 @@ class Room:
 
 
 def room_for(made: Plan, done: Collection[str], source: Source, sink: FileSink) -> Room:
-    """The room for the files of a plan, or of a part of it, that are not ``done``."""
+    """Return the room for the files of a plan, or of a part of it, that are not ``done``."""
     pending = [file for file in made.files if file.name not in done]
     sizes = {file.name: file.nbytes for file in pending}
     sizes |= {file.name: file.nbytes for file in made.side_files if file.name not in done}

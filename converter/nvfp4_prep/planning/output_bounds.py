@@ -52,7 +52,7 @@ def check_made_files(where: str, served: Iterable[TensorRecord], texts: Mapping[
 
 
 def _embedded_nbytes(text: bytes) -> int:
-    """Size of a text inside JSON, where a character may take six times its bytes."""
+    """Return the size of a text inside JSON, where a character may take six times its bytes."""
     if 6 * len(text) < MAX_MADE_NBYTES // 10:
         return 6 * len(text)
     return max(len(json.dumps(text.decode("utf-8", "replace"))), len(text) * 4 // 3)

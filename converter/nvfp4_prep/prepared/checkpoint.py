@@ -36,7 +36,7 @@ class PreparedCheckpoint:
     """
 
     def __init__(self, path: str | Path, files: Source | None = None) -> None:
-        """Reads the manifest.
+        """Read the manifest.
 
         Args:
             path: the directory, or what to call it where ``files`` is given.
@@ -110,7 +110,7 @@ class PreparedCheckpoint:
         self.files.close()
 
     def names(self, *kinds: FileKind) -> list[str]:
-        """Files of these kinds, sorted."""
+        """Return files of these kinds, sorted."""
         wanted = {kind.value for kind in kinds}
         return sorted(name for name, file in self.manifest.files.items() if file.kind in wanted)
 
@@ -153,20 +153,20 @@ class PreparedCheckpoint:
         return found
 
     def record(self, name: str) -> TensorRecord:
-        """The place of a tensor; raises :class:`CheckpointError` if there is none."""
+        """Return the place of a tensor; raises :class:`CheckpointError` if there is none."""
         try:
             return self.records[name]
         except KeyError:
             raise CheckpointError(f"tensor {name!r} is missing", where=str(self.path)) from None
 
     def read(self, record: TensorRecord, offset_bytes: int = 0, nbytes: int | None = None) -> torch.Tensor:
-        """Bytes of a tensor, or of a part of it: ``uint8 [nbytes]``."""
+        """Return the bytes of a tensor, or of a part of it: ``uint8 [nbytes]``."""
         data = empty_bytes(record.nbytes - offset_bytes if nbytes is None else nbytes)
         self.files.read_into(record.file, record.offset_bytes + offset_bytes, byte_view(data))
         return data
 
     def tensor_record(self, layer: LayerRecord, tensor: PreparedTensor) -> TensorRecord:
-        """The place of one of a layer's big tensors, with its dtype and shape checked.
+        """Return the place of one of a layer's big tensors, with its dtype and shape checked.
 
         Raises:
             CheckpointError: if it is missing or of another dtype or shape than the manifest says.
@@ -184,7 +184,7 @@ class PreparedCheckpoint:
         return record
 
     def read_prepared(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> torch.Tensor:
-        """Prepared bytes of some experts: ``uint8 [len(chunk), rows, bytes per row]``."""
+        """Return prepared bytes of some experts: ``uint8 [len(chunk), rows, bytes per row]``."""
         record = self.tensor_record(layer, tensor)
         nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
         data = self.read(record, chunk.start * nbytes, len(chunk) * nbytes)
@@ -200,7 +200,7 @@ class PreparedCheckpoint:
         return [expert for expert, want, have in zip(chunk, wanted, found, strict=True) if want != have]
 
     def scalars(self, layer: LayerRecord) -> LayerScalars:
-        """The source's scalars of a layer.
+        """Return the source's scalars of a layer.
 
         Raises:
             CheckpointError: if one is missing or has a wrong size.
@@ -280,7 +280,7 @@ class PreparedCheckpoint:
                 yield from (record.name for record in self.headers[name].tensors)
 
     def source_names(self) -> set[str]:
-        """Names of all tensors of the source that this checkpoint holds."""
+        """Return the names of all tensors of the source that this checkpoint holds."""
         return set(self.source_tensor_names())
 
 

@@ -88,7 +88,7 @@ def read_front_matter(card: bytes) -> FrontMatter:
 
 
 def _is_carried(value: object) -> bool:
-    """Whether a value is made of what metadata is made of, which sets, binary data and the like are not."""
+    """Return whether a value is made of what metadata is made of, which sets, binary data and the like are not."""
     if isinstance(value, list):
         return all(map(_is_carried, value))
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ _FIGURES = ("rounded", "underflowed", "worst_relative")
 
 
 def check_groups(layer: MoeLayer) -> None:
-    """Raises ``ValueError`` unless the groups hold every leaf of every projection once, in tensors that can be."""
+    """Raise ``ValueError`` unless the groups hold every leaf of every projection once, in tensors that can be."""
     wanted = list(Projection) if layer.gated else [Projection.UP, Projection.DOWN]
     have = Counter((projection, group.leaf) for group in layer.groups for projection in group.projections)
     if have != Counter((projection, leaf) for projection in wanted for leaf in Leaf):
@@ -55,14 +55,14 @@ def _check_matrix(group: TensorGroup, layer: MoeLayer) -> None:
 
 
 def check_expert_crc32(values: Mapping[str, tuple[int, ...]], experts: int) -> None:
-    """Raises ``ValueError`` unless every expert has a checksum for each of the four tensors."""
+    """Raise ``ValueError`` unless every expert has a checksum for each of the four tensors."""
     wanted = {tensor.value: experts for tensor in PreparedTensor}
     if {name: len(numbers) for name, numbers in values.items()} != wanted:
         raise ValueError("expert_crc32 must have one value for each expert, for each of the four tensors")
 
 
 def check_gate_up(record: GateUpRecord, layer: MoeLayer) -> None:
-    """Raises ``ValueError`` or ``TypeError`` unless sides and figures are what can be worked with."""
+    """Raise ``ValueError`` or ``TypeError`` unless sides and figures are what can be worked with."""
     experts = [expert for expert, _ in record.reconciled]
     if experts != sorted(set(experts)) or any(not 0 <= expert < layer.dims.experts for expert in experts):
         raise ValueError("reconciled must name experts of the layer, in their order, each once")

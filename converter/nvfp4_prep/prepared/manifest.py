@@ -80,11 +80,11 @@ class Manifest:
         return tuple(sorted(common))
 
     def to_bytes(self) -> bytes:
-        """JSON; the same manifest gives the same bytes."""
+        """Return JSON; the same manifest gives the same bytes."""
         return (json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n").encode()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON value."""
+        """Return JSON value."""
         return {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "nvfp4-prep", "version": self.tool_version},
@@ -108,7 +108,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str = MANIFEST) -> Manifest:
-        """Parses and checks.
+        """Parse and checks.
 
         Raises:
             CheckpointError: if it is no manifest, of another format version, or inconsistent.

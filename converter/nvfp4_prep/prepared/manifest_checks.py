@@ -23,7 +23,7 @@ __all__ = ["changed_keys", "check_manifest"]
 
 
 def check_manifest(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    """Notes every value of the manifest that does not follow from what it should follow from."""
+    """Note every value of the manifest that does not follow from what it should follow from."""
     manifest = checkpoint.manifest
     written = checkpoint.read_json(MANIFEST)
     for key in changed_keys(manifest.to_dict(), written):

@@ -43,7 +43,7 @@ def make_model_card(manifest: Manifest) -> bytes:
 
 
 def front_matter(manifest: Manifest) -> dict[str, Any]:
-    """The card's metadata: the source's (licence, languages, tags …) with its place in the family tree.
+    """Return the card's metadata: the source's (licence, languages, tags …) with its place in the family tree.
 
     A source that came from a directory has no address: then the source's own ``base_model`` stays.
     """
@@ -63,7 +63,7 @@ def front_matter(manifest: Manifest) -> dict[str, Any]:
 
 
 def _is_base_model(value: object) -> bool:
-    """Whether this names models: one, or a list."""
+    """Return whether this names models: one, or a list."""
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(isinstance(item, str) for item in items)
 

@@ -33,7 +33,7 @@ class Problem:
         return text
 
     def to_dict(self) -> dict[str, str | None]:
-        """JSON value."""
+        """Return JSON value."""
         return asdict(self)
 
 
@@ -47,13 +47,13 @@ class Problems:
     def add(
         self, where: str, what: str, expected: object = None, actual: object = None, next_step: str | None = None
     ) -> None:
-        """Notes one problem, once."""
+        """Note one problem, once."""
         problem = Problem(where, what, _text(expected), _text(actual), next_step)
         with self._lock:
             self._found.add(problem)
 
     def add_error(self, where: str, error: NvfpPrepError) -> None:
-        """Notes an error that stopped a check."""
+        """Note an error that stopped a check."""
         self.add(error.where or where, error.what, error.expected, error.actual)
 
     @property

@@ -55,7 +55,7 @@ def _counting_config(configs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: bool) -> dict[str, Any]:
-    """The stamp for a checkpoint.
+    """Return the stamp for a checkpoint.
 
     Args:
         source: the source's quantization config that counts; empty if it has none.

@@ -62,7 +62,7 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_
 
 
 def require_sound(checkpoint: PreparedCheckpoint) -> None:
-    """Raises :class:`VerificationError` with the first problem of :func:`check_structure`, before any work."""
+    """Raise :class:`VerificationError` with the first problem of :func:`check_structure`, before any work."""
     problems = Problems()
     check_structure(checkpoint, problems)
     if problems.found:

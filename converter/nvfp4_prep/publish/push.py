@@ -90,7 +90,7 @@ def push(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> PushResult:
-    """Verifies a prepared checkpoint and publishes it; killed at any moment, the same call continues.
+    """Verify a prepared checkpoint and publish it; killed at any moment, the same call continues.
 
     Args:
         checkpoint: its directory.
@@ -245,7 +245,7 @@ def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callab
 
 
 def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str, object]) -> frozenset[str]:
-    """Raises unless the branch is empty, ours unfinished, or an older prepared checkpoint.
+    """Raise unless the branch is empty, ours unfinished, or an older prepared checkpoint.
 
     Returns:
         the older checkpoint's files, by its manifest; empty if there is none.
@@ -270,7 +270,7 @@ def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str,
 
 
 def summary(batch: Mapping[str, LocalFile]) -> str:
-    """A commit's message."""
+    """Return a commit's message."""
     first = next(iter(batch))
     return first if len(batch) == 1 else f"{first} and {len(batch) - 1} more"
 

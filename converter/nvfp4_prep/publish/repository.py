@@ -41,7 +41,7 @@ class RemoteRepository:
         patience: Patience | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """Makes repository, branch or pull request where they do not exist yet.
+        """Make repository, branch or pull request where they do not exist yet.
 
         Args:
             repo_id: ``USER/NAME``.
@@ -96,7 +96,7 @@ class RemoteRepository:
         return None
 
     def snapshot(self) -> Snapshot:
-        """The branch as it is now."""
+        """Return the branch as it is now."""
         return read_snapshot(self.api, self.repo_id, self.revision, self.patience)
 
     def commit(
@@ -107,7 +107,7 @@ class RemoteRepository:
         delete: Callable[[Snapshot], Iterable[str]] = lambda snapshot: (),
         check: Callable[[Snapshot], None] = lambda snapshot: None,
     ) -> Snapshot:
-        """Brings files to the branch and deletes others, in one commit; what is there already is left alone.
+        """Bring files to the branch and delete others, in one commit; what is there already is left alone.
 
         Args:
             message: second half of the commit's title.

@@ -53,7 +53,7 @@ class StreamPublisher:
         api: HfApi | None = None,
         patience: Patience | None = None,
     ) -> None:
-        """Does nothing yet: the repository is made when the conversion is planned.
+        """Do nothing yet: the repository is made when the conversion is planned.
 
         Args:
             repo_id: ``USER/NAME``.
@@ -206,7 +206,7 @@ def convert_and_publish(
     api: HfApi | None = None,
     patience: Patience | None = None,
 ) -> tuple[ConvertResult, PushResult]:
-    """Converts and publishes at the same time; killed at any moment, the same call continues.
+    """Convert and publish at the same time; killed at any moment, the same call continues.
 
     Args:
         source, target, options, threads, progress, restart, device: as for ``convert``.

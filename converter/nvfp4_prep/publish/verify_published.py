@@ -24,7 +24,7 @@ __all__ = ["verify_published"]
 def verify_published(
     address: HubAddress, *, api: HfApi | None = None, patience: Patience | None = None
 ) -> VerifyReport:
-    """Checks a published checkpoint against its manifest without downloading its weights.
+    """Check a published checkpoint against its manifest without downloading its weights.
 
     Every file's size and sha256 as the Hub lists them (it computes the hash of what it stores), the small files' bytes,
     the stamp, and headers and index by range. What it cannot see is whether the manifest's hashes describe a right

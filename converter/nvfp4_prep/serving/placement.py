@@ -42,7 +42,7 @@ class Placement:
     keep_hidden_padding: bool = True
 
     def check(self) -> None:
-        """Raises :class:`ServingError` if a file in this layout cannot serve this share."""
+        """Raise :class:`ServingError` if a file in this layout cannot serve this share."""
         if self.tp_size in self.layout.tp_sizes(self.dims, limit=self.tp_size):
             return
         sizes = self.layout.tp_sizes(self.dims)
@@ -74,13 +74,13 @@ class Placement:
         return drop_hidden_padding(part, tensor, self.layout.padded_hidden(hidden), hidden)
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in the file."""
+        """Return the shape of a tensor in the file."""
         if name in _BIG:
             return self.layout.stored_shape(_BIG[name], self.dims)
         return (self.dims.experts,)
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the rank's parameter."""
+        """Return the shape of the rank's parameter."""
         if name in _BIG:
             part = self.part(_BIG[name])
             return (len(self.experts), *part.shape)
@@ -91,7 +91,7 @@ class Placement:
         return _BIG[name].torch_dtype if name in _BIG else torch.float32
 
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
-        """Copies the rank's share of a stored tensor into its parameter, in place and with nothing else than ``copy_``.
+        """Copy the rank's share of a stored tensor into its parameter, in place and with nothing else than ``copy_``.
 
         A tensor without data (:mod:`nvfp4_prep.load.lazy_tensor`) queues the read of that share instead.
 

@@ -29,7 +29,7 @@ class PreparedWeights:
         self.arrived: set[str] = set()
 
     def loader(self, name: str) -> Callable[..., None]:
-        """The weight_loader of one parameter.
+        """Return the weight_loader of one parameter.
 
         It takes the tensor as the file holds it, ``[E, …]``, whatever the rank. Further arguments are those with which
         a server passes a single expert's original tensor, and refused.
@@ -50,7 +50,7 @@ class PreparedWeights:
         self.placement.fill(name, param, stored)
 
     def finish(self) -> None:
-        """Raises :class:`ServingError` if a tensor did not arrive; else forgets what did."""
+        """Raise :class:`ServingError` if a tensor did not arrive; else forgets what did."""
         missing = [name for name in self.names if name not in self.arrived]
         self.arrived.clear()
         if missing:

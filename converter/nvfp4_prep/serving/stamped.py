@@ -46,7 +46,7 @@ class Stamp:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> Stamp:
-        """Reads a stamp.
+        """Read a stamp.
 
         Raises:
             ServingError: if it is incomplete or was written by a newer nvfp4-prep.
@@ -98,7 +98,7 @@ class Stamp:
         return self.layout_name == BATCHED
 
     def moe_layout(self, *, gated: bool) -> MoeLayout:
-        """The layout of a layer in this checkpoint.
+        """Return the layout of a layer in this checkpoint.
 
         Raises:
             LayoutError: if the stamp's parameters make no layout.

@@ -39,7 +39,7 @@ def _fused(layout: MoeLayout, tensor: PreparedTensor, parts: tuple[torch.Tensor,
 
 
 def _prepare(layout: MoeLayout, fused: dict[PreparedTensor, torch.Tensor]) -> dict[PreparedTensor, torch.Tensor]:
-    """The four big tensors as the installed SGLang prepares them, as bytes on the CPU."""
+    """Return the four big tensors as the installed SGLang prepares them, as bytes on the CPU."""
     from sglang.srt.layers.moe.moe_runner.flashinfer_cutedsl import interleave_w13_halves
     from sglang.srt.layers.quantization.modelopt_quant import swizzle_blockscale
     from sglang.srt.layers.quantization.utils import prepare_static_weights_for_trtllm_fp4_moe

@@ -48,7 +48,7 @@ class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
-        """Raises :class:`ServingError` if ``others`` is not one of SGLang's formats for files of safetensors."""
+        """Raise :class:`ServingError` if ``others`` is not one of SGLang's formats for files of safetensors."""
         extra = dict(load_config.model_loader_extra_config or {})
         others = extra.pop(_OTHERS, "auto")
         if others not in _ALLOWED:

@@ -64,7 +64,7 @@ def choose_backend(wanted: str = "auto", layouts: Iterable[MoeLayout] = ()) -> C
 
 
 def _kernel(layouts: Iterable[MoeLayout]) -> str:
-    """The kernel that reads layers in these layouts; all layers of a checkpoint have one kernel's."""
+    """Return the kernel that reads layers in these layouts; all layers of a checkpoint have one kernel's."""
     for layout in layouts:
         if layout.shuffled:
             return "TRTLLM-gen"

@@ -41,7 +41,7 @@ class CheckpointReader:
     """
 
     def __init__(self, checkpoint: PreparedCheckpoint, source: Source | None, device: torch.device) -> None:
-        """Plans the source, where there is one.
+        """Plan the source, where there is one.
 
         Args:
             checkpoint: opened; whoever opened it closes it.
@@ -61,7 +61,7 @@ class CheckpointReader:
         self._plans = {plan.experts_path: plan for plan in plans}
 
     def layer(self, record: LayerRecord, experts: Sequence[int]) -> LayerUnderTest:
-        """Reads one layer.
+        """Read one layer.
 
         Args:
             record: from the manifest.
@@ -204,6 +204,6 @@ def _restored_expert(
 
 
 def _top_k(config: Mapping[str, Any], experts: int) -> int:
-    """Experts of a token: the model's, or 8 where the config does not say."""
+    """Return experts of a token: the model's, or 8 where the config does not say."""
     found = find_number(config, _TOP_K_KEYS)
     return min(8 if found is None else math.ceil(found), experts)

@@ -77,7 +77,7 @@ class LayerUnderTest:
 
 
 def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSettings | None = None) -> LayerReport:
-    """Runs and judges one layer.
+    """Run and judges one layer.
 
     Peak memory beside the layer: the backend's, and one expert decoded to float32 (about nine times its bytes).
     """
@@ -126,7 +126,7 @@ def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSetting
 
 
 def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[float, float]:
-    """A size of the tokens at which the intermediate uses its range well: neither near zero nor saturated.
+    """Return a size of the tokens at which the intermediate uses its range well: neither near zero nor saturated.
 
     Returns:
         ``(amplitude, largest intermediate over the largest that its scale can hold)``, both for values up to 1.
@@ -155,7 +155,7 @@ def _choose_amplitude(layer: LayerUnderTest, values: torch.Tensor) -> tuple[floa
 def _run_backend(
     layer: LayerUnderTest, backend: MoeBackend, values: torch.Tensor, cases: tuple[Routing, ...]
 ) -> tuple[list[torch.Tensor], MoeTrace | None, int]:
-    """Outputs ``[T, H]`` of each case, the first case's trace, and how many padded outputs are not zero."""
+    """Return the outputs ``[T, H]`` of each case, the first case's trace, and how many padded outputs are not zero."""
     prepared, hidden = layer.prepared, layer.prepared.dims.hidden
     # a server quantizes with the prepared file's scale, whatever it is
     packed, blocks, _ = pack_tokens(values, float(prepared.w13_input_scale[0]), prepared.padded_hidden)
@@ -178,7 +178,7 @@ def _stages(
     out: torch.Tensor,
     rows: slice,
 ) -> StageFigures:
-    """Each stage of one expert on its own; the first rows of ``wanted`` are the tokens that go to it alone."""
+    """Return each stage of one expert on its own; the first rows of ``wanted`` are the tokens that go to it alone."""
     count = rows.stop - rows.start
     columns = _real_columns(layer.prepared, out.device)
     hidden, quantized = (values[rows][:, columns].to(torch.float32) for values in (trace.hidden, trace.quantized))
@@ -195,7 +195,7 @@ def _stages(
 
 
 def _real_columns(prepared: PreparedExperts, device: torch.device) -> torch.Tensor:
-    """Channels of the padded intermediate that the source has."""
+    """Return the channels of the padded intermediate that the source has."""
     size = prepared.padded_intermediate // prepared.layout.moe_tp
     share = prepared.dims.intermediate // prepared.layout.moe_tp
     channel = torch.arange(prepared.padded_intermediate, device=device)
@@ -214,7 +214,7 @@ class _Expected:
         self._magnitude = torch.zeros_like(x)
 
     def add(self, position: int, expert: SourceExpert) -> Evaluation:
-        """Evaluates one expert on all its tokens."""
+        """Evaluate one expert on all its tokens."""
         rows, weights = self._tokens_of(position)
         result = self._evaluate(expert, self._x[rows])
         self._out.index_add_(0, rows, result.out * weights)
@@ -223,7 +223,7 @@ class _Expected:
         return result
 
     def noise(self, position: int, expert: SourceExpert, generator: torch.Generator) -> tuple[float, float]:
-        """Relative and worst difference of one expert when its sums are made in another order."""
+        """Return relative and worst difference of one expert when its sums are made in another order."""
         rows, _ = self._tokens_of(position)
         x = self._x[rows]
         dims = self._layer.prepared.dims
@@ -239,7 +239,7 @@ class _Expected:
         return float(difference.norm() / size), float(in_tolerances(difference, tolerance).max())
 
     def judge(self, case: Routing, out: torch.Tensor, dtype: torch.dtype, rows: slice | None = None) -> ErrorFigures:
-        """Compares the outputs of one case, or some of its rows."""
+        """Compare the outputs of one case, or some of its rows."""
         mine = rows or slice(0, case.tokens)
         span = slice(case.first_token + mine.start, case.first_token + mine.stop)
         want, tolerance = self._out[span], self._tolerance[span]
@@ -258,7 +258,7 @@ class _Expected:
         return replace(found, out=torch.where(defined, found.out, math.nan))
 
     def _tokens_of(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and router weights ``[n, 1]`` of an expert's tokens over all cases."""
+        """Return the rows and router weights ``[n, 1]`` of an expert's tokens over all cases."""
         rows, weights = [], []
         for case in self._cases:
             token, slot = (case.expert_ids == position).nonzero(as_tuple=True)
@@ -275,7 +275,7 @@ def _case_figures(case: Routing, experts: int, errors: ErrorFigures) -> CaseFigu
 
 
 def _dirty_padding(prepared: PreparedExperts) -> int:
-    """Padding bytes that are not zero, over the four tensors."""
+    """Return padding bytes that are not zero, over the four tensors."""
     layout, dims = prepared.layout, prepared.dims
     dirty = 0
     for tensor in PreparedTensor:
@@ -289,7 +289,7 @@ def _dirty_padding(prepared: PreparedExperts) -> int:
 
 
 def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
-    """Scalars of the prepared file that are not, bit for bit, what the source says."""
+    """Return the scalars of the prepared file that are not, bit for bit, what the source says."""
     prepared = layer.prepared
     up = [] if layer.w13_scale_2_up is None else [(UP_SCALE_VECTOR, layer.w13_scale_2_up)]
     for name, wanted in (

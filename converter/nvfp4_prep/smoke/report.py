@@ -304,7 +304,7 @@ class SmokeReport:
         return "passed" if compared else "inconclusive"
 
     def summary(self) -> dict[str, Any]:
-        """The short form for a manifest: what ran and the worst figures."""
+        """Return the short form for a manifest: what ran and the worst figures."""
         experts = [figure.errors for layer in self.layers for figure in layer.figures]
         return {
             "check": "fused-MoE smoke run",
@@ -327,7 +327,7 @@ class SmokeReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON value with everything."""
+        """Return JSON value with everything."""
         return {
             **asdict(self),
             "passed": self.passed,

@@ -37,7 +37,7 @@ def run_smoke(
     settings: SmokeSettings | None = None,
     on_layer: Callable[[LayerReport, int, int], None] | None = None,
 ) -> SmokeReport:
-    """Runs random tokens through prepared layers and compares with the source.
+    """Run random tokens through prepared layers and compare with the source.
 
     Args:
         prepared: a prepared checkpoint.

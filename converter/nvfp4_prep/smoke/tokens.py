@@ -42,7 +42,7 @@ class Routing:
 
 
 def random_tokens(count: int, hidden: int, generator: torch.Generator) -> torch.Tensor:
-    """Tokens with a largest value of 1: ``float32 [count, hidden]`` on the generator's device.
+    """Return the tokens with a largest value of 1: ``float32 [count, hidden]`` on the generator's device.
 
     Gaussian with 5 sigma = 1, and in each token one value of exactly 1 in a random column: it meets the top of the
     calibrated range, where a wrong input scale saturates.
@@ -56,7 +56,7 @@ def random_tokens(count: int, hidden: int, generator: torch.Generator) -> torch.
 def pack_tokens(
     values: torch.Tensor, input_scale: float, padded_hidden: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantizes tokens as a server does: with 1 / input_scale and e4m3 block scales.
+    """Quantize tokens as a server does: with 1 / input_scale and e4m3 block scales.
 
     Args:
         values: ``float32 [T, H]`` with a largest value of 1, in units of the calibrated maximum.
@@ -79,7 +79,7 @@ def pack_tokens(
 
 
 def routings(experts: int, top_k: int, per_expert: int, routed: int, generator: torch.Generator) -> tuple[Routing, ...]:
-    """The three cases: every expert alone, one expert without tokens, one expert with all tokens.
+    """Return the three cases: every expert alone, one expert without tokens, one expert with all tokens.
 
     Args:
         experts: E.
@@ -106,7 +106,7 @@ def routings(experts: int, top_k: int, per_expert: int, routed: int, generator: 
 
 
 def routed_tokens(packed: torch.Tensor, blocks: torch.Tensor, case: Routing) -> MoeTokens:
-    """The tokens of one case as a backend takes them."""
+    """Return the tokens of one case as a backend takes them."""
     rows = slice(case.first_token, case.first_token + case.tokens)
     return MoeTokens(
         packed[rows].contiguous(), blocks[rows].contiguous(), case.expert_ids.to(torch.int32), case.weights

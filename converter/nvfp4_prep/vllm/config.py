@@ -40,7 +40,7 @@ class WithPreparedExperts(ABC):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """The stock config for a stock checkpoint, else this class with the stamp."""
+        """Return the stock config for a stock checkpoint, else this class with the stamp."""
         stock = next(base for base in cls.__mro__ if base not in (cls, WithPreparedExperts))
         if STAMP_KEY not in config:
             return stock.from_config(config)  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ class WithPreparedExperts(ABC):
         return made
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """The prepared method for NVFP4 routed experts, else what the stock class says."""
+        """Return the prepared method for NVFP4 routed experts, else what the stock class says."""
         moe_config = self._nvfp4_config(layer, prefix) if isinstance(layer, RoutedExperts) else None
         if moe_config is None:
             return super().get_quant_method(layer, prefix)  # type: ignore[misc]
@@ -65,7 +65,7 @@ class WithPreparedExperts(ABC):
 
     @abstractmethod
     def _nvfp4_config(self, layer: RoutedExperts, prefix: str) -> ModelOptNvFp4Config | None:
-        """The ModelOpt NVFP4 config of a routed-experts layer, if the source has NVFP4 (W4A4) experts there."""
+        """Return the ModelOpt NVFP4 config of a routed-experts layer, if the source has NVFP4 (W4A4) experts there."""
 
 
 class PreparedModelOptNvFp4Config(WithPreparedExperts, ModelOptNvFp4Config):  # type: ignore[misc]
@@ -112,7 +112,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Puts the source's config in the stamp's place and returns the source's method; ``None`` without a stamp."""
+        """Put the source's config in the stamp's place and return the source's method; ``None`` without a stamp."""
         if hf_quant_cfg.get("quant_method") != QUANT_METHOD:
             return None
         method = adopt_source(hf_quant_cfg, user_quant, hf_config)
@@ -124,7 +124,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
         return method
 
     def get_name(self) -> str:
-        """The stamp's method name."""
+        """Return the stamp's method name."""
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -133,7 +133,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The kernels need sm_100; the check with the reason is vLLM's own, per layer."""
+        """Return the kernels need sm_100; the check with the reason is vLLM's own, per layer."""
         return 75
 
     @staticmethod
@@ -143,7 +143,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """The source's config object, for callers that look the class up by the stamp's name."""
+        """Return the source's config object, for callers that look the class up by the stamp's name."""
         adopted = dict(config)
         method = adopt_source(adopted, None, None)
         return get_quantization_config(method).from_config(adopted)
@@ -154,7 +154,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 def adopt_source(config: MutableMapping[str, Any], user_quant: str | None, hf_config: Any) -> str:
-    """Replaces a stamp by the source's quantization_config, in place, and keeps the stamp under :data:`STAMP_KEY`.
+    """Replace a stamp by the source's quantization_config, in place, and keep the stamp under :data:`STAMP_KEY`.
 
     Returns:
         The method name that vLLM resolves for the source.
@@ -187,7 +187,7 @@ def adopt_source(config: MutableMapping[str, Any], user_quant: str | None, hf_co
 
 
 def register_configs() -> None:
-    """Registers the stamp's method and the three subclasses."""
+    """Register the stamp's method and the three subclasses."""
     register_quantization_config(QUANT_METHOD)(Nvfp4PrepConfig)
     for name, config in PREPARED_CONFIGS.items():
         register_quantization_config(name)(config)

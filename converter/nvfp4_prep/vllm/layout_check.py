@@ -170,7 +170,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _prepare(parts: Parts, *, gated: bool, backend: NvFp4MoeBackend) -> dict[PreparedTensor, torch.Tensor]:
-    """The four big tensors as the installed vLLM prepares them, as bytes on the CPU."""
+    """Return the four big tensors as the installed vLLM prepares them, as bytes on the CPU."""
     fused = {tensor: torch.cat(list(found), dim=1).contiguous() for tensor, found in parts.items()}
     experts, _, half_hidden = fused[PreparedTensor.W13_WEIGHT].shape
     moe_config = SimpleNamespace(

@@ -50,7 +50,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
-        """Raises :class:`ServingError` if ``others`` names this format itself."""
+        """Raise :class:`ServingError` if ``others`` names this format itself."""
         super().__init__(load_config)
         extra = dict(load_config.model_loader_extra_config or {})
         others = extra.pop(_OTHERS, "auto")
@@ -81,11 +81,11 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         self._others.download_model(model_config)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Weights:
-        """All tensors with their data, as the format of the others reads them: what a reload asks for."""
+        """Return all tensors with their data, as the format of the others reads them: what a reload asks for."""
         yield from self._others.get_all_weights(model_config, model)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Loads everything.
+        """Load everything.
 
         Raises:
             LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged.
@@ -109,7 +109,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         logger.info("Prepared experts: %s", report)
 
     def _make_loader(self, device: torch.device) -> Callable[[], ExpertLoader]:
-        """Everything that depends on the calling thread is settled here; the result may run in another."""
+        """Return everything that depends on the calling thread is settled here; the result may run in another."""
         options = LoadOptions(**{"threads": _threads(), **self._options})
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -157,7 +157,7 @@ class _ExpertsApart:
 
 
 def register_load_format() -> None:
-    """Teaches this vLLM process the load format. Safe to call more than once."""
+    """Teach this vLLM process the load format. Safe to call more than once."""
     from vllm.model_executor import model_loader
 
     if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not PreparedModelLoader:

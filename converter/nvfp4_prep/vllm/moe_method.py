@@ -55,7 +55,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
     def __init__(
         self, quant_config: ModelOptNvFp4Config, moe_config: FusedMoEConfig, stamp: Stamp, layer_name: str
     ) -> None:
-        """Pins the backend; vLLM's own reasons refuse devices, activations, LoRA and the like.
+        """Pin the backend; vLLM's own reasons refuse devices, activations, LoRA and the like.
 
         Raises:
             ServingError: if a backend was asked for that prepared weights cannot be given to, or the deployment takes
@@ -88,7 +88,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers the parameters in the sizes that the kernel reads, with loaders of their own."""
+        """Register the parameters in the sizes that the kernel reads, with loaders of their own."""
         layer.num_experts = num_experts
         layer.params_dtype = params_dtype
         layer.quant_config = self.quant_config
@@ -108,7 +108,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         layer.load_weights = load_into(layer, weights)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Checks that every tensor arrived and builds the kernel; no weight is touched unless another kernel than the
+        """Check that every tensor arrived and build the kernel; no weight is touched unless another kernel than the
         file's was asked for.
 
         After a reload (vLLM gives the layer fresh parameters and then copies them into the old storage) the kernel
@@ -221,7 +221,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
 
     @staticmethod
     def _same_kernel(stored: MoeLayout, wanted: MoeLayout) -> bool:
-        """Whether two layouts are the CuteDSL kernel's, with blocks of two heights."""
+        """Return whether two layouts are the CuteDSL kernel's, with blocks of two heights."""
         return (stored.shuffled, stored.concatenated) == (wanted.shuffled, wanted.concatenated)
 
     def _check_block_heights(self, stored: MoeLayout, wanted: MoeLayout) -> None:

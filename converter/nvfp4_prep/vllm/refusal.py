@@ -14,7 +14,7 @@ __all__ = ["register_refusal"]
 
 
 def register_refusal(problem: str) -> None:
-    """Registers a quantization method that raises :class:`ServingError` when a stamped checkpoint is opened."""
+    """Register a quantization method that raises :class:`ServingError` when a stamped checkpoint is opened."""
 
     class RefusingConfig(QuantizationConfig):  # type: ignore[misc]
         """Answers for no checkpoint but a prepared one, and that with an error."""

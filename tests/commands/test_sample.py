@@ -8,7 +8,7 @@ import pytest
 
 from nvfp4_prep import SampleModel, inspect, write_sample
 from nvfp4_prep.commands.sample import KIMI_LAYER
-from nvfp4_prep.errors import NoSpaceError, TargetError, UsageError
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, TargetError, UsageError
 from support.checkpoint_files import file_digests, read_tensors
 
 
@@ -62,11 +62,11 @@ def test_refusals(tmp_path: Path) -> None:
     [
         (OSError(28, "No space left on device"), NoSpaceError, "no space left while writing"),
         (PermissionError(13, "Permission denied"), TargetError, "Permission denied"),
-        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (KeyboardInterrupt(), ConversionInterrupted, "interrupted. Nothing was left there"),
     ],
 )
 def test_a_sample_that_cannot_be_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], told: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], told: str
 ) -> None:
     def fail(folder: Path, model: SampleModel) -> None:
         (folder / "model-00001-of-00002.safetensors").write_text("half")

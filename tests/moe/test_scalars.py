@@ -13,6 +13,8 @@ from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.scalars import LayerScalars, expert_scale_vectors, read_scalars
+from nvfp4_prep.options import GateUpPolicy
+from nvfp4_prep_kernels import MoeLayout
 from support.tiny_checkpoints import Tensors, TinyLayer, config, merged, write
 
 LAYER = TinyLayer(differing=True)
@@ -116,7 +118,8 @@ def test_vectors_take_the_common_scale(tmp_path: Path) -> None:
     source = LocalSource(write(tmp_path, LAYER.tensors()))
     (layer,) = classify_layers(read_index(source)).layers
     (found,) = read_scalars(source, [layer])
-    vectors = expert_scale_vectors(layer, found, {0: "gate", 2: "up"})
+    layout = MoeLayout.cutedsl(gated=True)
+    vectors = expert_scale_vectors(layer, layout, GateUpPolicy.RECONCILE, found, {0: "gate", 2: "up"})
     assert found.gate_scale_2 is not None
     expected = (found.up_scale_2[0], found.gate_scale_2[1], found.gate_scale_2[2])
     assert struct.unpack("<3f", vectors[f"{PATH}.routed_experts.w13_weight_scale_2"]) == expected

@@ -11,7 +11,7 @@ from nvfp4_prep.errors import UsageError
 if TYPE_CHECKING:
     from nvfp4_prep_kernels import MoeLayout
 
-__all__ = ["MAX_MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName", "check_integer"]
+__all__ = ["MAX_MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName", "check_integer", "check_type"]
 
 MAX_MOE_TP = 1024
 """Largest tensor-parallel size to pad for."""
@@ -24,6 +24,22 @@ class LayoutName(enum.StrEnum):
     CUTEDSL = "cutedsl"
     CUTEDSL_BATCHED = "cutedsl-batched"
     TRTLLM = "trtllm"
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise :class:`UsageError` for an argument of the Python API that is of another type, before any work.
+
+    Args:
+        name: of the argument.
+        value: as it was given; None stands for the default.
+        kind: what it must be; a whole number from 1 on for ``int``.
+    """
+    if value is None:
+        return
+    if kind is int and (type(value) is not int or value < 1):
+        raise UsageError(f"argument {name} is wrong", expected="a whole number from 1 on", actual=repr(value)[:80])
+    if not isinstance(value, kind):
+        raise UsageError(f"argument {name} is wrong", expected=f"{kind.__name__} or None", actual=repr(value)[:80])
 
 
 class GateUpPolicy(enum.StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,22 @@ def test_what_was_left_out_is_named(sample_source: Path, tmp_path: Path) -> None
     shutil.copytree(sample_source, source)
     (source / "old.bin").write_bytes(b"pickle")
     assert "old.bin" in convert(source, tmp_path / "out", smoke=None).left_out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"smoke": True}, {"smoke": False}, {"options": "cutedsl"}, {"options": {}}, {"threads": "2"}, {"threads": 0}],
+    ids=repr,
+)
+def test_arguments_of_other_types_are_refused_before_anything_is_written(
+    sample_source: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match=f"argument {next(iter(wrong))} is wrong"):
+        nvfp4_prep.convert(sample_source, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layers", [5, (), (True,), (-1,), [1]], ids=repr)
+def test_smoke_layers_are_checked_when_they_are_given(layers: Any) -> None:
+    with pytest.raises(UsageError, match="option layers is wrong"):
+        nvfp4_prep.SmokePolicy(layers=layers)

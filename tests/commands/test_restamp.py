@@ -234,6 +234,7 @@ def test_a_disk_that_fails_leaves_the_old_manifest(copy: Path, call: str, monkey
         [{"path": ["a"], "value": 1, "removed": True}],
         [{"path": [1], "value": 1}],
         [{"path": ["a"], "removed": "yes"}],
+        [{"path": ["a"] * 2000, "value": 1}],
         [{"path": ["quantization_config", "layout"], "value": 1}],
         [{"path": ["text_config"], "value": {"x": {"quantization_config": {}}}}],
     ],

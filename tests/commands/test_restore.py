@@ -173,3 +173,20 @@ def test_a_side_file_named_like_a_restored_shard_is_refused(sample_prepared: Pat
     with pytest.raises(VerificationError):
         restore(copy, tmp_path / "back")
     assert not (tmp_path / "back" / "config.json").exists()
+
+
+def test_a_restore_of_another_checkpoint_is_not_called_complete(tmp_path: Path) -> None:
+    """Two quantizations of one model differ in nothing but tensor bytes."""
+    for seed in (0, 1):
+        write_sample(tmp_path / f"s{seed}", SampleModel(layers=2, experts=2, seed=seed))
+        convert(tmp_path / f"s{seed}", tmp_path / f"p{seed}")
+    restore(tmp_path / "p0", tmp_path / "back")
+    assert restore(tmp_path / "p0", tmp_path / "back").already_complete
+    with pytest.raises(TargetError, match="not empty"):
+        restore(tmp_path / "p1", tmp_path / "back")
+    victim = next((tmp_path / "back").glob("model-00002*"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(TargetError, match="not empty"):
+        restore(tmp_path / "p0", tmp_path / "back")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, write_sample
 from nvfp4_prep.checkpoint.safetensors_header import read_header
@@ -120,3 +122,17 @@ def test_an_expert_that_is_degenerate_in_the_source_is_no_failure(tmp_path: Path
 
 def test_default_is_one() -> None:
     assert SmokePolicy() == smoke_gate.DEFAULT_SMOKE
+
+
+@pytest.mark.parametrize("hidden", [128, 320])
+def test_nan_of_the_source_is_not_dirty_padding(tmp_path: Path, hidden: int) -> None:
+    """NaN times the zeros of the padding is NaN: the source's value, not a wrong byte."""
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=4, intermediate=64, hidden=hidden))
+    for shard in (tmp_path / "source").glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith("experts.1.gate_proj.weight_scale"):
+                tensors[name].view(torch.uint8)[0, 0] = 0x7F
+        save_file(tensors, shard, metadata={"format": "pt"})
+    result = convert(tmp_path / "source", tmp_path / "out")
+    assert result.smoke is not None and result.smoke.passed

@@ -17,7 +17,7 @@ from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.commands.verify import verify
 from nvfp4_prep.errors import ResumeConflictError, TargetError, VerificationError
-from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.options import ConvertOptions, check_type
 from nvfp4_prep.output.layer_selection import discard_parts, list_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
@@ -89,12 +89,20 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
         SourceError: if the source cannot be read.
         UnsupportedCheckpointError: if it must be refused.
     """
+    check_type("options", options, ConvertOptions)
     opened = open_source(source)
     try:
         return make_plan(opened, options)
     finally:
         if opened is not source:
             opened.close()
+
+
+def check_arguments(options: object, threads: object, smoke: object) -> None:
+    """Raise :class:`UsageError` for arguments of other types, before anything is written."""
+    check_type("options", options, ConvertOptions)
+    check_type("threads", threads, int)
+    check_type("smoke", smoke, SmokePolicy)
 
 
 def convert(
@@ -135,6 +143,7 @@ def convert(
         SmokeFailedError: if the smoke run failed; the same call runs it again, and no config is there until it passes.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
+    check_arguments(options, threads, smoke)
     where = choose_device(device)
     path = Path(target)
     opened = open_source(source, path)

@@ -17,7 +17,7 @@ from nvfp4_prep._util.text import count, spans
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import ConvertResult, check_apart, complete_manifest, open_source
+from nvfp4_prep.commands.convert import ConvertResult, check_apart, check_arguments, complete_manifest, open_source
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.journal_entry import JournalEntry
@@ -146,6 +146,7 @@ def join_parts(
         VerificationError: if two parts made the same file with different bytes.
         NvfpPrepError: as :func:`~nvfp4_prep.commands.convert.convert`.
     """
+    check_arguments(options, threads, smoke)
     path = Path(target)
     opened = open_source(source, path)
     try:

@@ -242,15 +242,41 @@ def _texts(checkpoint: PreparedCheckpoint, files: list[_RestoredFile]) -> dict[s
 
 
 def _is_restored(checkpoint: PreparedCheckpoint, files: list[_RestoredFile], path: Path) -> bool:
-    """Whether a directory is the finished output already: index, configs and headers by their bytes, all other files by
-    their sizes, nothing else beside them. So a run that was stopped in its very last steps ends well when repeated.
-    """
+    """Return whether a directory is the finished output already: every file by its bytes, and nothing else beside them.
+    So a run that was stopped in its very last steps ends well when repeated."""
     if Target.has_journal(path) or not (path / CONFIG).is_file():
         return False
     begins = _texts(checkpoint, files) | {file.name: file.header for file in files}
     sizes = {name: len(text) for name, text in begins.items()} | {file.name: file.nbytes for file in files}
     sizes |= {name: file.nbytes for name, file in _side_files(checkpoint).items()}
-    return has_files(path, sizes, begins)
+    return has_files(path, sizes, begins) and _has_bytes(checkpoint, files, path)
+
+
+def _has_bytes(checkpoint: PreparedCheckpoint, files: list[_RestoredFile], path: Path) -> bool:
+    """Return whether a directory's files have the bytes of this checkpoint's source, all of which are read: another
+    checkpoint of the same model differs in nothing else.
+    """
+    wanted = {file.name: file.copy_of for file in files if file.copy_of} | {
+        name: name for name in _side_files(checkpoint)
+    }
+    for name, original in wanted.items():
+        with (path / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != checkpoint.manifest.files[original].sha256:
+                return False
+    return all(_has_layer(file, file.layer, path) for file in files if file.layer is not None)
+
+
+def _has_layer(file: _RestoredFile, layer: LayerRecord, path: Path) -> bool:
+    places = {record.name: record for record in file.records}
+    with (path / file.name).open("rb") as stream:
+        for group in layer.groups:
+            digest = hashlib.sha256()
+            for spec in group.specs(layer.dims.experts):
+                stream.seek(places[spec.name].offset_bytes)
+                digest.update(stream.read(places[spec.name].nbytes))
+            if digest.hexdigest() != layer.source_sha256[group.key]:
+                return False
+    return True
 
 
 def _places(

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH
+
 __all__ = ["ConfigEdit", "apply_edits", "edits_from_json", "edits_to_json", "find_edits", "same_value"]
 
 _STAMPS = frozenset(("quantization_config", "compression_config"))
@@ -123,6 +125,8 @@ def _edit_from_json(item: object) -> ConfigEdit:
     path = item.get("path") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(path, list) or not path:
         raise ValueError("config_edits must have a path each")
+    if len(path) > SOURCE_MAX_DEPTH:
+        raise ValueError(f"config_edits must name places at most {SOURCE_MAX_DEPTH} levels deep")
     if not all(isinstance(key, str) for key in path) or item.get("removed", False) not in (True, False):
         raise ValueError("config_edits must name places by keys")
     removed = item.get("removed", False) is True

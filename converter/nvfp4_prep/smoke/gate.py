@@ -39,6 +39,12 @@ class SmokePolicy:
     def __post_init__(self) -> None:
         if self.backend not in _BACKENDS:
             raise UsageError("no such backend", expected=" or ".join(_BACKENDS), actual=repr(self.backend)[:80])
+        layers = self.layers
+        if layers is not None and not (
+            isinstance(layers, tuple) and layers and all(type(number) is int and number >= 0 for number in layers)
+        ):
+            expected = "a tuple of layer numbers, or None"
+            raise UsageError("option layers is wrong", expected=expected, actual=repr(layers)[:80])
         if self.sample is not None and (type(self.sample) is not int or self.sample < 1):
             raise UsageError("option sample is wrong", expected="at least 1", actual=repr(self.sample)[:80])
 

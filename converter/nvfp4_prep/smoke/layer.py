@@ -164,7 +164,9 @@ def _run_backend(
         shape = (case.tokens, prepared.padded_hidden)
         out = torch.full(shape, math.nan, dtype=backend.out_dtype, device=values.device)
         traces.append(backend(prepared, routed_tokens(packed, blocks, case), layer.activation, out))
-        stray += int((out[:, hidden:] != 0).sum())
+        # a token whose outputs are not finite has padded outputs that are not, too: NaN times the padding's zeros
+        finite = out[:, :hidden].isfinite().all(dim=1, keepdim=True)
+        stray += int(((out[:, hidden:] != 0) & finite).sum())
         outputs.append(out[:, :hidden].to(torch.float32))
     return outputs, traces[0], stray
 

@@ -174,6 +174,8 @@ def test_both_kernels_from_either_file(
 ) -> None:
     """vLLM on the source with the same kernel is the oracle; input scales as above."""
     layout, kernel, flag = WAYS[way]
+    if row.padded and not PADS and kernel == "flashinfer_cutedsl":
+        pytest.skip("this vLLM does not pad for CuteDSL: refused, as in test_prepared_equals_source")
     source, prepared = checkpoints.get(row.model, replace(row.options, layout=layout))
     if row.oracle is not None:
         source, _ = checkpoints.get(row.oracle)

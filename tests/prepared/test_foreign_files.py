@@ -120,3 +120,26 @@ def test_sizes_are_bounded_before_anything_is_read(copy: Path, name: str) -> Non
             verify(copy)
     else:
         assert "is too large; expected at most 256000000" in str(verify(copy, quick=True).problems[0])
+
+
+@pytest.mark.parametrize("link_to", ["/etc/passwd", "nowhere"])
+def test_a_foreign_link_is_a_problem_of_the_checkpoint(sample_prepared: Path, tmp_path: Path, link_to: str) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    (copy / "modeling_x.py").symlink_to(link_to)
+    with pytest.raises(CheckpointError, match=r"modeling_x\.py: symbolic link .*does not belong to a prepared"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "{shard}", "{shard}/x"])
+def test_a_copied_file_with_a_name_that_restore_needs(sample_prepared: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(sample_prepared, tmp_path / "copy"))
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    count = len(manifest["layers"]) + sum(file["kind"] == "passthrough" for file in manifest["files"].values())
+    name = name.format(shard=f"model-{count:05d}-of-{count:05d}.safetensors")
+    manifest["source"]["texts"]["hf_quant_config.json"] = {"text": "{}"}
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"owned")
+    digest = hashlib.sha256(b"owned").hexdigest()
+    manifest["files"][name] = {"nbytes": 5, "sha256": digest, "kind": "side"}
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    assert any("name of a file that restore writes" in str(problem) for problem in verify(copy).problems)

@@ -22,6 +22,7 @@ __all__ = [
     "is_text",
     "layer_file_stem",
     "quoted",
+    "restored_shard",
 ]
 
 CONFIG = "config.json"
@@ -42,6 +43,11 @@ EXPERT_SCALES = "expert-scales.safetensors"
 """The file of all layers' scale vectors (:data:`nvfp4_prep_kernels.SCALE_VECTORS`)."""
 SOURCE_SCALES = "source-scales.safetensors"
 """The file of the source's scalars, for restore."""
+
+
+def restored_shard(number: int, count: int) -> str:
+    """Return the name that restore gives to shard ``number`` of ``count``, counted from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

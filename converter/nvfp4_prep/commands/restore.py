@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.commands.convert import check_apart
@@ -299,16 +299,12 @@ def _plan_files(checkpoint: PreparedCheckpoint) -> list[_RestoredFile]:
     files = []
     for number, name in enumerate(passed, 1):
         header = checkpoint.headers[name]
-        records = tuple(replace(record, file=_file_name(number, count)) for record in header.tensors)
-        files.append(_RestoredFile(_file_name(number, count), b"", records, header.file_nbytes, None, name))
+        records = tuple(replace(record, file=restored_shard(number, count)) for record in header.tensors)
+        files.append(_RestoredFile(restored_shard(number, count), b"", records, header.file_nbytes, None, name))
     for number, layer in enumerate(layers, len(passed) + 1):
         groups = sorted(layer.groups, key=lambda group: group.leaf.is_scalar)
         specs = [spec for group in groups for spec in group.specs(layer.dims.experts)]
-        header_bytes, records = encode_header(_file_name(number, count), specs, {"format": "pt"})
+        header_bytes, records = encode_header(restored_shard(number, count), specs, {"format": "pt"})
         nbytes = len(header_bytes) + sum(spec.nbytes for spec in specs)
-        files.append(_RestoredFile(_file_name(number, count), header_bytes, records, nbytes, layer, ""))
+        files.append(_RestoredFile(restored_shard(number, count), header_bytes, records, nbytes, layer, ""))
     return files
-
-
-def _file_name(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"

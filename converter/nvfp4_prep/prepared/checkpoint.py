@@ -49,7 +49,7 @@ class PreparedCheckpoint:
         self.path = Path(path)
         if files is None:
             self._check_directory()
-        self.files = files or LocalSource(self.path)
+        self.files = files or self._open_directory()
         if MANIFEST not in self.sizes:
             raise CheckpointError(
                 f"is no prepared checkpoint, or not wholly published (no {MANIFEST})",
@@ -57,6 +57,19 @@ class PreparedCheckpoint:
                 next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
         self.manifest = Manifest.from_bytes(self.read_file(MANIFEST), str(self.path / MANIFEST))
+
+    def _open_directory(self) -> LocalSource:
+        try:
+            return LocalSource(self.path)
+        except SourceError as error:
+            if error.__cause__ is not None:  # the system's answer: no verdict on a checkpoint
+                raise
+            raise CheckpointError(
+                error.what.replace("leaves the source", "leaves the checkpoint"),
+                where=error.where,
+                actual=error.actual,
+                next_step="It does not belong to a prepared checkpoint: remove it.",
+            ) from error
 
     def _check_directory(self) -> None:
         try:

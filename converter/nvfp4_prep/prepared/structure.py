@@ -6,13 +6,22 @@ import hashlib
 from collections import Counter
 
 from nvfp4_prep._util.text import count
-from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, INDEX, MANIFEST, README, SOURCE_SCALES, FileKind
+from nvfp4_prep.checkpoint.filenames import (
+    CONFIG,
+    EXPERT_SCALES,
+    INDEX,
+    MANIFEST,
+    README,
+    SOURCE_SCALES,
+    FileKind,
+    restored_shard,
+)
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
-from nvfp4_prep.prepared.manifest_values import MADE
+from nvfp4_prep.prepared.manifest_values import MADE, SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
 from nvfp4_prep.prepared.served_config import RESTAMP, expected_config, read_served_config
 from nvfp4_prep_kernels import PreparedTensor
@@ -90,6 +99,17 @@ def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     for name in {INDEX, README, CONFIG} - listed.keys():
         problems.add(MANIFEST, f"does not name {name}")
     _check_kinds(checkpoint, problems)
+    _check_restorable(checkpoint, problems)
+
+
+def _check_restorable(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
+    """Find copied files whose names restore needs for its own: no conversion writes such a checkpoint."""
+    manifest = checkpoint.manifest
+    count = len(manifest.layers) + sum(file.kind == FileKind.PASSTHROUGH for file in manifest.files.values())
+    taken = {restored_shard(number, count) for number in range(1, count + 1)} | {*manifest.texts, INDEX}
+    for name, file in manifest.files.items():
+        if file.kind == SIDE and (name in taken or name.split("/")[0] in taken):
+            problems.add(name, "has the name of a file that restore writes: the manifest is forged or damaged")
 
 
 def _check_made(checkpoint: PreparedCheckpoint, name: str, sha256: str, problems: Problems) -> None:

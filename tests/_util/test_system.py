@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from nvfp4_prep import convert
-from nvfp4_prep._util.system import check_linux
+from nvfp4_prep._util.system import check_linux, start_thread
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import UsageError
+from nvfp4_prep.errors import NvfpPrepError, UsageError
 
 
 def test_linux_passes() -> None:
@@ -27,3 +28,12 @@ def test_other_systems_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(UsageError, match=f"needs Linux.*{name}"):
         convert(tmp_path, tmp_path / "out")
     assert CliRunner().invoke(cli, ["convert", "--help"]).exit_code == 0
+
+
+def test_no_more_threads_is_one_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(NvfpPrepError, match="cannot start a thread: the system allows no more"):
+        start_thread(threading.Thread(target=print))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes, parse_header
 from nvfp4_prep.checkpoint.source import SourceFile, read_exactly
 from nvfp4_prep.errors import SourceError
@@ -136,7 +137,7 @@ class RangeSource:
                     head.set_exception(error)
 
         for _ in range(min(_HEADER_THREADS, len(heads))):
-            threading.Thread(target=work, name="fetch headers", daemon=True).start()
+            start_thread(threading.Thread(target=work, name="fetch headers", daemon=True))
 
     def _whole(self, remote: RemoteFile) -> bytes:
         with self._lock:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.address import HubAddress
@@ -149,8 +150,8 @@ class HubSource(RangeSource):
     def _start(self, shard: _Shard) -> None:
         shard.state = "fetching"
         thread = threading.Thread(target=self._run, args=(shard,), name=f"fetch {shard.file.name}", daemon=True)
+        start_thread(thread)
         self._threads = [*(thread for thread in self._threads if thread.is_alive()), thread]
-        thread.start()
 
     def _run(self, shard: _Shard) -> None:
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.progress import Progress
+from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import ConvertResult, convert
 from nvfp4_prep.errors import HubError
@@ -92,8 +93,9 @@ class StreamPublisher:
         self._state = self.remote.snapshot()
         self._surplus = refuse_foreign(self.remote, self._state, sizes) - sizes.keys()
         self._limit_nbytes = FILES_AT_ONCE * max(sizes.values(), default=0)
-        self._thread = threading.Thread(target=self._run, name="nvfp4-prep-push", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="nvfp4-prep-push", daemon=True)
+        start_thread(thread)
+        self._thread = thread
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
         """See :class:`~nvfp4_prep.output.sink.FileSink`: only with ``stream_out``, and if the Hub lists it now."""

@@ -61,7 +61,17 @@ def main() -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):  # the exit code is decided: Python's own end must not change it
             signal.signal(number, signal.SIG_IGN)
+        _forget_unread_result()
         _forget_unwritten_log()
+
+
+def _forget_unread_result() -> None:
+    """Let what an interrupt left in stdout's buffer go nowhere if its reader takes nothing: Python's own end would wait
+    for that reader, deaf to Ctrl-C. A result that was printed was flushed, so nothing of it is lost.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if not select.select([], [1], [], 0)[1]:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -91,6 +101,7 @@ def _comes_after_the_result() -> bool:
 def _end() -> NoReturn:
     """The line and exit code of an interrupt, without anything that still had to be imported or cleaned up."""
     error = ConversionInterrupted("interrupted", next_step="The same command continues or begins again.")
+    _forget_unread_result()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -2,8 +2,10 @@
 
     python benchmarks/bench_trtllm_kernels.py --experts 96 --json out.json
 
-Needs a CUDA GPU; vLLM's side needs four of its files and two of FlashInfer's (vllm_functions.py). Sides are
-interleaved; minimum, median and maximum are printed. Rates count bytes read and written. Random bytes.
+Needs a CUDA GPU. vLLM's side needs four of its files and two of FlashInfer's (vllm_functions.py). FlashInfer's own
+scale interleave needs its CUDA sources, nvcc and apache-tvm-ffi (flashinfer_cuda.py); without those our torch swizzle
+takes its place, and the result says so. Sides are interleaved; minimum, median and maximum are printed. Rates count
+bytes read and written. Random bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_prepare_kernels import Timed, random_parts, times_ms
+from flashinfer_cuda import Function, load_flashinfer_shuffles, missing_for_build
 from vllm_functions import find_files, find_flashinfer, load_vllm_trtllm_preparation
 
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, triton_relayout
+from nvfp4_prep_kernels.scale_swizzle import swizzle_scales
 from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
 from nvfp4_prep_kernels.triton_relayout import relayout
 
@@ -86,11 +91,36 @@ def sides_of(
     return sides
 
 
+def check_flashinfer(
+    parts: dict[PreparedTensor, list[torch.Tensor]], made: Tensors, functions: dict[str, Function], experts: int = 4
+) -> None:
+    """FlashInfer's own shuffles and interleave, run on this GPU, against the kernels' bytes."""
+    for tensor in PreparedTensor:
+        for expert in range(experts):
+            # its order of the steps: up before gate, their rows in turn, then the shuffle of each 128 rows
+            rows = torch.cat([part[expert] for part in reversed(parts[tensor])])
+            if tensor.is_w13:
+                rows = rows[functions["reorder_rows"](rows).to(rows.device)]
+            shuffle = functions["shuffle_matrix_sf_a" if tensor.is_scale else "shuffle_matrix_a"]
+            same(
+                f"{tensor.value}[{expert}] against FlashInfer",
+                [(shuffle(rows, 128).flatten(), made[tensor][expert].flatten())],
+            )
+        if tensor.is_scale and not tensor.is_w13:
+            plain = parts[tensor][0][:experts].contiguous()
+            ours = swizzle_scales(plain).flatten()
+            same("block_scale_interleave, 3-D", [(functions["block_scale_interleave"](plain), ours)])
+
+
 def vllm_side(
-    parts: dict[PreparedTensor, list[torch.Tensor]], dims: MoeDims, made: Tensors, folders: tuple[Path, Path]
+    parts: dict[PreparedTensor, list[torch.Tensor]],
+    dims: MoeDims,
+    made: Tensors,
+    folders: tuple[Path, Path],
+    interleave: Function | None,
 ) -> Timed:
     """vLLM's own preparation of the same tensors; ends the program if its bytes are others."""
-    theirs = load_vllm_trtllm_preparation(*folders)
+    theirs = load_vllm_trtllm_preparation(*folders, interleave)
     # vLLM's order of the steps: [gate; up] becomes [up; gate], then the function shuffles
     arguments = (
         torch.cat(parts[PreparedTensor.W13_WEIGHT], dim=1),
@@ -114,8 +144,13 @@ def bench(experts: int, repeats: int, folders: tuple[Path, Path] | None) -> dict
     )
     check(parts, dims, made, other)
     sides = sides_of(parts, dims, made, other)
-    if folders is not None:
-        sides[THEIRS] = vllm_side(parts, dims, made, folders)
+    lacking = "vLLM's and FlashInfer's files" if folders is None else missing_for_build(folders[1])
+    with tempfile.TemporaryDirectory(prefix="flashinfer-") as build:
+        functions = {} if folders is None or lacking else load_flashinfer_shuffles(folders[1], Path(build))
+        if functions:
+            check_flashinfer(parts, made, functions)
+        if folders is not None:
+            sides[THEIRS] = vllm_side(parts, dims, made, folders, functions.get("block_scale_interleave"))
     found = times_ms({name: side.run for name, side in sides.items()}, repeats)
     rates = {name: side.nbytes / statistics.median(found[name]) / 1e9 for name, side in sides.items()}
     return {
@@ -123,7 +158,12 @@ def bench(experts: int, repeats: int, folders: tuple[Path, Path] | None) -> dict
         "torch": torch.__version__,
         "experts": experts,
         "repetitions": repeats,
-        "vllm": "its real functions; FlashInfer's nvfp4_block_scale_interleave is our torch swizzle there",
+        "vllm": "its real functions"
+        + (
+            f"; our torch swizzle for FlashInfer's interleave, {lacking} is missing"
+            if lacking
+            else ", FlashInfer's too"
+        ),
         "rows": {
             name: {
                 "nbytes": side.nbytes,

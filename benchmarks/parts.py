@@ -93,6 +93,16 @@ PARTS = (
         limit_s=300,
     ),
     Part(
+        "relayout-load",
+        "a layer loaded for the other kernel against the file's own",
+        "bench_relayout_load.py",
+        ("--directory", "{memory}"),
+        ("--directory", "{memory}", "--experts", "16", "--repeats", "2"),
+        needs=("card",),
+        limit_s=300,
+        memory_gb=10,
+    ),
+    Part(
         "smoke",
         "the smoke run of a whole layer, and what it catches",
         "bench_smoke.py",

@@ -22,7 +22,7 @@ from recorded import RESULTS, Recorded
 
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).parent / "quotes"
-PAGES = ("README.md", "docs/loading.md", "docs/gpu-proof.md", "docs/troubleshooting.md")
+PAGES = ("README.md", "docs/loading.md", "docs/gpu-proof.md", "docs/troubleshooting.md", "docs/which-kernel.md")
 PICTURE = "docs/pictures/loading.svg"
 VALUES = values_loading.VALUES | values_kernels.VALUES
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n*)(.*?)(\n*<!-- /figures -->)", re.DOTALL)

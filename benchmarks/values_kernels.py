@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recorded import Recorded, bold, gb, percent, short, table
+from recorded import Recorded, bold, gb, percent, short, spread, table
 
 Row = dict[str, Any]
 LABELS = {
@@ -50,6 +50,29 @@ def prepare_kernels(recorded: Recorded) -> Row:
         "most_scales": percent(max(scales), 1),
         "theirs_ms": few["rows"][THEIRS]["ms"][1],
         "ours_ms": few["rows"][OURS]["ms"][1],
+    }
+
+
+def trtllm_kernels(recorded: Recorded) -> Row:
+    """TRTLLM-gen's layout: preparation, conversion in place, and a load that ends with it."""
+    rows, load = recorded["trtllm-kernels"]["rows"], recorded["relayout-load"]
+    ours, theirs = rows["prepare: all four tensors"], rows["vLLM's preparation"]
+    moved = rows["relayout in place: all four tensors"]
+    same, other = load["rows"]
+    return {
+        **recorded.about("trtllm-kernels"),
+        "experts": recorded["trtllm-kernels"]["experts"],
+        "ours_ms": ours["ms"][1],
+        "ours_share": percent(ours["share_of_copy_of_this_size"], 1),
+        "theirs_ms": theirs["ms"][1],
+        "times": theirs["ms"][1] / ours["ms"][1],
+        "moved_share": percent(moved["share_of_copy_of_this_size"], 1),
+        "layer": load["experts"],
+        "layer_gb": gb(same["nbytes"], 1),
+        "same": spread(same),
+        "other": spread(other),
+        "ratio": load["other_over_same"],
+        "load_repetitions": load["repetitions"],
     }
 
 
@@ -160,4 +183,5 @@ VALUES = {
     "measured-with": measured_with,
     "readme-prepare": prepare_kernels,
     "convert": convert,
+    "trtllm-kernels": trtllm_kernels,
 }

@@ -141,22 +141,25 @@ def load_flashinfer_indices(folder: Path) -> dict[str, Callable[..., torch.Tenso
     return {name: names[name] for wanted in FLASHINFER_FILES.values() for name in wanted}
 
 
-def load_vllm_trtllm_preparation(vllm: Path, flashinfer: Path) -> Callable[..., tuple[torch.Tensor, ...]]:
+def load_vllm_trtllm_preparation(
+    vllm: Path, flashinfer: Path, interleave: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Callable[..., tuple[torch.Tensor, ...]]:
     """vLLM's preparation for TRTLLM-gen: ``reorder_w1w3_to_w3w1`` and ``prepare_static_weights_for_trtllm_fp4_moe``.
 
-    FlashInfer's index functions are its own; ``nvfp4_block_scale_interleave``, which is CUDA code built on first use,
-    is this project's torch swizzle.
+    FlashInfer's index functions are its own.
 
     Args:
         vllm: where the files of :data:`FILES` lie.
         flashinfer: FlashInfer's folder, with the files of :data:`FLASHINFER_FILES`.
+        interleave: FlashInfer's ``nvfp4_block_scale_interleave``, which is CUDA code (flashinfer_cuda.py); this
+            project's torch swizzle if left out.
 
     Returns:
         A function of (w13, w13 scales, w2, w2 scales), stacked ``uint8`` and ``float8_e4m3fn``, of gated experts
         without padding; its results are in the order of the arguments.
     """
     package, core = types.ModuleType("flashinfer"), types.ModuleType("flashinfer.fused_moe.core")
-    vars(package)["nvfp4_block_scale_interleave"] = lambda scales: swizzle_scales(scales).flatten()
+    vars(package)["nvfp4_block_scale_interleave"] = interleave or (lambda scales: swizzle_scales(scales).flatten())
     vars(core).update(load_flashinfer_indices(flashinfer))
     sys.modules |= {
         "flashinfer": package,

@@ -135,6 +135,52 @@ def draw_interleave() -> Svg:
     return svg
 
 
+def trtllm_rows(tensor: PreparedTensor) -> list[tuple[str, int]]:
+    """For each of the first 32 prepared rows of a TRTLLM-gen weight the projection and source row in it."""
+    dims = MoeDims(experts=1, intermediate=128, hidden=256)
+    layout = MoeLayout.trtllm(gated=True)
+    rows, columns = layout.source_shape(tensor, dims)
+    numbers = torch.arange(rows, dtype=torch.uint8).reshape(-1, 1).expand(-1, columns)
+    sides = ("gate", "up") if tensor.is_w13 else ("down",)
+    stored = [layout.apply(tensor, *(numbers if name == side else 0 * numbers for name in sides)) for side in sides]
+    marks = [layout.apply(tensor, *(torch.full_like(numbers, int(name == side)) for name in sides)) for side in sides]
+    found = []
+    for row in range(32):
+        side = next(index for index, mark in enumerate(marks) if int(mark[row, 0]))
+        found.append((sides[side], int(stored[side][row, 0])))
+    return found
+
+
+def draw_trtllm_rows() -> Svg:
+    """The first 32 prepared rows of w13 and of w2 for TRTLLM-gen."""
+    svg = Svg(760, 468, "Order of the rows for TRTLLM-gen")
+    svg.text(380, 26, "TRTLLM-gen: source rows in the first 32 prepared rows", anchor="middle", size=16)
+    blocks = [
+        (PreparedTensor.W13_WEIGHT, "w13, gated: up and gate alternate; 16 rows of each", 64),
+        (PreparedTensor.W2_WEIGHT, "w2: the rows of the down projection, in blocks of 32", 260),
+    ]
+    for tensor, title, top in blocks:
+        svg.text(380, top, title, anchor="middle", fill=FAINT)
+        for row, (side, source) in enumerate(trtllm_rows(tensor)):
+            line, column = divmod(row, 8)
+            x, y = 70 + column * 82, top + 12 + line * 38
+            colour = {"gate": GATE[1], "up": UP[1], "down": BANDS[source % 32 // 8]}[side]
+            svg.box(x, y, 82, 38, colour)
+            svg.text(x + 41, y + 24, f"{side} {source}", anchor="middle", fill=PAPER, size=12)
+            if column == 0:
+                svg.text(62, y + 24, str(row), anchor="end", fill=FAINT, size=11)
+    svg.text(
+        380,
+        446,
+        "z(n) = 32·(n div 32) + 4·(n mod 8) + (n mod 32) div 8; w13 row n: up z/2 if z is even, else gate (z - 1)/2;"
+        " w2 row n: z",
+        anchor="middle",
+        fill=FAINT,
+        size=11,
+    )
+    return svg
+
+
 def draw_swizzle() -> Svg:
     """One tile of 128 x 4 block scales and the order of the tiles."""
     svg = Svg(900, 640, "Swizzle of the block scales")
@@ -343,6 +389,7 @@ PICTURES: dict[str, Callable[[], Svg]] = {
     "loading.svg": draw_loading,
     "ranks.svg": draw_ranks,
     "swizzle.svg": draw_swizzle,
+    "trtllm-rows.svg": draw_trtllm_rows,
 }
 
 

@@ -105,6 +105,45 @@ def test_both_global_scales_are_stored(tmp_path: Path, policy: GateUpPolicy) -> 
     assert all(torch.equal(back[name].float(), tensors[name].float()) for name in tensors)
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def weights(codes: torch.Tensor, scales: torch.Tensor, global_scale: float) -> torch.Tensor:
+    """Dequantized ``float64 [rows, columns]`` of ``uint8 [rows, columns/2]`` and ``float8 [rows, columns/16]``."""
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+    return values[nibbles.long()] * scales.double().repeat_interleave(16, dim=-1) * global_scale
+
+
+@pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+def test_error_of_the_dequantized_weights(tmp_path: Path, policy: GateUpPolicy) -> None:
+    """Both factors stored: 0, exactly. Gate's for both, as stock vLLM has it: up is off by the scales' ratio."""
+    layer, _, out = made(tmp_path, policy, differing=True, intermediate=128, hidden=256)
+    found, vectors = load_file(out / "experts-layer-00000.safetensors"), load_file(out / "expert-scales.safetensors")
+    for expert in range(layer.experts):
+        codes = found[f"{PREFIX}.w13_weight"][expert]
+        scales = found[f"{PREFIX}.w13_weight_scale"][expert].view(torch.uint8)
+        plain = torch.tensor(
+            [[swizzled(scales, m, k) for k in range(scales.shape[1])] for m in range(len(scales))], dtype=torch.uint8
+        ).view(torch.float8_e4m3fn)
+        factors = [vectors[f"{PREFIX}.w13_weight_scale_2"][expert], vectors[f"{PREFIX}.{UP_SCALE_VECTOR}"][expert]]
+        for odd, name in ((1, "gate_proj"), (0, "up_proj")):
+            places = [n for row in range(128) for n in range(256) if row_of_place(n) == 2 * row + odd]
+            prepared = weights(codes[places], plain[places], float(factors[0 if odd else 1]))
+            matrix, blocks, scale, _ = layer.leaves(expert, name)
+            source = weights(matrix, blocks, float(torch.tensor(scale, dtype=torch.float32)))
+            assert source.abs().max() > 0
+            if odd or policy is GateUpPolicy.RECONCILE:
+                assert torch.equal(prepared, source)
+            else:
+                gate, up = (
+                    float(torch.tensor(layer.leaves(expert, x)[2], dtype=torch.float32)) for x in layer.names[:2]
+                )
+                error = (prepared - source).norm() / source.norm()
+                assert error == pytest.approx(abs(gate / up - 1), rel=1e-6)
+                assert error > 0.01
+
+
 def test_the_policy_error_refuses_differing_scales_in_this_layout_too(tmp_path: Path) -> None:
     write(tmp_path / "source", TinyLayer(differing=True).tensors())
     with pytest.raises(UnsupportedCheckpointError, match="different global scales"):

@@ -54,6 +54,14 @@ def test_interleave_drawn_is_the_formula(draw: ModuleType, intermediate: int, bl
     assert drawn == want
 
 
+def test_trtllm_rows_drawn_are_the_formula(draw: ModuleType) -> None:
+    """The formula of docs/layout.md, in plain Python."""
+    order = [32 * (n // 32) + 4 * (n % 8) + (n % 32) // 8 for n in range(32)]
+    w13 = [("gate" if z % 2 else "up", z // 2) for z in order]
+    assert draw.trtllm_rows(draw.PreparedTensor.W13_WEIGHT) == w13
+    assert draw.trtllm_rows(draw.PreparedTensor.W2_WEIGHT) == [("down", z) for z in order]
+
+
 def test_swizzle_drawn_is_the_formula(draw: ModuleType) -> None:
     rows, cols = 256, 8
     drawn = {place: offset for offset, place in enumerate(draw.swizzle_source(rows, cols))}

@@ -39,7 +39,8 @@ class Recorded:
         machine = result["machine"]
         names = (("torch", "torch"), ("triton", "Triton"), ("vllm", "vLLM"), ("python", "Python"))
         versions = [f"{label} {machine[name]}" for name, label in names if machine.get(name)]
-        card = [machine["gpu"], f"driver {machine['driver']}"] if machine.get("gpu") else []
+        driver = [f"driver {machine['driver']}"] if machine.get("driver") else []
+        card = [machine["gpu"], *driver] if machine.get("gpu") else []
         return {
             "card": str(machine.get("gpu")).removeprefix("NVIDIA "),
             "cpus": machine["cpus"],

@@ -16,8 +16,9 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
 from nvfp4_prep.load.gpu_copy import Transfer
+from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.open_files import OpenFiles
-from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.options import Gather, LoadOptions
 from nvfp4_prep.load.read_plan import Task, plan_reads
 from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.report import LoadReport
@@ -34,8 +35,8 @@ class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
-    memory for a GPU; nothing on the device. A load that failed is void: :meth:`finish` raises, and none of the
-    parameters submitted since the last one may be used.
+    memory for a GPU; on the device at most 64 MiB or one buffer, for whole rows that are sliced there. A load that
+    failed is void: :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
 
     For one thread at a time, because the failure of a load is told once: from the first :meth:`submit` to the
     :meth:`finish` that belongs to it every call must come from the same thread, and another one's gets a
@@ -158,7 +159,8 @@ class ExpertLoader:
         checks = crc32 if self.options.verify else None
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks)
+        mapped = self.options.gather is Gather.MMAP and mapping_supported()
+        tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks, mapped=mapped)
         places = _places(target, tasks)
         with self._state:
             if self._submitted == 0:

@@ -10,7 +10,7 @@ import torch
 from nvfp4_prep.load import Catalog, LoadOptions, reader
 from nvfp4_prep.load.read_plan import plan_reads
 from nvfp4_prep.load.strided_copy import run_views
-from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading
+from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice, take_rank
 from support.load_files import BATCHED, write_checkpoint
@@ -28,14 +28,14 @@ def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
     written = write_checkpoint(tmp_path, MoeDims(3, 256, 256), options=options)
     filled = list[Filled]()
     staging = Buffers(torch.zeros(SMALL.staging_nbytes, dtype=torch.uint8), SMALL.buffer_nbytes, SMALL.chunk_nbytes)
-    reading = Reading(staging, SMALL.buffer_nbytes, filled.append, lambda nbytes: None)
+    reading = Reading(staging, SMALL.buffer_nbytes, filled.append, lambda job, nbytes: None)
     records = Catalog.open(tmp_path).records(written.manifest.layers[0])
     for tensor in PreparedTensor:
         record, part = records[tensor.value], rank_slice(written.layout, tensor, written.dims, *tp)
         found = bytearray(len(experts) * part.nbytes)
         source = reader.FileReader(tmp_path / record.file)
         for task in plan_reads(tmp_path / record.file, record, part, experts, SMALL.chunk_nbytes):
-            reading.run(Job(task, source, (None,) * len(task.chunks), None))
+            reading.run(Job(task, source, (None,) * len(task.chunks), None, Submission(task.units)))
             for chunk, item in zip(task.chunks, filled, strict=True):
                 data = staging.bytes[item.buffer][item.lead : item.lead + item.nbytes]
                 if item.cut is not None:

@@ -35,7 +35,7 @@ class Transfer:
         self,
         device: torch.device,
         buffers: Buffers,
-        done: Callable[[int, int], None],
+        done: Callable[[Sequence[Filled]], None],
         failed: Callable[[BaseException, Filled], None],
     ) -> None:
         """Start both threads.
@@ -43,7 +43,7 @@ class Transfer:
         Args:
             device: CUDA device.
             buffers: where finished buffers go back to.
-            done: told ``(chunks, bytes)`` that have arrived.
+            done: told what has arrived.
             failed: told an error of the driver, before the buffers concerned are reported as done.
         """
         self.submit_s = 0.0
@@ -162,8 +162,6 @@ class Transfer:
             except Exception as error:
                 self._failed(error, batch[0])
             self._events.append(event)
-            nbytes = 0
             for item in batch:
                 self._buffers.free.put(item.buffer)
-                nbytes += item.nbytes
-            self._done(len(batch), nbytes)
+            self._done(batch)

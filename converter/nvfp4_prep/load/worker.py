@@ -17,7 +17,14 @@ from nvfp4_prep.load.read_plan import Chunk, Segment, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.strided_copy import gather_runs
 
-__all__ = ["Buffers", "Filled", "Job", "Reading", "Times", "as_load_error"]
+__all__ = ["Buffers", "Filled", "Job", "Reading", "Submission", "Times", "as_load_error"]
+
+
+@dataclass(slots=True)
+class Submission:
+    """One parameter of a load; ``pending`` counts what is still to arrive, under the loader's lock."""
+
+    pending: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +36,14 @@ class Job:
         reader: the open file.
         targets: for each chunk its part of the parameter, flat ``uint8``; None where the chunk fills nothing.
         ready: event on the stream that owns the parameter's memory; None on the CPU.
+        submission: what the task belongs to.
     """
 
     task: Task
     reader: FileReader
     targets: tuple[torch.Tensor | None, ...]
     ready: torch.cuda.Event | None
+    submission: Submission
 
     @property
     def plain(self) -> bool:
@@ -111,13 +120,13 @@ class Reading:
         buffers: shared by all threads.
         scratch_nbytes: size of this thread's pageable buffer for what is read but not loaded.
         filled: takes what goes to a GPU; None for parameters in host memory.
-        done: told how many bytes of a parameter in host memory are complete, once for each chunk.
+        done: told which job's parameter in host memory has so many more bytes, once for each chunk.
     """
 
     buffers: Buffers
     scratch_nbytes: int
     filled: Callable[[Filled], None] | None
-    done: Callable[[int], None]
+    done: Callable[[Job, int], None]
     counts: ReadCounts = field(default_factory=ReadCounts)
     times: Times = field(default_factory=Times)
     chunks_done: int = 0
@@ -149,7 +158,7 @@ class Reading:
                 if buffer is not None and target is not None:
                     self._take(buffer, lead, cut, target)
                     self.buffers.free.put(buffer)
-                self.done(chunk.nbytes)
+                self.done(job, chunk.nbytes)
             self.chunks_done += 1
         if job.task.crc32 is not None and crc32 != job.task.crc32:
             raise VerificationError(

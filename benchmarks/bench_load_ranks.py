@@ -104,16 +104,14 @@ class Rank:
     def alone(self, parameters: list[SharedParameter], gather: Gather) -> LoadReport:
         loader = self.loaders[gather]
         for item in parameters:
-            loader.submit(item.path, item.record, item.part, item.experts, item.parameter)
+            item.submit(loader)
         return loader.finish()
 
     def together(self, group: dist.ProcessGroup, exchange_mib: int) -> LoadReport:
         loader, (*w13, w2, w2_scale) = self.loaders[Gather.ROWS], self.ordered()
         load = CooperativeLoad(CooperativeGroup(group, exchange_mib << 20, timedelta(seconds=60)), loader)
         with load.preparing():
-            load.begin([w2, w2_scale])
-            for item in w13:
-                loader.submit(item.path, item.record, item.part, item.experts, item.parameter)
+            load.begin([w2, w2_scale], w13)
         load.finish()
         with load.ending():
             return loader.finish()

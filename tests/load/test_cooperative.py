@@ -181,9 +181,16 @@ class Shortened:
             assert reading is not None
             reading(load, number)
 
+        exchange = cooperative.CooperativeLoad._exchange
+
+        def counted(load: cooperative.CooperativeLoad, number: int) -> None:
+            (self.good.parent / f"rounds-{rank}").write_text(f"{number + 1} of {len(load._rounds)}")
+            exchange(load, number)
+
+        cooperative.CooperativeLoad._exchange = counted  # type: ignore[method-assign]
         if reading is not None:
             cooperative.CooperativeLoad._read = read  # type: ignore[method-assign]
-        together = CooperativeGroup(group, MIB)
+        together = CooperativeGroup(group, MIB // 2)
         load_layer(root, 1, tp=(rank, size), options=replace(OPTIONS, chunk_nbytes=65536), group=together)
 
 
@@ -194,6 +201,8 @@ def test_a_file_that_becomes_shorter_in_a_later_round_fails_all(tmp_path: Path) 
     outcomes, seconds = run_ranks(Shortened(written.root, file.parent), 2, tmp_path)
     assert_all_name(outcomes, "rank 1 of 2", str(file), "file ended while it was read")
     assert seconds < 10
+    rounds = {(tmp_path / f"rounds-{rank}").read_text() for rank in range(2)}
+    assert rounds < {"1 of 5", "2 of 5", "3 of 5"} and len(rounds) == 1
 
 
 def test_a_damaged_expert_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:

@@ -159,11 +159,13 @@ def _load_layers(
             for layer in layers:
                 loads.append(_LayerLoad(catalog, layer, share, loader))
                 if together is None:
-                    loads[-1].submit()
+                    for item in (loads[-1].parameter(tensor) for tensor in PreparedTensor):
+                        item.submit(loader)
+                loads[-1].read_vectors()
             if together is not None:
-                together.begin([load.shared(tensor) for load in loads for tensor in load.exchanged])
-                for load in loads:
-                    load.submit(without=load.exchanged)
+                parameters = [(tensor, load.parameter(tensor)) for load in loads for tensor in PreparedTensor]
+                exchanged = [item for tensor, item in parameters if not tensor.is_w13]
+                together.begin(exchanged, [item for tensor, item in parameters if tensor.is_w13])
         if together is None:
             return [load.loaded for load in loads], loader.finish()
         together.finish()
@@ -188,8 +190,6 @@ def _preparing(together: CooperativeLoad | None) -> contextlib.AbstractContextMa
 class _LayerLoad:
     """One layer's parameters, allocated, and where their bytes are."""
 
-    exchanged = tuple(tensor for tensor in PreparedTensor if not tensor.is_w13)
-
     def __init__(self, catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader) -> None:
         self._catalog, self._layer, self._share, self._loader = catalog, layer, share, loader
         self._records = catalog.records(layer)
@@ -202,8 +202,8 @@ class _LayerLoad:
             self._tensors[tensor.value] = _allocate(shape, tensor.torch_dtype, loader.device, record)
         self.loaded = LoadedLayer(layer, share, self._tensors)
 
-    def shared(self, tensor: PreparedTensor) -> SharedParameter:
-        """Return a parameter as the ranks of a group exchange it."""
+    def parameter(self, tensor: PreparedTensor) -> SharedParameter:
+        """Return a big tensor's parameter and where its bytes are."""
         record = self._records[tensor.value]
         return SharedParameter(
             self._catalog.root / record.file,
@@ -215,12 +215,8 @@ class _LayerLoad:
             self._layer.expert_crc32.get(tensor.value),
         )
 
-    def submit(self, without: Sequence[PreparedTensor] = ()) -> None:
-        """Queue the big tensors that this rank reads for itself, and read the scale vectors."""
-        for tensor in PreparedTensor:
-            if tensor not in without:
-                item = self.shared(tensor)
-                self._loader.submit(item.path, item.record, item.part, item.experts, item.parameter, item.crc32)
+    def read_vectors(self) -> None:
+        """Read the scale vectors of the slots."""
         for name in self._layer.layout.scale_vectors:
             vector = _read_vector(self._catalog.root / self._records[name].file, self._records[name])
             self._tensors[name] = vector[list(self._experts)].to(self._loader.device)

@@ -2,7 +2,8 @@
 
 A rank's columns of w2 are short pieces of every row. So each rank reads whole experts, one share of them, in long
 ranges into device memory, slices them there into one panel of columns a rank, and an all-to-all brings every rank its
-own. This goes in rounds of bounded size: while one is exchanged, the next one is read. w13 is read as without a group.
+own. This goes in rounds of bounded size: while one is exchanged, the next one is read. w13 is read as without a group,
+a piece between two rounds, so that the reading threads always have something to do.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class SharedParameter:
     parameter: torch.Tensor
     crc32: Sequence[int] | None
 
+    def submit(self, loader: ExpertLoader, slots: slice = slice(None)) -> None:
+        """Queue this rank's share of some slots, read by itself."""
+        target = self.parameter[slots]
+        loader.submit(self.path, self.record, self.part, self.experts[slots], target, self.crc32)
+
     def check_panels(self, rank: int, size: int) -> None:
         """Raise :class:`UsageError` unless the rank's runs are one of ``size`` equal panels of all lines."""
         part = self.part
@@ -99,6 +105,8 @@ class CooperativeLoad:
         self._ranks = group.on(loader.device)
         self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
         self._rounds: list[tuple[SharedParameter, Round]] = []
+        self._own: Sequence[SharedParameter] = ()
+        self._fed = 0
         self._reading: deque[Submission | None] = deque()
         self._stages: list[torch.Tensor] = []
         self._error: NvfpPrepError | None = None
@@ -115,14 +123,18 @@ class CooperativeLoad:
         with self._on_stream():
             self._ranks.agree(error, self._digest.digest())
 
-    def begin(self, parameters: Sequence[SharedParameter]) -> None:
+    def begin(self, parameters: Sequence[SharedParameter], own: Sequence[SharedParameter]) -> None:
         """Plan the rounds and begin to read the first two; inside :meth:`preparing`.
+
+        Args:
+            parameters: that are exchanged.
+            own: that this rank reads for itself meanwhile.
 
         Raises:
             LoadError: if there is no memory for the exchange, or a file cannot be opened.
             UsageError: if the parameters are not this rank's share.
         """
-        ranks, each = self._ranks, self._limit // _BUFFERS
+        ranks, each, self._own = self._ranks, self._limit // _BUFFERS, own
         nbytes = 0
         for item in parameters:
             item.check_panels(ranks.rank, ranks.size)
@@ -139,7 +151,7 @@ class CooperativeLoad:
                 self._read(number)
 
     def finish(self) -> None:
-        """Exchange all rounds; then the loader's own :meth:`ExpertLoader.finish` is still to be called, in ``ending``.
+        """Exchange all rounds and queue the rest; :meth:`ExpertLoader.finish` is still to be called, in ``ending``.
 
         Raises:
             LoadError: if a rank failed or is missing, with its name.
@@ -171,6 +183,8 @@ class CooperativeLoad:
         end = self._ranks.exchange(received, sent, counts, unit, self._error is not None)
         try:
             self._read(number + 2)
+            own_slots = sum(len(item.experts) for item in self._own)
+            self._feed(own_slots * (number + 1) // len(self._rounds))
         except NvfpPrepError as error:
             self._error = self._error or error
         if end():
@@ -193,6 +207,17 @@ class CooperativeLoad:
             stage = self._stages[number % 2][: len(experts) * item.whole.nbytes]
             target = stage.view(len(experts), *item.whole.shape)
             self._reading[-1] = self._loader.submit(item.path, item.record, item.whole, experts, target, item.crc32)
+
+    def _feed(self, until: int) -> None:
+        """Queue what this rank reads for itself, so many slots from the first one on."""
+        begin = 0
+        for item in self._own:
+            end = begin + len(item.experts)
+            first, stop = max(begin, self._fed), min(end, until)
+            if first < stop:
+                item.submit(self._loader, slice(first - begin, stop - begin))
+            begin = end
+        self._fed = until
 
     def _allocate(self, nbytes: int) -> list[torch.Tensor]:
         device = self._loader.device

@@ -60,16 +60,20 @@ def oracle(record: TensorRecord, part: ExpertSlice, slots: list[int]) -> list[in
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]))
+@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]), st.booleans())
 def test_every_byte_of_the_parameter_comes_from_its_place(
-    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int
+    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int, mapped: bool
 ) -> None:
     record, part, slots = share
-    tasks = plan_reads(PATH, record, part, slots, limit)
+    tasks = plan_reads(PATH, record, part, slots, limit, mapped=mapped)
     chunks = [chunk for task in tasks for chunk in task.chunks]
     assert all(0 < chunk.nbytes <= limit and chunk.window is None for chunk in chunks)
     assert bytes_in_order(chunks) == oracle(record, part, slots)
     assert all(segment.runs == 1 or not segment.contiguous for chunk in chunks for segment in chunk.segments)
+    for chunk in chunks:
+        assert chunk.sliced == (not mapped and any(not segment.contiguous for segment in chunk.segments))
+        if chunk.sliced:
+            assert len(chunk.segments) == 1 and chunk.segments[0].span_nbytes <= limit
     assert sum(task.nbytes for task in tasks) == len(slots) * part.nbytes
 
 
@@ -105,6 +109,17 @@ def test_neighbouring_whole_experts_become_one_range_cut_at_pages() -> None:
     ends = [task.chunks[0].segments[0].offset_bytes + task.nbytes for task in tasks]
     assert len(tasks) == 2 and ends[-1] == 1000 + 6 * 300_000
     assert ends[0] % ALIGNMENT == 0
+
+
+def test_whole_rows_of_neighbouring_experts_become_long_ranges() -> None:
+    """Columns of w2 at Kimi-K2.5's sizes: every read but the last one of neighbours takes nearly a whole buffer."""
+    rows, row_nbytes, limit = 7168, 1024, 4 << 20
+    record = TensorRecord("t", "U8", (8, rows, row_nbytes), PATH.name, 512, 8 * rows * row_nbytes)
+    columns = ExpertSlice((rows, 128), 3 * 128, 128, row_nbytes, rows)
+    chunks = [task.chunks[0] for task in plan_reads(PATH, record, columns, [1, 2, 3, 6], limit)]
+    spans = [chunk.segments[0].span_nbytes for chunk in chunks]
+    assert all(chunk.sliced for chunk in chunks)
+    assert len(spans) == 6 + 2 and all(limit - row_nbytes < span <= limit for span in (*spans[:5], spans[6]))
 
 
 def test_tasks_ascend_in_the_file_whatever_the_slots() -> None:

@@ -2,15 +2,18 @@
 
 from nvfp4_prep.load.api import LoadedLayer, RankShare, load_layer, load_layers
 from nvfp4_prep.load.catalog import Catalog
+from nvfp4_prep.load.cooperative import CooperativeGroup
 from nvfp4_prep.load.lazy_tensor import TensorHandle, handle_of, make_handle
 from nvfp4_prep.load.loader import ExpertLoader
-from nvfp4_prep.load.options import DirectIO, LoadOptions
+from nvfp4_prep.load.options import DirectIO, Gather, LoadOptions
 from nvfp4_prep.load.report import LoadReport
 
 __all__ = [
     "Catalog",
+    "CooperativeGroup",
     "DirectIO",
     "ExpertLoader",
+    "Gather",
     "LoadOptions",
     "LoadReport",
     "LoadedLayer",

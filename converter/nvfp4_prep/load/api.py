@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,13 +18,17 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import LoadError, SourceError, UsageError
-from nvfp4_prep.load.arguments import as_experts, as_rank
+from nvfp4_prep.load.arguments import as_experts, as_rank, check_experts
 from nvfp4_prep.load.catalog import Catalog
+from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.prepared.manifest import LayerRecord
-from nvfp4_prep_kernels import LayoutError, PreparedTensor, rank_slice
+from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_slice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
@@ -90,6 +96,7 @@ def load_layer(
     experts: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     options: LoadOptions | None = None,
+    group: ProcessGroup | CooperativeGroup | None = None,
 ) -> LoadedLayer:
     """Load one rank's share of one prepared layer.
 
@@ -100,59 +107,125 @@ def load_layer(
         experts: the stored expert of each slot, instead of ``ep``; any order, repetitions allowed.
         device: where the tensors go.
         options: of the loader.
+        group: the tensor-parallel ranks of this host, which all call this at once, with the same arguments but for
+            ``tp`` and ``device``: each reads a part of w2 and they exchange their columns
+            (:class:`nvfp4_prep.load.CooperativeGroup`).
 
     Raises:
         CheckpointError: if the directory is no complete prepared checkpoint.
         UsageError: if the layer or the rank does not exist, or the file does not serve this tensor-parallel size.
-        LoadError, VerificationError: if the load fails; nothing is returned then.
+        LoadError, VerificationError: if the load fails; nothing is returned then. With a ``group``, every failure of
+            any rank is a LoadError on all of them that names the rank.
     """
-    catalog = Catalog.open(path)
-    record = catalog.layer(layer)
-    share = RankShare.of(record.dims.experts, tp, ep)
-    if experts is not None:
-        share = RankShare(as_experts(experts), share.tp_rank, share.tp_size)
     with ExpertLoader(device, options) as loader:
-        loaded, _ = load_layers(catalog, [record], share, loader)
+        together = _together(group, loader)
+        with _preparing(together):
+            catalog = Catalog.open(path)
+            record = catalog.layer(layer)
+            share = RankShare.of(record.dims.experts, tp, ep)
+            if experts is not None:
+                share = RankShare(as_experts(experts), share.tp_rank, share.tp_size)
+        loaded, _ = _load_layers(catalog, [record], share, loader, together)
     return loaded[0]
 
 
 def load_layers(
-    catalog: Catalog, layers: Sequence[LayerRecord], share: RankShare, loader: ExpertLoader
+    catalog: Catalog,
+    layers: Sequence[LayerRecord],
+    share: RankShare,
+    loader: ExpertLoader,
+    group: ProcessGroup | CooperativeGroup | None = None,
 ) -> tuple[list[LoadedLayer], LoadReport]:
-    """Load one rank's share of several layers with one loader.
+    """Load one rank's share of several layers with one loader; with a ``group`` together with its other ranks.
 
     Raises:
         As :func:`load_layer`.
     """
-    if loader.options.verify:
-        catalog.check_sha256(EXPERT_SCALES)
+    return _load_layers(catalog, layers, share, loader, _together(group, loader))
+
+
+def _load_layers(
+    catalog: Catalog,
+    layers: Sequence[LayerRecord],
+    share: RankShare,
+    loader: ExpertLoader,
+    together: CooperativeLoad | None,
+) -> tuple[list[LoadedLayer], LoadReport]:
     try:
-        loaded = [LoadedLayer(layer, share, dict(_submit(catalog, layer, share, loader))) for layer in layers]
+        with _preparing(together):
+            if loader.options.verify:
+                catalog.check_sha256(EXPERT_SCALES)
+            loads: list[_LayerLoad] = []
+            for layer in layers:
+                loads.append(_LayerLoad(catalog, layer, share, loader))
+                if together is None:
+                    for item in (loads[-1].parameter(tensor) for tensor in PreparedTensor):
+                        item.submit(loader)
+                loads[-1].read_vectors()
+            if together is not None:
+                parameters = [(tensor, load.parameter(tensor)) for load in loads for tensor in PreparedTensor]
+                exchanged = [item for tensor, item in parameters if not tensor.is_w13]
+                together.begin(exchanged, [item for tensor, item in parameters if tensor.is_w13])
+        if together is None:
+            return [load.loaded for load in loads], loader.finish()
+        together.finish()
+        with together.ending():
+            report = loader.finish()
     except BaseException:
         loader.abandon()
         raise
-    return loaded, loader.finish()
+    return [load.loaded for load in loads], report
 
 
-def _submit(
-    catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader
-) -> Iterator[tuple[str, torch.Tensor]]:
-    dims, records = layer.dims, catalog.records(layer)
-    experts = share.experts if share.experts is not None else tuple(range(dims.experts))
-    for tensor in PreparedTensor:
-        try:
-            part = rank_slice(layer.layout, tensor, dims, share.tp_rank, share.tp_size)
-        except LayoutError as error:
-            raise UsageError(str(error), where=layer.experts_path) from error
-        record = records[tensor.value]
-        parameter = _allocate((len(experts), *part.shape), tensor.torch_dtype, loader.device, record)
-        loader.submit(
-            catalog.root / record.file, record, part, experts, parameter, layer.expert_crc32.get(tensor.value)
+def _together(group: ProcessGroup | CooperativeGroup | None, loader: ExpertLoader) -> CooperativeLoad | None:
+    if group is None:
+        return None
+    return CooperativeLoad(group if isinstance(group, CooperativeGroup) else CooperativeGroup(group), loader)
+
+
+def _preparing(together: CooperativeLoad | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if together is None else together.preparing()
+
+
+class _LayerLoad:
+    """One layer's parameters, allocated, and where their bytes are."""
+
+    def __init__(self, catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader) -> None:
+        self._catalog, self._layer, self._share, self._loader = catalog, layer, share, loader
+        self._records = catalog.records(layer)
+        self._experts = share.experts if share.experts is not None else tuple(range(layer.dims.experts))
+        check_experts(self._records[PreparedTensor.W13_WEIGHT.value], self._experts)
+        self._tensors: dict[str, torch.Tensor] = {}
+        for tensor in PreparedTensor:
+            shape = (len(self._experts), *self._part(tensor, share.tp_rank, share.tp_size).shape)
+            record = self._records[tensor.value]
+            self._tensors[tensor.value] = _allocate(shape, tensor.torch_dtype, loader.device, record)
+        self.loaded = LoadedLayer(layer, share, self._tensors)
+
+    def parameter(self, tensor: PreparedTensor) -> SharedParameter:
+        """Return a big tensor's parameter and where its bytes are."""
+        record = self._records[tensor.value]
+        return SharedParameter(
+            self._catalog.root / record.file,
+            record,
+            self._part(tensor, 0, 1),
+            self._part(tensor, self._share.tp_rank, self._share.tp_size),
+            self._experts,
+            self._tensors[tensor.value],
+            self._layer.expert_crc32.get(tensor.value),
         )
-        yield tensor.value, parameter
-    for name in layer.layout.scale_vectors:
-        vector = _read_vector(catalog.root / records[name].file, records[name])
-        yield name, vector[list(experts)].to(loader.device)
+
+    def read_vectors(self) -> None:
+        """Read the scale vectors of the slots."""
+        for name in self._layer.layout.scale_vectors:
+            vector = _read_vector(self._catalog.root / self._records[name].file, self._records[name])
+            self._tensors[name] = vector[list(self._experts)].to(self._loader.device)
+
+    def _part(self, tensor: PreparedTensor, rank: int, size: int) -> ExpertSlice:
+        try:
+            return rank_slice(self._layer.layout, tensor, self._layer.dims, rank, size)
+        except LayoutError as error:
+            raise UsageError(str(error), where=self._layer.experts_path) from error
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, record: TensorRecord) -> torch.Tensor:

@@ -13,7 +13,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, UsageError
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["as_device", "as_experts", "as_path", "as_rank", "check_parameter"]
+__all__ = ["as_device", "as_experts", "as_path", "as_rank", "check_experts", "check_parameter"]
 
 
 def as_path(path: object) -> Path:
@@ -102,6 +102,12 @@ def check_parameter(
         )
     if parameter.device != device:
         raise LoadError("the parameter is on another device", where=where, expected=device, actual=parameter.device)
+    check_experts(record, experts)
+
+
+def check_experts(record: TensorRecord, experts: Sequence[int]) -> None:
+    """Raise :class:`LoadError` unless all experts are stored, and there is one at least."""
+    where = f"{record.file}, tensor {record.name!r}"
     stored = record.shape[0]
     wrong = [expert for expert in experts if not 0 <= expert < stored]
     if wrong or not experts:

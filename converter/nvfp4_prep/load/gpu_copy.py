@@ -15,19 +15,27 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from nvfp4_prep.load.strided_copy import run_views
 from nvfp4_prep.load.worker import Buffers, Filled
 
 __all__ = ["Transfer"]
 
 
+_SLICING_NBYTES = 64 * 1024 * 1024
+"""Device memory in which whole rows wait to be sliced."""
+
+
 class Transfer:
-    """Copies to one device on a stream of its own."""
+    """Copies to one device on a stream of its own.
+
+    Device memory, from the first chunk of whole rows on: 64 MiB or one buffer, the staging's size at most.
+    """
 
     def __init__(
         self,
         device: torch.device,
         buffers: Buffers,
-        done: Callable[[int, int], None],
+        done: Callable[[Sequence[Filled]], None],
         failed: Callable[[BaseException, Filled], None],
     ) -> None:
         """Start both threads.
@@ -35,7 +43,7 @@ class Transfer:
         Args:
             device: CUDA device.
             buffers: where finished buffers go back to.
-            done: told ``(chunks, bytes)`` that have arrived.
+            done: told what has arrived.
             failed: told an error of the driver, before the buffers concerned are reported as done.
         """
         self.submit_s = 0.0
@@ -43,6 +51,7 @@ class Transfer:
         self._buffers = buffers
         self._done = done
         self._failed = failed
+        self._rows: list[torch.Tensor] = []  # on the device; the stream's order says when one is free again
         self._events: list[torch.cuda.Event] = []  # done with, to be used again
         self._filled: queue.SimpleQueue[Filled | None] = queue.SimpleQueue()
         self._copying: queue.SimpleQueue[tuple[torch.cuda.Event, Sequence[Filled]] | None] = queue.SimpleQueue()
@@ -104,8 +113,12 @@ class Transfer:
 
     def _copy(self, batch: Sequence[Filled]) -> None:
         sources, targets = [], []
+        slices: list[Filled] = []
         for item in batch:
             if item.target is None:
+                continue
+            if item.cut is not None:
+                slices.append(item)
                 continue
             source = self._buffers.chunks[item.buffer]
             if item.lead or item.nbytes != self._buffers.chunk_nbytes:
@@ -114,6 +127,31 @@ class Transfer:
             targets.append(item.target)
         if targets:
             torch._foreach_copy_(targets, sources, non_blocking=True)
+        if slices:
+            self._make_rows()
+        for first in range(0, len(slices), max(1, len(self._rows))):
+            self._copy_slices(slices[first : first + len(self._rows)])
+
+    def _copy_slices(self, batch: Sequence[Filled]) -> None:
+        """Copy whole rows and slice them on the device; no more at once than there is memory for."""
+        staged, rows, runs, targets = [], [], [], []
+        for place, item in zip(self._rows, batch, strict=False):
+            if item.cut is None or item.target is None:
+                continue
+            cut, end = item.cut, item.lead + item.cut.span_nbytes
+            staged.append(self._buffers.bytes[item.buffer][item.lead : end])
+            rows.append(place[item.lead : end])
+            source, target = run_views(place, item.lead, cut.run_nbytes, cut.stride_bytes, cut.runs, item.target)
+            runs.append(source)
+            targets.append(target)
+        torch._foreach_copy_(rows, staged, non_blocking=True)
+        torch._foreach_copy_(targets, runs)
+
+    def _make_rows(self) -> None:
+        if not self._rows:
+            nbytes = len(self._buffers.bytes[0])
+            count = max(1, min(len(self._buffers.bytes), _SLICING_NBYTES // nbytes))
+            self._rows = list(torch.empty((count, nbytes), dtype=torch.uint8, device=self._device))
 
     def _release_all(self) -> None:
         torch.cuda.set_device(self._device)
@@ -124,8 +162,6 @@ class Transfer:
             except Exception as error:
                 self._failed(error, batch[0])
             self._events.append(event)
-            nbytes = 0
             for item in batch:
                 self._buffers.free.put(item.buffer)
-                nbytes += item.nbytes
-            self._done(len(batch), nbytes)
+            self._done(batch)

@@ -16,13 +16,14 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
 from nvfp4_prep.load.gpu_copy import Transfer
+from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.open_files import OpenFiles
-from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.options import Gather, LoadOptions
 from nvfp4_prep.load.read_plan import Task, plan_reads
 from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.staging import make_buffers
-from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Times, as_load_error
+from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission, Times, as_load_error
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["ExpertLoader"]
@@ -34,8 +35,8 @@ class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
-    memory for a GPU; nothing on the device. A load that failed is void: :meth:`finish` raises, and none of the
-    parameters submitted since the last one may be used.
+    memory for a GPU; on the device at most 64 MiB or one buffer, for whole rows that are sliced there. A load that
+    failed is void: :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
 
     For one thread at a time, because the failure of a load is told once: from the first :meth:`submit` to the
     :meth:`finish` that belongs to it every call must come from the same thread, and another one's gets a
@@ -80,7 +81,7 @@ class ExpertLoader:
         self._transfer = self._make_transfer(buffers)
         filled = None if self._transfer is None else self._transfer.put
         self._reading = [
-            Reading(buffers, self.options.buffer_nbytes, filled, lambda nbytes: self._arrived(1, nbytes))
+            Reading(buffers, self.options.buffer_nbytes, filled, lambda job, nbytes: self._arrived([(job, 1)], nbytes))
             for _ in range(self.options.thread_count)
         ]
         self._threads = [
@@ -124,7 +125,7 @@ class ExpertLoader:
         experts: Sequence[int],
         parameter: torch.Tensor,
         crc32: Sequence[int] | None = None,
-    ) -> None:
+    ) -> Submission:
         """Queue the load of one parameter.
 
         Args:
@@ -135,12 +136,26 @@ class ExpertLoader:
             parameter: one-byte elements, ``[len(experts), *part.shape]``, contiguous, on the loader's device.
             crc32: the manifest's checksums, compared if the options say ``verify``.
 
+        Returns:
+            What :meth:`wait_for` takes.
+
         Raises:
             LoadError: if the parameter or the experts do not fit, the file cannot be opened, or another thread is
                 using this loader.
         """
         with self._called():
-            self._queue(path, record, part, as_experts(experts), parameter, crc32)
+            return self._queue(path, record, part, as_experts(experts), parameter, crc32)
+
+    def wait_for(self, submission: Submission) -> NvfpPrepError | None:
+        """Wait until one parameter has arrived; :meth:`finish` is still to be called.
+
+        Returns:
+            The load's failure so far, after which nothing more arrives.
+        """
+        with self._state:
+            while submission.pending:
+                self._state.wait()
+            return self._error
 
     def _queue(
         self,
@@ -150,7 +165,7 @@ class ExpertLoader:
         experts: tuple[int, ...],
         parameter: torch.Tensor,
         crc32: Sequence[int] | None,
-    ) -> None:
+    ) -> Submission:
         check_parameter(record, part, experts, parameter, self.device)
         if self.options.verify and crc32 is None:
             raise LoadError("the manifest has no checksums to verify against", where=f"{path}, tensor {record.name!r}")
@@ -158,12 +173,14 @@ class ExpertLoader:
         checks = crc32 if self.options.verify else None
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks)
+        mapped = self.options.gather is Gather.MMAP and mapping_supported()
+        tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks, mapped=mapped)
         places = _places(target, tasks)
+        submission = Submission(sum(task.units for task in tasks))
         with self._state:
             if self._submitted == 0:
                 self._begun = time.perf_counter()
-            self._pending += sum(task.units for task in tasks)
+            self._pending += submission.pending
             self._submitted += target.numel()
             self._owner = threading.get_ident()
         for task in tasks:
@@ -173,8 +190,10 @@ class ExpertLoader:
                     reader,
                     tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks),
                     ready,
+                    submission,
                 )
             )
+        return submission
 
     def finish(self) -> LoadReport:
         """Wait for everything queued and say what it took.
@@ -240,7 +259,7 @@ class ExpertLoader:
         if self.device.type != "cuda":
             return None
         try:
-            return Transfer(self.device, buffers, self._arrived, self._driver_failed)
+            return Transfer(self.device, buffers, self._copied, self._driver_failed)
         except RuntimeError as error:  # no more threads for this process
             raise LoadError(f"copies to {self.device} cannot begin ({error})") from error
 
@@ -264,7 +283,10 @@ class ExpertLoader:
         self._submitted = 0
         self._begun = time.perf_counter()
 
-    def _arrived(self, units: int, nbytes: int) -> None:
+    def _copied(self, batch: Sequence[Filled]) -> None:
+        self._arrived([(item.job, 1) for item in batch], sum(item.nbytes for item in batch))
+
+    def _arrived(self, units: Sequence[tuple[Job, int]], nbytes: int) -> None:
         failure = None
         if self._progress is not None and nbytes:
             try:
@@ -275,8 +297,12 @@ class ExpertLoader:
                 failure.__cause__ = error
         with self._state:
             self._error = self._error or failure
-            self._pending -= units
-            if not self._pending:
+            complete = False
+            for job, count in units:
+                self._pending -= count
+                job.submission.pending -= count
+                complete |= not job.submission.pending
+            if complete:
                 self._state.notify_all()
 
     def _driver_failed(self, error: BaseException, filled: Filled) -> None:
@@ -301,7 +327,7 @@ class ExpertLoader:
                         self._error = self._error or failure
                     units -= reading.chunks_done
             if units:
-                self._arrived(units, 0)
+                self._arrived([(job, units)], 0)
 
     def _cpu_seconds(self) -> float:
         """Processor time of the reading threads so far; 0 where the system does not say.

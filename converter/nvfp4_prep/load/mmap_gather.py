@@ -18,13 +18,11 @@ import torch
 
 from nvfp4_prep._util.text import format_nbytes
 
-__all__ = ["FileMapping", "gather_runs", "mapping_supported"]
+__all__ = ["FileMapping", "mapping_supported"]
 
 _PROT_READ, _MAP_SHARED = 1, 1
 _MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22
 _PAGE = 4096
-_PIECE_WORDS = 32768
-"""Largest copy that torch leaves in the calling thread."""
 
 
 @functools.cache
@@ -98,31 +96,3 @@ class FileMapping:
             raise ValueError("mapping is closed")
         begin = offset_bytes // _PAGE * _PAGE
         return self._address + begin, offset_bytes + nbytes - begin
-
-
-def gather_runs(
-    source: torch.Tensor, offset_bytes: int, run_nbytes: int, stride_bytes: int, runs: int, target: torch.Tensor
-) -> None:
-    """Copy ``runs`` runs of ``run_nbytes`` bytes, ``stride_bytes`` apart, to one contiguous place.
-
-    Args:
-        source: ``uint8 [n]``, CPU.
-        offset_bytes: of the first run.
-        target: ``uint8 [runs * run_nbytes]``, CPU, contiguous.
-
-    As 64-bit words where everything is aligned: 10 GB/s a core for runs of 128 bytes, against 5.6 byte by byte.
-    """
-    if runs == 1 or run_nbytes == stride_bytes:
-        ctypes.memmove(target.data_ptr(), source.data_ptr() + offset_bytes, runs * run_nbytes)
-        return
-    span = source[offset_bytes : offset_bytes + (runs - 1) * stride_bytes + run_nbytes]
-    size = 1
-    if (run_nbytes | stride_bytes | span.data_ptr() | target.data_ptr()) % 8 == 0:
-        span, target, size = span.view(torch.int64), target.view(torch.int64), 8
-    width, step = run_nbytes // size, stride_bytes // size
-    rows = span.as_strided((runs, width), (step, 1), span.storage_offset())
-    out = target.view(runs, width)
-    # torch splits larger copies over a thread pool of its own; one for each of our threads would be far too many. All
-    # pieces in one call, because every call waits for the interpreter lock.
-    block = max(1, _PIECE_WORDS // width)
-    torch._foreach_copy_(out.split(block), rows.split(block))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.load.read_plan import ALIGNMENT, LONG_RUN_NBYTES
 
-__all__ = ["DirectIO", "LoadOptions", "default_threads", "usable_cores"]
+__all__ = ["DirectIO", "Gather", "LoadOptions", "default_threads", "usable_cores"]
 
 MAX_THREADS, MAX_BUFFERS, MAX_CHUNK_NBYTES = 1024, 65536, 1 << 30
 """More is a mistake: 12 threads saturate the bus."""
@@ -21,6 +21,19 @@ class DirectIO(enum.StrEnum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
+
+
+class Gather(enum.StrEnum):
+    """How short runs (a tensor-parallel rank's columns of w2, tiles of its scales) are taken out of a file.
+
+    ``rows`` reads whole rows in long ranges and slices them on the device; ``mmap`` copies the runs out of a mapping of
+    the file. ``auto`` never maps: whole rows touch no more pages than the runs, every page of w2 in both cases, and
+    pages come in by requests of megabytes where a mapping asks network storage for a few kilobytes at a time.
+    """
+
+    AUTO = "auto"
+    ROWS = "rows"
+    MMAP = "mmap"
 
 
 def usable_cores() -> int:
@@ -47,6 +60,7 @@ class LoadOptions:
             ``buffers * (chunk_nbytes + 8 KiB)``, 80 MiB for 12 threads; more than the processor's caches hold makes
             loading slower, smaller chunks as well, because Python then has more to do.
         direct_io: see :class:`DirectIO`.
+        gather: see :class:`Gather`.
         verify: compare every expert's stored bytes with the manifest's checksums while they pass through memory.
     """
 
@@ -55,6 +69,7 @@ class LoadOptions:
     buffers: int = 0
     direct_io: DirectIO = DirectIO.AUTO
     verify: bool = False
+    gather: Gather = Gather.AUTO
 
     def __post_init__(self) -> None:
         """Check what may come from a command line (vLLM's ``--model-loader-extra-config``).
@@ -81,9 +96,11 @@ class LoadOptions:
                 expected=f"a multiple of {ALIGNMENT} of at least {LONG_RUN_NBYTES} bytes",
                 actual=self.chunk_nbytes,
             )
-        if self.direct_io not in [*DirectIO]:
-            raise UsageError("unusable option direct_io", expected=" or ".join(DirectIO), actual=repr(self.direct_io))
-        object.__setattr__(self, "direct_io", DirectIO(self.direct_io))
+        for name, choices in (("direct_io", DirectIO), ("gather", Gather)):
+            value = getattr(self, name)
+            if value not in [*choices]:
+                raise UsageError(f"unusable option {name}", expected=" or ".join(choices), actual=repr(value))
+            object.__setattr__(self, name, choices(value))
 
     @property
     def thread_count(self) -> int:

@@ -19,7 +19,7 @@ __all__ = ["ALIGNMENT", "DIRECT_NBYTES", "LONG_RUN_NBYTES", "Chunk", "Segment", 
 ALIGNMENT = 4096
 """Chunks end at multiples of this in the file, so that neighbouring reads share no page and direct I/O fits."""
 LONG_RUN_NBYTES = 64 * 1024
-"""Runs from this size on are read one by one; shorter ones (columns of w2) are gathered from a mapping of the file."""
+"""Runs from this size on are read one by one; shorter ones (columns of w2) with what lies between them, or mapped."""
 DIRECT_NBYTES = 1024 * 1024
 """Ranges from this size on get a chunk of their own, as direct I/O needs."""
 
@@ -57,13 +57,15 @@ class Chunk:
     """Bytes ``[destination_bytes, destination_bytes + nbytes)`` of the parameter.
 
     With a ``window`` (``offset, size`` in the file), the whole window is read and checksummed and the segments, which
-    lie inside, are cut out of it; there may be none. Without one, only the segments are read.
+    lie inside, are cut out of it; there may be none. Without one, only the segments are read. With ``sliced`` the one
+    segment has many runs, which are cut out of everything from its first to its last byte, read at once.
     """
 
     destination_bytes: int
     nbytes: int
     segments: tuple[Segment, ...]
     window: tuple[int, int] | None = None
+    sliced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ def plan_reads(
     experts: Sequence[int],
     chunk_nbytes: int,
     crc32: Sequence[int] | None = None,
+    *,
+    mapped: bool = False,
 ) -> tuple[Task, ...]:
     """Plan the reads that fill one parameter.
 
@@ -112,13 +116,14 @@ def plan_reads(
         chunk_nbytes: size of a staging buffer; at least :data:`ALIGNMENT`.
         crc32: the stored experts' checksums. If given, every expert is read whole, once for each slot: a checksum
             says nothing about a part.
+        mapped: short runs will be gathered from a mapping; otherwise they are cut out of long ranges.
 
     Returns:
         Tasks in ascending order of their place in the file.
     """
     stored = record.nbytes // record.shape[0]
     if crc32 is None:
-        chunks = _chunks(record.offset_bytes, stored, part, experts, chunk_nbytes)
+        chunks = _chunks(record.offset_bytes, stored, part, experts, chunk_nbytes, mapped)
         tasks = [Task(path, record.name, (chunk,)) for chunk in chunks]
     else:
         tasks = [
@@ -139,19 +144,22 @@ def _first_byte(task: Task) -> int:
     return first.window[0] if first.window is not None else first.segments[0].offset_bytes
 
 
-def _chunks(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], chunk_nbytes: int) -> Iterator[Chunk]:
-    """Pack segments into chunks; long ranges get chunks of their own, which direct I/O needs."""
+def _chunks(
+    begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], chunk_nbytes: int, mapped: bool
+) -> Iterator[Chunk]:
+    """Pack segments into chunks; long ranges get chunks of their own, which direct I/O needs, and so do whole rows."""
     destination, pending, size = 0, list[Segment](), 0
     for segment in _merged(begin, stored, part, experts):
-        for piece in _split(segment, chunk_nbytes):
-            alone = piece.contiguous and piece.nbytes >= DIRECT_NBYTES
+        for piece in _split(segment, chunk_nbytes, mapped):
+            sliced = not (mapped or piece.contiguous)
+            alone = sliced or (piece.contiguous and piece.nbytes >= DIRECT_NBYTES)
             if pending and (alone or size + piece.nbytes > chunk_nbytes):
                 yield Chunk(destination, size, tuple(pending))
                 destination, pending, size = destination + size, [], 0
             pending.append(piece)
             size += piece.nbytes
             if alone:
-                yield Chunk(destination, size, tuple(pending))
+                yield Chunk(destination, size, tuple(pending), sliced=sliced)
                 destination, pending, size = destination + size, [], 0
     if pending:
         yield Chunk(destination, size, tuple(pending))
@@ -162,9 +170,9 @@ def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) 
     last: Segment | None = None
     for expert in experts:
         for segment in _segments(begin + expert * stored, part):
-            if last is not None and _adjoins(last, segment):
-                nbytes = last.nbytes + segment.nbytes
-                last = Segment(last.offset_bytes, nbytes, nbytes, 1)
+            joined = None if last is None else _joined(last, segment)
+            if joined is not None:
+                last = joined
                 continue
             if last is not None:
                 yield last
@@ -173,8 +181,17 @@ def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) 
         yield last
 
 
-def _adjoins(last: Segment, following: Segment) -> bool:
-    return last.contiguous and following.contiguous and last.offset_bytes + last.nbytes == following.offset_bytes
+def _joined(last: Segment, following: Segment) -> Segment | None:
+    """Return both as one: ranges that adjoin, or equal runs that go on at the same distance."""
+    if last.contiguous and following.contiguous:
+        nbytes = last.nbytes + following.nbytes
+        adjoin = last.offset_bytes + last.nbytes == following.offset_bytes
+        return Segment(last.offset_bytes, nbytes, nbytes, 1) if adjoin else None
+    pattern = (last.run_nbytes, last.stride_bytes)
+    goes_on = last.offset_bytes + last.runs * last.stride_bytes == following.offset_bytes
+    if goes_on and not following.contiguous and pattern == (following.run_nbytes, following.stride_bytes):
+        return Segment(last.offset_bytes, *pattern, last.runs + following.runs)
+    return None
 
 
 def _segments(begin: int, part: ExpertSlice) -> Iterator[Segment]:
@@ -189,9 +206,12 @@ def _segments(begin: int, part: ExpertSlice) -> Iterator[Segment]:
         yield Segment(whole.offset_bytes + run * part.stride_bytes, part.run_nbytes, part.run_nbytes, 1)
 
 
-def _split(segment: Segment, limit: int) -> Iterator[Segment]:
-    """Return the pieces of at most ``limit`` bytes: at page boundaries of the file, or between runs."""
-    if segment.nbytes <= limit:
+def _split(segment: Segment, limit: int, mapped: bool) -> Iterator[Segment]:
+    """Return the pieces of at most ``limit`` bytes, to be read or, if ``mapped``, to be taken.
+
+    They end at page boundaries of the file, or between runs.
+    """
+    if (segment.nbytes if mapped else segment.span_nbytes) <= limit:
         yield segment
     elif segment.contiguous:
         position, end = segment.offset_bytes, segment.offset_bytes + segment.nbytes
@@ -200,7 +220,9 @@ def _split(segment: Segment, limit: int) -> Iterator[Segment]:
             yield Segment(position, stop - position, stop - position, 1)
             position = stop
     else:
-        step = limit // segment.run_nbytes
+        step = (
+            limit // segment.run_nbytes if mapped else max(1, (limit - segment.run_nbytes) // segment.stride_bytes + 1)
+        )
         for run in range(0, segment.runs, step):
             offset = segment.offset_bytes + run * segment.stride_bytes
             yield Segment(offset, segment.run_nbytes, segment.stride_bytes, min(step, segment.runs - run))

@@ -1,4 +1,4 @@
-"""Reads chunks of one file into memory: page cache, direct I/O, or gathered from a mapping; counts every byte."""
+"""Reads chunks of one file into memory: page cache, direct I/O, or, if asked for, a mapping; counts every byte."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError
-from nvfp4_prep.load.mmap_gather import FileMapping, gather_runs, mapping_supported
+from nvfp4_prep.load.mmap_gather import FileMapping
 from nvfp4_prep.load.read_plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
+from nvfp4_prep.load.strided_copy import gather_runs
 
 __all__ = ["FileReader", "ReadCounts"]
 
@@ -105,14 +106,13 @@ class FileReader:
                 return True
         return missing * 2 <= _PROBES
 
-    def fill(self, tensor: str, chunk: Chunk, target: torch.Tensor, scratch: torch.Tensor, counts: ReadCounts) -> int:
+    def fill(self, tensor: str, chunk: Chunk, target: torch.Tensor, counts: ReadCounts) -> int:
         """Read the segments of a chunk without window, one after the other.
 
         Args:
             tensor: name for messages.
             chunk: what to read.
             target: ``uint8``; for direct I/O page-aligned and two pages longer than the chunk.
-            scratch: ``uint8``, for systems without usable mappings.
             counts: added to.
 
         Returns:
@@ -121,20 +121,30 @@ class FileReader:
         Raises:
             LoadError: if the file cannot be read or is too short.
         """
-        if self.direct and len(chunk.segments) == 1 and chunk.segments[0].contiguous:
-            lead = self._read_direct(tensor, chunk.segments[0], target, counts)
-            if lead is not None:
-                return lead
+        if len(chunk.segments) == 1 and chunk.segments[0].contiguous:
+            return self.read_span(tensor, chunk.segments[0], target, counts)
         position = 0
         for segment in chunk.segments:
             part = target[position : position + segment.nbytes]
             if segment.contiguous:
                 self._read(tensor, self._descriptor, segment.offset_bytes, byte_view(part), segment.nbytes, counts)
-            elif mapping_supported():
-                self._gather(tensor, segment, part, counts)
             else:
-                self._gather_by_reading(tensor, segment, part, scratch, counts)
+                self._gather(tensor, segment, part, counts)
             position += segment.nbytes
+        return 0
+
+    def read_span(self, tensor: str, segment: Segment, target: torch.Tensor, counts: ReadCounts) -> int:
+        """Read everything from a segment's first to its last byte, also what lies between its runs; see :meth:`fill`.
+
+        Returns:
+            Where in ``target`` the first run begins.
+        """
+        if self.direct:
+            lead = self._read_direct(tensor, segment, target, counts)
+            if lead is not None:
+                return lead
+        nbytes = segment.span_nbytes
+        self._read(tensor, self._descriptor, segment.offset_bytes, byte_view(target[:nbytes]), nbytes, counts)
         return 0
 
     def fill_window(
@@ -175,10 +185,10 @@ class FileReader:
     def _read_direct(self, tensor: str, segment: Segment, target: torch.Tensor, counts: ReadCounts) -> int | None:
         """Return where the data begins, or None where this range, buffer or file system does not fit direct I/O."""
         lead = segment.offset_bytes % ALIGNMENT
-        needed = lead + segment.nbytes
+        needed = lead + segment.span_nbytes
         rounded = -(-needed // ALIGNMENT) * ALIGNMENT
         # Rounding outwards reads up to two pages more: 0.8 % of the shortest range that is worth it.
-        if segment.nbytes < DIRECT_NBYTES or len(target) < rounded or target.data_ptr() % ALIGNMENT:
+        if segment.span_nbytes < DIRECT_NBYTES or len(target) < rounded or target.data_ptr() % ALIGNMENT:
             return None
         before = counts.read_nbytes
         view = byte_view(target[:rounded])
@@ -226,19 +236,6 @@ class FileReader:
         mapping.release(segment.offset_bytes, span)
         counts.gathered_nbytes += segment.nbytes
         counts.mapped_nbytes += min(span, segment.runs * (-(-segment.run_nbytes // ALIGNMENT) + 1) * ALIGNMENT)
-
-    def _gather_by_reading(
-        self, tensor: str, segment: Segment, target: torch.Tensor, scratch: torch.Tensor, counts: ReadCounts
-    ) -> None:
-        step = max(1, len(scratch) // segment.stride_bytes)
-        for run in range(0, segment.runs, step):
-            runs = min(step, segment.runs - run)
-            offset = segment.offset_bytes + run * segment.stride_bytes
-            piece = Segment(offset, segment.run_nbytes, segment.stride_bytes, runs)
-            view = byte_view(scratch[: piece.span_nbytes])
-            self._read(tensor, self._descriptor, offset, view, piece.span_nbytes, counts)
-            part = target[run * segment.run_nbytes : (run + runs) * segment.run_nbytes]
-            gather_runs(scratch, 0, segment.run_nbytes, segment.stride_bytes, runs, part)
 
     def _map(self, tensor: str) -> FileMapping:
         with self._lock:

@@ -13,10 +13,18 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.errors import LoadError, NvfpPrepError, VerificationError
-from nvfp4_prep.load.read_plan import Chunk, Task
+from nvfp4_prep.load.read_plan import Chunk, Segment, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
+from nvfp4_prep.load.strided_copy import gather_runs
 
-__all__ = ["Buffers", "Filled", "Job", "Reading", "Times", "as_load_error"]
+__all__ = ["Buffers", "Filled", "Job", "Reading", "Submission", "Times", "as_load_error"]
+
+
+@dataclass(slots=True)
+class Submission:
+    """One parameter of a load; ``pending`` counts what is still to arrive, under the loader's lock."""
+
+    pending: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +36,14 @@ class Job:
         reader: the open file.
         targets: for each chunk its part of the parameter, flat ``uint8``; None where the chunk fills nothing.
         ready: event on the stream that owns the parameter's memory; None on the CPU.
+        submission: what the task belongs to.
     """
 
     task: Task
     reader: FileReader
     targets: tuple[torch.Tensor | None, ...]
     ready: torch.cuda.Event | None
+    submission: Submission
 
     @property
     def plain(self) -> bool:
@@ -45,13 +55,17 @@ class Job:
 
 
 class Filled(NamedTuple):
-    """A staging buffer with data: ``nbytes`` bytes from ``lead`` on go to ``target``, which may be nothing."""
+    """A staging buffer with data: ``nbytes`` bytes from ``lead`` on go to ``target``, which may be nothing.
+
+    With a ``cut``, the first of its runs is at ``lead``, and only the runs go to ``target``.
+    """
 
     buffer: int
     lead: int
     nbytes: int
     target: torch.Tensor | None
     job: Job
+    cut: Segment | None = None
 
 
 @dataclass
@@ -106,13 +120,13 @@ class Reading:
         buffers: shared by all threads.
         scratch_nbytes: size of this thread's pageable buffer for what is read but not loaded.
         filled: takes what goes to a GPU; None for parameters in host memory.
-        done: told how many bytes of a parameter in host memory are complete, once for each chunk.
+        done: told which job's parameter in host memory has so many more bytes, once for each chunk.
     """
 
     buffers: Buffers
     scratch_nbytes: int
     filled: Callable[[Filled], None] | None
-    done: Callable[[int], None]
+    done: Callable[[Job, int], None]
     counts: ReadCounts = field(default_factory=ReadCounts)
     times: Times = field(default_factory=Times)
     chunks_done: int = 0
@@ -137,15 +151,14 @@ class Reading:
                 if buffer is not None:
                     self.buffers.free.put(buffer)
                 raise
+            cut = chunk.segments[0] if chunk.sliced else None
             if self.filled is not None and buffer is not None:
-                self.filled(Filled(buffer, lead, chunk.nbytes, target, job))
+                self.filled(Filled(buffer, lead, chunk.nbytes, target, job, cut))
             else:
                 if buffer is not None and target is not None:
-                    source = self.buffers.bytes[buffer].data_ptr() + lead
-                    # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
-                    ctypes.memmove(target.data_ptr(), source, chunk.nbytes)
+                    self._take(buffer, lead, cut, target)
                     self.buffers.free.put(buffer)
-                self.done(chunk.nbytes)
+                self.done(job, chunk.nbytes)
             self.chunks_done += 1
         if job.task.crc32 is not None and crc32 != job.task.crc32:
             raise VerificationError(
@@ -172,9 +185,19 @@ class Reading:
         filled(Filled(buffer, 0, chunk.nbytes, job.targets[0], job))
         self.chunks_done = 1
 
+    def _take(self, buffer: int, lead: int, cut: Segment | None, target: torch.Tensor) -> None:
+        """Copy out of staging into host memory."""
+        staged = self.buffers.bytes[buffer]
+        if cut is not None:
+            gather_runs(staged, lead, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+        else:
+            # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
+            ctypes.memmove(target.data_ptr(), staged.data_ptr() + lead, target.numel())
+
     def _staged(self, chunk: Chunk, job: Job) -> bool:
-        # A parameter in host memory is read into in place, but for direct I/O, which wants aligned memory.
-        return self.filled is not None or (job.reader.direct and chunk.window is None)
+        # A parameter in host memory is read into in place, but for whole rows, and for direct I/O, which wants aligned
+        # memory.
+        return self.filled is not None or chunk.sliced or (job.reader.direct and chunk.window is None)
 
     def _buffer(self) -> int:
         begun = time.perf_counter()
@@ -186,23 +209,22 @@ class Reading:
         self, job: Job, chunk: Chunk, target: torch.Tensor | None, buffer: int | None, crc32: int
     ) -> tuple[int, int]:
         begun = time.perf_counter()
-        scratch = self._scratch_bytes(chunk)
         into = self.buffers.bytes[buffer] if buffer is not None else target
-        into = scratch[:0] if into is None else into
+        into = self.buffers.bytes[0][:0] if into is None else into
         lead = 0
-        if chunk.window is None:
-            lead = job.reader.fill(job.task.tensor, chunk, into, scratch, self.counts)
+        if chunk.sliced:
+            lead = job.reader.read_span(job.task.tensor, chunk.segments[0], into, self.counts)
+        elif chunk.window is None:
+            lead = job.reader.fill(job.task.tensor, chunk, into, self.counts)
         else:
+            scratch = self._scratch_bytes()
             crc32 = job.reader.fill_window(job.task.tensor, chunk, into, scratch, crc32, self.counts)
         self.times.read += time.perf_counter() - begun
         return lead, crc32
 
-    def _scratch_bytes(self, chunk: Chunk) -> torch.Tensor:
-        """Made when the first chunk needs it."""
+    def _scratch_bytes(self) -> torch.Tensor:
+        """Made when the first chunk with a window needs it."""
         if self._scratch is None:
-            needed = chunk.window is not None or any(not segment.contiguous for segment in chunk.segments)
-            if not needed:
-                return self.buffers.bytes[0][:0]
             self._scratch = torch.empty(self.scratch_nbytes, dtype=torch.uint8, device="cpu")
         return self._scratch
 

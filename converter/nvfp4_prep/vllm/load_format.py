@@ -42,8 +42,8 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
     """Loads a prepared checkpoint.
 
     ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions` (``threads``,
-    ``chunk_nbytes``, ``buffers``, ``direct_io``, ``verify``), ``others``: the load format of everything that is no
-    expert (``auto`` if left out), and that format's own options.
+    ``chunk_nbytes``, ``buffers``, ``direct_io``, ``gather``, ``verify``), ``others``: the load format of everything
+    that is no expert (``auto`` if left out), and that format's own options.
 
     Attributes:
         report: of the last load.

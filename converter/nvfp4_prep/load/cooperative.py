@@ -1,0 +1,243 @@
+"""Cooperative load: the tensor-parallel ranks of one host read every byte of w2 once and exchange their columns.
+
+A rank's columns of w2 are short pieces of every row. So each rank reads whole experts, one share of them, in long
+ranges into device memory, slices them there into one panel of columns a rank, and an all-to-all brings every rank its
+own. This goes in rounds of bounded size: while one is exchanged, the next one is read. w13 is read as without a group,
+a piece between two rounds, so that the reading threads always have something to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
+from nvfp4_prep.load.exchange_plan import Round, plan_rounds
+from nvfp4_prep.load.loader import ExpertLoader
+from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.worker import Submission
+from nvfp4_prep_kernels import ExpertSlice
+
+__all__ = ["CooperativeGroup", "CooperativeLoad", "SharedParameter"]
+
+_BUFFERS = 4
+"""Two that are read into, one to send from, one to receive into."""
+
+
+@dataclass(frozen=True)
+class CooperativeGroup:
+    """The tensor-parallel ranks of one host, and what they may use.
+
+    Attributes:
+        group: rank ``i`` of it is tensor-parallel rank ``i``. With a backend for the device of the load: NCCL for a
+            GPU, gloo for the CPU. Nobody else may use it while it loads.
+        exchange_nbytes: device memory for the exchange; four experts of w2 (29 MB at Kimi-K2.5's sizes) if it is less.
+        timeout: for the slowest rank to come to a call. A rank that does not is named in the others' error.
+    """
+
+    group: dist.ProcessGroup
+    exchange_nbytes: int = 256 * 1024 * 1024
+    timeout: timedelta = timedelta(minutes=10)
+
+    def on(self, device: torch.device) -> Ranks:
+        """Return the ranks, for exchanges of a device's memory."""
+        return Ranks(self.group, device, self.timeout)
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter that every rank has columns of.
+
+    Attributes:
+        path, record: the stored tensor.
+        whole: all bytes of an expert.
+        part: this rank's.
+        experts: the stored expert of each slot; the same on all ranks.
+        parameter: of this rank, ``[slots, *part.shape]``.
+        crc32: the manifest's checksums.
+    """
+
+    path: Path
+    record: TensorRecord
+    whole: ExpertSlice
+    part: ExpertSlice
+    experts: tuple[int, ...]
+    parameter: torch.Tensor
+    crc32: Sequence[int] | None
+
+    def submit(self, loader: ExpertLoader, slots: slice = slice(None)) -> None:
+        """Queue this rank's share of some slots, read by itself."""
+        target = self.parameter[slots]
+        loader.submit(self.path, self.record, self.part, self.experts[slots], target, self.crc32)
+
+    def check_panels(self, rank: int, size: int) -> None:
+        """Raise :class:`UsageError` unless the rank's runs are one of ``size`` equal panels of all lines."""
+        part = self.part
+        panels = (part.offset_bytes, part.stride_bytes) == (rank * part.run_nbytes, size * part.run_nbytes)
+        if not panels or part.runs * part.stride_bytes != self.whole.nbytes:
+            raise UsageError(
+                f"not the share of tensor-parallel rank {rank} of {size}, which this rank is in its group",
+                where=f"{self.path}, tensor {self.record.name!r}",
+                next_step="Give the process group of the tensor-parallel ranks.",
+            )
+
+
+class CooperativeLoad:
+    """One load of the ranks of a group: :meth:`prepare` on each, then :meth:`finish`.
+
+    Device memory: ``exchange_nbytes`` of the group, until the end of :meth:`finish`.
+    """
+
+    def __init__(self, group: CooperativeGroup, loader: ExpertLoader) -> None:
+        """Allocate nothing yet."""
+        self._loader = loader
+        self._limit = group.exchange_nbytes
+        self._ranks = group.on(loader.device)
+        self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
+        self._rounds: list[tuple[SharedParameter, Round]] = []
+        self._own: Sequence[SharedParameter] = ()
+        self._fed = 0
+        self._reading: deque[Submission | None] = deque()
+        self._stages: list[torch.Tensor] = []
+        self._error: NvfpPrepError | None = None
+        self._digest = hashlib.sha256(f"{group.exchange_nbytes} {loader.options.verify}".encode())
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Return a context in which a rank may fail alone; at its end all fail together, or have the same to load."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:
+            error = failure
+        with self._on_stream():
+            self._ranks.agree(error, self._digest.digest())
+
+    def begin(self, parameters: Sequence[SharedParameter], own: Sequence[SharedParameter]) -> None:
+        """Plan the rounds and begin to read the first two; inside :meth:`preparing`.
+
+        Args:
+            parameters: that are exchanged.
+            own: that this rank reads for itself meanwhile.
+
+        Raises:
+            LoadError: if there is no memory for the exchange, or a file cannot be opened.
+            UsageError: if the parameters are not this rank's share.
+        """
+        ranks, each, self._own = self._ranks, self._limit // _BUFFERS, own
+        nbytes = 0
+        for item in parameters:
+            item.check_panels(ranks.rank, ranks.size)
+            at_once = max(1, each // item.whole.nbytes)
+            rounds = plan_rounds(item.experts, ranks.size, at_once)
+            nbytes = max(nbytes, *(max(map(len, planned.readers)) * item.whole.nbytes for planned in rounds))
+            self._rounds += [(item, planned) for planned in rounds]
+            self._digest.update(f"{item.record} {item.experts} {item.part.runs}".encode())
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._loader.device))
+        with self._on_stream():
+            self._stages = self._allocate(nbytes)
+            for number in range(2):
+                self._read(number)
+
+    def finish(self) -> None:
+        """Exchange all rounds and queue the rest; :meth:`ExpertLoader.finish` is still to be called, in ``ending``.
+
+        Raises:
+            LoadError: if a rank failed or is missing, with its name.
+        """
+        with self._on_stream():
+            for number in range(len(self._rounds)):
+                self._exchange(number)
+        self._stages = []
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Return a context for what remains of a rank alone; at its end all succeed or fail together."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:
+            error = failure
+        with self._on_stream():
+            self._ranks.agree(error)
+
+    def _exchange(self, number: int) -> None:
+        (item, planned), submission = self._rounds[number], self._reading.popleft()
+        failure = None if submission is None else self._loader.wait_for(submission)
+        self._error = self._error or failure
+        counts, unit = [len(experts) for experts in planned.readers], item.part.nbytes
+        mine = counts[self._ranks.rank] * item.whole.nbytes
+        sent, received = self._stages[2][:mine], self._stages[3][: planned.count * unit]
+        _slice_panels(self._stages[number % 2][:mine], sent, item.part, self._ranks.size)
+        end = self._ranks.exchange(received, sent, counts, unit, self._error is not None)
+        try:
+            self._read(number + 2)
+            own_slots = sum(len(item.experts) for item in self._own)
+            self._feed(own_slots * (number + 1) // len(self._rounds))
+        except NvfpPrepError as error:
+            self._error = self._error or error
+        if end():
+            self._ranks.agree(self._error)
+        slots = item.parameter.detach().view(torch.uint8).view(-1, unit)
+        arrived = received.view(-1, unit)
+        torch._foreach_copy_(
+            [slots[copy.slot : copy.slot + copy.count] for copy in planned.copies],
+            [arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
+        )
+
+    def _read(self, number: int) -> None:
+        """Queue a round's reads of this rank."""
+        if number >= len(self._rounds):
+            return
+        item, planned = self._rounds[number]
+        experts = planned.readers[self._ranks.rank]
+        self._reading.append(None)
+        if experts:
+            stage = self._stages[number % 2][: len(experts) * item.whole.nbytes]
+            target = stage.view(len(experts), *item.whole.shape)
+            self._reading[-1] = self._loader.submit(item.path, item.record, item.whole, experts, target, item.crc32)
+
+    def _feed(self, until: int) -> None:
+        """Queue what this rank reads for itself, so many slots from the first one on."""
+        begin = 0
+        for item in self._own:
+            end = begin + len(item.experts)
+            first, stop = max(begin, self._fed), min(end, until)
+            if first < stop:
+                item.submit(self._loader, slice(first - begin, stop - begin))
+            begin = end
+        self._fed = until
+
+    def _allocate(self, nbytes: int) -> list[torch.Tensor]:
+        device = self._loader.device
+        try:
+            return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+        except (RuntimeError, MemoryError) as error:
+            raise LoadError(
+                f"no memory for the exchange of {format_nbytes(_BUFFERS * nbytes)} on {device}"
+                f" ({str(error).splitlines()[0]})",
+                next_step="Give the group fewer exchange_nbytes.",
+            ) from error
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _slice_panels(stage: torch.Tensor, panels: torch.Tensor, part: ExpertSlice, size: int) -> None:
+    """Copy whole experts ``[E, runs, size, run]`` to one panel of columns a rank, ``[size, E, runs, run]``."""
+    width = part.run_nbytes
+    if width % 8 == 0:
+        stage, panels, width = stage.view(torch.int64), panels.view(torch.int64), width // 8
+    experts = stage.view(-1, part.runs, size, width)
+    panels.view(size, -1, part.runs, width).copy_(experts.permute(2, 0, 1, 3))

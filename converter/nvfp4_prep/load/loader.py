@@ -20,7 +20,7 @@ from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.open_files import OpenFiles
 from nvfp4_prep.load.options import Gather, LoadOptions
 from nvfp4_prep.load.read_plan import Task, plan_reads
-from nvfp4_prep.load.reader import ReadCounts
+from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.staging import make_buffers
 from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission, Times, as_load_error
@@ -29,6 +29,8 @@ from nvfp4_prep_kernels import ExpertSlice
 __all__ = ["ExpertLoader"]
 
 _THREADS = "nvfp4-load-"
+_FEW_COLUMNS = 4
+"""Ranks of a tensor-parallel group from which on whole rows of a file in memory cost more than gathering."""
 
 
 class ExpertLoader:
@@ -173,7 +175,7 @@ class ExpertLoader:
         checks = crc32 if self.options.verify else None
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        mapped = self.options.gather is Gather.MMAP and mapping_supported()
+        mapped = self._maps(reader, part)
         tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks, mapped=mapped)
         places = _places(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
@@ -194,6 +196,12 @@ class ExpertLoader:
                 )
             )
         return submission
+
+    def _maps(self, reader: FileReader, part: ExpertSlice) -> bool:
+        """Return whether short runs are gathered from a mapping: see :class:`Gather`."""
+        few = part.run_nbytes * _FEW_COLUMNS <= part.stride_bytes and reader.resident
+        wanted = few if self.options.gather is Gather.AUTO else self.options.gather is Gather.MMAP
+        return wanted and mapping_supported()
 
     def finish(self) -> LoadReport:
         """Wait for everything queued and say what it took.

@@ -9,6 +9,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.options import DirectIO
 from nvfp4_prep.load.reader import FileReader
+from nvfp4_prep.load.storage import is_network_storage
 
 __all__ = ["OpenFiles"]
 
@@ -37,10 +38,10 @@ class OpenFiles:
             reader = FileReader(path, direct=mode is not DirectIO.NEVER)
             stored = record.nbytes // record.shape[0]
             first, last = min(experts), max(experts)
-            if mode is DirectIO.AUTO and reader.cached(
-                record.offset_bytes + first * stored, (last + 1 - first) * stored
-            ):
+            cached = reader.cached(record.offset_bytes + first * stored, (last + 1 - first) * stored)
+            if mode is DirectIO.AUTO and cached:
                 reader.direct = False
+            reader.resident = cached and not reader.direct and not is_network_storage(reader.device)
             self._readers[path] = reader
         if reader.nbytes < record.offset_bytes + record.nbytes:
             raise LoadError(

@@ -27,8 +27,10 @@ class Gather(enum.StrEnum):
     """How short runs (a tensor-parallel rank's columns of w2, tiles of its scales) are taken out of a file.
 
     ``rows`` reads whole rows in long ranges and slices them on the device; ``mmap`` copies the runs out of a mapping of
-    the file. ``auto`` never maps: whole rows touch no more pages than the runs, every page of w2 in both cases, and
-    pages come in by requests of megabytes where a mapping asks network storage for a few kilobytes at a time.
+    the file. ``auto`` reads rows, in requests of megabytes, unless the file is in the page cache, not on network
+    storage, and the runs are at most a quarter of the rows: then nothing is requested from storage, and whole rows
+    would only fill the bus with other ranks' columns. From memory, all ranks of a host at once on two H100, rows
+    loaded 28.7 GB/s and mappings 25.3 for TP 2, 18.1 and 28.0 for TP 4, 16.7 and 38.4 for TP 8.
     """
 
     AUTO = "auto"

@@ -60,6 +60,7 @@ class FileReader:
         path: the file.
         nbytes: its size when it was opened.
         direct: whether long ranges are read past the page cache.
+        resident: whether what will be read is in the page cache of this machine, on local storage.
     """
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
@@ -77,7 +78,7 @@ class FileReader:
         self._lock = threading.Lock()
         self._direct_descriptor = -1
         self._descriptor, self.nbytes = open_regular(path, LoadError, "Complete the download.")
-        self.direct = False
+        self.direct = self.resident = False
         if direct:
             self._open_direct()
 
@@ -89,6 +90,11 @@ class FileReader:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptor = self._direct_descriptor = -1
+
+    @property
+    def device(self) -> int:
+        """``st_dev`` of the file."""
+        return os.fstat(self._descriptor).st_dev
 
     def cached(self, offset_bytes: int, nbytes: int) -> bool:
         """Whether most of a range is in the page cache, judged by a few pages; True where the system does not say."""

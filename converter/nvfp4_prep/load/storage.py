@@ -1,0 +1,48 @@
+"""The kind of storage under a file: local, or across a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["is_network_storage"]
+
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = (
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "daos",
+    "fuse",
+    "glusterfs",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "smb",
+    "wekafs",
+)
+
+
+def is_network_storage(device: int, mounts: Path = _MOUNTS) -> bool:
+    """Return whether the file system of a device asks a network, or a process of its own (FUSE), for its pages.
+
+    Args:
+        device: ``st_dev`` of a file.
+        mounts: table of mounts in the format of ``proc_pid_mountinfo(5)``.
+
+    Returns:
+        False where the system has no such table.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        before, separator, after = line.partition(" - ")
+        fields = before.split()
+        if separator and len(fields) > 2 and fields[2] == number:
+            return after.split(" ", 1)[0].startswith(_NETWORK)
+    return False

@@ -12,6 +12,7 @@ from nvfp4_prep.cli.conversion_output import say_checkpoint, say_failed_smoke_ru
 from nvfp4_prep.cli.options import (
     common,
     conversion_options,
+    memory_option,
     publishing_options,
     report_option,
     restart_option,
@@ -50,10 +51,18 @@ __all__ = ["convert"]
 @publishing_options("With --push-to: ")
 @conversion_options
 @threads_option
+@memory_option
 @restart_option
 @common
 def convert(
-    *, no_smoke: bool, keep_source: bool, threads: int | None, as_json: bool, quiet: bool, **asked: Any
+    *,
+    no_smoke: bool,
+    keep_source: bool,
+    threads: int | None,
+    memory_nbytes: int | None,
+    as_json: bool,
+    quiet: bool,
+    **asked: Any,
 ) -> None:
     """Prepare the experts of SOURCE and write a checkpoint to TARGET.
 
@@ -77,7 +86,12 @@ def convert(
     selection = request.selection
     tell_address(request.source, quiet=quiet)
     source = open_source(request.source, target=request.work_folder, keep_source=keep_source)
-    running: dict[str, Any] = {"options": request.options, "threads": threads, "progress": make_progress(quiet)}
+    running: dict[str, Any] = {
+        "options": request.options,
+        "threads": threads,
+        "memory_nbytes": memory_nbytes,
+        "progress": make_progress(quiet),
+    }
     if request.dry_run:
         preview = nvfp4_prep.preview_conversion(request, source)
         say_preview(preview, as_json=as_json)

@@ -20,7 +20,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, tell_address
+from nvfp4_prep.cli.output import hint, make_progress, tell_address
 from nvfp4_prep.cli.smoke import smoke_policy
 from nvfp4_prep.hub import open_source, quiet_client
 
@@ -43,7 +43,7 @@ __all__ = ["convert"]
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the layout is applied; the bytes are the same.",
+    help="Where the layout is applied; the bytes are the same, and cpu was faster wherever both were measured.",
 )
 @click.option("--no-smoke", is_flag=True, help="Leave out the fused-MoE smoke run at the end.")
 @report_option("HTML page about the smoke run.")
@@ -85,6 +85,7 @@ def convert(
     request.check()
     selection = request.selection
     tell_address(request.source, quiet=quiet)
+    _tell_device(request, quiet=quiet)
     source = open_source(request.source, target=request.work_folder, keep_source=keep_source)
     running: dict[str, Any] = {
         "options": request.options,
@@ -107,6 +108,19 @@ def convert(
             say_failed_smoke_run(error, request, as_json=as_json)
             sys.exit(error.exit_code)
         say_checkpoint(result, pushed, request, as_json=as_json)
+
+
+def _tell_device(request: ConvertRequest, *, quiet: bool) -> None:
+    """Say at once that a GPU does not speed a conversion up; one that cannot be used is refused later."""
+    if quiet or request.dry_run or request.device == "cpu":
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        hint(
+            f"--device {request.device}: expect a slower conversion than on the CPU, wherever both were measured;"
+            " digests and the check of every byte run on the CPU in either case, and the bytes are the same"
+        )
 
 
 def _make_checkpoint(

@@ -33,7 +33,7 @@ __all__ = ["convert"]
 @click.command()
 @source_argument
 @target_argument
-@click.option("--dry-run", is_flag=True, help="Print the plan and what is at TARGET; writes nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, its least time and what is at TARGET; writes nothing.")
 @click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
 @click.option("--layers", metavar="1-20|2/8", help="One machine's part: these layers, or the second of eight shares.")
 @click.option("--join", is_flag=True, help="Make the checkpoint of all parts.")

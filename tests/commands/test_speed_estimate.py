@@ -10,10 +10,12 @@ import pytest
 from click.testing import CliRunner
 
 from nvfp4_prep import SampleModel, plan, write_sample
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands import speed_estimate
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
+from nvfp4_prep.pipeline import workers
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,15 @@ def test_dry_run_says_it_and_writes_nothing(sample_source: Path, tmp_path: Path)
     value = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["time"]
     assert value["limit"] in ("cores", "digests", "disk read", "names") and value["seconds"] > 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "nbytes"), [(["--memory", "50"], 50_000_000), (["--threads", "16"], 2**31), ([], 640 * 2**20)]
+)
+def test_dry_run_says_the_memory_that_the_run_would_use(
+    sample_source: Path, tmp_path: Path, options: list[str], nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: {0})
+    arguments = ["convert", str(sample_source), str(tmp_path / "out"), "--dry-run", *options]
+    assert json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["memory_nbytes"] == nbytes
+    assert f"at most {format_nbytes(nbytes)} of buffers" in CliRunner().invoke(cli, arguments).stdout

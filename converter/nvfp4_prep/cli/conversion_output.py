@@ -38,13 +38,14 @@ if TYPE_CHECKING:
 __all__ = ["say_checkpoint", "say_failed_smoke_run", "say_part", "say_preview"]
 
 
-def say_preview(preview: Preview, *, as_json: bool) -> None:
+def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
     """Print the outcome of ``--dry-run``, and on stderr why the run would be refused."""
     plan, room, outlook = preview.plan, preview.room, preview.outlook
     if as_json:
-        say(to_json(plan_value(plan, room) | {"target": outlook_value(outlook), "time": _time_value(preview.speed)}))
+        value = plan_value(plan, room, memory_nbytes)
+        say(to_json(value | {"target": outlook_value(outlook), "time": _time_value(preview.speed)}))
     else:
-        say_text(f"{plan_text(plan, room)}\n{outlook_text(outlook)}{_time_text(preview.speed)}")
+        say_text(f"{plan_text(plan, room, memory_nbytes)}\n{outlook_text(outlook)}{_time_text(preview.speed)}")
     if outlook.refusal is not None:
         hint(f"error: {outlook.refusal}")
 

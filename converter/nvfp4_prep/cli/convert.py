@@ -23,6 +23,7 @@ from nvfp4_prep.cli.options import (
 from nvfp4_prep.cli.output import hint, make_progress, tell_address
 from nvfp4_prep.cli.smoke import smoke_policy
 from nvfp4_prep.hub import open_source, quiet_client
+from nvfp4_prep.pipeline.workers import default_memory_nbytes
 
 if TYPE_CHECKING:
     from nvfp4_prep import ConvertRequest, ConvertResult, PushResult
@@ -95,7 +96,7 @@ def convert(
     }
     if request.dry_run:
         preview = nvfp4_prep.preview_conversion(request, source)
-        say_preview(preview, as_json=as_json)
+        say_preview(preview, memory_nbytes or default_memory_nbytes(threads), as_json=as_json)
         if preview.outlook.refusal is not None:
             sys.exit(preview.outlook.refusal.exit_code)
     elif selection is not None:

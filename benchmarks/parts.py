@@ -18,6 +18,7 @@ class Part:
         needs: ``card``, ``vllm``, ``flashinfer``.
         limit_s: seconds after which it is ended.
         work_gb, memory_gb: free space that it needs there, in 10^9 bytes.
+        awaited: the pages do without its figures while no run is on file.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Part:
     limit_s: int = 600
     work_gb: float = 0.1
     memory_gb: float = 0.0
+    awaited: bool = False
 
 
 PARTS = (
@@ -40,6 +42,16 @@ PARTS = (
         ("--work", "{work}", "--experts", "8", "--hidden", "512", "--intermediate", "256", "--repetitions", "1"),
         limit_s=1200,
         work_gb=31,
+    ),
+    Part(
+        "scaling",
+        "every command on 2 to 32 cores, with cp, in memory",
+        "bench_scaling.py",
+        ("--memory", "{memory}"),
+        ("--memory", "{memory}", "--experts", "8", "--layers", "1", "--only", "layer", "tiny", "--cores", "1"),
+        limit_s=2400,
+        memory_gb=31,
+        awaited=True,
     ),
     Part(
         "load-host",

@@ -4,7 +4,8 @@
     python benchmarks/quote.py --check    # exit code 1 if a page would change
 
 What stands in a page between ``<!-- figures: NAME -->`` and ``<!-- /figures -->`` is benchmarks/quotes/NAME.md with the
-values that values_loading.py or values_kernels.py takes from the results. docs/pictures/loading.svg is drawn from them.
+values that values_loading.py, values_kernels.py or values_scaling.py takes from the results. docs/pictures/loading.svg
+is drawn from them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 
 import values_kernels
 import values_loading
+import values_scaling
 from recorded import RESULTS, Recorded
 
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).parent / "quotes"
 PAGES = ("README.md", "docs/loading.md", "docs/gpu-proof.md", "docs/troubleshooting.md", "docs/which-kernel.md")
 PICTURE = "docs/pictures/loading.svg"
-VALUES = values_loading.VALUES | values_kernels.VALUES
+VALUES = values_loading.VALUES | values_kernels.VALUES | values_scaling.VALUES
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n*)(.*?)(\n*<!-- /figures -->)", re.DOTALL)
 
 

@@ -23,6 +23,9 @@ class Recorded:
             self._known[part] = json.loads((self._folder / f"{part}.json").read_text(encoding="utf-8"))
         return self._known[part]
 
+    def __contains__(self, part: str) -> bool:
+        return (self._folder / f"{part}.json").is_file()
+
     def __getitem__(self, part: str) -> dict[str, Any]:
         """The figures of a part."""
         figures: dict[str, Any] = self.result(part)["figures"]

@@ -2,6 +2,7 @@
 
     make bench                                              # everything that can run here
     python benchmarks/run.py --only load load-vllm --memory /mnt/memory
+    python benchmarks/run.py --only scaling --extra '--before /data/older-tree --minutes 9'
     python benchmarks/run.py --small --results /tmp/results  # a try in small: no figures to quote
 
 Each part is one program with a time limit; its figures, with command, date, machine and commit, go into
@@ -78,6 +79,7 @@ def attempt(part: Part, options: argparse.Namespace, facts: dict[str, Any], sour
     try:
         figures_file = folders["work"] / "figures.json"
         arguments = [text.format(**folders) for text in wanted]
+        arguments += shlex.split(options.extra)
         command = [sys.executable, str(HERE / part.program), *arguments, "--json", str(figures_file)]
         limit, begun = options.limit or part.limit_s, time.monotonic()
         failure = run(command, limit)
@@ -141,7 +143,10 @@ def keep(part: Part, options: argparse.Namespace, facts: dict[str, Any], figures
         "about": part.about,
         "command": shlex.join(["python", "benchmarks/run.py", "--only", part.name, *(["--small"] * options.small)]),
         "program": shlex.join(
-            ["python", f"benchmarks/{part.program}", *(part.small if options.small else part.arguments)]
+            [
+                *("python", f"benchmarks/{part.program}", *(part.small if options.small else part.arguments)),
+                *shlex.split(options.extra),
+            ]
         ),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "repetitions": figures["repetitions"],
@@ -168,6 +173,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="small sizes, few repetitions: does it run?")
     parser.add_argument("--limit", type=float, help="seconds for each part instead of its own limit")
+    parser.add_argument("--extra", default="", help="more arguments for the parts' programs, for example '--minutes 9'")
     parser.add_argument("--results", type=Path, help="folder of the results (with --small: build/benchmarks)")
     parser.add_argument("--commit", default="", help="commit of the sources, where the checkout has no git")
     options = parser.parse_args()

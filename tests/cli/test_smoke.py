@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from nvfp4_prep.pipeline.device import apply_layout, choose_device
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
 pytestmark = pytest.mark.slow
+convert_module = importlib.import_module("nvfp4_prep.commands.convert")
+"""By its path: the package's attribute of that name may be the function."""
 
 
 def run(*arguments: object) -> Result:
@@ -123,6 +126,17 @@ def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path
     if not torch.cuda.is_available():
         done = run("convert", sample_source, tmp_path / "out", "--device", "cuda")
         assert done.exit_code == 2 and "no CUDA card" in done.output and not (tmp_path / "out").exists()
+
+
+def test_a_gpu_is_told_to_be_slower_at_once(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(convert_module, "choose_device", lambda name: torch.device("cpu"))
+    for number, (options, told) in enumerate(((["cuda"], True), (["cuda", "-q"], False), (["cpu"], False))):
+        done = run("convert", sample_source, tmp_path / f"out{number}", "--no-smoke", "--device", *options)
+        assert done.exit_code == 0
+        assert ("expect a slower conversion" in done.stderr) == told and "expect" not in done.stdout
 
 
 @pytest.mark.parametrize("tensor", list(PreparedTensor))

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nvfp4_prep import ConvertOptions, SampleModel, convert, plan, write_sample
+from nvfp4_prep import ConvertOptions, SampleModel, convert, plan, relayout, restore, verify, write_sample
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import (
@@ -32,6 +32,7 @@ from nvfp4_prep.errors import (
     SourceError,
     TargetError,
     UnsupportedCheckpointError,
+    UsageError,
 )
 from nvfp4_prep.output.sink import KeepFiles
 from support import layout_oracle
@@ -150,6 +151,29 @@ def test_bytes_do_not_depend_on_threads(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, threads: int
 ) -> None:
     assert file_digests(convert(sample_source, tmp_path / "out", threads=threads).path) == file_digests(sample_prepared)
+
+
+def test_bytes_do_not_depend_on_the_memory(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+    for memory in (3_000_000, 10**9):
+        out = convert(sample_source, tmp_path / "out", memory_nbytes=memory).path
+        assert file_digests(out) == file_digests(sample_prepared)
+        back = restore(out, tmp_path / "back", memory_nbytes=memory).path
+        assert restore(out, tmp_path / "back2").path.exists()
+        assert file_digests(back) == file_digests(tmp_path / "back2")
+        assert verify(out, source=sample_source, memory_nbytes=memory).ok
+        narrow = relayout(out, tmp_path / "narrow", gate_up_block=16, memory_nbytes=memory).path
+        assert verify(narrow, source=sample_source, memory_nbytes=memory).ok
+        for folder in ("out", "back", "back2", "narrow"):
+            shutil.rmtree(tmp_path / folder)
+
+
+def test_too_little_memory_is_refused_and_the_same_command_continues(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="too small for one piece of work"):
+        convert(sample_source, tmp_path / "out", memory_nbytes=1000)
+    assert not list(tmp_path.glob("out/*.safetensors"))
+    assert file_digests(convert(sample_source, tmp_path / "out").path) == file_digests(sample_prepared)
 
 
 @pytest.mark.parametrize("files", [1, 2, 4])

@@ -21,7 +21,7 @@ from support.paths import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 EARLIER = sorted((BENCHMARKS / "results").glob("earlier/*/*.json"))
-NAMES = ("machine", "parts", "quote", "recorded", "run", "values_kernels", "values_loading")
+NAMES = ("machine", "parts", "quote", "recorded", "run", "values_kernels", "values_loading", "values_scaling")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def test_every_text_is_quoted_once_and_has_values(bench: SimpleNamespace) -> Non
 
 
 def test_every_part_has_results_and_nothing_else_has(bench: SimpleNamespace) -> None:
-    assert sorted(path.stem for path in RESULTS) == sorted(part.name for part in bench.parts.PARTS)
+    missing = {part.name for part in bench.parts.PARTS} - {path.stem for path in RESULTS}
+    assert missing <= {part.name for part in bench.parts.PARTS if part.awaited}
+    assert {path.stem for path in RESULTS} <= {part.name for part in bench.parts.PARTS}
 
 
 @pytest.mark.parametrize("path", [*RESULTS, *EARLIER], ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -125,8 +127,47 @@ def test_aims_are_judged_by_all_runs(bench: SimpleNamespace, tmp_path: Path) -> 
     assert ": 7.0" in row
 
 
+def scaling_row(cores: int, command: str, side: str, seconds: float) -> dict[str, Any]:
+    spread = {"min": seconds, "median": seconds, "max": seconds, "seconds": [seconds]}
+    known = {"set": "layer", "cores": cores, "command": command, "side": side}
+    return {
+        **known,
+        "seconds": spread,
+        "total": spread,
+        "gb_per_s": 8 / seconds,
+        "peak_nbytes": 0 if side == "cp" else 700_000_000,
+    }
+
+
+def test_scaling_is_told_as_measured_and_awaited_until_then(bench: SimpleNamespace, tmp_path: Path) -> None:
+    values = bench.values_scaling.VALUES["scaling"]
+    assert "No run is on file" in values(bench.recorded.Recorded(tmp_path))["text"]
+    rows = [scaling_row(2, "convert", "before", 8.0), scaling_row(2, "convert", "now", 4.0)]
+    rows += [scaling_row(16, "convert", "now", 0.5), scaling_row(2, "cp -r", "cp", 2.0)]
+    rows.append({"set": "layer", "cores": 16, "command": "verify", "side": "now", "failed": "no memory"})
+    figures = {
+        "repetitions": 1,
+        "complete": False,
+        "before": "0123456789abcdef",
+        "cores": [2, 16],
+        "rates": {"sha256_per_s": 2e9, "memcpy_per_s": 1.5e10},
+        "sets": [{"name": "layer", "about": "one layer", "nbytes": 8_000_000_000, "expert_tensors": 4608}],
+        "rows": rows,
+    }
+    machine = {"cpus": 16, "gpu": None, "torch": "2", "python": "3.12"}
+    result = {"machine": machine, "date": "2026-11-26", "commit": "f" * 40, "command": "make", "repetitions": 1}
+    (tmp_path / "scaling.json").write_text(json.dumps({**result, "seconds": 1, "figures": figures}))
+    text = values(bench.recorded.Recorded(tmp_path))["text"]
+    assert "| convert, before | 8.00 s, 1.0 | | 0.7 |" in text
+    assert "| convert | 4.00 s, 2.0 | 0.50 s, 16.0 | 0.7 |" in text
+    assert "| cp -r | 2.00 s, 4.0 | | |" in text
+    assert "| verify | | failed | |" in text
+    assert "2.0 GB/s" in text and "15.0 GB/s" in text and "0123456789ab" in text
+
+
 def options(tmp_path: Path, **others: Any) -> argparse.Namespace:
     settings = {"only": None, "work": tmp_path, "memory": tmp_path, "small": True, "limit": None, "results": tmp_path}
+    settings["extra"] = ""
     return argparse.Namespace(**{**settings, **others})
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
+from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, UsageError
 from nvfp4_prep.output.atomic_file import AtomicFile
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -106,12 +106,28 @@ def test_units_in_work_stay_within_the_budget() -> None:
 def test_unit_larger_than_the_budget_runs_alone() -> None:
     done = []
     run_jobs(
-        [FileJob("f", 0, b"", lambda: [Unit(100, lambda i=i: done.append(i) or UnitResult()) for i in range(5)])],
+        [FileJob("f", 0, b"", lambda: [Unit(10**9, lambda i=i: done.append(i) or UnitResult()) for i in range(5)])],
         None,
         threads=4,
-        memory_nbytes=10,
     )
     assert sorted(done) == list(range(5))
+
+
+def test_a_budget_too_small_for_one_unit_is_refused_with_the_minimum() -> None:
+    done: list[int] = []
+    sizes = [100, 2_000_000]
+    jobs = [FileJob("f", 0, b"", lambda: [Unit(size, lambda: done.append(1) or UnitResult()) for size in sizes])]
+    with pytest.raises(UsageError, match="at least 8,000,000 bytes") as refused:
+        run_jobs(jobs, None, threads=4, memory_nbytes=7_999_999)
+    assert "--memory 8;" in str(refused.value) and not done
+    run_jobs(jobs, None, threads=4, memory_nbytes=8_000_000)
+    assert len(done) == 2
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "640", True])
+def test_a_budget_is_a_number_of_bytes(wrong: object) -> None:
+    with pytest.raises(UsageError, match="memory_nbytes"):
+        run_jobs([], None, memory_nbytes=wrong)  # type: ignore[arg-type]
 
 
 def test_progress_sums_up_to_the_files_size() -> None:

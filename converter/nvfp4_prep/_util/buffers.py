@@ -10,7 +10,16 @@ import zlib
 
 import torch
 
-__all__ = ["PAGE_NBYTES", "BufferPool", "address_of", "byte_view", "crc32_each", "empty_bytes", "same_bytes"]
+__all__ = [
+    "PAGE_NBYTES",
+    "BufferPool",
+    "address_of",
+    "byte_view",
+    "crc32_each",
+    "empty_bytes",
+    "keep_at_most",
+    "same_bytes",
+]
 
 
 PAGE_NBYTES = 4096
@@ -46,6 +55,11 @@ class BufferPool:
         weakref.finalize(array, self._give, memory).atexit = False
         return torch.frombuffer(array, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
+    def keep_at_most(self, nbytes: int) -> None:
+        """Change how much is kept from now on."""
+        with self._lock:
+            self._keep_nbytes = nbytes
+
     def _give(self, memory: mmap.mmap) -> None:
         size = len(memory)
         with self._lock:
@@ -55,7 +69,13 @@ class BufferPool:
             self._free.setdefault(size, []).append(memory)
 
 
-_POOL = BufferPool(512 * 2**20)
+_KEEP_NBYTES = 512 * 2**20
+_POOL = BufferPool(_KEEP_NBYTES)
+
+
+def keep_at_most(nbytes: int) -> None:
+    """Keep no more memory for :func:`empty_bytes` than this, and never more than 512 MiB."""
+    _POOL.keep_at_most(min(nbytes, _KEEP_NBYTES))
 
 
 def empty_bytes(nbytes: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep._util.collector import collector_paused
 from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
 from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
@@ -183,6 +184,7 @@ def header_nbytes(file: str, prefix: bytes, file_nbytes: int) -> int:
     return length
 
 
+@collector_paused()
 def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None = None) -> ShardHeader:
     """Parse length prefix and header.
 
@@ -250,7 +252,7 @@ def _metadata(file: str, value: object) -> dict[str, str]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63  # JSON makes no other kind of int than bool
 
 
 def _record(file: str, name: str, entry: object, data_start: int) -> TensorRecord:

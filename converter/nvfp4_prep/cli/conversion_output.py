@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import nvfp4_prep
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.convert_parts import PartResult
     from nvfp4_prep.commands.convert_request import ConvertRequest
     from nvfp4_prep.commands.preview import Preview
+    from nvfp4_prep.commands.speed_estimate import SpeedEstimate
     from nvfp4_prep.prepared.manifest import Manifest
     from nvfp4_prep.publish.push import PushResult
     from nvfp4_prep.smoke.gate import SmokeFailedError
@@ -36,15 +38,31 @@ if TYPE_CHECKING:
 __all__ = ["say_checkpoint", "say_failed_smoke_run", "say_part", "say_preview"]
 
 
-def say_preview(preview: Preview, *, as_json: bool) -> None:
+def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
     """Print the outcome of ``--dry-run``, and on stderr why the run would be refused."""
     plan, room, outlook = preview.plan, preview.room, preview.outlook
     if as_json:
-        say(to_json(plan_value(plan, room) | {"target": outlook_value(outlook)}))
+        value = plan_value(plan, room, memory_nbytes)
+        say(to_json(value | {"target": outlook_value(outlook), "time": _time_value(preview.speed)}))
     else:
-        say_text(f"{plan_text(plan, room)}\n{outlook_text(outlook)}")
+        say_text(f"{plan_text(plan, room, memory_nbytes)}\n{outlook_text(outlook)}{_time_text(preview.speed)}")
     if outlook.refusal is not None:
         hint(f"error: {outlook.refusal}")
+
+
+def _time_value(speed: SpeedEstimate | None) -> dict[str, Any] | None:
+    return None if speed is None else {**asdict(speed), "seconds": speed.seconds, "limit": speed.limit}
+
+
+def _time_text(speed: SpeedEstimate | None) -> str:
+    if speed is None:
+        return ""
+    read = "not measured" if speed.read_gb_per_s is None else f"{speed.read_gb_per_s:.2g} GB/s"
+    return (
+        f"\ntime     at least {max(1, round(speed.seconds)):,} s of work, limited by: {speed.limit} (disk read {read},"
+        f" sha256 {speed.sha256_gb_per_s:.2g} GB/s a core, {count(speed.cores, 'core')}; writing and smoke run not"
+        " measured)"
+    )
 
 
 def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> None:

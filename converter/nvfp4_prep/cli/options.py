@@ -22,6 +22,7 @@ __all__ = [
     "decorated",
     "gate_up_block_option",
     "layout_option",
+    "memory_option",
     "moe_tp_option",
     "publishing_options",
     "report_option",
@@ -44,6 +45,15 @@ source_argument = click.argument("source", type=ADDRESS)
 target_argument = click.argument("target", type=DIRECTORY)
 threads_option = click.option(
     "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+)
+memory_option = click.option(
+    "--memory",
+    "memory_nbytes",
+    type=click.IntRange(1, 2**40),
+    metavar="MB",
+    callback=lambda context, parameter, value: value and value * 10**6,
+    help="Budget of the buffers, in MB (10^6 bytes); the output does not depend on it."
+    "  [default: 134 a worker, at least 671]",
 )
 restart_option = click.option(
     "--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it."

@@ -13,6 +13,7 @@ from nvfp4_prep.cli.options import (
     common,
     gate_up_block_option,
     layout_option,
+    memory_option,
     moe_tp_option,
     restart_option,
     target_argument,
@@ -33,6 +34,7 @@ __all__ = ["relayout"]
 @gate_up_block_option()
 @moe_tp_option("Tensor-parallel size to pad for.")
 @threads_option
+@memory_option
 @restart_option
 @common
 def relayout(
@@ -42,6 +44,7 @@ def relayout(
     gate_up_block: int | None,
     moe_tp: int | None,
     threads: int | None,
+    memory_nbytes: int | None,
     restart: bool,
     as_json: bool,
     quiet: bool,
@@ -62,6 +65,7 @@ def relayout(
             gate_up_block=gate_up_block,
             moe_tp=moe_tp,
             threads=threads,
+            memory_nbytes=memory_nbytes,
             progress=make_progress(quiet),
             restart=restart,
         )

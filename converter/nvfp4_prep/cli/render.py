@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
+def plan_value(plan: Plan, room: Room | None = None, memory_nbytes: int | None = None) -> dict[str, Any]:
     """Return a plan for ``--json``; ``room`` is what its run takes, by default the output's size."""
     room = room or Room(plan.output_nbytes)
     return {
@@ -73,7 +73,7 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "source_nbytes": plan.source_nbytes,
         "output_nbytes": plan.output_nbytes,
-        "memory_nbytes": default_memory_nbytes(),
+        "memory_nbytes": memory_nbytes or default_memory_nbytes(),
         "peak_source_shards_nbytes": plan.peak_shards_nbytes,
         "download_nbytes": room.download_nbytes,
         "small_files_nbytes": SMALL_FILES_NBYTES,
@@ -81,7 +81,7 @@ def plan_value(plan: Plan, room: Room | None = None) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan, room: Room | None = None) -> str:
+def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = None) -> str:
     """Return a plan for people; arguments as for :func:`plan_value`."""
     kinds = Counter(file.kind for file in plan.files)
     sizes = {kind: sum(file.nbytes for file in plan.files if file.kind is kind) for kind in kinds}
@@ -115,7 +115,7 @@ def plan_text(plan: Plan, room: Room | None = None) -> str:
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
         *_room_lines(plan, room or Room(plan.output_nbytes)),
-        f"memory   at most {format_nbytes(default_memory_nbytes())} of buffers, whatever the size",
+        f"memory   at most {format_nbytes(memory_nbytes or default_memory_nbytes())} of buffers, whatever the size",
     ]
     return join_lines(lines)
 

@@ -8,7 +8,14 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep._util.text import count, format_nbytes
-from nvfp4_prep.cli.options import checkpoint_argument, common, restart_option, target_argument, threads_option
+from nvfp4_prep.cli.options import (
+    checkpoint_argument,
+    common,
+    memory_option,
+    restart_option,
+    target_argument,
+    threads_option,
+)
 from nvfp4_prep.cli.output import make_progress, say, tell_leftovers, to_json
 
 __all__ = ["restore"]
@@ -18,9 +25,18 @@ __all__ = ["restore"]
 @checkpoint_argument()
 @target_argument
 @threads_option
+@memory_option
 @restart_option
 @common
-def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, as_json: bool, quiet: bool) -> None:
+def restore(
+    checkpoint: Path,
+    target: Path,
+    threads: int | None,
+    memory_nbytes: int | None,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was.
 
     A damaged CHECKPOINT is not restored: exit code 6, and TARGET holds what was written until then, without a config.
@@ -30,7 +46,14 @@ def restore(checkpoint: Path, target: Path, threads: int | None, restart: bool, 
     nvfp4-prep restore ./out ./back
     """
     with tell_leftovers(target):
-        result = nvfp4_prep.restore(checkpoint, target, threads=threads, progress=make_progress(quiet), restart=restart)
+        result = nvfp4_prep.restore(
+            checkpoint,
+            target,
+            threads=threads,
+            memory_nbytes=memory_nbytes,
+            progress=make_progress(quiet),
+            restart=restart,
+        )
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
         say(to_json({**value, "resumed": result.resumed}))

@@ -10,7 +10,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep.checkpoint.filenames import MANIFEST
-from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, threads_option
+from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, threads_option
 from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.render import verify_text
 from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
@@ -35,6 +35,7 @@ __all__ = ["verify"]
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
 @smoke_options
 @threads_option
+@memory_option
 @common
 def verify(
     checkpoint: str,
@@ -43,6 +44,7 @@ def verify(
     smoke: bool,
     smoke_options: SmokeOptions,
     threads: int | None,
+    memory_nbytes: int | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -70,7 +72,12 @@ def verify(
         found = nvfp4_prep.verify_published(address)
     else:
         found = nvfp4_prep.verify(
-            checkpoint, source=source, quick=quick, threads=threads, progress=make_progress(quiet)
+            checkpoint,
+            source=source,
+            quick=quick,
+            threads=threads,
+            memory_nbytes=memory_nbytes,
+            progress=make_progress(quiet),
         )
         if smoke and found.ok:
             ran = smoke_run(checkpoint, source, smoke_options, quiet=quiet)

@@ -111,6 +111,7 @@ def convert(
     options: ConvertOptions | None = None,
     *,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
     sink: FileSink | None = None,
@@ -129,6 +130,7 @@ def convert(
         target: output directory; made if it does not exist.
         options: what the output's bytes depend on.
         threads: workers; does not change the output.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
         restart: discard an unfinished earlier run instead of continuing it.
         sink: takes every finished file, also those that an earlier run finished.
@@ -165,7 +167,7 @@ def convert(
             discard_parts(path)
         with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
             execution = Execution(made, opened, place, taker, where)
-            written = execution.write(threads, progress or NoProgress())
+            written = execution.write(threads, progress or NoProgress(), memory_nbytes)
             manifest, report = execution.finish(smoke)
             return ConvertResult(
                 path,

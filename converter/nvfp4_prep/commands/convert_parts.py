@@ -78,6 +78,7 @@ def convert_part(
     options: ConvertOptions | None = None,
     *,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
 ) -> PartResult:
@@ -92,6 +93,7 @@ def convert_part(
         layers: which, as :meth:`LayerSelection.parse` takes it: ``1-20``, ``3,7-9``, ``2/8``.
         options: the same for all parts.
         threads: workers; does not change the output.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
         restart: discard this part's unfinished earlier run.
 
@@ -115,7 +117,9 @@ def convert_part(
         Target.check_ours(path)
         check_not_whole(path)
         with Target(folder, part_identity(made, selection), restart=restart) as place:
-            written = Execution(part, opened, place, KeepFiles()).write(threads, progress or NoProgress())
+            written = Execution(part, opened, place, KeepFiles()).write(
+                threads, progress or NoProgress(), memory_nbytes
+            )
             return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
     finally:
         opened.close()
@@ -127,6 +131,7 @@ def join_parts(
     options: ConvertOptions | None = None,
     *,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     smoke: SmokePolicy | None = DEFAULT_SMOKE,
 ) -> ConvertResult:
@@ -136,6 +141,7 @@ def join_parts(
         source, options: the parts'.
         target: the output directory that was given for the parts.
         threads: workers.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
         smoke: as for :func:`~nvfp4_prep.commands.convert.convert`.
 
@@ -169,7 +175,7 @@ def join_parts(
                     if name not in place.done:
                         place.adopt(entry, part)
             execution = Execution(made, opened, place, KeepFiles())
-            written = execution.write(threads, progress or NoProgress())
+            written = execution.write(threads, progress or NoProgress(), memory_nbytes)
             manifest, report = execution.finish(smoke)
             return ConvertResult(
                 path,

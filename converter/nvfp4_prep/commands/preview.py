@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import open_source
 from nvfp4_prep.commands.convert_request import ConvertRequest
 from nvfp4_prep.commands.preflight import Outlook, look_ahead
+from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
 from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.disk_space import Room, room_for
@@ -25,11 +27,13 @@ class Preview:
         plan: of the whole conversion, also where a part was asked for.
         room: disk space that a run into an empty target takes.
         outlook: what the run would find at its target, and why it would be refused, if it would be.
+        speed: lower bounds of its time; ``None`` for a source that is not on this machine.
     """
 
     plan: Plan
     room: Room
     outlook: Outlook
+    speed: SpeedEstimate | None = None
 
 
 def preview_conversion(request: ConvertRequest, source: str | Path | Source | None = None) -> Preview:
@@ -45,7 +49,9 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
     sink = PublishedFiles() if request.stream_out else KeepFiles()
     opened = open_source(request.source if source is None else source)
     try:
+        begun = time.perf_counter()
         plan = make_plan(opened, request.options)
+        planning_s = time.perf_counter() - begun
         room = room_for(plan, (), opened, sink)
         outlook = look_ahead(
             plan,
@@ -56,6 +62,7 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
             join=request.join,
             restart=request.restart,
         )
+        speed = estimate_speed(plan, opened, planning_s)
     finally:
         opened.close()
-    return Preview(plan, room, outlook)
+    return Preview(plan, room, outlook, speed)

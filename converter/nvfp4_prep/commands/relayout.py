@@ -62,6 +62,7 @@ def relayout(
     gate_up_block: int | None = None,
     moe_tp: int | None = None,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
 ) -> RelayoutResult:
@@ -75,6 +76,7 @@ def relayout(
         target: output directory.
         layout, gate_up_block, moe_tp: what shall change, see :class:`ConvertOptions`; the checkpoint's own by default.
         threads: workers; does not change the output.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
         restart: discard an unfinished earlier run.
 
@@ -96,7 +98,7 @@ def relayout(
             Target.remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
         with Target(path, identity, restart=restart) as place:
-            return _Relayout(opened, options, made, place).run(threads, progress or NoProgress())
+            return _Relayout(opened, options, made, place).run(threads, progress or NoProgress(), memory_nbytes)
 
 
 def _new_options(
@@ -190,7 +192,7 @@ class _Relayout:
         kept = {name for name, file in checkpoint.manifest.files.items() if file.kind not in gone}
         self._copied = {name: here[name] for name in sorted(kept)}
 
-    def run(self, threads: int | None, progress: Progress) -> RelayoutResult:
+    def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> RelayoutResult:
         target = self._target
         target.check_names([*self._files, *self._copied, *MADE_FILES])
         pending = [file for name, file in self._files.items() if name not in target.done]
@@ -203,7 +205,7 @@ class _Relayout:
         with working(progress, "relayout", total, total - needed):
             jobs = [self._job(file) for file in first]
             jobs += [side_file_job(copied, self._checkpoint.files) for copied in copies]
-            run_jobs(jobs, target, threads=threads, progress=progress)
+            run_jobs(jobs, target, threads=threads, memory_nbytes=memory_nbytes, progress=progress)
             # the vectors depend on which side of each expert was rescaled
             last = [values_job(file, self._vectors()) for file in pending if file.kind is FileKind.EXPERT_SCALES]
             run_jobs(last, target, threads=1, progress=progress)

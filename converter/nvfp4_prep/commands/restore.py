@@ -65,6 +65,7 @@ def restore(
     target: str | Path,
     *,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
 ) -> RestoreResult:
@@ -79,6 +80,7 @@ def restore(
         checkpoint: a prepared checkpoint.
         target: output directory.
         threads: workers.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
         restart: discard an unfinished earlier run.
 
@@ -99,7 +101,7 @@ def restore(
             )
         identity = {"command": "restore", "manifest": digest}
         with Target(path, identity, restart=restart, need_sha256=False) as place:
-            return _Restoration(opened, files, place).run(threads, progress or NoProgress())
+            return _Restoration(opened, files, place).run(threads, progress or NoProgress(), memory_nbytes)
 
 
 class _Restoration:
@@ -109,7 +111,7 @@ class _Restoration:
         self._files = files
         self._side = _side_files(checkpoint)
 
-    def run(self, threads: int | None, progress: Progress) -> RestoreResult:
+    def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
         self._check_distinct_names()
         target.check_names([*(file.name for file in self._files), *self._side, *texts, INDEX])
@@ -121,7 +123,7 @@ class _Restoration:
         with working(progress, "restore", total, total - needed):
             jobs = [self._job(file) for file in pending]
             jobs += [side_file_job(file, self._checkpoint.files) for file in sides]
-            run_jobs(jobs, target, threads=threads, progress=progress)
+            run_jobs(jobs, target, threads=threads, memory_nbytes=memory_nbytes, progress=progress)
         self._check_digests()
         target.check_files()
         for name, text in _texts(self._checkpoint, self._files).items():

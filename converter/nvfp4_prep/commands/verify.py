@@ -115,6 +115,7 @@ def verify(
     source: str | Path | Source | None = None,
     quick: bool = False,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Verify a prepared checkpoint. Never writes.
@@ -124,6 +125,7 @@ def verify(
         source: compare with this source too.
         quick: leave out everything that reads tensors' bytes.
         threads: workers.
+        memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
 
     Raises:
@@ -146,7 +148,7 @@ def verify(
             if not quick:
                 depth = "full"
                 verification = _Verification(opened, problems, comparison)
-                nbytes = verification.run(threads, progress or NoProgress())
+                nbytes = verification.run(threads, progress or NoProgress(), memory_nbytes)
                 checks += verification.checks
             if comparison is not None:
                 comparison.finish()
@@ -175,7 +177,7 @@ class _Verification:
         self._turned_back: list[tuple[str, int]] = []
         self.checks: list[str] = []
 
-    def run(self, threads: int | None, progress: Progress) -> int:
+    def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> int:
         manifest = self._checkpoint.manifest
         sizes = self._checkpoint.sizes
         whole = [name for name, file in manifest.files.items() if sizes.get(name) == file.nbytes]
@@ -185,7 +187,14 @@ class _Verification:
             jobs += self._comparison.jobs()
         total = sum(job.nbytes for job in jobs)
         with working(progress, "verify", total):
-            run_jobs(jobs, None, threads=threads, progress=progress, on_done=self._file_done)
+            run_jobs(
+                jobs,
+                None,
+                threads=threads,
+                memory_nbytes=memory_nbytes,
+                progress=progress,
+                on_done=self._file_done,
+            )
         self._check_digests()
         computed = sum([self._check_scales(layer) for layer in manifest.layers])
         experts = count(self._experts(), "expert")

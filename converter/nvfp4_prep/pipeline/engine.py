@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nvfp4_prep._util.buffers import keep_at_most
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.errors import ConversionInterrupted, UsageError
+from nvfp4_prep.options import check_integer
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.file_run import DigestLane, FileRun, HeldUnit
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
@@ -206,6 +208,18 @@ class _Run:
             self._changed.notify_all()
 
 
+def _check_budget(jobs: Sequence[FileJob], memory_nbytes: int) -> None:
+    check_integer("memory_nbytes", memory_nbytes, 1, 2**62)
+    needed = _FOOTPRINT * max((unit.nbytes for job in jobs for unit in job.units()), default=0)
+    if memory_nbytes < needed:
+        raise UsageError(
+            "the memory budget is too small for one piece of work",
+            expected=f"at least {needed:,} bytes",
+            actual=f"{memory_nbytes:,} bytes",
+            next_step=f"Give at least --memory {-(-needed // 10**6)}; the same command continues.",
+        )
+
+
 def run_jobs(
     jobs: Sequence[FileJob],
     target: Target | None,
@@ -225,7 +239,7 @@ def run_jobs(
         target: where files go.
         threads: workers; default :func:`default_threads`.
         files: open at once; default :func:`files_at_once`. 1 for a source or sink that has room for one file.
-        memory_nbytes: budget of the buffers; default :func:`default_memory_nbytes`.
+        memory_nbytes: budget of the buffers; default :func:`default_memory_nbytes`. Does not change the output.
         progress: receives byte-count updates.
         on_done: called with every finished job, from a worker thread, after the file stands under its final name.
         before_file: called before a job's file is created; may wait for room, but no longer than until the event is
@@ -233,17 +247,22 @@ def run_jobs(
         on_stop: called when the run has failed or was interrupted: whatever makes workers wait must let them go.
 
     Raises:
+        UsageError: if the budget is too small for one of the units, before any of them is begun.
         NvfpPrepError: what a unit or the target raised first; unfinished files are deleted, finished ones stay.
         ConversionInterrupted: on Ctrl-C.
     """
     count = threads or default_threads()
+    if memory_nbytes is not None:
+        _check_budget(jobs, memory_nbytes)
+    budget = memory_nbytes or default_memory_nbytes(count)
+    keep_at_most(budget)
     run = _Run(
         jobs,
         target,
         progress or NoProgress(),
         _Hooks(on_done, before_file, on_stop),
         files or files_at_once(count),
-        memory_nbytes or default_memory_nbytes(count),
+        budget,
     )
     workers = WorkerThreads(run.work, count)
     try:

@@ -51,7 +51,7 @@ class Execution:
         self._shards = _ShardUse(source)
         self._files = {file.name: file for file in made.files}
 
-    def write(self, threads: int | None, progress: Progress) -> int:
+    def write(self, threads: int | None, progress: Progress, memory_nbytes: int | None = None) -> int:
         """Write the files that the journal does not have; returns their bytes."""
         made, target = self._plan, self._target
         target.check_names([*self._files, *(file.name for file in made.side_files), *MADE_FILES])
@@ -67,17 +67,20 @@ class Execution:
                 if (target.path / name).is_file():
                     self._give(self._results[name])
             jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
-            self._run(jobs, threads, progress)
+            self._run(jobs, threads, progress, memory_nbytes)
             last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
             self._run(last, 1, progress)
             self._sink.drain()
         return needed
 
-    def _run(self, jobs: Sequence[FileJob], threads: int | None, progress: Progress) -> None:
+    def _run(
+        self, jobs: Sequence[FileJob], threads: int | None, progress: Progress, memory_nbytes: int | None = None
+    ) -> None:
         run_jobs(
             jobs,
             self._target,
             threads=threads,
+            memory_nbytes=memory_nbytes,
             files=1 if self._source.sequential or self._sink.sequential else None,
             progress=progress,
             on_done=self._done,

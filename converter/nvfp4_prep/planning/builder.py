@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from nvfp4_prep._util.collector import collector_paused
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import (
     CONFIG,
@@ -37,6 +38,7 @@ MAX_PASSTHROUGH_SHARDS = 4
 """A passed-through file draws on at most so many shards, so that a source that is downloaded can be deleted early."""
 
 
+@collector_paused()
 def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
     """Plan a conversion: read headers and scalars, write nothing.
 

@@ -201,6 +201,7 @@ def convert_and_publish(
     publish_options: PublishOptions | None = None,
     stream_out: bool = False,
     threads: int | None = None,
+    memory_nbytes: int | None = None,
     progress: Progress | None = None,
     restart: bool = False,
     device: str = "cpu",
@@ -211,7 +212,7 @@ def convert_and_publish(
     """Convert and publish at the same time; killed at any moment, the same call continues.
 
     Args:
-        source, target, options, threads, progress, restart, device: as for ``convert``.
+        source, target, options, threads, memory_nbytes, progress, restart, device: as for ``convert``.
         repo_id, publish_options, api, patience: as for :func:`~nvfp4_prep.publish.push.push`.
         stream_out: delete each file once it is published: then the target needs room for
             :data:`FILES_AT_ONCE` files, and in the end holds the small files only.
@@ -229,6 +230,7 @@ def convert_and_publish(
             target,
             options,
             threads=threads,
+            memory_nbytes=memory_nbytes,
             progress=progress,
             restart=restart,
             sink=sink,

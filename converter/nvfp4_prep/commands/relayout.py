@@ -17,7 +17,8 @@ from typing import Any
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
-from nvfp4_prep.commands.convert import check_apart, read_manifest
+from nvfp4_prep.commands.finished_conversion import read_manifest
+from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import ConvertOptions, LayoutName

@@ -13,7 +13,7 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
-from nvfp4_prep.commands.convert import check_apart
+from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.finished_output import has_files

@@ -23,11 +23,14 @@ from nvfp4_prep.commands.part_checks import (
 )
 from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, TargetError
 from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import LAST_FILES, LOCK, PARTS_FOLDER, SOURCE_FOLDER, Target, check_names, check_space
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import LAST_FILES, PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
+from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
@@ -172,7 +175,7 @@ def preflight(
     if outlook.refusal is not None and not isinstance(outlook.refusal, NoSpaceError):
         raise outlook.refusal
     if outlook.complete is not None:
-        Target.remove_finished_work(target)
+        remove_finished_work(target)
     return outlook.complete
 
 

@@ -23,7 +23,7 @@ from nvfp4_prep import (
     write_sample,
 )
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
-from nvfp4_prep.commands import convert_parts as parts
+from nvfp4_prep.commands import part_checks as parts
 from nvfp4_prep.errors import (
     BusyError,
     PartsMissingError,

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from nvfp4_prep import convert, convert_part, inspect, plan, relayout
 from nvfp4_prep._util.text import count, spans
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
+from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.render import inspection_text, plan_text
 from nvfp4_prep.errors import CheckpointError, SourceError
@@ -26,6 +28,30 @@ def test_source(sample_source: Path) -> None:
     assert [(layer.experts, layer.intermediate, layer.hidden) for layer in found.layers] == [(5, 96, 336)] * 2
     assert all(layer.status == "can be prepared" for layer in found.layers)
     assert "convert would prepare it" in inspection_text(found)
+
+
+class CountedSource(LocalSource):
+    """Notes what is read of a checkpoint."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[tuple[str, int]] = []
+
+    def header(self, file: str) -> ShardHeader:
+        self.reads.append((file, 0))
+        return super().header(file)
+
+    def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
+        self.reads.append((file, offset_bytes))
+        return super().peek(file, offset_bytes, nbytes)
+
+
+def test_a_source_is_read_as_often_as_for_its_plan(sample_source: Path) -> None:
+    planned, inspected = CountedSource(sample_source), CountedSource(sample_source)
+    plan(planned)
+    assert inspect(inspected).refusal == ""
+    assert inspected.reads == planned.reads
+    assert len(planned.reads) > 2
 
 
 def test_prepared(sample_prepared: Path) -> None:

@@ -20,7 +20,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
-from nvfp4_prep.commands.convert_parts import convert_part
+from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.commands.preflight import look_ahead
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.sink import KeepFiles
@@ -113,6 +113,34 @@ def test_refusals(sample_source: Path, tmp_path: Path) -> None:
     foreseen = run("convert", sample_source, begun, "--dry-run", "--restart", "--gate-up-block", "16")
     assert f"target   {begun} is new; " in foreseen.stdout
     assert Target.has_journal(begun)
+
+
+def test_a_part_at_work_is_not_discarded(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    part = convert_part(sample_source, out, "1/2").path
+    with held(part):
+        assert "exit code 9" in same_as_the_run(sample_source, out, "--restart")
+    assert Target.has_journal(part)
+    assert run("convert", sample_source, out, "-q", "--no-smoke", "--restart").exit_code == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"restart": True}])
+def test_a_run_refuses_before_it_opens_its_target(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    """So what the dry run says is what the run says: by the same call."""
+
+    def refuse(*arguments: object, **given: object) -> None:
+        raise TargetError("refused by the preflight")
+
+    monkeypatch.setattr("nvfp4_prep.commands.preflight.find_complete", refuse)
+    with pytest.raises(TargetError, match="refused by the preflight"):
+        convert(sample_source, tmp_path / "out", **options)
+    with pytest.raises(TargetError, match="refused by the preflight"):
+        convert_part(sample_source, tmp_path / "out", "1/2", **options)
+    with pytest.raises(TargetError, match="refused by the preflight"):
+        join_parts(sample_source, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_and_join(sample_source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.output import target_root
-from nvfp4_prep.output.target import PARTS_FOLDER, SOURCE_FOLDER, Target
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER
 from nvfp4_prep.output.target_root import TargetRoot
 
 SHA256 = "0" * 64

@@ -25,8 +25,13 @@ def check_linux() -> None:
         )
 
 
-def start_thread(thread: threading.Thread) -> None:
+def start_thread(thread: threading.Thread, running: str = "", instead: str = "") -> None:
     """Start a thread.
+
+    Args:
+        thread: not started yet.
+        running: for the error: how many of its kind run.
+        instead: for the error: what helps as well as a higher limit.
 
     Raises:
         NvfpPrepError: if this process may have no more of them.
@@ -35,6 +40,6 @@ def start_thread(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise NvfpPrepError(
-            "cannot start a thread: the system allows no more",
-            next_step="Raise the limit of processes (ulimit -u, or the container's pids limit).",
+            f"cannot start a thread: the system allows no more{running and f' ({running})'}",
+            next_step=f"Raise the limit of processes (ulimit -u, or the container's pids limit){instead}.",
         ) from error

@@ -12,7 +12,16 @@ from pathlib import Path
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import SourceError
 
-__all__ = ["MAX_FOLDER_DEPTH", "FileState", "ListedFile", "check_state", "list_files", "open_listed", "open_regular"]
+__all__ = [
+    "MAX_FOLDER_DEPTH",
+    "FileState",
+    "ListedFile",
+    "NotRegularError",
+    "check_state",
+    "list_files",
+    "open_listed",
+    "regular_descriptor",
+]
 
 MAX_FOLDER_DEPTH = 64
 """Deepest nesting of folders in a checkpoint."""
@@ -158,18 +167,23 @@ def _check_link(path: Path, place: Path, link_roots: Sequence[Path]) -> None:
         )
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> int:
+class NotRegularError(OSError):
+    """A folder, a FIFO or a device where a file was expected."""
+
+
+def regular_descriptor(path: Path, *, follow_links: bool = True) -> int:
     """Return a descriptor of a regular file, open for reading; neither a FIFO nor a device makes it wait.
 
     Raises:
-        OSError: as ``os.open``; ``EINVAL`` if it is not a regular file, ``ELOOP`` if it is a link and must not be one.
+        NotRegularError: if it is not a regular file.
+        OSError: as ``os.open``; ``ELOOP`` if it is a link and must not be one.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     descriptor = os.open(path, flags if follow_links else flags | os.O_NOFOLLOW)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise NotRegularError(errno.EINVAL, "not a regular file", str(path))
 
 
 def open_listed(path: Path, listed: ListedFile, place: str) -> int:
@@ -180,7 +194,7 @@ def open_listed(path: Path, listed: ListedFile, place: str) -> int:
         OSError: ``EMFILE`` or ``ENFILE``, if no descriptor is left.
     """
     try:
-        descriptor = open_regular(path, follow_links=listed.is_link)
+        descriptor = regular_descriptor(path, follow_links=listed.is_link)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise

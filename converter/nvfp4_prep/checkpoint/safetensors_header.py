@@ -19,7 +19,7 @@ from nvfp4_prep._util.collector import collector_paused
 from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
 from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
-from nvfp4_prep.checkpoint.local_files import open_regular
+from nvfp4_prep.checkpoint.local_files import regular_descriptor
 from nvfp4_prep.errors import SourceError
 
 __all__ = [
@@ -143,7 +143,7 @@ def read_header(path: Path, file: str | None = None) -> ShardHeader:
     """
     name, where = file if file is not None else path.name, str(path)
     try:
-        with open(open_regular(path), "rb") as stream:
+        with open(regular_descriptor(path), "rb") as stream:
             nbytes = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = header_nbytes(where, prefix, nbytes)

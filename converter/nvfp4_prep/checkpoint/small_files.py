@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 
+from nvfp4_prep.checkpoint.local_files import NotRegularError, regular_descriptor
 from nvfp4_prep.errors import LoadError, NvfpPrepError
 
 __all__ = ["MAX_SMALL_NBYTES", "open_regular", "os_error_kind", "read_small_file"]
@@ -33,15 +33,13 @@ def open_regular(path: Path, kind: type[NvfpPrepError], next_step: str | None = 
             process has no descriptors or memory left.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = regular_descriptor(path)
+    except NotRegularError:
+        raise kind("is not a regular file", where=str(path), next_step=next_step) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise os_error_kind(error, kind)(f"cannot be read ({reason})", where=str(path), next_step=next_step) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise kind("is not a regular file", where=str(path), next_step=next_step)
-    return descriptor, status.st_size
+    return descriptor, os.fstat(descriptor).st_size
 
 
 def read_small_file(path: Path, kind: type[NvfpPrepError], next_step: str | None = None) -> bytes:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.system import check_linux
-from nvfp4_prep._util.text import count
-from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
-from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.commands.verify import verify
-from nvfp4_prep.errors import ResumeConflictError, TargetError, VerificationError
+from nvfp4_prep.commands.preflight import check_place, preflight
 from nvfp4_prep.options import ConvertOptions, check_type
-from nvfp4_prep.output.layer_selection import discard_parts, list_parts
+from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.device import choose_device
@@ -32,18 +26,7 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
 
-__all__ = [
-    "ConvertResult",
-    "check_apart",
-    "check_not_divided",
-    "check_size",
-    "complete_manifest",
-    "convert",
-    "find_complete",
-    "open_source",
-    "plan",
-    "read_manifest",
-]
+__all__ = ["ConvertResult", "check_arguments", "convert", "execute", "open_source", "plan"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +52,29 @@ class ConvertResult:
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     smoke: SmokeReport | None = None
+
+    @classmethod
+    def of(
+        cls,
+        made: Plan,
+        path: Path,
+        manifest: Manifest,
+        smoke: SmokeReport | None,
+        *,
+        run: Target | None = None,
+        written_nbytes: int = 0,
+    ) -> Self:
+        """Return the result for a plan; without a ``run``, of a target that was complete already."""
+        return cls(
+            path,
+            manifest,
+            resumed=run is not None and run.resumed,
+            already_complete=run is None,
+            written_nbytes=written_nbytes,
+            left_out=made.left_out,
+            warnings=made.warnings,
+            smoke=smoke,
+        )
 
     def __repr__(self) -> str:
         return (
@@ -146,41 +152,45 @@ def convert(
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
     check_arguments(options, threads, smoke)
-    where = choose_device(device)
-    path = Path(target)
-    opened = open_source(source, path)
-    try:
-        check_apart(opened, path)
-        if not restart:
-            check_not_divided(path)
-        made = make_plan(opened, options)
-        taker = sink or KeepFiles()
-        sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
-        taker.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
-        complete = complete_manifest(path, made, taker)
+    where, path, used = choose_device(device), Path(target), sink or KeepFiles()
+    with contextlib.closing(open_source(source, path)) as opened:
+        check_place(opened, path, restart=restart)
+        made = _announced(make_plan(opened, options), used)
+        complete = preflight(made, opened, path, used, restart=restart)
         if complete is not None:
             report = pass_smoke_run(path, complete, opened, smoke) if smoke is not None and smoke_again else None
-            return ConvertResult(
-                path, complete, False, True, 0, left_out=made.left_out, warnings=made.warnings, smoke=report
-            )
-        if restart:
-            discard_parts(path)
-        with Target(path, made.identity(), restart=restart, elsewhere=taker.holds) as place:
-            execution = Execution(made, opened, place, taker, where)
-            written = execution.write(threads, progress or NoProgress(), memory_nbytes)
-            manifest, report = execution.finish(smoke)
-            return ConvertResult(
-                path,
-                manifest,
-                place.resumed,
-                already_complete=False,
-                written_nbytes=written,
-                left_out=made.left_out,
-                warnings=made.warnings,
-                smoke=report,
-            )
-    finally:
-        opened.close()
+            return ConvertResult.of(made, path, complete, report)
+        with _opened(path, made, used, restart=restart) as place:
+            execution = Execution(made, opened, place, used, where)
+            return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
+
+
+def _opened(path: Path, made: Plan, sink: FileSink, *, restart: bool) -> Target:
+    if restart:
+        discard_parts(path)
+    return Target(path, made.identity(), restart=restart, elsewhere=sink.holds)
+
+
+def _announced(made: Plan, sink: FileSink) -> Plan:
+    """Tell the sink of all files that will come; the sizes of those made at the end are not known yet."""
+    sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
+    sink.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
+    return made
+
+
+def execute(
+    execution: Execution,
+    made: Plan,
+    target: Target,
+    threads: int | None,
+    memory_nbytes: int | None,
+    progress: Progress | None,
+    smoke: SmokePolicy | None,
+) -> ConvertResult:
+    """Write and finish a whole conversion."""
+    written = execution.write(threads, progress or NoProgress(), memory_nbytes)
+    manifest, report = execution.finish(smoke)
+    return ConvertResult.of(made, target.path, manifest, report, run=target, written_nbytes=written)
 
 
 def open_source(source: str | Path | Source, target: Path | None = None) -> Source:
@@ -203,129 +213,3 @@ def open_source(source: str | Path | Source, target: Path | None = None) -> Sour
         if not isinstance(named, str):
             return named
     return LocalSource(Path(source))
-
-
-def check_apart(source: Source, target: Path) -> None:
-    """Raise :class:`TargetError` if target and source directory are the same or one lies in the other."""
-    root = getattr(source, "root", None)
-    if not isinstance(root, Path):
-        return
-    resolved = Path(os.path.realpath(target))
-    if resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved):
-        raise TargetError(
-            "target and source are the same directory or one lies in the other",
-            where=str(target),
-            next_step="Give a target outside the source: the source is never touched.",
-        )
-
-
-def check_not_divided(path: Path) -> None:
-    """Raise :class:`ResumeConflictError` if parts of a conversion work there."""
-    parts = list_parts(path)
-    if parts:
-        raise ResumeConflictError(
-            f"holds parts made with --layers {', '.join(parts)}",
-            where=str(path),
-            next_step="Join them with --join, or discard them with --restart.",
-        )
-
-
-def complete_manifest(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
-    """As :func:`find_complete`; removes what a kill in the last moment of that conversion left."""
-    manifest = find_complete(path, made, sink)
-    if manifest is not None:
-        Target.remove_finished_work(path)
-    return manifest
-
-
-def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
-    """Return the manifest, if the target is already what the plan would make; ``None`` if it is not finished.
-
-    Raises:
-        TargetError: if it is a finished conversion of something else, or its files are not all there.
-        VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
-    """
-    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
-        return None
-    manifest = read_manifest(path)
-    differences = _differences(manifest, made)
-    if differences:
-        raise TargetError(
-            f"holds a finished conversion of something else or with other options: {'; '.join(differences)}",
-            where=str(path),
-            next_step="Give another target, or remove it.",
-        )
-    if not _is_of_this_source(manifest, made):
-        raise TargetError(
-            "holds a finished conversion of something else: its source had the same name, but other tensors or configs",
-            where=str(path),
-            next_step="Give another target, or remove it.",
-        )
-    all_here = True
-    for file in made.files:
-        there, sha256 = path / file.name, manifest.files[file.name].sha256
-        if not sink.holds(file.name, file.nbytes, sha256):
-            check_size(there, file.nbytes)
-        all_here = all_here and there.is_file()
-    if all_here:  # of files that were published and deleted, the Hub's listing is compared when publishing ends
-        _check_undamaged(path)
-    return manifest
-
-
-def _check_undamaged(path: Path) -> None:
-    """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
-    report = verify(path, quick=True)
-    if report.problems:
-        rest = len(report.problems) - 1
-        more = f" (and {count(rest, 'more problem')})" if rest else ""
-        raise VerificationError(
-            f"was converted before, but is damaged: {report.problems[0]}{more}",
-            where=str(path),
-            next_step=report.next_step,
-        )
-
-
-def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
-    """By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew
-    have other scalars; a source that differs in other tensors' values only is not told apart."""
-    records = {file.name: manifest.files.get(file.name) for file in made.files}
-    sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
-    side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
-    digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
-    raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
-    return (
-        dict(manifest.texts) == dict(made.index.texts)
-        and sizes == {file.name: file.nbytes for file in made.files}
-        and side == {file.name: file.nbytes for file in made.side_files}
-        and all(digests.get(key) == hashlib.sha256(value).hexdigest() for key, value in raw.items())
-    )
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Return the manifest of a finished target; raises :class:`TargetError` if it cannot be read."""
-    raw = read_small_file(path / MANIFEST, TargetError, "Give another target, or remove it.")
-    return Manifest.from_bytes(raw, str(path / MANIFEST))
-
-
-def check_size(path: Path, nbytes: int) -> None:
-    """Raise :class:`TargetError` if a file of a finished output is missing or has another size."""
-    try:
-        status = path.lstat()
-        found = status.st_size if stat.S_ISREG(status.st_mode) else None
-    except OSError:
-        found = None
-    if found != nbytes:
-        raise TargetError(
-            "a file of a finished output is missing or damaged",
-            where=str(path),
-            expected=f"{nbytes} bytes",
-            actual="nothing" if found is None else f"{found} bytes",
-            next_step="Remove the directory and run the command again; nvfp4-prep verify says what else is wrong.",
-        )
-
-
-def _differences(manifest: Manifest, made: Plan) -> list[str]:
-    """What a finished conversion is and was not asked for, one text each."""
-    found = {"source": manifest.source, "revision": manifest.revision, **manifest.options.to_dict()}
-    asked = {"source": made.source_label, "revision": made.source_revision, **made.options.to_dict()}
-    return [f"{key} is {found.get(key)}, requested {asked[key]}" for key in asked if found.get(key) != asked[key]]

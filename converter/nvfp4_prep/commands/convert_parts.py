@@ -8,40 +8,24 @@ the plan is the same and the files are, the joined checkpoint has the bytes of a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep._util.text import count, spans
-from nvfp4_prep._version import __version__
-from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import ConvertResult, check_apart, check_arguments, complete_manifest, open_source
-from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
+from nvfp4_prep.commands.convert import ConvertResult, check_arguments, execute, open_source
+from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
+from nvfp4_prep.commands.preflight import check_place, preflight
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
-from nvfp4_prep.planning.plan import OutputFile, Plan
+from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 
-__all__ = [
-    "PartResult",
-    "check_not_whole",
-    "check_whole",
-    "choose_part",
-    "convert_part",
-    "finished_entries",
-    "join_parts",
-    "part_identity",
-]
-
-_DIVISIBLE = (FileKind.EXPERTS, FileKind.SOURCE_BLOCK_SCALES)
-"""Files that parts make; all others are small and left to the join."""
+__all__ = ["PartResult", "convert_part", "join_parts"]
 
 
 @dataclass(frozen=True)
@@ -105,24 +89,19 @@ def convert_part(
     """
     selection = LayerSelection.parse(layers) if isinstance(layers, str) else layers
     path = Path(target)
-    opened = open_source(source, part_folder(path, selection))
-    try:
-        check_apart(opened, path)
+    with contextlib.closing(open_source(source, part_folder(path, selection))) as opened:
+        check_place(opened, path, selection=selection)
         made = make_plan(opened, options)
         part = choose_part(made, selection)
         chosen = selection.choose(plan.index for plan in made.layers)
         folder = part_folder(path, selection)
-        if complete_manifest(path, made, KeepFiles()) is not None:
+        if preflight(made, opened, path, KeepFiles(), selection=selection, restart=restart) is not None:
             return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
-        Target.check_ours(path)
-        check_not_whole(path)
         with Target(folder, part_identity(made, selection), restart=restart) as place:
             written = Execution(part, opened, place, KeepFiles()).write(
                 threads, progress or NoProgress(), memory_nbytes
             )
             return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
-    finally:
-        opened.close()
 
 
 def join_parts(
@@ -154,109 +133,30 @@ def join_parts(
     """
     check_arguments(options, threads, smoke)
     path = Path(target)
-    opened = open_source(source, path)
-    try:
-        check_apart(opened, path)
+    with contextlib.ExitStack() as held:
+        opened = held.enter_context(contextlib.closing(open_source(source, path)))
+        check_place(opened, path, join=True)
         made = make_plan(opened, options)
-        complete = complete_manifest(path, made, KeepFiles())
+        complete = preflight(made, opened, path, KeepFiles(), join=True)
         if complete is not None:
-            return ConvertResult(path, complete, False, True, 0, left_out=made.left_out, warnings=made.warnings)
-        with contextlib.ExitStack() as held:
-            parts = [
-                held.enter_context(Target(folder, part_identity(made, LayerSelection.parse(text))))
-                for text, folder in list_parts(path).items()
-            ]
-            entries = finished_entries({part.path: part.done for part in parts})
-            if not Target.has_journal(path):  # else a join was begun, when nothing was missing
-                check_whole(made, entries, path)
-            place = held.enter_context(Target(path, made.identity()))
-            for part in parts:
-                for name, entry in part.done.items():
-                    if name not in place.done:
-                        place.adopt(entry, part)
-            execution = Execution(made, opened, place, KeepFiles())
-            written = execution.write(threads, progress or NoProgress(), memory_nbytes)
-            manifest, report = execution.finish(smoke)
-            return ConvertResult(
-                path,
-                manifest,
-                place.resumed,
-                already_complete=False,
-                written_nbytes=written,
-                left_out=made.left_out,
-                warnings=made.warnings,
-                smoke=report,
-            )
-    finally:
-        opened.close()
+            return ConvertResult.of(made, path, complete, None)
+        place = _hold_parts(held, made, path)
+        execution = Execution(made, opened, place, KeepFiles())
+        return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
 
 
-def choose_part(made: Plan, selection: LayerSelection) -> Plan:
-    """Return the plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
-    present = [plan.index for plan in made.layers]
-    chosen = selection.choose(present)
-    if not chosen:
-        raise UsageError(
-            f"--layers {selection.text} selects none of the MoE layers",
-            where=made.source_label,
-            next_step=f"They are {spans(present)}.",
-        )
-    return replace(made, files=tuple(file for file in made.files if _layer_of(made, file) in chosen), side_files=())
-
-
-def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
-    """What a part's resumed run must find again."""
-    return {**made.identity(), "tool": __version__, "layers": selection.text}
-
-
-def _layer_of(made: Plan, file: OutputFile) -> int | None:
-    """Return the model's number of the layer, for a file that parts make."""
-    if file.kind not in _DIVISIBLE or file.layer_position is None:
-        return None
-    return made.layers[file.layer_position].index
-
-
-def check_not_whole(path: Path) -> None:
-    """Raise :class:`ResumeConflictError` if the directory itself, not a part in it, is worked on."""
-    if Target.has_journal(path):
-        raise ResumeConflictError(
-            "is being converted as a whole, or joined",
-            where=str(path),
-            next_step="Finish that first, or give another target.",
-        )
-
-
-def finished_entries(parts: Mapping[Path, Mapping[str, JournalEntry]]) -> dict[str, JournalEntry]:
-    """Journal entries of all parts' finished files by name.
-
-    Raises:
-        VerificationError: if two parts made a file with different bytes.
-    """
-    found: dict[str, JournalEntry] = {}
-    for path, done in parts.items():
-        for name, entry in done.items():
-            other = found.setdefault(name, entry)
-            if other.sha256 != entry.sha256:
-                raise VerificationError(
-                    "two parts made this file with different bytes",
-                    where=name,
-                    expected=f"sha256 {other.sha256}",
-                    actual=f"{entry.sha256} in {path}",
-                    next_step="One of the machines is broken: remove both parts and make them again elsewhere.",
-                )
-    return found
-
-
-def check_whole(made: Plan, entries: Mapping[str, JournalEntry], path: Path) -> None:
-    """Raise :class:`PartsMissingError` if layers have files that no part finished."""
-    missing = sorted(
-        {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}
-    )
-    if missing:
-        raise PartsMissingError(
-            f"{len(missing)} of {count(len({plan.index for plan in made.layers}), 'MoE layer')}"
-            f" {'is' if len(missing) == 1 else 'are'} not made yet:"
-            f" {spans(missing)}",
-            where=str(path),
-            next_step=f"Run convert with --layers {spans(missing)}, then join again.",
-        )
+def _hold_parts(held: contextlib.ExitStack, made: Plan, path: Path) -> Target:
+    """Return the opened target with the files of all parts; it and they stay locked until ``held`` is closed."""
+    parts = [
+        held.enter_context(Target(folder, part_identity(made, LayerSelection.parse(text))))
+        for text, folder in list_parts(path).items()
+    ]
+    entries = finished_entries({part.path: part.done for part in parts})
+    if not Target.has_journal(path):  # else a join was begun, when nothing was missing
+        check_whole(made, entries, path)
+    target = held.enter_context(Target(path, made.identity()))
+    for part in parts:
+        for name, entry in part.done.items():
+            if name not in target.done:
+                target.adopt(entry, part)
+    return target

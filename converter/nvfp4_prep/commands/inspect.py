@@ -10,13 +10,14 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.moe.activation import Activation, find_activation
-from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.planning.builder import make_plan
+from nvfp4_prep.planning.plan import LayerPlan
+from nvfp4_prep.planning.survey import survey
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.stamp import quantization_configs
 
@@ -122,11 +123,15 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
 
 
 def _inspect_source(source: Source, path: str) -> Inspection:
-    index = read_index(source)
-    found = classify_layers(index)
-    refusal = _refusal(source)
+    surveyed = survey(source)
+    index, found = surveyed.index, surveyed.found
+    refusal = ""
+    try:
+        layers = tuple(_planned(plan) for plan in make_plan(source, surveyed=surveyed).layers)
+    except NvfpPrepError as error:  # convert would say this, with its default options
+        refusal = str(error)
+        layers = tuple(_preparable(source, layer, found.activations[layer.experts_path]) for layer in found.layers)
     others = [_other(finding, refused=bool(refusal)) for finding in found.others]
-    layers = [_preparable(source, layer, index) for layer in found.layers]
     configs = quantization_configs(index.config, index.hf_quant_config)
     return Inspection(
         **_facts(index),
@@ -140,15 +145,6 @@ def _inspect_source(source: Source, path: str) -> Inspection:
     )
 
 
-def _refusal(source: Source) -> str:
-    """What convert would say with its default options; empty if it would convert."""
-    try:
-        make_plan(source)
-    except NvfpPrepError as error:
-        return str(error)
-    return ""
-
-
 def _other(finding: LayerFinding, *, refused: bool) -> InspectedLayer:
     """Return a layer that is not prepared, of a checkpoint that convert refuses or not."""
     if finding.refused:
@@ -158,7 +154,19 @@ def _other(finding: LayerFinding, *, refused: bool) -> InspectedLayer:
     return InspectedLayer(experts_path=finding.experts_path, status=status, reason=reason)
 
 
-def _preparable(source: Source, layer: MoeLayer, index: CheckpointIndex) -> InspectedLayer:
+def _planned(plan: LayerPlan) -> InspectedLayer:
+    """Return a layer of a checkpoint that convert would take."""
+    return InspectedLayer(
+        **_shape(plan.source),
+        status="can be prepared",
+        activation=_activation_text(plan.activation),
+        differing=len(plan.scalars.differing) if plan.source.gated else None,
+        tp_sizes=plan.layout.tp_sizes(plan.dims),
+    )
+
+
+def _preparable(source: Source, layer: MoeLayer, activation: Activation) -> InspectedLayer:
+    """Return a layer of a checkpoint that convert refuses, for this layer or another reason."""
     layout = ConvertOptions().layout_for(gated=layer.gated)
     status, reason, differing = "can be prepared", "", None
     try:
@@ -171,7 +179,7 @@ def _preparable(source: Source, layer: MoeLayer, index: CheckpointIndex) -> Insp
         **_shape(layer),
         status=status,
         reason=reason,
-        activation=_activation_text(find_activation(index.config, gated=layer.gated, layer=layer.index)),
+        activation=_activation_text(activation),
         differing=differing,
         tp_sizes=layout.tp_sizes(layer.dims),
     )

@@ -1,9 +1,10 @@
-"""What a conversion would find at its target, for ``--dry-run``. Nothing is written, made or removed."""
+"""The checks before the first byte of a conversion, in their order, for a run and for ``--dry-run``."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,31 @@ from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import check_apart, check_not_divided, find_complete
-from nvfp4_prep.commands.convert_parts import check_not_whole, check_whole, choose_part, finished_entries, part_identity
-from nvfp4_prep.errors import NvfpPrepError
-from nvfp4_prep.output.atomic_file import free_nbytes
+from nvfp4_prep.commands.finished_conversion import find_complete
+from nvfp4_prep.commands.part_checks import (
+    check_not_divided,
+    check_not_whole,
+    check_whole,
+    choose_part,
+    finished_entries,
+    part_identity,
+)
+from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, TargetError
+from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import LAST_FILES, LOCK, PARTS_FOLDER, SOURCE_FOLDER, Target, check_names, check_space
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import LAST_FILES, PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
+from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.prepared.manifest import Manifest
 
-__all__ = ["Outlook", "TargetState", "look_ahead"]
+__all__ = ["Outlook", "TargetState", "check_apart", "check_place", "look_ahead", "preflight"]
 
 
 class TargetState(enum.StrEnum):
@@ -47,6 +59,7 @@ class Outlook:
         needed_nbytes: room that the run would ask for; 0 where nothing is to be done, or that was not reached.
         free_nbytes: what it would find, with what it would delete first.
         refusal: what the run would end with at once.
+        complete: the manifest of a target that is finished already.
     """
 
     path: Path
@@ -55,6 +68,7 @@ class Outlook:
     needed_nbytes: int = 0
     free_nbytes: int = 0
     refusal: NvfpPrepError | None = None
+    complete: Manifest | None = None
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -65,8 +79,27 @@ class Outlook:
             self.state, self.refusal = TargetState.REFUSED, error
 
 
+def check_place(
+    source: Source,
+    target: Path,
+    *,
+    selection: LayerSelection | None = None,
+    join: bool = False,
+    restart: bool = False,
+) -> None:
+    """Check what needs no plan, and so comes before one is made; arguments as for :func:`preflight`.
+
+    Raises:
+        TargetError: if source and target are not apart.
+        ResumeConflictError: if parts work in a target that is to be converted as a whole.
+    """
+    check_apart(source, target)
+    if not (restart or join or selection):
+        check_not_divided(target)
+
+
 def look_ahead(
-    made: Plan,
+    plan: Plan,
     source: Source,
     target: Path,
     sink: FileSink,
@@ -75,41 +108,89 @@ def look_ahead(
     join: bool = False,
     restart: bool = False,
 ) -> Outlook:
-    """Go through what a conversion checks before its first byte, in its order, and only looks.
+    """Check all that must hold before the first byte is written; only look.
 
     Args:
-        made: the plan of the whole conversion.
-        source: where it was made of.
+        plan: the plan of the whole conversion.
+        source: the source that it was made of.
         target: the output directory.
         sink: as for :func:`~nvfp4_prep.commands.convert.convert`.
         selection: for a part: its layers.
         join: whether parts are to be joined.
-        restart: whether an unfinished run would be discarded.
+        restart: whether an unfinished run is to be discarded.
     """
     outlook = Outlook(target)
     with outlook.refusing():
-        check_apart(source, target)
-        if not (restart or join or selection):
-            check_not_divided(target)
-        part = made if selection is None else choose_part(made, selection)
-        if find_complete(target, made, sink) is not None:
+        check_place(source, target, selection=selection, join=join, restart=restart)
+        part = plan if selection is None else choose_part(plan, selection)
+        outlook.complete = find_complete(target, plan, sink)
+        if outlook.complete is not None:
             outlook.state = TargetState.COMPLETE
             return outlook
-        place, identity = target, made.identity()
+        folder, identity = target, plan.identity()
         if selection is not None:
             Target.check_ours(target)
             check_not_whole(target)
-            place, identity = part_folder(target, selection), part_identity(made, selection)
-        joined = _look_at_parts(made, target) if join else {}
-        done = {**joined, **_look_at(place, identity, sink, restart=restart)}
-        if Target.has_journal(place) and not restart:
+            folder, identity = part_folder(target, selection), part_identity(plan, selection)
+        elif restart:
+            for begun in list_parts(target).values():
+                Target.check_idle(begun)
+        joined = _look_at_parts(plan, target) if join else {}
+        done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
+        if Target.has_journal(folder) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
-        _check_files(place, done, restart=restart)
+        _check_files(folder, done, restart=restart)
         outlook.needed_nbytes = room_for(part, done, source, sink).needed_nbytes
-        outlook.free_nbytes = free_nbytes(place) + _freed_nbytes(place, restart=restart)
-        check_space(place, outlook.needed_nbytes, outlook.free_nbytes)
+        outlook.free_nbytes = free_nbytes(folder) + _freed_nbytes(folder, restart=restart)
+        check_space(folder, outlook.needed_nbytes, outlook.free_nbytes)
     return outlook
+
+
+def preflight(
+    plan: Plan,
+    source: Source,
+    target: Path,
+    sink: FileSink,
+    *,
+    selection: LayerSelection | None = None,
+    join: bool = False,
+    restart: bool = False,
+) -> Manifest | None:
+    """Refuse a run for what ``--dry-run`` would say of it, before it opens its target.
+
+    What another program may change in between, the target checks again under its lock. Disk space is left to it:
+    here what the run deletes first is only estimated.
+
+    Args:
+        plan, source, target, sink, selection, join, restart: as for :func:`look_ahead`.
+
+    Returns:
+        The manifest, if the target is finished already; what a kill in its last moment left is removed then.
+
+    Raises:
+        NvfpPrepError: the outlook's refusal, unless it is for want of disk space.
+    """
+    outlook = look_ahead(plan, source, target, sink, selection=selection, join=join, restart=restart)
+    if outlook.refusal is not None and not isinstance(outlook.refusal, NoSpaceError):
+        raise outlook.refusal
+    if outlook.complete is not None:
+        remove_finished_work(target)
+    return outlook.complete
+
+
+def check_apart(source: Source, target: Path) -> None:
+    """Raise :class:`TargetError` if target and source directory are the same or one lies in the other."""
+    root = getattr(source, "root", None)
+    if not isinstance(root, Path):
+        return
+    resolved = Path(os.path.realpath(target))
+    if resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved):
+        raise TargetError(
+            "target and source are the same directory or one lies in the other",
+            where=str(target),
+            next_step="Give a target outside the source: the source is never touched.",
+        )
 
 
 def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, JournalEntry]:
@@ -118,23 +199,26 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
     Target.check_idle(path)
     if restart or not Target.has_journal(path):
         return {}
-    with TargetRoot(path) as root:
-        lines = read_lines(root)
-        if not lines:
-            return {}
-        check_identity(path, lines[0].get("identity"), identity)
-        return finished_files(root, lines, sink.holds)
+    try:
+        with TargetRoot(path) as root:
+            lines = read_lines(root)
+            if not lines:
+                return {}
+            check_identity(path, lines[0].get("identity"), identity)
+            return finished_files(root, lines, sink.holds)
+    except OSError as error:
+        raise translate_os_error(error, path / WORK_FOLDER) from error
 
 
-def _look_at_parts(made: Plan, target: Path) -> dict[str, JournalEntry]:
+def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
     """Return the files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
     parts = {
-        folder: _look_at(folder, part_identity(made, LayerSelection.parse(text)), KeepFiles(), restart=False)
+        folder: _look_at(folder, part_identity(plan, LayerSelection.parse(text)), KeepFiles(), restart=False)
         for text, folder in list_parts(target).items()
     }
     entries = finished_entries(parts)
     if not Target.has_journal(target):
-        check_whole(made, entries, target)
+        check_whole(plan, entries, target)
     return entries
 
 

@@ -17,11 +17,12 @@ from typing import Any
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
-from nvfp4_prep.commands.convert import check_apart, read_manifest
+from nvfp4_prep.commands.finished_conversion import read_manifest
+from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import ConvertOptions, LayoutName
-from nvfp4_prep.output.finished_output import has_files
+from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -95,7 +96,7 @@ def relayout(
         identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
         finished = _find_finished(opened.manifest, options, made, path)
         if finished is not None:
-            Target.remove_finished_work(path)
+            remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
         with Target(path, identity, restart=restart) as place:
             return _Relayout(opened, options, made, place).run(threads, progress or NoProgress(), memory_nbytes)

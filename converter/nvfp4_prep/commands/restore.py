@@ -13,10 +13,10 @@ from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
-from nvfp4_prep.commands.convert import check_apart
+from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
-from nvfp4_prep.output.finished_output import has_files
+from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -95,7 +95,7 @@ def restore(
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         files = _plan_files(opened)
         if _is_restored(opened, files, path):
-            Target.remove_finished_work(path)
+            remove_finished_work(path)
             return RestoreResult(
                 path, sum(len(file.records) for file in files), 0, resumed=False, already_complete=True
             )

@@ -37,7 +37,7 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
         return text
     from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
     from nvfp4_prep.hub.source import HubSource
-    from nvfp4_prep.output.target import SOURCE_FOLDER
+    from nvfp4_prep.output.target_checks import SOURCE_FOLDER
 
     quiet_client()
     work_dir = None if target is None else target / WORK_FOLDER / SOURCE_FOLDER

@@ -43,10 +43,13 @@ def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
             for layer in found.layers
         }
     complete = [layer for layer in found.layers if layer.experts_path not in short]
-    odd = [layer for layer in complete if not _is_computed(layer, config)]
+    activations = {
+        layer.experts_path: find_activation(config, gated=layer.gated, layer=layer.index) for layer in complete
+    }
+    odd = [layer for layer in complete if activations[layer.experts_path].kind not in _COMPUTED[layer.gated]]
     fits = tuple(layer for layer in complete if layer not in odd)
-    others = [_not_computed(layer, config, refused=not fits) for layer in odd]
-    return FoundLayers(fits, (*found.others, *short.values(), *others))
+    others = [_not_computed(layer, activations[layer.experts_path], refused=not fits) for layer in odd]
+    return FoundLayers(fits, (*found.others, *short.values(), *others), activations)
 
 
 def _is_quark(config: Mapping[str, Any]) -> bool:
@@ -55,16 +58,7 @@ def _is_quark(config: Mapping[str, Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("quant_method") == "quark" for part in said)
 
 
-def _is_computed(layer: MoeLayer, config: Mapping[str, Any]) -> bool:
-    return _activation(layer, config).kind in _COMPUTED[layer.gated]
-
-
-def _activation(layer: MoeLayer, config: Mapping[str, Any]) -> Activation:
-    return find_activation(config, gated=layer.gated, layer=layer.index)
-
-
-def _not_computed(layer: MoeLayer, config: Mapping[str, Any], *, refused: bool) -> LayerFinding:
-    activation = _activation(layer, config)
+def _not_computed(layer: MoeLayer, activation: Activation, *, refused: bool) -> LayerFinding:
     word = activation.kind.value if activation.kind is not ActivationKind.UNKNOWN else "unknown"
     spelled = f" (config: {activation.spelled!r})" if activation.spelled and activation.spelled != word else ""
     return LayerFinding(

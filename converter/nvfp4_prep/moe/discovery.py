@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
+from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep.moe.other_kinds import check_one_kind, other_kind, unknown_nvfp4, unknown_paths
 from nvfp4_prep.moe.validation import (
@@ -53,10 +54,17 @@ class LayerFinding:
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """All MoE layers of a checkpoint: those to prepare in the order of their numbers, and the others with reasons."""
+    """All MoE layers of a checkpoint.
+
+    Attributes:
+        layers: those to prepare, in the order of their numbers.
+        others: the others, with reasons.
+        activations: of the layers to prepare, by the path of their experts; filled once the config was looked at.
+    """
 
     layers: tuple[MoeLayer, ...]
     others: tuple[LayerFinding, ...]
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
     @property
     def refused(self) -> tuple[LayerFinding, ...]:

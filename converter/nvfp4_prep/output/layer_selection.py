@@ -11,7 +11,8 @@ from typing import Self
 from nvfp4_prep._util.text import spans
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.output.target import PARTS_FOLDER, Target
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import PARTS_FOLDER
 from nvfp4_prep.output.target_root import TargetRoot, check_work_folder
 
 __all__ = ["LayerSelection", "discard_parts", "list_parts", "part_folder"]

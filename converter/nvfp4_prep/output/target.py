@@ -12,31 +12,32 @@ import json
 import os
 import socket
 import stat
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, WORK_FOLDER, is_safe_name
-from nvfp4_prep.errors import NoSpaceError, TargetError
+from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
+from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, translate_os_error
 from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
 from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.journal_file import JOURNAL_PATH, JournalFile
+from nvfp4_prep.output.target_checks import (
+    LAST_FILES,
+    PARTS_FOLDER,
+    SOURCE_FOLDER,
+    check_names,
+    check_ours,
+    check_space,
+    file_change,
+    foreign_file,
+    has_journal,
+)
 from nvfp4_prep.output.target_lock import LOCK, check_idle, check_locks, take_lock
-from nvfp4_prep.output.target_root import TargetRoot, check_work_folder
+from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["LOCK", "PARTS_FOLDER", "SOURCE_FOLDER", "Target", "check_names", "check_space"]
-
-LAST_FILES = (CONFIG, MANIFEST)
-"""Without these a directory is no checkpoint: every command writes them last."""
-SOURCE_FOLDER = "source"
-"""In the work folder: shards that a source downloads; the source itself looks after it."""
-PARTS_FOLDER = "parts"
-"""In the work folder: targets of their own, one for each part of a conversion by several machines."""
-_JOURNAL = f"{WORK_FOLDER}/{JOURNAL}"
+__all__ = ["Target"]
 
 
 class Target:
@@ -78,7 +79,6 @@ class Target:
         self._identity = json.loads(json.dumps(identity))
         self._elsewhere = elsewhere
         self._need_sha256 = need_sha256
-        self._note_lock = threading.Lock()
         self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
         self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
         self.check_ours(path)
@@ -86,6 +86,7 @@ class Target:
         self._made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         try:
             self._root = TargetRoot(path, make=True)
+            self._journal = JournalFile(self._root)
             self._lock = self._open_work_folder()
         except OSError as error:
             raise translate_os_error(error, self.work) from error
@@ -143,52 +144,9 @@ class Target:
         # where the file system has no locks across machines, two of them still never write one file
         return f"{WORK_FOLDER}/writing-{socket.gethostname()}-{os.getpid()}"
 
-    @staticmethod
-    def has_journal(path: Path) -> bool:
-        """Return whether the directory itself (not a part in it) has been worked on and is not finished."""
-        return os.path.lexists(path / WORK_FOLDER / JOURNAL)
-
-    @staticmethod
-    def check_ours(path: Path) -> None:
-        """Raise :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
-        if not path.exists():
-            return
-        if not path.is_dir():
-            raise TargetError("is no directory", where=str(path), next_step="Give another target.")
-        check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL), (SOURCE_FOLDER, PARTS_FOLDER))
-        try:
-            foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
-        except OSError as error:
-            raise translate_os_error(error, path) from error
-        if foreign is not None and not Target.has_journal(path):
-            raise TargetError(
-                f"exists and is not empty (it has {foreign!r})",
-                where=str(path),
-                next_step="Give another target, or empty it yourself: nvfp4-prep never overwrites.",
-            )
-
-    @staticmethod
-    def check_idle(path: Path) -> None:
-        """Raise :class:`BusyError` if a run holds the directory; only looks."""
-        check_idle(path)
-
-    @staticmethod
-    def remove_finished_work(path: Path) -> None:
-        """Remove what a run that was stopped in its very last steps left beside a finished output.
-
-        Raises:
-            TargetError: if it cannot be removed, or has a journal: then nothing is finished.
-        """
-        if not os.path.lexists(path / WORK_FOLDER):
-            return
-        check_work_folder(path / WORK_FOLDER, (LOCK,), (SOURCE_FOLDER, PARTS_FOLDER))
-        try:
-            with TargetRoot(path) as root:
-                if root.status(_JOURNAL) is None:
-                    root.remove_tree(WORK_FOLDER)
-                    root.sync()
-        except OSError as error:
-            raise translate_os_error(error, path / WORK_FOLDER) from error
+    has_journal = staticmethod(has_journal)
+    check_ours = staticmethod(check_ours)
+    check_idle = staticmethod(check_idle)
 
     def _forget(self) -> None:
         try:
@@ -197,18 +155,7 @@ class Target:
                 self._root.unlink(name)
         except OSError as error:
             raise translate_os_error(error, self.path) from error
-        self._empty_journal()
-
-    def _empty_journal(self) -> None:
-        """Emptied, never removed: what lies beside a work folder without a journal is not ours."""
-        try:
-            descriptor = self._root.open_file(_JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            with contextlib.closing(os.fdopen(descriptor, "wb")):
-                os.fsync(descriptor)
-            self._root.sync(WORK_FOLDER)  # a power cut must not leave files without their journal
-            self._root.sync()
-        except OSError as error:
-            raise translate_os_error(error, self.work) from error
+        self._journal.empty()
 
     def _read_journal(self) -> bool:
         try:
@@ -217,11 +164,11 @@ class Target:
                     self._root.remove_tree(f"{WORK_FOLDER}/{leftover}")
             lines = read_lines(self._root)
             if not lines:
-                self._empty_journal()
+                self._journal.empty()
                 self.note({"identity": self._identity})
                 return False
             check_identity(self.path, lines[0].get("identity"), self._identity)
-            self._repair_tail()
+            self._journal.repair_tail()
             self.done = finished_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256)
             for name in named_files(lines):
                 status = self._root.status(name)
@@ -233,29 +180,9 @@ class Target:
             raise translate_os_error(error, self.work) from error
         return True
 
-    def _repair_tail(self) -> None:
-        """Cut off a last line that a kill left unfinished, so that the next one starts on its own."""
-        with os.fdopen(self._root.open_file(_JOURNAL, os.O_RDWR), "r+b") as stream:
-            text = stream.read()
-            if not text.endswith(b"\n"):
-                stream.truncate(text.rfind(b"\n") + 1)
-                os.fsync(stream.fileno())
-
     def note(self, entry: Mapping[str, Any] | JournalEntry) -> None:
         """Append one line to the journal and flush it to disk."""
-        line = asdict(entry) if isinstance(entry, JournalEntry) else entry
-        with self._note_lock:
-            try:
-                descriptor = self._root.open_file(_JOURNAL, os.O_WRONLY | os.O_APPEND)
-                with os.fdopen(descriptor, "ab") as stream:
-                    stream.write(json.dumps(line, sort_keys=True).encode() + b"\n")
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            except OSError as error:
-                raise translate_os_error(error, self.work) from error
-            finished = JournalEntry.parse(line)
-            if finished is not None:
-                self.done[finished.file] = finished
+        self._journal.append(entry, self.done)
 
     def check_names(self, expected: Iterable[str]) -> None:
         """Raise :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
@@ -263,7 +190,7 @@ class Target:
         begun = {*self.done, *self._ours}
         foreign = [name for name in expected if name not in begun and self._root.status(name) is not None]
         if foreign:
-            raise _foreign(self.path / min(foreign))
+            raise foreign_file(self.path / min(foreign))
         check_names(self.path, begun)
 
     def check_space(self, needed_nbytes: int) -> None:
@@ -294,7 +221,7 @@ class Target:
 
     def _move(self, old: str, name: str, status: os.stat_result, root: TargetRoot | None = None) -> None:
         now, seen = self._root.status(name), self._seen.get(name)
-        own = name in self._ours or (seen is not None and _difference(seen, now) is None)
+        own = name in self._ours or (seen is not None and file_change(seen, now) is None)
         try:
             self._root.move(old, name, replace=own, root=root)
         except FileExistsError as error:
@@ -339,7 +266,7 @@ class Target:
             entry, seen, now = self.done.get(name), self._seen.get(name), self._root.status(name)
             if now is None and entry is not None and self._elsewhere(name, entry.nbytes, entry.sha256):
                 continue
-            actual = _difference(seen, now)
+            actual = file_change(seen, now)
             if actual is not None:
                 raise TargetError(
                     "a finished file was changed or removed by another program while this run worked",
@@ -354,45 +281,12 @@ class Target:
 
         The journal goes first and at once: files beside a work folder without a journal are a finished output, so a
         kill in between leaves nothing that another run would take for its own. The same command finds the output
-        finished and removes the rest (:meth:`remove_finished_work`).
+        finished and removes the rest (:func:`~nvfp4_prep.output.finished_output.remove_finished_work`).
         """
         try:
-            self._root.unlink(_JOURNAL)
+            self._root.unlink(JOURNAL_PATH)
             self._root.sync(WORK_FOLDER)
             self._root.remove_tree(WORK_FOLDER)
             self._root.sync()
         except OSError as error:
             raise translate_os_error(error, self.work) from error
-
-
-def _difference(seen: os.stat_result | None, now: os.stat_result | None) -> str | None:
-    """What became of a file, ``None`` if it is the same."""
-    if now is None:
-        return "nothing"
-    if not stat.S_ISREG(now.st_mode):
-        return "another kind of file"
-    if seen is None or (seen.st_dev, seen.st_ino) != (now.st_dev, now.st_ino):
-        return "another file"
-    return None if seen.st_size == now.st_size else f"{now.st_size} bytes"
-
-
-def check_names(path: Path, known: Collection[str]) -> None:
-    """Raise :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
-    for there in sorted(path.rglob("*")):
-        name = there.relative_to(path).as_posix()
-        if there.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
-            raise _foreign(there)
-
-
-def _foreign(path: Path) -> TargetError:
-    return TargetError("holds a file of something else", where=str(path), next_step="Move it away and run again.")
-
-
-def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:
-    """Raise :class:`NoSpaceError` if more is needed than there is."""
-    if needed_nbytes > free_there_nbytes:
-        raise NoSpaceError(
-            f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free_there_nbytes)} free",
-            where=str(path),
-            next_step="Make room, or give a target on another disk.",
-        )

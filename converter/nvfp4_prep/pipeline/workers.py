@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep._util.system import start_thread
 
 __all__ = ["WorkerThreads", "default_memory_nbytes", "default_threads"]
 
@@ -53,14 +53,7 @@ class WorkerThreads:
             NvfpPrepError: if this process may have no more threads; those that were started must still be waited for.
         """
         for started, thread in enumerate(self._threads):
-            try:
-                thread.start()
-            except RuntimeError as error:
-                raise NvfpPrepError(
-                    f"cannot start a thread: the system allows no more ({started} of {len(self._threads)} run)",
-                    next_step="Raise the limit of processes (ulimit -u, or the container's pids limit),"
-                    " or give fewer --threads.",
-                ) from error
+            start_thread(thread, f"{started} of {len(self._threads)} run", ", or give fewer --threads")
 
     def wait(self) -> None:
         """Until all that were started have ended."""

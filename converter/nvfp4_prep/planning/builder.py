@@ -16,18 +16,18 @@ from nvfp4_prep.checkpoint.filenames import (
     SOURCE_SCALES,
     FileKind,
 )
-from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
+from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
 from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.moe.activation import Activation, ActivationKind, find_activation
-from nvfp4_prep.moe.config_fit import classify_layers
+from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
+from nvfp4_prep.planning.survey import Survey, survey
 from nvfp4_prep_kernels import LayoutError, PreparedTensor
 
 __all__ = ["check_batched", "layer_files", "make_plan", "scale_files"]
@@ -39,8 +39,13 @@ MAX_PASSTHROUGH_SHARDS = 4
 
 
 @collector_paused()
-def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
+def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: Survey | None = None) -> Plan:
     """Plan a conversion: read headers and scalars, write nothing.
+
+    Args:
+        source: the checkpoint.
+        options: what the output's bytes depend on.
+        surveyed: the source's survey, where the caller has made it already.
 
     Raises:
         SourceError: if the source cannot be read.
@@ -48,12 +53,13 @@ def make_plan(source: Source, options: ConvertOptions | None = None) -> Plan:
         UsageError: if the options do not fit the checkpoint.
     """
     options = options or ConvertOptions()
-    index = read_index(source)
-    found = classify_layers(index)
+    surveyed = surveyed or survey(source)
+    index, found = surveyed.index, surveyed.found
     _check_supported(place_of(source), index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
-        _plan_layer(layer, values, options, index) for layer, values in zip(found.layers, scalars, strict=True)
+        _plan_layer(layer, values, options, found.activations[layer.experts_path])
+        for layer, values in zip(found.layers, scalars, strict=True)
     )
     files = (*_order([*layer_files(layers), *_passthrough_files(index, layers)]), *scale_files(layers))
     _check_names(files, index.side_files)
@@ -108,10 +114,9 @@ def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> 
     )
 
 
-def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, index: CheckpointIndex) -> LayerPlan:
+def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions, activation: Activation) -> LayerPlan:
     restored = [record for group in layer.groups for record in group.records]  # restore writes one file a layer
     check_header(f"restored {layer.experts_path}", len(restored), sum(len(record.shape) for record in restored))
-    activation = find_activation(index.config, gated=layer.gated, layer=layer.index)
     check_batched(layer, activation, options)
     try:
         layout = options.layout_for(gated=layer.gated)

@@ -1,0 +1,112 @@
+"""Finished targets of a conversion: whether one is what a plan would make, by all that shows without tensor bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from pathlib import Path
+
+from nvfp4_prep._util.text import count
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
+from nvfp4_prep.checkpoint.small_files import read_small_file
+from nvfp4_prep.commands.verify import verify
+from nvfp4_prep.errors import TargetError, VerificationError
+from nvfp4_prep.output.sink import FileSink
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.prepared.manifest import Manifest
+
+__all__ = ["find_complete", "read_manifest"]
+
+
+def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
+    """Return the manifest, if the target is already what the plan would make; ``None`` if it is not finished.
+
+    Raises:
+        TargetError: if it is a finished conversion of something else, or its files are not all there.
+        VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
+    """
+    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
+        return None
+    manifest = read_manifest(path)
+    differences = _differences(manifest, made)
+    if differences:
+        raise TargetError(
+            f"holds a finished conversion of something else or with other options: {'; '.join(differences)}",
+            where=str(path),
+            next_step="Give another target, or remove it.",
+        )
+    if not _is_of_this_source(manifest, made):
+        raise TargetError(
+            "holds a finished conversion of something else: its source had the same name, but other tensors or configs",
+            where=str(path),
+            next_step="Give another target, or remove it.",
+        )
+    all_here = True
+    for file in made.files:
+        there, sha256 = path / file.name, manifest.files[file.name].sha256
+        if not sink.holds(file.name, file.nbytes, sha256):
+            _check_size(there, file.nbytes)
+        all_here = all_here and there.is_file()
+    if all_here:  # of files that were published and deleted, the Hub's listing is compared when publishing ends
+        _check_undamaged(path)
+    return manifest
+
+
+def _check_undamaged(path: Path) -> None:
+    """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
+    report = verify(path, quick=True)
+    if report.problems:
+        rest = len(report.problems) - 1
+        more = f" (and {count(rest, 'more problem')})" if rest else ""
+        raise VerificationError(
+            f"was converted before, but is damaged: {report.problems[0]}{more}",
+            where=str(path),
+            next_step=report.next_step,
+        )
+
+
+def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
+    """By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew
+    have other scalars; a source that differs in other tensors' values only is not told apart."""
+    records = {file.name: manifest.files.get(file.name) for file in made.files}
+    sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
+    side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
+    digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
+    raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
+    return (
+        dict(manifest.texts) == dict(made.index.texts)
+        and sizes == {file.name: file.nbytes for file in made.files}
+        and side == {file.name: file.nbytes for file in made.side_files}
+        and all(digests.get(key) == hashlib.sha256(value).hexdigest() for key, value in raw.items())
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of a finished target; raises :class:`TargetError` if it cannot be read."""
+    raw = read_small_file(path / MANIFEST, TargetError, "Give another target, or remove it.")
+    return Manifest.from_bytes(raw, str(path / MANIFEST))
+
+
+def _check_size(path: Path, nbytes: int) -> None:
+    """Raise :class:`TargetError` if a file of a finished output is missing or has another size."""
+    try:
+        status = path.lstat()
+        found = status.st_size if stat.S_ISREG(status.st_mode) else None
+    except OSError:
+        found = None
+    if found != nbytes:
+        raise TargetError(
+            "a file of a finished output is missing or damaged",
+            where=str(path),
+            expected=f"{nbytes} bytes",
+            actual="nothing" if found is None else f"{found} bytes",
+            next_step="Remove the directory and run the command again; nvfp4-prep verify says what else is wrong.",
+        )
+
+
+def _differences(manifest: Manifest, made: Plan) -> list[str]:
+    """What a finished conversion is and was not asked for, one text each."""
+    found = {"source": manifest.source, "revision": manifest.revision, **manifest.options.to_dict()}
+    asked = {"source": made.source_label, "revision": made.source_revision, **made.options.to_dict()}
+    return [f"{key} is {found.get(key)}, requested {asked[key]}" for key in asked if found.get(key) != asked[key]]

@@ -1,0 +1,63 @@
+"""The journal of a run in its target's work folder: begun, mended after a kill, and written line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
+from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.target_root import TargetRoot
+
+__all__ = ["JOURNAL_PATH", "JournalFile"]
+
+JOURNAL_PATH = f"{WORK_FOLDER}/{JOURNAL}"
+
+
+class JournalFile:
+    """The journal of a target whose lock is held; threads may append at once."""
+
+    def __init__(self, root: TargetRoot) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+
+    def empty(self) -> None:
+        """Emptied, never removed: what lies beside a work folder without a journal is not ours."""
+        try:
+            descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with contextlib.closing(os.fdopen(descriptor, "wb")):
+                os.fsync(descriptor)
+            self._root.sync(WORK_FOLDER)  # a power cut must not leave files without their journal
+            self._root.sync()
+        except OSError as error:
+            raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
+
+    def repair_tail(self) -> None:
+        """Cut off a last line that a kill left unfinished, so that the next one starts on its own."""
+        with os.fdopen(self._root.open_file(JOURNAL_PATH, os.O_RDWR), "r+b") as stream:
+            text = stream.read()
+            if not text.endswith(b"\n"):
+                stream.truncate(text.rfind(b"\n") + 1)
+                os.fsync(stream.fileno())
+
+    def append(self, entry: Mapping[str, Any] | JournalEntry, done: dict[str, JournalEntry]) -> None:
+        """Append one line and flush it to disk; a finished file is put among those that are ``done``."""
+        line = asdict(entry) if isinstance(entry, JournalEntry) else entry
+        with self._lock:
+            try:
+                descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_APPEND)
+                with os.fdopen(descriptor, "ab") as stream:
+                    stream.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
+            finished = JournalEntry.parse(line)
+            if finished is not None:
+                done[finished.file] = finished

@@ -1,0 +1,92 @@
+"""Checks of an output directory that only look, from outside a run; and the names in its work folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+
+from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, WORK_FOLDER
+from nvfp4_prep.errors import NoSpaceError, TargetError
+from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.target_lock import LOCK
+from nvfp4_prep.output.target_root import check_work_folder
+
+__all__ = [
+    "LAST_FILES",
+    "PARTS_FOLDER",
+    "SOURCE_FOLDER",
+    "check_names",
+    "check_ours",
+    "check_space",
+    "file_change",
+    "foreign_file",
+    "has_journal",
+]
+
+LAST_FILES = (CONFIG, MANIFEST)
+"""Without these a directory is no checkpoint: every command writes them last."""
+SOURCE_FOLDER = "source"
+"""In the work folder: shards that a source downloads; the source itself looks after it."""
+PARTS_FOLDER = "parts"
+"""In the work folder: targets of their own, one for each part of a conversion by several machines."""
+
+
+def has_journal(path: Path) -> bool:
+    """Return whether the directory itself (not a part in it) has been worked on and is not finished."""
+    return os.path.lexists(path / WORK_FOLDER / JOURNAL)
+
+
+def check_ours(path: Path) -> None:
+    """Raise :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise TargetError("is no directory", where=str(path), next_step="Give another target.")
+    check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL), (SOURCE_FOLDER, PARTS_FOLDER))
+    try:
+        foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
+    except OSError as error:
+        raise translate_os_error(error, path) from error
+    if foreign is not None and not has_journal(path):
+        raise TargetError(
+            f"exists and is not empty (it has {foreign!r})",
+            where=str(path),
+            next_step="Give another target, or empty it yourself: nvfp4-prep never overwrites.",
+        )
+
+
+def check_names(path: Path, known: Collection[str]) -> None:
+    """Raise :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
+    for there in sorted(path.rglob("*")):
+        name = there.relative_to(path).as_posix()
+        if there.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
+            raise foreign_file(there)
+
+
+def foreign_file(path: Path) -> TargetError:
+    """Return the error for a file that is not ours."""
+    return TargetError("holds a file of something else", where=str(path), next_step="Move it away and run again.")
+
+
+def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:
+    """Raise :class:`NoSpaceError` if more is needed than there is."""
+    if needed_nbytes > free_there_nbytes:
+        raise NoSpaceError(
+            f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free_there_nbytes)} free",
+            where=str(path),
+            next_step="Make room, or give a target on another disk.",
+        )
+
+
+def file_change(seen: os.stat_result | None, now: os.stat_result | None) -> str | None:
+    """Return what became of a file that a run wrote or found; ``None`` if it is the same."""
+    if now is None:
+        return "nothing"
+    if not stat.S_ISREG(now.st_mode):
+        return "another kind of file"
+    if seen is None or (seen.st_dev, seen.st_ino) != (now.st_dev, now.st_ino):
+        return "another file"
+    return None if seen.st_size == now.st_size else f"{now.st_size} bytes"

@@ -248,6 +248,8 @@ def readme_load(recorded: Recorded) -> Row:
         **recorded.about("load-vllm"),
         "experts": recorded["load-vllm"]["experts"],
         "gb": gb(last["nbytes"]),
+        "first_s": vllm_rows(recorded)[0]["total"]["median"],
+        "last_s": last["total"]["median"],
         "table": table(["", f"total s, median (min {DASH} max)", "extra GPU memory at the peak"], rows),
         "times": reach([vllm_rows(run)[-1]["times_the_first"] for run in runs], "{:.1f}"),
         "runs": len(runs),
@@ -277,5 +279,6 @@ VALUES = {
     "load-host": load_host,
     "load-aims": load_aims,
     "load-why": load_why,
+    "readme-headline": readme_load,
     "readme-load": readme_load,
 }

@@ -81,7 +81,7 @@ def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the pages show a machine without a card")
-@pytest.mark.parametrize("page", ["README.md", "docs/first-half-hour.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/first-half-hour.md", "docs/runbook.md"])
 def test_transcripts(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages show what the commands print, figures aside: all of stdout but what a line ``...`` stands for. Lines of
     stderr may be left out (progress)."""

@@ -105,6 +105,15 @@ PARTS = (
         limit_s=300,
     ),
     Part(
+        "load-ranks",
+        "all ranks of a host at once",
+        "bench_load_ranks.py",
+        ("--directory", "{memory}", "--experts", "384"),
+        ("--directory", "{memory}", "--experts", "8", "--repeats", "2"),
+        needs=("card",),
+        memory_gb=10,
+    ),
+    Part(
         "relayout-load",
         "a layer loaded for the other kernel against the file's own",
         "bench_relayout_load.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recorded import DASH, TIMES, Recorded, bold, gb, reach, spread, table
+from recorded import DASH, TIMES, Recorded, bold, gb, percent, reach, spread, table
 
 Row = dict[str, Any]
 WHOLE, TP2, TP8, EP8 = "full layer", "full layer, TP2", "full layer, TP8", "EP8, one layer"
@@ -270,7 +270,23 @@ def readme_load(recorded: Recorded) -> Row:
     }
 
 
+def load_ranks(recorded: Recorded) -> Row:
+    """All ranks of a host at once, by every way, in each run on file."""
+    lines = []
+    for number, run in enumerate(recorded.runs("load-ranks")):
+        rows = run["load-ranks"]["rows"]
+        experts = {row["ranks"]: row for row in rows if row["side"].startswith("EP")}
+        for row in rows:
+            whole = experts[row["ranks"]]
+            cells = [f"{number + 1}", row["side"], f"{row['threads']}", spread(row), f"{row['gb_per_s']:.1f}"]
+            share = percent(whole["median"] / row["median"])
+            lines.append([*cells, share, f"{row['read_nbytes'] / row['nbytes']:.2f}", f"{row['reads']}"])
+    head = ["run", "side", "threads a rank", "s, median (min to max)", "GB/s", "of EP's rate", "read / file", "reads"]
+    return {**recorded.about("load-ranks"), "table": table(head, lines)}
+
+
 VALUES = {
+    "load-ranks": load_ranks,
     "load": load,
     "load-vllm": load_vllm,
     "load-shares": load_shares,

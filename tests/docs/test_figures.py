@@ -178,6 +178,8 @@ def test_what_cannot_run_is_named_with_the_reason(bench: SimpleNamespace, tmp_pa
         "prepare-kernels",
         "prepare-kernels-layer",
         "trtllm-kernels",
+        "load-ranks",
+        "relayout-load",
         "smoke",
         "load",
         "load-vllm",

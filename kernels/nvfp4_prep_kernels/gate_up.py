@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4_prep_kernels.memory import Empty, new_empty
+
 __all__ = ["deinterleave_gate_up", "interleave_gate_up", "join_alternating_rows", "split_alternating_rows"]
 
 
-def interleave_gate_up(
-    gate: torch.Tensor, up: torch.Tensor, block: int, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def interleave_gate_up(gate: torch.Tensor, up: torch.Tensor, block: int, empty: Empty = new_empty) -> torch.Tensor:
     """Interleave the rows of two projections, up first, in blocks of ``block`` rows.
 
     Args:
         gate: ``[..., I, C]``, any dtype.
         up: same shape and dtype as ``gate``.
         block: rows in one block; must divide ``I``.
-        out: contiguous ``[..., 2*I, C]`` to write into.
+        empty: makes the result's memory.
 
     Returns:
-        ``[..., 2*I, C]``, contiguous; ``out`` where given.
+        ``[..., 2*I, C]``, contiguous.
 
     Raises:
         ValueError: if the shapes or dtypes differ or ``block`` does not divide ``I``.
@@ -38,20 +38,22 @@ def interleave_gate_up(
     *lead, rows, cols = gate.shape
     if rows % block:
         raise ValueError(f"{rows} rows of a projection are not a multiple of the block height {block}")
-    pair = torch.stack(
-        (up.reshape(*lead, rows // block, block, cols), gate.reshape(*lead, rows // block, block, cols)),
-        dim=-3,
-        out=None if out is None else out.view(*lead, rows // block, 2, block, cols),
-    )
-    return pair.reshape(*lead, 2 * rows, cols)
+    fused = empty((*lead, 2 * rows, cols), gate)
+    pair = fused.view(*lead, rows // block, 2, block, cols)
+    pair.select(-3, 0).copy_(up.reshape(*lead, rows // block, block, cols))
+    pair.select(-3, 1).copy_(gate.reshape(*lead, rows // block, block, cols))
+    return fused
 
 
-def deinterleave_gate_up(fused: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def deinterleave_gate_up(
+    fused: torch.Tensor, block: int, empty: Empty = new_empty
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inverse of :func:`interleave_gate_up`.
 
     Args:
         fused: ``[..., 2*I, C]``.
         block: rows in one block; must divide ``I``.
+        empty: makes the results' memory.
 
     Returns:
         ``(gate, up)``, each ``[..., I, C]`` and contiguous.
@@ -63,8 +65,10 @@ def deinterleave_gate_up(fused: torch.Tensor, block: int) -> tuple[torch.Tensor,
     if rows % (2 * block):
         raise ValueError(f"{rows} fused rows are not a multiple of twice the block height {block}")
     pair = fused.reshape(*lead, rows // (2 * block), 2, block, cols)
-    up, gate = pair.select(-3, 0), pair.select(-3, 1)
-    return gate.reshape(*lead, rows // 2, cols).contiguous(), up.reshape(*lead, rows // 2, cols).contiguous()
+    gate, up = (empty((*lead, rows // 2, cols), fused) for _ in range(2))
+    for projection, number in ((gate, 1), (up, 0)):
+        projection.view(*lead, rows // (2 * block), block, cols).copy_(pair.select(-3, number))
+    return gate, up
 
 
 def split_alternating_rows(fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from nvfp4_prep_kernels.layer_tensors import (
     PreparedTensor,
     Projection,
 )
+from nvfp4_prep_kernels.memory import Empty, new_empty
 from nvfp4_prep_kernels.padding import pad_matrix, roundup, unpad_matrix
 from nvfp4_prep_kernels.row_order import (
     BlockRows,
@@ -224,14 +225,14 @@ class MoeLayout:
         found = [size for size in range(1, limit + 1) if serves(size)]
         return tuple(found) if self.moe_tp <= limit else (*found, self.moe_tp)
 
-    def apply(self, tensor: PreparedTensor, *parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return source bytes of one expert to prepared bytes.
+    def apply(self, tensor: PreparedTensor, *parts: torch.Tensor, empty: Empty = new_empty) -> torch.Tensor:
+        """Prepare source bytes of experts.
 
         Args:
             tensor: which prepared tensor to make.
             parts: one tensor for each of :meth:`projections`, ``uint8 [..., rows, bytes per row]`` as
                 :meth:`source_shape` gives them; row-major block scales for the scale tensors.
-            out: memory for codes whose rows move, contiguous, in the shape of the result; everything else ignores it.
+            empty: makes the memory of results.
 
         Returns:
             ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them. May share memory with the input
@@ -244,17 +245,20 @@ class MoeLayout:
         names = self.projections(tensor)
         if len(parts) != len(names):
             raise LayoutError(f"{tensor.value} takes {len(names)} projections ({', '.join(names)}), got {len(parts)}")
-        padded = tuple(self._pad(tensor, part) for part in parts)
-        fused = join_rows(self.rows, padded, None if tensor.is_scale else out)
-        return swizzle_scales(fused) if tensor.is_scale else fused
+        padded = tuple(self._pad(tensor, part, empty) for part in parts)
+        fused = join_rows(self.rows, padded, empty)
+        return swizzle_scales(fused, empty) if tensor.is_scale else fused
 
-    def invert(self, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims) -> tuple[torch.Tensor, ...]:
+    def invert(
+        self, tensor: PreparedTensor, prepared: torch.Tensor, dims: MoeDims, empty: Empty = new_empty
+    ) -> tuple[torch.Tensor, ...]:
         """Return the inverse of :meth:`apply`.
 
         Args:
             tensor: which prepared tensor ``prepared`` is.
             prepared: ``uint8 [..., rows, bytes per row]`` as :meth:`expert_shape` gives them.
             dims: the layer's sizes without padding.
+            empty: makes the memory of results.
 
         Returns:
             One tensor for each of :meth:`projections`, ``uint8`` in :meth:`source_shape`.
@@ -264,31 +268,40 @@ class MoeLayout:
         """
         if tuple(prepared.shape[-2:]) != self.expert_shape(tensor, dims):
             raise ValueError(f"{tensor.value}: shape {list(prepared.shape)} does not fit {dims}")
-        fused = unswizzle_scales(prepared) if tensor.is_scale else prepared
-        parts = split_rows(self.rows, fused, fused=tensor.is_w13)
+        fused = unswizzle_scales(prepared, empty) if tensor.is_scale else prepared
+        parts = split_rows(self.rows, fused, fused=tensor.is_w13, empty=empty)
         return tuple(self._unpad(tensor, part, dims) for part in parts)
 
-    def _pad(self, tensor: PreparedTensor, part: torch.Tensor) -> torch.Tensor:
+    def _padded(self, tensor: PreparedTensor, rows: int, cols: int) -> tuple[int, int]:
+        """Return the rows and columns of one projection with padding."""
+        if tensor.is_w13:
+            return self.padded_intermediate(rows), self.padded_hidden(cols)
+        return self.padded_hidden(rows), self.padded_intermediate(cols)
+
+    def _pad(self, tensor: PreparedTensor, part: torch.Tensor, empty: Empty) -> torch.Tensor:
         """Pad I on each rank's slice and H once; I is the rows of w13 and the columns of w2."""
         per_byte = tensor.cols_per_byte
         *lead, rows, cols = part.shape
         if (rows if tensor.is_w13 else cols) % self.moe_tp:
             raise LayoutError(f"{tensor.value}: {[rows, cols]} cannot be split over {self.moe_tp} ranks")
+        padded_rows, padded_cols = self._padded(tensor, rows, cols * per_byte)
+        padded_cols //= per_byte
+        if (rows, cols) == (padded_rows, padded_cols):
+            return part
+        ranks = self.moe_tp
         if tensor.is_w13:
-            split = part.reshape(*lead, self.moe_tp, rows // self.moe_tp, cols)
-            padded_rows = roundup(rows // self.moe_tp, self.intermediate_alignment)
-            padded_cols = self.padded_hidden(cols * per_byte) // per_byte
-            return pad_matrix(split, padded_rows, padded_cols).reshape(*lead, self.moe_tp * padded_rows, padded_cols)
-        split = part.reshape(*lead, rows * self.moe_tp, cols // self.moe_tp)
-        padded_cols = roundup(cols // self.moe_tp * per_byte, self.intermediate_alignment) // per_byte
-        padded_rows = self.padded_hidden(rows)
-        return pad_matrix(split, padded_rows * self.moe_tp, padded_cols).reshape(
-            *lead, padded_rows, self.moe_tp * padded_cols
-        )
+            split = part.reshape(*lead, ranks, rows // ranks, cols)
+            padded = pad_matrix(split, padded_rows // ranks, padded_cols, empty)
+        else:
+            split = part.reshape(*lead, rows * ranks, cols // ranks)
+            padded = pad_matrix(split, padded_rows * ranks, padded_cols // ranks, empty)
+        return padded.reshape(*lead, padded_rows, padded_cols)
 
     def _unpad(self, tensor: PreparedTensor, part: torch.Tensor, dims: MoeDims) -> torch.Tensor:
         rows, cols = self.source_shape(tensor, dims)
         *lead, padded_rows, padded_cols = part.shape
+        if (padded_rows, padded_cols) == (rows, cols):
+            return part
         if tensor.is_w13:
             split = part.reshape(*lead, self.moe_tp, padded_rows // self.moe_tp, padded_cols)
             return unpad_matrix(split, rows // self.moe_tp, cols).reshape(*lead, rows, cols)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4_prep_kernels.memory import Empty, new_empty
+
 __all__ = ["pad_matrix", "roundup", "unpad_matrix"]
 
 
@@ -12,12 +14,13 @@ def roundup(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
-def pad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+def pad_matrix(matrix: torch.Tensor, rows: int, cols: int, empty: Empty = new_empty) -> torch.Tensor:
     """Append zero rows and columns; returns the tensor itself when nothing is missing.
 
     Args:
         matrix: ``[..., R, C]`` of one-byte elements.
         rows, cols: wanted size, ``rows >= R`` and ``cols >= C``.
+        empty: makes the result's memory.
 
     Returns:
         ``[..., rows, cols]``.
@@ -30,7 +33,9 @@ def pad_matrix(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
         raise ValueError(f"a [{have_rows}, {have_cols}] matrix cannot be padded to [{rows}, {cols}]")
     if (have_rows, have_cols) == (rows, cols):
         return matrix
-    padded = torch.zeros(*lead, rows, cols, dtype=matrix.dtype, device=matrix.device)
+    padded = empty((*lead, rows, cols), matrix)
+    padded[..., have_rows:, :] = 0
+    padded[..., :have_rows, have_cols:] = 0
     padded[..., :have_rows, :have_cols] = matrix
     return padded
 

@@ -19,6 +19,7 @@ import torch
 
 from nvfp4_prep_kernels.gate_up import deinterleave_gate_up, interleave_gate_up
 from nvfp4_prep_kernels.layer_tensors import LayoutError
+from nvfp4_prep_kernels.memory import Empty, new_empty
 
 __all__ = [
     "SHUFFLE_ROWS",
@@ -124,56 +125,59 @@ def place_of_row(order: RowOrder, *, fused: bool, half: int, row: int, half_rows
     return place
 
 
-def join_rows(order: RowOrder, parts: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """Padded projections to one matrix in this order.
+def join_rows(order: RowOrder, parts: Sequence[torch.Tensor], empty: Empty = new_empty) -> torch.Tensor:
+    """Join padded projections to one matrix in this order.
 
     Args:
         parts: gate and up of w13 or, alone, what is not fused: up or down; ``[..., rows, cols]`` each.
-        out: contiguous memory for the result, used where rows move and the order is not ``[gate; up]``.
+        empty: makes the result's memory, where rows move.
 
     Returns:
         ``[..., rows of all parts, cols]``; the part itself where nothing moves.
     """
     if len(parts) == 1:
-        return shuffle_rows(parts[0], out) if order.shuffled else parts[0]
+        return shuffle_rows(parts[0], empty) if order.shuffled else parts[0]
     gate, up = parts
     if order.block == 0:
-        return torch.cat((gate, up), dim=-2)
+        *lead, rows, cols = gate.shape
+        return torch.cat((gate, up), dim=-2, out=empty((*lead, rows + up.shape[-2], cols), gate))
     if not order.shuffled:
-        return interleave_gate_up(gate, up, order.block, out)
-    return _interleave_and_shuffle(gate, up, out)
+        return interleave_gate_up(gate, up, order.block, empty)
+    return _interleave_and_shuffle(gate, up, empty)
 
 
-def split_rows(order: RowOrder, matrix: torch.Tensor, *, fused: bool) -> tuple[torch.Tensor, ...]:
+def split_rows(
+    order: RowOrder, matrix: torch.Tensor, *, fused: bool, empty: Empty = new_empty
+) -> tuple[torch.Tensor, ...]:
     """Return the inverse of :func:`join_rows`; ``fused`` tells whether the matrix is w13."""
     if order.shuffled:
-        matrix = unshuffle_rows(matrix)
+        matrix = unshuffle_rows(matrix, empty)
     if not (fused and order.gated):
         return (matrix,)
-    return tuple(matrix.chunk(2, dim=-2)) if order.block == 0 else deinterleave_gate_up(matrix, order.block)
+    return tuple(matrix.chunk(2, dim=-2)) if order.block == 0 else deinterleave_gate_up(matrix, order.block, empty)
 
 
-def shuffle_rows(matrix: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Row ``4*b + a`` of every 32 to place ``8*a + b``: ``[..., rows, cols]``, contiguous; ``out`` where given."""
-    return _transpose_blocks(matrix, _OUTER, _INNER, out)
+def shuffle_rows(matrix: torch.Tensor, empty: Empty = new_empty) -> torch.Tensor:
+    """Move row ``4*b + a`` of every 32 to place ``8*a + b``: ``[..., rows, cols]``, contiguous."""
+    return _transpose_blocks(matrix, _OUTER, _INNER, empty)
 
 
-def unshuffle_rows(matrix: torch.Tensor) -> torch.Tensor:
+def unshuffle_rows(matrix: torch.Tensor, empty: Empty = new_empty) -> torch.Tensor:
     """Return the inverse of :func:`shuffle_rows`."""
-    return _transpose_blocks(matrix, _INNER, _OUTER, None)
+    return _transpose_blocks(matrix, _INNER, _OUTER, empty)
 
 
-def _transpose_blocks(matrix: torch.Tensor, outer: int, inner: int, out: torch.Tensor | None) -> torch.Tensor:
+def _transpose_blocks(matrix: torch.Tensor, outer: int, inner: int, empty: Empty) -> torch.Tensor:
     *lead, rows, cols = matrix.shape
     if rows % SHUFFLE_ROWS:
         raise ValueError(f"{rows} rows are not a multiple of the {SHUFFLE_ROWS} that are shuffled together")
-    result = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) if out is None else out
+    result = empty(matrix.shape, matrix)
     blocks = matrix.reshape(*lead, rows // SHUFFLE_ROWS, outer, inner, cols).transpose(-2, -3)
     result.view(*lead, rows // SHUFFLE_ROWS, inner, outer, cols).copy_(blocks)
     return result
 
 
-def _interleave_and_shuffle(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _interleave_and_shuffle(gate: torch.Tensor, up: torch.Tensor, empty: Empty) -> torch.Tensor:
     """Return both steps of :class:`ShuffledRows` in one pass over the bytes.
 
     Fused row ``4*b + a`` is row ``2*b + a // 2`` of up (``a`` even) or gate (odd), and goes to place ``8*a + b``.
@@ -186,7 +190,6 @@ def _interleave_and_shuffle(gate: torch.Tensor, up: torch.Tensor, out: torch.Ten
         raise ValueError(f"{rows} rows of a projection are not a multiple of {half}")
     shape = (*lead, rows // half, _INNER // 2, 2, _OUTER, cols)
     views = [part.reshape(*lead, rows // half, _OUTER, _INNER // 2, cols).transpose(-2, -3) for part in (up, gate)]
-    if out is None:
-        out = torch.empty(*lead, 2 * rows, cols, dtype=gate.dtype, device=gate.device)
-    torch.stack(views, dim=-3, out=out.view(shape))
-    return out
+    fused = empty((*lead, 2 * rows, cols), gate)
+    torch.stack(views, dim=-3, out=fused.view(shape))
+    return fused

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import torch
 
+from nvfp4_prep_kernels.memory import Empty, new_empty
+
 __all__ = ["ROW_TILE", "TILE_NBYTES", "WORD_COLS", "swizzle_scales", "unswizzle_scales"]
 
 ROW_TILE = 128
@@ -32,11 +34,12 @@ def _check(scales: torch.Tensor) -> tuple[list[int], int, int]:
     return lead, rows, cols
 
 
-def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Return row-major scales to swizzled scales.
+def swizzle_scales(scales: torch.Tensor, empty: Empty = new_empty) -> torch.Tensor:
+    """Swizzle row-major scales.
 
     Args:
         scales: ``[..., M, Ks]`` ``uint8``, ``M % 128 == 0``, ``Ks % 4 == 0``.
+        empty: makes the result's memory.
 
     Returns:
         Same shape and dtype, contiguous; the bytes of each matrix in swizzled order.
@@ -47,11 +50,15 @@ def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
     lead, rows, cols = _check(scales)
     words = scales.contiguous().view(torch.int32).reshape(*lead, rows // 128, 4, 32, cols // 4)
     # [m // 128, (m % 128) // 32, m % 32, k // 4] -> [m // 128, k // 4, m % 32, (m % 128) // 32]
-    return words.movedim(-1, -3).transpose(-1, -2).reshape(*lead, rows, cols // 4).contiguous().view(torch.uint8)
+    swizzled = empty(scales.shape, scales)
+    swizzled.view(torch.int32).view(*lead, rows // 128, cols // 4, 32, 4).copy_(words.movedim(-1, -3).transpose(-1, -2))
+    return swizzled
 
 
-def unswizzle_scales(swizzled: torch.Tensor) -> torch.Tensor:
+def unswizzle_scales(swizzled: torch.Tensor, empty: Empty = new_empty) -> torch.Tensor:
     """Return the inverse of :func:`swizzle_scales`; same shapes and errors."""
     lead, rows, cols = _check(swizzled)
     words = swizzled.contiguous().view(torch.int32).reshape(*lead, rows // 128, cols // 4, 32, 4)
-    return words.transpose(-1, -2).movedim(-3, -1).reshape(*lead, rows, cols // 4).contiguous().view(torch.uint8)
+    scales = empty(swizzled.shape, swizzled)
+    scales.view(torch.int32).view(*lead, rows // 128, 4, 32, cols // 4).copy_(words.transpose(-1, -2).movedim(-3, -1))
+    return scales

@@ -89,7 +89,7 @@ def relayout_tiles(
         out: memory for the result, of the same shape; ``prepared`` itself converts in place. Allocated if not given.
 
     Returns:
-        ``out``. Memory beside it: one matrix ``[rows, bytes per row]``.
+        ``out``. Memory beside it, in place: one matrix ``[rows, bytes per row]``.
 
     Raises:
         LayoutError: if the layouts differ in more than the order inside tiles, or the bytes are not whole tiles.
@@ -106,7 +106,10 @@ def relayout_tiles(
     rows, row_nbytes = prepared.shape[-2:]
     for old, new in zip(prepared.view(-1, rows, row_nbytes), out.view(-1, rows, row_nbytes), strict=True):
         tiles, made = (each.view(-1).view(unit).view(-1, ROW_TILE, width // ROW_TILE) for each in (old, new))
-        made.copy_(tiles.index_select(1, index))
+        if old.data_ptr() == new.data_ptr():
+            made.copy_(tiles.index_select(1, index))
+        else:
+            torch.index_select(tiles, 1, index, out=made)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,15 +201,23 @@ def test_trtllm_shares_sizes_with_cutedsl_and_no_bytes(tensor: PreparedTensor, g
     assert not torch.equal(trtllm.apply(tensor, *parts), cutedsl.apply(tensor, *parts))
 
 
+@pytest.mark.parametrize("layout", [MoeLayout.cutedsl(gated=True), TRTLLM], ids=["cutedsl", "trtllm"])
 @pytest.mark.parametrize("tensor", list(PreparedTensor))
-def test_trtllm_writes_codes_into_given_memory(tensor: PreparedTensor) -> None:
-    dims = MoeDims(3, 128, 256)
-    parts = [torch.stack([part, part ^ 1, part ^ 2]) for part in random_parts(TRTLLM, tensor, dims)]
-    expected = TRTLLM.apply(tensor, *parts)
-    out = torch.full(TRTLLM.stored_shape(tensor, dims), 0xA5, dtype=torch.uint8)
-    made = TRTLLM.apply(tensor, *parts, out=out)
+def test_results_lie_in_memory_of_the_caller(layout: MoeLayout, tensor: PreparedTensor) -> None:
+    dims = MoeDims(3, 192, 320)  # H is padded, so that every tensor needs memory
+    parts = [torch.stack([part, part ^ 1, part ^ 2]) for part in random_parts(layout, tensor, dims)]
+    expected = layout.apply(tensor, *parts)
+    taken: list[torch.Tensor] = []
+
+    def dirty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        taken.append(torch.full(tuple(shape), 0xA5, dtype=like.dtype))
+        return taken[-1]
+
+    made = layout.apply(tensor, *parts, empty=dirty)
     assert torch.equal(made, expected)
-    assert (made.data_ptr() == out.data_ptr()) == (not tensor.is_scale)
+    assert any(made.data_ptr() == memory.data_ptr() for memory in taken)
+    for part, back in zip(parts, layout.invert(tensor, made, dims, dirty), strict=True):
+        assert torch.equal(part, back)
 
 
 @pytest.mark.parametrize(

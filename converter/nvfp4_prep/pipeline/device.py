@@ -1,19 +1,18 @@
-"""Where prepared bytes are made: on the CPU by the torch reference, or on a card by the Triton kernels.
+"""Where prepared bytes are made: on the CPU by the torch reference, or on a GPU by the Triton kernels.
 
-The bytes are the same. Whatever made them, the CPU's inverse turns them back before they are written, so a card's
+The bytes are the same. Whatever made them, the CPU's inverse turns them back before they are written, so a GPU's
 result is checked by other code on other hardware.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from nvfp4_prep._util.buffers import empty_bytes
+from nvfp4_prep._util.buffers import contiguous, empty_like_pooled
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
@@ -31,7 +30,7 @@ def choose_device(name: str) -> torch.device:
     if name not in DEVICES:
         raise UsageError("no such device", expected=" or ".join(DEVICES), actual=name)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA card here", next_step="Leave --device out: the CPU makes the same bytes.")
+        raise UsageError("no CUDA GPU here", next_step="Leave --device out: the CPU makes the same bytes.")
     if name == "cuda" and importlib.util.find_spec("triton") is None:
         raise UsageError("--device cuda needs Triton", next_step="Run: pip install triton")
     return torch.device(name)
@@ -46,16 +45,13 @@ def apply_layout(
         layout, tensor: what to make.
         dims: of the layer; the number of experts comes from the parts.
         parts: one ``uint8 [n, rows, bytes per row]`` on the CPU for each of ``layout.projections(tensor)``.
-        device: where. A card needs room for twice the parts.
+        device: where. A GPU needs room for twice the parts.
 
     Returns:
         ``uint8 [n, rows, bytes per row]`` on the CPU, contiguous.
     """
     if device.type == "cpu":
-        # Page-aligned, so that it can be written directly.
-        shape = (len(parts[0]), *layout.expert_shape(tensor, dims))
-        aligned = empty_bytes(math.prod(shape)).view(shape) if tensor is PreparedTensor.W13_WEIGHT else None
-        return layout.apply(tensor, *parts, out=aligned).contiguous()
+        return contiguous(layout.apply(tensor, *parts, empty=empty_like_pooled))
     from nvfp4_prep_kernels.triton_prepare import prepare
 
     there = [part.contiguous().to(device) for part in parts]

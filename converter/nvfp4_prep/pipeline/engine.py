@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nvfp4_prep._util.buffers import keep_at_most
+from nvfp4_prep._util.buffers import buffers_kept
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.errors import ConversionInterrupted, UsageError
 from nvfp4_prep.options import check_integer
@@ -77,7 +77,7 @@ class _Run:
         self._memory_nbytes = memory_nbytes
         self._held_nbytes = 0
         self._jobs = deque(jobs)
-        self._opening = False
+        self._opening = 0
         self._open_runs: list[FileRun] = []
         self._lanes: deque[DigestLane] = deque()
         self._complete: deque[FileRun] = deque()
@@ -126,8 +126,8 @@ class _Run:
             run = self._complete.popleft()
             return lambda: self._commit(run)
         waiting = [run for run in self._open_runs if run.dispatched < len(run.units)]
-        if self._jobs and not self._opening and len(waiting) < self._files:
-            self._opening = True
+        if self._jobs and len(waiting) + self._opening < self._files:
+            self._opening += 1
             job = self._jobs.popleft()
             return lambda: self._open(job)
         return self._next_unit(waiting)
@@ -161,7 +161,7 @@ class _Run:
             unit.read_ahead()
         with self._changed:
             self._open_runs.append(run)
-            self._opening = False
+            self._opening -= 1
             self._changed.notify_all()
 
     def _do(self, run: FileRun, number: int, unit: Unit) -> None:
@@ -255,7 +255,6 @@ def run_jobs(
     if memory_nbytes is not None:
         _check_budget(jobs, memory_nbytes)
     budget = memory_nbytes or default_memory_nbytes(count)
-    keep_at_most(budget)
     run = _Run(
         jobs,
         target,
@@ -265,15 +264,16 @@ def run_jobs(
         budget,
     )
     workers = WorkerThreads(run.work, count)
-    try:
-        workers.start()
-        workers.wait()
-    except KeyboardInterrupt:
-        run.fail(ConversionInterrupted("interrupted", next_step="The same command continues."))
-    finally:
-        run.stop.set()
-        workers.wait_through_interrupts()
-        for file_run in run.created:
-            file_run.abandon()
+    with buffers_kept(budget):
+        try:
+            workers.start()
+            workers.wait()
+        except KeyboardInterrupt:
+            run.fail(ConversionInterrupted("interrupted", next_step="The same command continues."))
+        finally:
+            run.stop.set()
+            workers.wait_through_interrupts()
+            for file_run in run.created:
+                file_run.abandon()
     if run.failure is not None:
         raise run.failure

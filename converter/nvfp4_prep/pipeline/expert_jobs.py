@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep._util.buffers import byte_view, crc32_each, same_bytes
+from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_like_pooled, same_bytes
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import VerificationError
@@ -81,7 +81,7 @@ def prove(
     where: str,
 ) -> None:
     """Raise :class:`VerificationError` unless the layout's inverse gives the parts back from prepared experts."""
-    for before, after in zip(parts, layout.invert(tensor, prepared, dims), strict=True):
+    for before, after in zip(parts, layout.invert(tensor, prepared, dims, empty_like_pooled), strict=True):
         if not same_bytes(before, after):
             raise VerificationError(
                 "the inverse transform does not give the source bytes back",

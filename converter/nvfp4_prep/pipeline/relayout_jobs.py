@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nvfp4_prep._util.buffers import byte_view, crc32_each
+from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_like_pooled
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.gate_up_scales import reconcile_expert
@@ -79,7 +79,9 @@ class LayerRelayout:
             parts, reconciled = reconcile_chunk(new, list(source), chunk)
             prepared = prepare_and_prove(new.layout, tensor, new.dims, parts, where)
         elif self._stays_in_tiles(tensor):
-            prepared = relayout_tiles(tensor, stored, self.old.layout, new.layout)
+            prepared = relayout_tiles(
+                tensor, stored, self.old.layout, new.layout, empty_like_pooled(stored.shape, stored)
+            )
             prove(new.layout, tensor, new.dims, served, prepared, where)
         else:
             prepared = prepare_and_prove(new.layout, tensor, new.dims, served, where)
@@ -101,8 +103,8 @@ class LayerRelayout:
         for expert in self.checkpoint.damaged_experts(old, tensor, chunk, stored):
             raise damaged(f"bytes of expert {expert} differ from what was written", where)
         try:
-            served = old.layout.invert(tensor, stored, old.dims)
-            return stored, served, self.checkpoint.source_parts(old, tensor, chunk, stored)
+            served = old.layout.invert(tensor, stored, old.dims, empty_like_pooled)
+            return stored, served, self.checkpoint.with_original_scales(old, tensor, chunk, served)
         except ValueError as error:
             raise damaged(str(error), where) from error
 

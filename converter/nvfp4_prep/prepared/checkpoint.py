@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
+from nvfp4_prep._util.buffers import byte_view, contiguous, crc32_each, empty_bytes, empty_like_pooled
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, WORK_FOLDER, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
@@ -255,7 +255,13 @@ class PreparedCheckpoint:
         Raises:
             ValueError: if a padding byte is not zero.
         """
-        parts = layer.layout.invert(tensor, prepared, layer.dims)
+        parts = layer.layout.invert(tensor, prepared, layer.dims, empty_like_pooled)
+        return self.with_original_scales(layer, tensor, chunk, parts)
+
+    def with_original_scales(
+        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, parts: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Return inverted parts with the source's block scales in place of those that were rescaled."""
         if tensor is not PreparedTensor.W13_WEIGHT_SCALE or not layer.gate_up.reconciled:
             return parts
         restored = {
@@ -276,7 +282,7 @@ class PreparedCheckpoint:
         for group in layer.groups_for(tensor):
             mine = [by_projection[projection] for projection in group.projections]
             if len(mine) == 1 and not group.transposed:
-                raw = mine[0].contiguous().view(mine[0].shape[0], -1)
+                raw = contiguous(mine[0]).view(mine[0].shape[0], -1)
             else:
                 raw = torch.stack([group.disarrange(matrices) for matrices in zip(*mine, strict=True)])
             found.append((group, raw))

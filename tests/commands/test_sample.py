@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from nvfp4_prep import SampleModel, inspect, write_sample
-from nvfp4_prep.commands.sample import KIMI_LAYER
+from nvfp4_prep.commands.sample import KIMI_LAYER, _NewFiles
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, TargetError, UsageError
 from support.checkpoint_files import file_digests, read_tensors
 
@@ -57,22 +59,55 @@ def test_refusals(tmp_path: Path) -> None:
         SampleModel(layers=1)
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    """Call ``act`` with the file's name before each file of a sample is made."""
+    real = _NewFiles.create
+
+    def create(files: _NewFiles, name: str) -> BinaryIO:
+        act(name)
+        return real(files, name)
+
+    monkeypatch.setattr(_NewFiles, "create", create)
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "told"),
     [
         (OSError(28, "No space left on device"), NoSpaceError, "no space left while writing"),
         (PermissionError(13, "Permission denied"), TargetError, "Permission denied"),
-        (KeyboardInterrupt(), ConversionInterrupted, "interrupted. Nothing was left there"),
+        (KeyboardInterrupt(), ConversionInterrupted, "interrupted. The sample's files were removed"),
     ],
 )
-def test_a_sample_that_cannot_be_written_leaves_nothing(
+def test_a_sample_that_cannot_be_written_removes_its_files_and_no_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, kind: type[BaseException], told: str
 ) -> None:
-    def fail(folder: Path, model: SampleModel) -> None:
-        (folder / "model-00001-of-00002.safetensors").write_text("half")
-        raise error
+    def act(name: str) -> None:
+        if name == "config.json":
+            (tmp_path / "s" / "mine").write_text("mine")
+            (tmp_path / "s" / "model-00001-of-00001.safetensors").rename(tmp_path / "moved")
+            (tmp_path / "s" / "model-00001-of-00001.safetensors").write_text("mine too")
+            raise error
 
-    monkeypatch.setattr("nvfp4_prep.commands.sample._write", fail)
+    failing(monkeypatch, act)
     with pytest.raises(kind, match=told):
         write_sample(tmp_path / "s")
-    assert not list((tmp_path / "s").iterdir())
+    left = {path.name: path.read_text() for path in (tmp_path / "s").iterdir()}
+    assert left == {"mine": "mine", "model-00001-of-00001.safetensors": "mine too"}
+
+
+@pytest.mark.parametrize("way", ["file", "link", "dangling"])
+def test_a_sample_writes_over_nothing_that_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+
+    def act(name: str) -> None:
+        if name == "config.json" and way == "file":
+            (tmp_path / "s" / name).write_text("mine")
+        elif name == "config.json":
+            (tmp_path / "s" / name).symlink_to(victim if way == "link" else tmp_path / "nowhere")
+
+    failing(monkeypatch, act)
+    with pytest.raises(TargetError, match="appeared"):
+        write_sample(tmp_path / "s")
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["config.json"]
+    assert victim.read_text() == "mine" and not (tmp_path / "nowhere").exists()

@@ -8,19 +8,22 @@ experts are spread over shards.
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import torch
 
 from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, README
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
 from nvfp4_prep.errors import ConversionInterrupted, TargetError, UsageError
 from nvfp4_prep.options import check_integer
 from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["KIMI_LAYER", "SampleModel", "write_sample"]
 
@@ -83,26 +86,56 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
         ConversionInterrupted: on Ctrl-C.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetError("exists and is not empty", where=str(folder), next_step="Give another directory.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _write(folder, model or SampleModel())
-    except BaseException as error:
-        for written in folder.iterdir() if folder.is_dir() else ():
-            written.unlink()
-        if isinstance(error, OSError):
-            failure = translate_os_error(error, folder)
-            failure.next_step = "Check its permissions and the room on the disk; nothing was left there."
-            raise failure from error
-        if isinstance(error, KeyboardInterrupt):
-            raise ConversionInterrupted(
-                "interrupted", where=str(folder), next_step="Nothing was left there."
-            ) from error
-        raise
+        with TargetRoot(folder, make=True) as root, _NewFiles(root) as files:
+            return _write(files, model or SampleModel())
+    except FileExistsError as error:
+        raise TargetError(
+            "appeared while the sample was written; what the sample had there was removed",
+            where=str(folder / str(error.filename)),
+            next_step="Give a directory that nobody else writes to.",
+        ) from error
+    except OSError as error:
+        failure = translate_os_error(error, folder)
+        failure.next_step = "Check its permissions and the room on the disk; the sample's files were removed."
+        raise failure from error
+    except KeyboardInterrupt as error:
+        raise ConversionInterrupted(
+            "interrupted", where=str(folder), next_step="The sample's files were removed."
+        ) from error
 
 
-def _write(folder: Path, model: SampleModel) -> int:
+class _NewFiles:
+    """Files that were not there before, removed again if the work on them fails; nobody else's are touched."""
+
+    def __init__(self, root: TargetRoot) -> None:
+        self._root = root
+        self._made: dict[str, os.stat_result] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name, made in self._made.items() if kind is not None else ():
+            now = self._root.status(name)
+            if now is not None and os.path.samestat(now, made):
+                self._root.unlink(name)
+
+    def create(self, name: str) -> BinaryIO:
+        """Open a new file for writing; raises ``FileExistsError`` if there is an entry of that name."""
+        descriptor = self._root.open_file(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        self._made[name] = os.fstat(descriptor)
+        return os.fdopen(descriptor, "wb")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a new small file."""
+        with self.create(name) as stream:
+            stream.write(text.encode())
+
+
+def _write(files: _NewFiles, model: SampleModel) -> int:
     bundles = _shards(model)
     generator = torch.Generator().manual_seed(model.seed)
     scales = random.Random(model.seed)
@@ -111,7 +144,7 @@ def _write(folder: Path, model: SampleModel) -> int:
     for number, specs in enumerate(bundles, 1):
         name = f"model-{number:05d}-of-{len(bundles):05d}.safetensors"
         header, _ = encode_header(name, specs, {"format": "pt"})
-        with (folder / name).open("wb") as stream:
+        with files.create(name) as stream:
             stream.write(header)
             for spec in specs:
                 tensor = _random_tensor(spec, model, generator, scales)
@@ -120,10 +153,10 @@ def _write(folder: Path, model: SampleModel) -> int:
                 total += spec.nbytes
             total += len(header)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(_config(model), indent=2) + "\n")
-    (folder / "hf_quant_config.json").write_text(json.dumps(_hf_quant_config(model), indent=2) + "\n")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n\nRandom weights, for tests.\n")
+    files.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+    files.write_text(CONFIG, json.dumps(_config(model), indent=2) + "\n")
+    files.write_text(HF_QUANT_CONFIG, json.dumps(_hf_quant_config(model), indent=2) + "\n")
+    files.write_text(README, "---\nlicense: apache-2.0\n---\n\nRandom weights, for tests.\n")
     return total
 
 

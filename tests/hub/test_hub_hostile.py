@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import file_download
 
 from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.commands.convert import convert
@@ -287,3 +288,30 @@ def test_a_file_that_the_manifest_does_not_describe_is_not_published(hub: Loopba
     with pytest.raises(VerificationError, match="is not what the manifest says"):
         push(out, "alice/prepared", patience=QUICK)
     assert "tokenizer.json" not in hub.store.repositories["alice/prepared"].resolve("main").tree
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_folder_of_downloads_that_becomes_a_link_in_mid_run(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    """The transfers go on in the folder that was opened; behind the link nothing is written or deleted."""
+    hub.store.publish("alice/m", make_checkpoint(layers=2, experts=2, shards=2))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    real, calls = file_download.http_get, 0
+
+    def swapping(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            source = tmp_path / "out" / ".nvfp4_prep" / "source"
+            source.rename(tmp_path / "moved")
+            source.symlink_to(victim)
+        if calls <= failures:
+            raise ConnectionError("reset")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(file_download, "http_get", swapping)
+    with pytest.raises(NvfpPrepError):
+        convert("alice/m", tmp_path / "out", smoke=None)
+    assert calls and not list(victim.iterdir())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from nvfp4_prep._util.printable import mask_passwords
 from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.errors import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.hub.listing import RemoteFile, Snapshot, git_blob_sha1, hash_matches
-from nvfp4_prep.hub.work_files import open_partial, partial_path, refuse_link, remove_tree
+from nvfp4_prep.hub.work_files import partial_path, refuse_link
+from nvfp4_prep.output.target_root import TargetRoot
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,6 +30,7 @@ __all__ = ["Downloader"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CORRUPT_ATTEMPTS = 3
+_XET = ".xet"
 _FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._=+-]{1,200}")
 _DAMAGED = "The Hub's storage or a proxy on the way damages it: try another network, or run the same command later."
 
@@ -73,19 +77,19 @@ class Downloader:
             HubError: if access is refused, the network stays away, or the bytes are wrong again and again.
             NoSpaceError: if the disk is full.
         """
-        partial = partial_path(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for path in (target.parent, target, partial, partial.with_suffix(".xet")):
+        for path in (target.parent, target, target.with_suffix(_XET)):
             refuse_link(path)
-        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"):
+        partial = partial_path(target).name
+        # All of it in one held directory: what takes its name meanwhile, a link to elsewhere too, gets nothing.
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"), TargetRoot(target.parent, make=True) as folder:
             for _ in range(_CORRUPT_ATTEMPTS):
-                if not (self._xet_wanted(file) and self._fetch_by_xet(file, partial)):
-                    self._fetch_by_http(file, partial)
-                if hash_matches(file, partial):
-                    partial.replace(target)
+                if not (self._xet_wanted(file) and self._fetch_by_xet(file, folder, partial)):
+                    self._fetch_by_http(file, folder, partial)
+                if hash_matches(file, folder.held_path / partial):
+                    folder.move(partial, target.name, replace=True)
                     return
                 _log.warning("%s: bytes do not have the hash that the Hub lists; fetching it again", file.name)
-                partial.unlink()
+                folder.unlink(partial)
         raise HubError(
             f"downloaded {_CORRUPT_ATTEMPTS} times, and never with the listed hash",
             where=f"{self.snapshot.repo_id}/{file.name}",
@@ -201,11 +205,12 @@ class Downloader:
             raise ConnectionError(f"{file.name}: {len(content)} bytes instead of {wanted}")
         return bytes(content)
 
-    def _fetch_by_http(self, file: RemoteFile, partial: Path) -> None:
+    def _fetch_by_http(self, file: RemoteFile, folder: TargetRoot, partial: str) -> None:
         from huggingface_hub.file_download import http_get
 
         def transfer() -> None:
-            with open_partial(partial) as stream:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            with os.fdopen(folder.open_file(partial, flags), "ab+") as stream:
                 if stream.seek(0, 2) > file.nbytes:
                     stream.truncate(0)
                 http_get(
@@ -218,7 +223,7 @@ class Downloader:
                     tqdm_class=self._bar,
                 )
 
-        self._persist(file, transfer, lambda: partial.stat().st_size if partial.exists() else 0)
+        self._persist(file, transfer, lambda: _nbytes(folder, partial))
 
     def _xet_wanted(self, file: RemoteFile) -> bool:
         from huggingface_hub import constants
@@ -226,25 +231,25 @@ class Downloader:
         usable = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
         return file.in_xet and usable and not self._xet_failed
 
-    def _fetch_by_xet(self, file: RemoteFile, partial: Path) -> bool:
+    def _fetch_by_xet(self, file: RemoteFile, folder: TargetRoot, partial: str) -> bool:
         """Try the client's Xet transfer; False where plain HTTP should do it."""
         from huggingface_hub import hf_hub_download
 
-        folder = partial.with_suffix(".xet")
-        if partial.exists() and partial.stat().st_size > 0:
+        if _nbytes(folder, partial) > 0:
             return False  # a plain transfer stopped here: going on is cheaper than starting over
+        place = Path(partial).with_suffix(_XET).name
         try:
             self._check_etag(file)
             found = hf_hub_download(
                 self.snapshot.repo_id,
                 file.name,
                 revision=self.snapshot.commit,
-                local_dir=folder,
+                local_dir=folder.held_path / place,
                 endpoint=self.api.endpoint,
                 token=self.api.token,
                 tqdm_class=self._bar,
             )
-            Path(found).replace(partial)
+            Path(found).replace(folder.held_path / partial)
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
@@ -255,7 +260,8 @@ class Downloader:
             self._xet_failed = True
             return False
         finally:
-            remove_tree(folder)
+            with contextlib.suppress(OSError):
+                folder.remove_tree(place)
         return True
 
     def _persist(self, file: RemoteFile, action: Callable[[], _T], progress: Callable[[], int] | None = None) -> _T:
@@ -280,6 +286,11 @@ class Downloader:
         from huggingface_hub.utils import build_hf_headers
 
         return dict(build_hf_headers(token=self.api.token))
+
+
+def _nbytes(folder: TargetRoot, name: str) -> int:
+    status = folder.status(name)
+    return 0 if status is None else status.st_size
 
 
 def _content_matches(file: RemoteFile, content: bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.source import read_exactly
-from nvfp4_prep.errors import HubError, SourceError
+from nvfp4_prep.errors import HubError, SourceError, TargetError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience, hub_errors
 from nvfp4_prep.hub.listing import RemoteFile, hash_matches, is_git_id
 from nvfp4_prep.hub.range_source import RangeSource, is_small
-from nvfp4_prep.hub.work_files import partial_path, refuse_link, remove_tree
+from nvfp4_prep.hub.work_files import partial_path, refuse_link
+from nvfp4_prep.output.target_root import TargetRoot
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -119,13 +121,13 @@ class HubSource(RangeSource):
         if not self.work_dir.is_dir():
             return
         targets = [self._target(self._shards[name].file) for name in self._order]
-        wanted = {*targets, *map(partial_path, targets)}
-        for path in self.work_dir.iterdir():
-            refuse_link(path)
-            if path.is_dir():
-                remove_tree(path)
-            elif path not in wanted:
-                path.unlink()
+        wanted = {path.name for target in targets for path in (target, partial_path(target))}
+        with TargetRoot(self.work_dir) as held:
+            for name in held.names():
+                refuse_link(self.work_dir / name)
+                status = held.status(name)
+                if status is not None and (stat.S_ISDIR(status.st_mode) or name not in wanted):
+                    held.remove_tree(name)
 
     def _target(self, file: RemoteFile) -> Path:
         if self.work_dir is None:
@@ -231,7 +233,8 @@ class HubSource(RangeSource):
             os.close(shard.descriptor)
             shard.descriptor = -1
         if shard.is_ours and shard.path is not None:
-            shard.path.unlink(missing_ok=True)
+            with suppress(OSError, TargetError), TargetRoot(shard.path.parent) as folder:
+                folder.unlink(shard.path.name)
 
     def check_unchanged(self) -> None:
         """Nothing to check: the revision is a commit, which nobody can change."""

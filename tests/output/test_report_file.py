@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner, Result
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.output import report_file as report_module
 from nvfp4_prep.output.report_file import REPORT_MARKER, check_report_path, write_report
 
 PAGE = f"<!doctype html>{REPORT_MARKER}"
@@ -161,3 +163,48 @@ def test_a_plain_report_still_comes(sample_source: Path, tmp_path: Path) -> None
     assert run("convert", sample_source, tmp_path / "out", "-q", "--report", tmp_path / "page.html").exit_code == 0
     assert "Passed" in (tmp_path / "page.html").read_text()
     assert content(tmp_path / "out") == content(convert_function(sample_source, tmp_path / "plain").path)
+
+
+def test_a_note_that_mentions_the_marker_is_no_report(tmp_path: Path) -> None:
+    page = tmp_path / "note.md"
+    page.write_text(f"Reports begin with {REPORT_MARKER}")
+    with pytest.raises(UsageError, match="not a report"):
+        write_report(page, PAGE)
+    assert page.read_text().startswith("Reports begin")
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("hard_links", [False, True])
+def test_a_file_that_appears_at_the_last_moment_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool, hard_links: bool
+) -> None:
+    page, real = tmp_path / "page.html", report_module.rename_new
+
+    def late(old: str, new: str, *folders: int) -> None:
+        if new == page.name or old == page.name:
+            page.write_text("mine")
+        real(old, new, *folders)
+
+    def no_links(*names: object, **options: object) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(report_module, "rename_new", late)
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
+    if older:
+        page.write_text(PAGE)
+    with pytest.raises(UsageError, match="--report"):
+        write_report(page, PAGE)
+    assert content(tmp_path) == {"page.html": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["nvfp4_prep.json", ".nvfp4_prep", "model.safetensors.index.json"])
+def test_no_report_in_a_checkpoint_that_nobody_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="lies in a checkpoint"):
+        check_report_path(tmp_path / "page.html")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="File name too long"):
+        check_report_path(tmp_path / ("x" * 300))

@@ -6,15 +6,19 @@ import contextlib
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, WORK_FOLDER
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.output.exclusive_rename import rename_new
 
 __all__ = ["REPORT_MARKER", "check_report_path", "write_report"]
 
 REPORT_MARKER = "<meta name='generator' content='nvfp4-prep report'>"
 """Stands at the beginning of every report: a file with it may be replaced by the next report."""
 
+_BEGINNING = b"<!doctype html>"
 _OLDER_BEGINNING = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke run: "
 _HEAD_NBYTES = 4096
 
@@ -29,8 +33,17 @@ def check_report_path(path: Path, *directories: str | Path | None) -> None:
     Raises:
         UsageError: if the path lies in one of them, is taken by anything but an earlier report, or cannot be written.
     """
+    try:
+        _check_path(path, directories)
+    except OSError as error:
+        raise _refused(path, f"cannot be written ({error.strerror})") from error
+
+
+def _check_path(path: Path, directories: Iterable[str | Path | None]) -> None:
     if not path.parent.is_dir():
         raise _refused(path, "its directory does not exist")
+    if _is_checkpoint(path.parent):
+        raise _refused(path, "lies in a checkpoint, to which nothing is added")
     for directory in directories:
         if directory is not None and _overlaps(path, Path(directory)):
             raise _refused(path, f"is part of {directory}, to which nothing is added")
@@ -48,30 +61,43 @@ def write_report(path: Path, text: str, *directories: str | Path | None) -> None
         OSError: if the disk is full or fails.
     """
     check_report_path(path, *directories)
-    begun = path.parent / f".nvfp4-prep-report-{secrets.token_hex(8)}"
-    descriptor = os.open(begun, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    begun, older = (f".nvfp4-prep-report-{secrets.token_hex(8)}" for _ in range(2))
     try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(begun, flags, 0o666, dir_fd=folder)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        _put_in_place(begun, path)
-    finally:
-        begun.unlink(missing_ok=True)
-
-
-def _put_in_place(begun: Path, path: Path) -> None:
-    if not _is_free(path):
-        if not _is_report(path):
-            raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
-        begun.replace(path)
-        return
-    try:
-        os.link(begun, path, follow_symlinks=False)  # unlike a rename it replaces nothing
+        if not _is_free(path):
+            _put_aside(path, older, folder)
+        rename_new(begun, path.name, folder, folder)
+        os.fsync(folder)
     except FileExistsError as error:
         raise _refused(path, "appeared meanwhile: nothing is overwritten") from error
-    except OSError:  # a file system without hard links
-        begun.rename(path)
+    finally:
+        for name in (begun, older):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
+        os.close(folder)
+
+
+def _put_aside(path: Path, older: str, folder: int) -> None:
+    """Move an earlier report away; what took its place since it was looked at is moved back."""
+    with contextlib.suppress(FileNotFoundError):
+        rename_new(path.name, older, folder, folder)
+        if not _is_report(path.parent / older):
+            rename_new(older, path.name, folder, folder)
+            raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a directory is a checkpoint, or one in work."""
+    names = {entry.name for entry in os.scandir(folder)}
+    return not names.isdisjoint({MANIFEST, WORK_FOLDER, INDEX}) or (
+        CONFIG in names and any(name.endswith(".safetensors") for name in names)
+    )
 
 
 def _is_free(path: Path) -> bool:
@@ -93,7 +119,7 @@ def _is_report(path: Path) -> bool:
         head = os.read(descriptor, _HEAD_NBYTES)
     finally:
         os.close(descriptor)
-    return REPORT_MARKER.encode() in head or head.startswith(_OLDER_BEGINNING)
+    return head.startswith(_BEGINNING) and (REPORT_MARKER.encode() in head or head.startswith(_OLDER_BEGINNING))
 
 
 def _overlaps(path: Path, directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, write_sample
+from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, inspect, restore, verify, write_sample
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.errors import CheckpointError, ConversionInterrupted
 from nvfp4_prep.smoke import gate as smoke_gate
 
 pytestmark = pytest.mark.default_smoke
@@ -136,3 +137,20 @@ def test_nan_of_the_source_is_not_dirty_padding(tmp_path: Path, hidden: int) -> 
         save_file(tensors, shard, metadata={"format": "pt"})
     result = convert(tmp_path / "source", tmp_path / "out")
     assert result.smoke is not None and result.smoke.passed
+
+
+@pytest.mark.parametrize("look", [verify, inspect, lambda path: restore(path, path.parent / "restored")])
+def test_a_conversion_whose_smoke_run_is_due_is_called_unfinished(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[Path], object]
+) -> None:
+    """Not damaged: advice to remove it would cost the whole conversion."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nvfp4_prep.smoke.run_smoke", interrupted)
+    with pytest.raises(ConversionInterrupted):
+        convert(sample_source, tmp_path / "out")
+    assert (tmp_path / "out" / "nvfp4_prep.json").is_file()
+    with pytest.raises(CheckpointError, match=r"unfinished run.*Repeat the command"):
+        look(tmp_path / "out")

@@ -15,6 +15,7 @@ from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalars import read_scalars
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.planning.survey import survey
@@ -108,7 +109,7 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         checkpoint = open_source(checkpoint)
     if isinstance(checkpoint, str | Path):
         root = Path(checkpoint)
-        unfinished = (root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file()
+        unfinished = has_journal(root) or ((root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file())
         if unfinished or (root / MANIFEST).is_file():
             return _inspect_prepared(PreparedCheckpoint(checkpoint))
         source: Source = LocalSource(Path(checkpoint))

@@ -20,6 +20,7 @@ from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
@@ -35,12 +36,13 @@ class PreparedCheckpoint:
         files: its bytes, as a source.
     """
 
-    def __init__(self, path: str | Path, files: Source | None = None) -> None:
+    def __init__(self, path: str | Path, files: Source | None = None, *, in_work: bool = False) -> None:
         """Read the manifest.
 
         Args:
             path: the directory, or what to call it where ``files`` is given.
             files: its bytes, where they are not in a directory.
+            in_work: whether the run that writes it may still be at work: its last step looks at the rest.
 
         Raises:
             CheckpointError: if it is no complete prepared checkpoint.
@@ -48,7 +50,7 @@ class PreparedCheckpoint:
         """
         self.path = Path(path)
         if files is None:
-            self._check_directory()
+            self._check_directory(in_work=in_work)
         self.files = files or self._open_directory()
         if MANIFEST not in self.sizes:
             raise CheckpointError(
@@ -71,14 +73,15 @@ class PreparedCheckpoint:
                 next_step="It does not belong to a prepared checkpoint: remove it.",
             ) from error
 
-    def _check_directory(self) -> None:
+    def _check_directory(self, *, in_work: bool) -> None:
         try:
-            if (self.path / MANIFEST).is_file():
+            unfinished = has_journal(self.path) and not in_work
+            if (self.path / MANIFEST).is_file() and not unfinished:
                 return
         except OSError as error:  # a folder that may not be entered, a name too long: no verdict on a checkpoint
             raise SourceError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
-        if (self.path / WORK_FOLDER).is_dir():
-            what, next_step = "holds an unfinished conversion", "Run the same convert command again."
+        if unfinished or (self.path / WORK_FOLDER).is_dir():
+            what, next_step = "holds an unfinished run", "Repeat the command that was stopped: it continues."
         elif os.path.lexists(self.path):
             what, next_step = f"is no prepared checkpoint (no {MANIFEST})", "Make one with nvfp4-prep convert."
         else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint

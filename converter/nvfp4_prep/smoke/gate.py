@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -96,7 +97,14 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
         sample = _CPU_EXPERTS
     local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
     try:
-        report = run_smoke(path, local, layers=layers, sample=sample, backend=policy.backend, on_layer=policy.on_layer)
+        report = run_smoke(
+            PreparedCheckpoint(path, in_work=True),
+            local,
+            layers=layers,
+            sample=sample,
+            backend=policy.backend,
+            on_layer=policy.on_layer,
+        )
     except KeyboardInterrupt as error:
         raise ConversionInterrupted(
             "interrupted in the smoke run: everything is converted, but config.json waits for it",

@@ -28,7 +28,7 @@ CPU_SAMPLE = 8
 
 
 def run_smoke(
-    prepared: str | Path,
+    prepared: str | Path | PreparedCheckpoint,
     source: str | Path | Source | None = None,
     *,
     layers: Sequence[int] | str | None = None,
@@ -40,12 +40,12 @@ def run_smoke(
     """Run random tokens through prepared layers and compare with the source.
 
     Args:
-        prepared: a prepared checkpoint.
+        prepared: a prepared checkpoint; one that is given opened is closed.
         source: what it was made from. Without it the reference is computed from the prepared tensors turned back,
             which the report says; that still proves the kernel's view of the bytes, but not that they came from
             the source.
         layers: numbers of the layers to run, or a text of them (``1,4-6``, ``2/8``); all by default.
-        sample: experts of each layer, evenly spread; by default all on a card and 8 on a CPU.
+        sample: experts of each layer, evenly spread; by default all on a GPU and 8 on a CPU.
         backend: ``auto``, ``flashinfer``, ``triton`` or ``torch``.
         settings: numbers of tokens.
         on_layer: told of each finished layer, with its number and how many there are.
@@ -57,7 +57,8 @@ def run_smoke(
     reports = []
     with contextlib.ExitStack() as held:
         held.enter_context(_one_torch_thread())
-        checkpoint = held.enter_context(PreparedCheckpoint(prepared))
+        opening = prepared if isinstance(prepared, PreparedCheckpoint) else PreparedCheckpoint(prepared)
+        checkpoint = held.enter_context(opening)
         records = choose_layers(checkpoint.manifest, layers)
         chosen = choose_backend(backend, {record.layout for record in records})
         opened = open_ranges(source) if isinstance(source, str) else source

@@ -29,7 +29,7 @@ def test_missing_directory_and_file_as_directory(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         LocalSource(tmp_path / "nothing")
     (tmp_path / "file").write_text("")
-    with pytest.raises(SourceError, match="is no directory"):
+    with pytest.raises(SourceError, match="is not a directory"):
         LocalSource(tmp_path / "file")
 
 

@@ -128,8 +128,8 @@ def test_misuse_is_one_line_and_leaves_nothing(sample_source: Path, sample_prepa
         (("sample", tmp_path / "x", "--shard-mb", "nan"), 2, "--shard-mb"),
         (("sample", tmp_path / "x", "--seed", "-1"), 2, "--seed"),
         (("doctor", tmp_path / "x"), 2, "Give a directory that you can write to"),
-        (("convert", sample_prepared / "config.json", tmp_path / "x"), 3, "is no directory"),
-        (("convert", sample_source, "/dev/null"), 8, "is no directory"),
+        (("convert", sample_prepared / "config.json", tmp_path / "x"), 3, "is not a directory"),
+        (("convert", sample_source, "/dev/null"), 8, "is not a directory"),
     ]
     for arguments, code, words in cases:
         done = run(*arguments)

@@ -13,6 +13,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output import exclusive_rename as rename_module
+from nvfp4_prep.output.journal_file import JournalFile
 from nvfp4_prep.output.layer_selection import LayerSelection, discard_parts, list_parts, part_folder
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_root import TargetRoot
@@ -157,3 +158,87 @@ def test_remove_tree_leaves_what_is_behind_links(tmp_path: Path, victim: Path) -
         root.remove_tree("tree")
     assert is_whole(victim)
     assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_CREAT])
+def test_a_file_with_a_second_name_is_not_written(tmp_path: Path, victim: Path, flags: int) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    os.link(victim / "file", out / "file")
+    with TargetRoot(out) as root:
+        with pytest.raises(TargetError, match="2 hard links"):
+            root.open_file("file", flags)
+        assert root.read("file", 10) == b"x"
+    assert is_whole(victim)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_journal_with_a_second_name_is_refused(tmp_path: Path, victim: Path, restart: bool) -> None:
+    (tmp_path / "out" / WORK_FOLDER).mkdir(parents=True)
+    os.link(victim / "file", tmp_path / "out" / WORK_FOLDER / "journal.jsonl")
+    with pytest.raises(TargetError, match="hard links"):
+        Target(tmp_path / "out", {"a": 1}, restart=restart)
+    assert is_whole(victim)
+
+
+def test_new_directories_are_flushed_in_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("nvfp4_prep.output.target_root.sync_folder", flushed.append)
+    TargetRoot(tmp_path / "a" / "b" / "c", make=True).close()
+    assert set(flushed) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
+    flushed.clear()
+    TargetRoot(tmp_path / "a" / "b", make=True).close()
+    assert not flushed
+
+
+@pytest.mark.parametrize("name", ["config.json", "nvfp4_prep.json", "README.md"])
+def test_restart_removes_only_what_the_journal_names(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    with Target(out, {"a": 1}) as target:
+        target.write_file("d/ours", b"1")
+    (out / name).write_text("mine")
+    with Target(out, {"a": 1}, restart=True) as target:
+        assert not (out / "d" / "ours").exists()
+        with pytest.raises(TargetError, match="something else"):
+            target.check_names([name, "d/ours"])
+    assert (out / name).read_text() == "mine"
+
+
+def test_the_journal_is_emptied_after_what_it_names_is_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must not leave files that no journal names."""
+    with Target(tmp_path, {"a": 1}) as target:
+        target.write_file("d/ours", b"1")
+        target.write_file("ours", b"1")
+    steps: list[str] = []
+    real_sync, real_empty = TargetRoot.sync, JournalFile.empty
+
+    def sync(root: TargetRoot, folder: str = "") -> None:
+        steps.append(f"sync {folder}")
+        real_sync(root, folder)
+
+    def empty(journal: JournalFile) -> None:
+        steps.append("empty")
+        real_empty(journal)
+
+    monkeypatch.setattr(TargetRoot, "sync", sync)
+    monkeypatch.setattr(JournalFile, "empty", empty)
+    Target(tmp_path, {"a": 1}, restart=True).__exit__(None, None, None)
+    assert set(steps[: steps.index("empty")]) == {"sync ", "sync d"}
+
+
+def test_bytes_changed_in_place_are_noticed_before_the_end(tmp_path: Path) -> None:
+    with Target(tmp_path / "out", {"a": 1}) as target:
+        target.write_file("ours", b"1")
+        target.check_files()
+        (tmp_path / "out" / "ours").write_bytes(b"2")
+        os.utime(tmp_path / "out" / "ours", ns=(1, 1))
+        with pytest.raises(TargetError, match="modification time"):
+            target.check_files()
+
+
+def test_a_target_that_is_a_dangling_link_is_refused_when_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(TargetError, match="is not a directory"):
+        Target.check_ours(tmp_path / "out")

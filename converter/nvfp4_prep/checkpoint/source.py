@@ -145,7 +145,7 @@ class LocalSource:
         """Open a directory.
 
         Raises:
-            SourceError: if it does not exist, is no directory or cannot be listed, or holds something else than files.
+            SourceError: if it does not exist, is not a directory, cannot be listed, or holds what is not a file.
         """
         if "\0" in str(root):
             raise SourceError("a path cannot hold a NUL character", where=ascii(str(root)))
@@ -153,7 +153,7 @@ class LocalSource:
         self._shown = self.root if root.name in ("", "..") else root  # "." would leave the bare file names
         self.label = os.fsencode(self.root.name or "checkpoint").decode("utf-8", "backslashreplace")
         if not root.is_dir():
-            what = "is no directory" if root.exists() else "does not exist"
+            what = "is not a directory" if root.exists() else "does not exist"
             raise SourceError(what, where=str(root), next_step="Give the directory that holds config.json.")
         blobs = self._cache_blobs()
         if blobs is not None:

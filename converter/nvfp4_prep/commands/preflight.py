@@ -29,7 +29,7 @@ from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.output.target_checks import LAST_FILES, PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
+from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
 from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.planning.disk_space import room_for
@@ -226,7 +226,7 @@ def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
     begun: list[str] = []
     if Target.has_journal(path):
         with TargetRoot(path) as root:
-            begun = named_files(read_lines(root)) + list(LAST_FILES if restart else ())
+            begun = named_files(read_lines(root))
     check_names(path, {*done, *begun})
 
 

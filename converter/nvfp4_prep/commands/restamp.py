@@ -18,7 +18,8 @@ from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
-from nvfp4_prep.output.atomic_file import sync_folder, translate_os_error
+from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.target_root import sync_folder
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.config_edits import edits_to_json
 from nvfp4_prep.prepared.manifest import Manifest
@@ -49,7 +50,7 @@ class RestampResult:
 
 
 def restamp(checkpoint: str | Path) -> RestampResult:
-    """Return record the edits of a prepared checkpoint's ``config.json`` in its manifest.
+    """Record the edits of a prepared checkpoint's ``config.json`` in its manifest.
 
     ``verify`` passes afterwards and names the edits, ``relayout`` keeps them, ``restore`` still gives back the source's
     own config. A config that was put back loses its record. The config itself is not written.
@@ -130,8 +131,13 @@ def _new_file(path: Path) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(new, flags, 0o600)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise TargetError("is not a regular file", where=str(new), next_step="Remove it.")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise TargetError(
+                "is not a regular file with this one name, so it is none of restamp's",
+                where=str(new),
+                next_step="Remove it.",
+            )
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -15,7 +15,7 @@ from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import NoSpaceError, TargetError
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["AtomicFile", "free_nbytes", "sync_folder", "translate_os_error"]
+__all__ = ["AtomicFile", "free_nbytes", "translate_os_error"]
 
 _DIRECT_MIN_NBYTES = 1 << 20
 
@@ -139,12 +139,3 @@ class AtomicFile:
         with contextlib.suppress(OSError):
             self._close()
         self._root.unlink(self._temporary)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a directory, so that renames in it survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

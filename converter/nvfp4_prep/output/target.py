@@ -150,9 +150,12 @@ class Target:
 
     def _forget(self) -> None:
         try:
-            lines = read_lines(self._root)
-            for name in (*LAST_FILES, *named_files(lines)):  # first the files that vouch for the others
+            names = set(named_files(read_lines(self._root)))
+            for name in sorted(names, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
                 self._root.unlink(name)
+            for folder in {name.rpartition("/")[0] for name in names}:
+                if not folder or self._root.status(folder) is not None:
+                    self._root.sync(folder)  # before the journal: what it does not name is not ours
         except OSError as error:
             raise translate_os_error(error, self.path) from error
         self._journal.empty()

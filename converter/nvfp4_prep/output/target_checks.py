@@ -41,10 +41,10 @@ def has_journal(path: Path) -> bool:
 
 def check_ours(path: Path) -> None:
     """Raise :class:`TargetError` if the directory is neither new, empty nor one that we work in."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise TargetError("is no directory", where=str(path), next_step="Give another target.")
+        raise TargetError("is not a directory", where=str(path), next_step="Give another target.")
     check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL), (SOURCE_FOLDER, PARTS_FOLDER))
     try:
         foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
@@ -89,4 +89,6 @@ def file_change(seen: os.stat_result | None, now: os.stat_result | None) -> str 
         return "another kind of file"
     if seen is None or (seen.st_dev, seen.st_ino) != (now.st_dev, now.st_ino):
         return "another file"
-    return None if seen.st_size == now.st_size else f"{now.st_size} bytes"
+    if seen.st_size != now.st_size:
+        return f"{now.st_size} bytes"
+    return None if seen.st_mtime_ns == now.st_mtime_ns else "other bytes: its modification time changed"

@@ -19,7 +19,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.exclusive_rename import rename_new
 
-__all__ = ["TargetRoot", "check_work_folder"]
+__all__ = ["TargetRoot", "check_work_folder", "sync_folder"]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ANOTHER_KIND = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
@@ -44,7 +44,7 @@ class TargetRoot:
         border = parts.index(WORK_FOLDER) if WORK_FOLDER in parts[1:] else len(parts)
         outer, inner = Path(*parts[:border]), parts[border:]
         if make:
-            outer.mkdir(parents=True, exist_ok=True)
+            _make_folders(outer)
         self._descriptor = -1
         opened = os.open(outer, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptor = self._walk(opened, inner, make=make)
@@ -107,8 +107,17 @@ class TargetRoot:
             return os.stat(last, dir_fd=folder, follow_symlinks=False)
         return None
 
+    @property
+    def held_path(self) -> Path:
+        """A path to the open directory that stays right when another one takes its name; while this is open."""
+        return Path(f"/proc/self/fd/{self._descriptor}")
+
     def open_file(self, name: str, flags: int, *, make_folders: bool = False) -> int:
-        """Return a descriptor of a regular file; never wait for the other end of a FIFO."""
+        """Return a descriptor of a regular file; never wait for the other end of a FIFO.
+
+        A file that is to be written has one name, this one: what a hard link shares with another place stays as it is.
+        """
+        truncate, flags = flags & os.O_TRUNC, flags & ~os.O_TRUNC
         flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
         with self._parent(name, make=make_folders) as (folder, last):
             try:
@@ -117,10 +126,20 @@ class TargetRoot:
                 if error.errno in (*_ANOTHER_KIND, errno.EISDIR):
                     raise _wrong_kind(self.path / name, "a regular file", "a link or another kind of file") from error
                 raise
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        try:
+            self._check_opened(name, os.fstat(descriptor), flags)
+            if truncate:
+                os.ftruncate(descriptor, 0)
+        except BaseException:
             os.close(descriptor)
-            raise _wrong_kind(self.path / name, "a regular file", "another kind of file")
+            raise
         return descriptor
+
+    def _check_opened(self, name: str, status: os.stat_result, flags: int) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise _wrong_kind(self.path / name, "a regular file", "another kind of file")
+        if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+            raise _wrong_kind(self.path / name, "a file with one name", f"{status.st_nlink} hard links to one file")
 
     def read(self, name: str, max_nbytes: int) -> bytes:
         """Return the bytes of a regular file of bounded size."""
@@ -135,9 +154,9 @@ class TargetRoot:
             )
         return data
 
-    def names(self, folder: str) -> list[str]:
-        """Return the names in an inner folder."""
-        with self._parent(f"{folder}/x") as (descriptor, _):
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names in the directory or in an inner folder."""
+        with self._parent(f"{folder}/x" if folder else "x") as (descriptor, _):
             return os.listdir(descriptor)  # noqa: PTH208 - not by its path
 
     def move(self, old: str, new: str, *, replace: bool, root: TargetRoot | None = None) -> None:
@@ -179,6 +198,24 @@ class TargetRoot:
         """Flush the directory or an inner folder, so that what was done in it survives a power cut."""
         with self._parent(f"{folder}/x" if folder else "x") as (descriptor, _):
             os.fsync(descriptor)
+
+
+def _make_folders(path: Path) -> None:
+    """Make a directory with those above it, and flush every folder that got a new entry."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # a folder that may be entered, but not listed
+            sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a directory, so that renames in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_work_folder(work: Path, files: Collection[str], folders: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from nvfp4_prep.hub.errors import Patience, translate
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.sink import FILES_AT_ONCE, PublishedFiles, stream_room_nbytes
 from nvfp4_prep.publish.push import (
     BATCH_FILES,
@@ -184,12 +185,20 @@ class StreamPublisher:
                     next_step="Is it in the repository's .gitignore? Run the same command again.",
                 )
             if self._stream_out and state.files[name].sha256 == file.sha256:
-                file.path.unlink()
+                _remove(file.path)
         with self._changed:
             self._state = state
             for name in batch:
                 self._held.pop(name, None)
             self._changed.notify_all()
+
+
+def _remove(path: Path) -> None:
+    """Delete a published file; raises :class:`TargetError` where the file system does not."""
+    try:
+        path.unlink()
+    except OSError as error:
+        raise translate_os_error(error, path) from error
 
 
 def convert_and_publish(

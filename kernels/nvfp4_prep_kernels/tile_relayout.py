@@ -18,7 +18,7 @@ from nvfp4_prep_kernels.layout import LayoutError, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.row_order import RowOrder, place_of_row, row_at_place
 from nvfp4_prep_kernels.scale_swizzle import ROW_TILE, WORD_COLS
 
-__all__ = ["can_relayout", "check_out", "check_relayout", "relayout_tiles", "tile_sources"]
+__all__ = ["can_relayout", "check_out", "check_relayout", "keeps_tiles", "relayout_tiles", "tile_sources"]
 
 
 def can_relayout(source: MoeLayout, target: MoeLayout, tensor: PreparedTensor | None = None) -> bool:
@@ -34,6 +34,11 @@ def can_relayout(source: MoeLayout, target: MoeLayout, tensor: PreparedTensor | 
         return False
     fused = tensor is None or tensor.is_w13
     return not fused or source.concatenated == target.concatenated
+
+
+def keeps_tiles(source: MoeLayout, target: MoeLayout, tensor: PreparedTensor) -> bool:
+    """Return whether a tensor's bytes are the same in both layouts, of which :func:`can_relayout` is true."""
+    return tile_sources(source.rows, target.rows, fused=tensor.is_w13) == tuple(range(ROW_TILE))
 
 
 def check_relayout(tensor: PreparedTensor, prepared: torch.Tensor, source: MoeLayout, target: MoeLayout) -> None:

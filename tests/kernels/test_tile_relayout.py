@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, take_rank
-from nvfp4_prep_kernels.tile_relayout import can_relayout, relayout_tiles, tile_sources
+from nvfp4_prep_kernels.tile_relayout import can_relayout, keeps_tiles, relayout_tiles, tile_sources
 from nvfp4_prep_kernels.triton_relayout import relayout
 from support.layout_cases import random_parts
 
@@ -149,3 +149,11 @@ def test_layouts_with_equal_rows_copy() -> None:
     for convert in (relayout_tiles, relayout):
         made = convert(PreparedTensor.W13_WEIGHT, prepared, TRTLLM, replace(TRTLLM))
         assert torch.equal(made, prepared) and made.data_ptr() != prepared.data_ptr()
+
+
+@pytest.mark.parametrize("tensor", list(PreparedTensor))
+@pytest.mark.parametrize("new", GATED)
+@pytest.mark.parametrize("old", GATED)
+def test_tensors_that_are_the_same_in_both_layouts(old: MoeLayout, new: MoeLayout, tensor: PreparedTensor) -> None:
+    have, want = both_layouts(tensor, MoeDims(1, 256, 256), old, new)
+    assert keeps_tiles(old, new, tensor) == torch.equal(have, want)

@@ -3,8 +3,9 @@
     python benchmarks/bench_scaling.py --memory /dev/shm --before /data/older-tree
     python benchmarks/bench_scaling.py --only tiny --cores 2 --repetitions 5 --minutes 5
 
-Two trees, this one and that of ``--before`` (a folder with converter/ and kernels/), take turns in one run. Each
-command runs in a process of its own that may use so many cores; its seconds count from when everything is imported
+Two trees, this one and that of ``--before`` (a folder with converter/ and kernels/), take turns in one run. Beside
+them stand copies and, as the limit, the same work by processes that share nothing (scaling_limit.py). Each command runs
+in a process of its own that may use so many cores; its seconds count from when everything is imported
 (``total``: from the start of Python to its end). ``--minutes`` is shared out over the data sets: what was measured when
 it is over is written, and ``complete`` says whether that is all. Needs three times a data set's size in ``--memory``.
 """
@@ -32,6 +33,8 @@ KIMI = {"hidden": 7168, "intermediate": 2048, "vocabulary": 1024, "shard_nbytes"
 TINY = {"hidden": 64, "intermediate": 32, "vocabulary": 64, "shard_nbytes": 12_000_000}
 COMMANDS = ("plan", "convert", "verify", "verify --source", "restore", "relayout")
 COPIES = ("cp -r", "eight cp")
+LIMIT = "nothing shared"
+"""As many processes as cores do a conversion's work each for itself, see scaling_limit.py."""
 LATE_S = 90
 """A command may go on so long after its time is over before it is ended and left out."""
 
@@ -137,6 +140,12 @@ class Bench:
             row.seconds.append(seconds)
             row.total.append(seconds)
             show(row)
+        self._check_time()
+        rate = self.child(self._sides["now"], cores, "limit", folder=self._folder)["bytes_per_s"]
+        row = self.row(data_set, cores, LIMIT, "limit", nbytes)
+        row.seconds.append(nbytes / rate)
+        row.total.append(nbytes / rate)
+        show(row)
 
     def _chain(self, data_set: DataSet, cores: int, nbytes: int, side: str) -> None:
         made, target = self._folder / "prepared", self._folder / "target"

@@ -16,7 +16,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import scaling_limit
 
 _MIB = 2**20
 
@@ -105,6 +108,8 @@ def main() -> None:
         answer = make(order)
     elif order["task"] == "rates":
         answer = rates()
+    elif order["task"] == "limit":
+        answer = scaling_limit.measure(Path(order["folder"]), len(os.sched_getaffinity(0)))
     else:
         answer = timed(order)
     print(json.dumps(answer))

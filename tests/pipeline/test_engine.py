@@ -193,3 +193,19 @@ def test_no_threads_left_is_one_error_and_the_started_ones_end(tmp_path: Path, m
         thread.join(5)
         assert not thread.is_alive()
     assert not list((tmp_path / "out" / ".nvfp4_prep").rglob("f*"))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "4", 10**6], ids=repr)
+@pytest.mark.parametrize("argument", ["threads", "files", "memory_nbytes"])
+def test_no_run_without_workers_files_or_memory(argument: str, wrong: object) -> None:
+    """What would start no worker, or give it nothing to do, must not end as if all were done."""
+    if (argument, wrong) == ("files", 10**6):
+        return  # more than there are jobs: all of them at once
+    with pytest.raises(UsageError):
+        run_jobs([job("a", [b"x" * 2**20])], None, **{argument: wrong})  # type: ignore[arg-type]
+
+
+def test_a_run_in_which_nobody_worked_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvfp4_prep.pipeline.engine.WorkerThreads.start", lambda workers: None)
+    with pytest.raises(NvfpPrepError, match="2 of the files were not worked on"):
+        run_jobs([job("a", [b"x"]), job("b", [b"y"])], None, threads=1)

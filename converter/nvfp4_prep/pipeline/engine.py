@@ -17,10 +17,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nvfp4_prep._util.arguments import COUNT, THREADS
 from nvfp4_prep._util.buffers import buffers_kept
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.errors import ConversionInterrupted, UsageError
-from nvfp4_prep.options import check_integer
+from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError, UsageError
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.file_run import DigestLane, FileRun, HeldUnit
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
@@ -104,6 +104,12 @@ class _Run:
             self.stop.set()
             self._changed.notify_all()
         self._hooks.on_stop()
+
+    def check_all_done(self) -> None:
+        """Raise unless every job was committed: what nobody worked on is not done, and must never be called right."""
+        left = len(self._jobs) + len(self._open_runs)
+        if left or self._opening:
+            raise NvfpPrepError(f"{left} of the files were not worked on: a mistake in this program; report it")
 
     def _wait_for_task(self) -> _Task | None:
         with self._changed:
@@ -209,7 +215,6 @@ class _Run:
 
 
 def _check_budget(jobs: Sequence[FileJob], memory_nbytes: int) -> None:
-    check_integer("memory_nbytes", memory_nbytes, 1, 2**62)
     needed = _FOOTPRINT * max((unit.nbytes for job in jobs for unit in job.units()), default=0)
     if memory_nbytes < needed:
         raise UsageError(
@@ -247,13 +252,16 @@ def run_jobs(
         on_stop: called when the run has failed or was interrupted: whatever makes workers wait must let them go.
 
     Raises:
-        UsageError: if the budget is too small for one of the units, before any of them is begun.
+        UsageError: if there would be no worker or no file, or the budget is too small for one of the units, before any
+            of them is begun.
         NvfpPrepError: what a unit or the target raised first; unfinished files are deleted, finished ones stay.
         ConversionInterrupted: on Ctrl-C.
     """
-    count = threads or default_threads()
+    count = default_threads() if threads is None else THREADS.read("argument threads", threads)
+    if files is not None:
+        COUNT.read("argument files", files)
     if memory_nbytes is not None:
-        _check_budget(jobs, memory_nbytes)
+        _check_budget(jobs, COUNT.read("argument memory_nbytes", memory_nbytes))
     budget = memory_nbytes or default_memory_nbytes(count)
     run = _Run(
         jobs,
@@ -277,3 +285,4 @@ def run_jobs(
                 file_run.abandon()
     if run.failure is not None:
         raise run.failure
+    run.check_all_done()

@@ -14,7 +14,8 @@ from nvfp4_prep import ConvertOptions, convert, plan, restore, verify
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.activation import ActivationKind
-from nvfp4_prep.prepared.stamp import quantization_configs, stamped_config
+from nvfp4_prep.prepared.stamp import config_bytes, quantization_configs
+from nvfp4_prep.prepared.stamp import stamped as stamp_config
 from nvfp4_prep_kernels import MoeDims
 from support.checkpoint_files import as_bytes, read_tensors
 from support.paths import DATA
@@ -194,7 +195,7 @@ def test_stamp_replaces_the_quantization_config_and_nothing_else(name: str) -> N
     config, quant = read(name)
     original = config.get("quantization_config") or quant
     assert original is not None
-    stamped = json.loads(stamped_config(config, quant, ConvertOptions(gate_up_block=32), gated=True))
+    stamped = json.loads(config_bytes(stamp_config(config, quant, ConvertOptions(gate_up_block=32), gated=True)))
     stamp = stamped.pop("quantization_config")
     assert list(stamped) == [key for key in config if key != "quantization_config"]
     assert stamped == {key: value for key, value in config.items() if key != "quantization_config"}
@@ -210,13 +211,13 @@ def test_stamp_replaces_the_quantization_config_and_nothing_else(name: str) -> N
 def test_nested_quantization_config_is_stamped_where_it_stood() -> None:
     quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     config = {"text_config": {"hidden_act": "silu", "quantization_config": quantization, "x": 1}, "unknown": [1, None]}
-    stamped = json.loads(stamped_config(config, None, ConvertOptions(), gated=True))
+    stamped = json.loads(config_bytes(stamp_config(config, None, ConvertOptions(), gated=True)))
     assert "quantization_config" not in stamped
     assert stamped["unknown"] == [1, None]
     assert list(stamped["text_config"]) == ["hidden_act", "quantization_config", "x"]
     assert stamped["text_config"]["quantization_config"]["source"] == quantization
     both = {**config, "quantization_config": {"quant_method": "other"}}
-    stamped = json.loads(stamped_config(both, None, ConvertOptions(), gated=True))
+    stamped = json.loads(config_bytes(stamp_config(both, None, ConvertOptions(), gated=True)))
     assert stamped["quantization_config"] == stamped["text_config"]["quantization_config"]
     assert stamped["quantization_config"]["source"] == {"quant_method": "other"}
 

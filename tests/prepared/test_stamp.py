@@ -10,7 +10,8 @@ import pytest
 
 from nvfp4_prep import ConvertOptions, LayoutName
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.prepared.stamp import QUANT_METHOD, make_stamp, quantization_configs, stamped_config
+from nvfp4_prep.prepared.stamp import QUANT_METHOD, config_bytes, make_stamp, quantization_configs
+from nvfp4_prep.prepared.stamp import stamped as stamp_config
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
@@ -26,7 +27,7 @@ HF = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", 
 
 
 def stamped(config: dict[str, Any], hf: dict[str, Any] | None = None) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(stamped_config(config, hf, ConvertOptions(), gated=True))
+    made: dict[str, Any] = json.loads(config_bytes(stamp_config(config, hf, ConvertOptions(), gated=True)))
     return made
 
 
@@ -69,7 +70,7 @@ def test_hf_quant_config_of_another_shape_does_not_count(nested: object) -> None
 
 
 def test_text_survives() -> None:
-    made = stamped_config({"name": "模型", "bad": "\ud800"}, None, ConvertOptions(), gated=True)
+    made = config_bytes(stamp_config({"name": "模型", "bad": "\ud800"}, None, ConvertOptions(), gated=True))
     assert "模型".encode() in made
     assert json.loads(made.decode("utf-8"))["bad"] == "\ud800"
 

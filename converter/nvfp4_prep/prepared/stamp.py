@@ -27,7 +27,6 @@ __all__ = [
     "quantization_configs",
     "stamp_places",
     "stamped",
-    "stamped_config",
 ]
 
 STAMPED_KEY = "quantization_config"
@@ -135,13 +134,6 @@ def changed_stamp(expected: Mapping[str, Any], actual: object) -> list[str]:
 def _verbatim(stamp: Mapping[str, Any]) -> dict[str, Any]:
     known = ("quant_method", "format_version", "source", "producer", "quantization", *_FLAT_KEYS)
     return {key: stamp[key] for key in known if key in stamp}
-
-
-def stamped_config(
-    source: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None, options: ConvertOptions, *, gated: bool
-) -> bytes:
-    """Return the prepared checkpoint's ``config.json``: see :func:`stamped`."""
-    return config_bytes(stamped(source, hf_quant_config, options, gated=gated))
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.restamp import RestampResult, restamp
     from nvfp4_prep.commands.restore import RestoreResult, restore
     from nvfp4_prep.commands.sample import KIMI_LAYER, SampleModel, write_sample
-    from nvfp4_prep.commands.verify import VerifyReport, verify
+    from nvfp4_prep.commands.verify import verify
+    from nvfp4_prep.commands.verify_published import verify_published
     from nvfp4_prep.hub.publish_options import PublishOptions
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep.publish.push import PushResult, push
     from nvfp4_prep.publish.stream import convert_and_publish
-    from nvfp4_prep.publish.verify_published import verify_published
     from nvfp4_prep.smoke import SmokeReport, run_smoke
     from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy
 
@@ -98,7 +98,7 @@ _HOMES = {
     "SmokeFailedError": "smoke.gate",
     "SmokePolicy": "smoke.gate",
     "SmokeReport": "smoke",
-    "VerifyReport": "commands.verify",
+    "VerifyReport": "commands.verify_report",
     "PublishOptions": "hub.publish_options",
     "PushResult": "publish.push",
     "choose_progress": "_util.progress",
@@ -117,7 +117,7 @@ _HOMES = {
     "restore": "commands.restore",
     "run_smoke": "smoke",
     "verify": "commands.verify",
-    "verify_published": "publish.verify_published",
+    "verify_published": "commands.verify_published",
     "write_sample": "commands.sample",
 }
 

@@ -67,7 +67,8 @@ def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tm
     convert_function(sample_source, out)
     damage(out)
     done = run("verify", out, "--smoke", "--source", sample_source)
-    assert done.exit_code == 6 and "smoke run" not in done.output
+    assert done.exit_code == 6 and "no smoke run, because verification failed" in done.stderr
+    assert "smoke run" not in done.stdout
     quick = run("verify", out, "--quick", "--smoke", "--source", sample_source, "--layers", "1-1")
     assert quick.exit_code == 6 and "smoke run FAILED" in quick.output and "second GEMM" in quick.output
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.inspect import inspect
+from nvfp4_prep.commands.verify_published import verify_published
 from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.publish.push import push
-from nvfp4_prep.publish.verify_published import verify_published
 from support.hub_server import LoopbackHub
 from support.hub_support import QUICK, Files, assert_never_half, make_checkpoint, read_folder, write_checkpoint
 
@@ -137,7 +137,10 @@ def test_termination_is_prompt_though_the_network_hangs(
         (["convert", SOURCE, "out", "--push-to", REPO, "--create-pr", "--revision", "x"], 2, "exclude each other"),
         (["convert", SOURCE, "out", "--push-to", "bob/x"], 10, "refused access"),
         (["verify", SOURCE], 6, "no prepared checkpoint"),
-        (["verify", SOURCE, "--source", "x"], 2, "Download it first"),
+        (["verify", SOURCE, "--source", "x"], 2, "checked by what the Hub lists"),
+        (["verify", SOURCE, "--quick"], 2, "--quick: what is published"),
+        (["verify", SOURCE, "--threads", "2", "--memory", "900"], 2, "--threads and --memory: what is published"),
+        (["verify", SOURCE, "--smoke"], 2, "Download it first"),
         (["push", ".", REPO], 6, "no prepared checkpoint"),
     ],
 )

@@ -20,7 +20,7 @@ from nvfp4_prep.prepared.kernel_choice import kernel_lines
 if TYPE_CHECKING:  # these import torch, for which --help must not wait
     from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
     from nvfp4_prep.commands.preflight import Outlook
-    from nvfp4_prep.commands.verify import VerifyReport
+    from nvfp4_prep.commands.verify_report import VerifyReport
     from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep_kernels import MoeDims, MoeLayout
 

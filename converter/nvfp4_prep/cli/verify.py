@@ -15,7 +15,7 @@ from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_addre
 from nvfp4_prep.cli.render import verify_text
 from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
-from nvfp4_prep.hub import parse_address, quiet_client
+from nvfp4_prep.hub import parse_address
 from nvfp4_prep.output.report_file import check_report_path
 
 if TYPE_CHECKING:
@@ -64,42 +64,32 @@ def verify(
     nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
     """
     tell_address(checkpoint, quiet=quiet)
-    address = parse_address(checkpoint)
-    _check_combination(checkpoint, source, smoke_options, smoke=smoke, published=address is not None)
-    ran: SmokeReport | None = None
-    if address is not None:
-        quiet_client()
-        found = nvfp4_prep.verify_published(address)
-    else:
-        found = nvfp4_prep.verify(
-            checkpoint,
-            source=source,
-            quick=quick,
-            threads=threads,
-            memory_nbytes=memory_nbytes,
-            progress=make_progress(quiet),
-        )
-        if smoke and found.ok:
-            ran = smoke_run(checkpoint, source, smoke_options, quiet=quiet)
+    _check_combination(checkpoint, source, smoke_options, smoke=smoke)
+    found = nvfp4_prep.verify(
+        checkpoint,
+        source=source,
+        quick=quick,
+        threads=threads,
+        memory_nbytes=memory_nbytes,
+        progress=make_progress(quiet),
+    )
+    ran = smoke_run(checkpoint, source, smoke_options, quiet=quiet) if smoke and found.ok else None
     if as_json:
         say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
     else:
         _say_verified(found, ran)
+    if smoke and ran is None:
+        page = "" if smoke_options.page is None else f", and {smoke_options.page} was not written"
+        hint(f"no smoke run, because verification failed{page}")
     if not found.ok or (ran is not None and not ran.passed):
         sys.exit(VerificationError.exit_code)
 
 
-def _check_combination(
-    checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool, published: bool
-) -> None:
+def _check_combination(checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool) -> None:
     if not smoke and options != SmokeOptions():
         raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
-    if published and (smoke or source is not None):
-        raise UsageError(
-            f"{'--smoke' if smoke else '--source'} needs the bytes of CHECKPOINT",
-            where=checkpoint,
-            next_step="Download it first.",
-        )
+    if smoke and parse_address(checkpoint) is not None:
+        raise UsageError("--smoke needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")
     if source is not None and (Path(source) / MANIFEST).is_file():
         raise UsageError(
             "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from nvfp4_prep._util.arguments import ADDRESS, FLAG, RUNNING, SOURCE, checked, optional
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.compare_source import SourceComparison
-from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, VerificationError
-from nvfp4_prep.hub import open_ranges
+from nvfp4_prep.commands.verify_report import STRUCTURE, VerifyReport, edited_config_lines
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.hub import open_ranges, parse_address, quiet_client
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.pipeline.engine import run_jobs
@@ -32,83 +32,19 @@ from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_values import MADE
-from nvfp4_prep.prepared.problems import Problem, Problems
+from nvfp4_prep.prepared.problems import Problems
 from nvfp4_prep.prepared.structure import check_structure
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
-__all__ = ["STRUCTURE", "VerifyReport", "edited_config_lines", "verify"]
+__all__ = ["verify"]
 
-STRUCTURE = "structure: manifest, stamp, file list, sizes, headers, index"
-"""What :func:`check_structure` looks at, as reports say it."""
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The outcome of a verification.
-
-    Attributes:
-        path: the checkpoint.
-        manifest: its manifest.
-        depth: ``quick``, ``full``, ``quick with source`` or ``full with source``.
-        problems: what is wrong; empty if all is well.
-        checks: what was looked at, one line each.
-        checked_nbytes: bytes that were read.
-    """
-
-    path: Path
-    manifest: Manifest
-    depth: str
-    problems: tuple[Problem, ...]
-    checks: tuple[str, ...]
-    checked_nbytes: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def raise_for_problems(self) -> None:
-        """Raise :class:`VerificationError` with the first problem, if there is one."""
-        if self.problems:
-            first, more = self.problems[0], len(self.problems) - 1
-            raise VerificationError(
-                first.what + (f" (and {count(more, 'more problem')})" if more else ""),
-                where=first.where if Path(first.where).is_absolute() else f"{self.path}, {first.where}",
-                expected=first.expected,
-                actual=first.actual,
-                next_step=self.next_step,
-            )
-
-    @property
-    def next_step(self) -> str | None:
-        """What to do about the problems: what helps each of them, if something does."""
-        if not self.problems:
-            return None
-        steps = [problem.next_step for problem in self.problems]
-        if None in steps:
-            return "Do not serve this checkpoint: remove it and convert again."
-        return " ".join(dict.fromkeys(step for step in steps if step is not None))
-
-    def __repr__(self) -> str:
-        state = "ok" if self.ok else count(len(self.problems), "problem")
-        return f"<VerifyReport of {str(self.path)!r}: {state}, {self.depth}, {self.checked_nbytes} bytes read>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "depth": self.depth,
-            "checks": list(self.checks),
-            "checked_nbytes": self.checked_nbytes,
-            "problems": [problem.to_dict() for problem in self.problems],
-            "config_edits": [edit.name for edit in self.manifest.config_edits],
-            "next_step": self.next_step,
-        }
+_OF_LISTING = ("what is published is checked by what the Hub lists", "Leave that out, or verify a download.")
+_READS_NONE = ("--quick reads no tensor bytes", "Leave out one of them.")
 
 
+@checked(checkpoint=ADDRESS, source=optional(SOURCE), quick=FLAG, **RUNNING)
 def verify(
     checkpoint: str | Path,
     *,
@@ -120,20 +56,34 @@ def verify(
 ) -> VerifyReport:
     """Verify a prepared checkpoint. Never writes.
 
+    A published one is checked by what the Hub lists, as
+    :func:`~nvfp4_prep.commands.verify_published.verify_published` does it.
+
     Args:
-        checkpoint: its directory.
-        source: compare with this source too.
+        checkpoint: its directory, or where none has that name, a Hub id (``ORG/NAME``, ``hf://…``).
+        source: compare with this source too; not with a published checkpoint.
         quick: leave out everything that reads tensors' bytes.
-        threads: workers.
+        threads: workers, if tensors' bytes are read.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
         progress: told how it goes.
 
     Raises:
+        UsageError: if an argument is not what it must be, or would do nothing.
         CheckpointError: if the directory is no prepared checkpoint at all; anything else that is wrong is in the
         report.
         SourceError: if the source that was given cannot be read.
         UnsupportedCheckpointError: if the checkpoint's source was in a format of a package that is not here.
     """
+    running = {"--threads": threads, "--memory": memory_nbytes}
+    address = parse_address(checkpoint) if isinstance(checkpoint, str) else None
+    if address is not None:
+        from nvfp4_prep.commands.verify_published import verify_published
+
+        _refuse_unused({"--source": source, "--quick": quick, **running}, _OF_LISTING, str(address))
+        quiet_client()
+        return verify_published(address)
+    if quick:
+        _refuse_unused(running, _READS_NONE, str(checkpoint))
     with PreparedCheckpoint(checkpoint) as opened:
         problems = Problems()
         check_structure(opened, problems)
@@ -160,10 +110,12 @@ def verify(
         return VerifyReport(opened.path, opened.manifest, depth, problems.found, tuple(checks), nbytes)
 
 
-def edited_config_lines(manifest: Manifest) -> list[str]:
-    """Return a line that names recorded edits of ``config.json``, where there are some."""
-    names = ", ".join(edit.name for edit in manifest.config_edits)
-    return [f"config.json: edited since the conversion, as the manifest records: {names}"] if names else []
+def _refuse_unused(given: Mapping[str, object], why: tuple[str, str], where: str) -> None:
+    """Raise :class:`UsageError` for options that would be ignored, with the reason and what to do instead."""
+    unused = [option for option, value in given.items() if value not in (None, False)]
+    if unused:
+        reason, next_step = why
+        raise UsageError(f"{' and '.join(unused)}: {reason}", where=where, next_step=next_step)
 
 
 class _Verification:

@@ -6,8 +6,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep.commands.verify import STRUCTURE, VerifyReport, edited_config_lines
+from nvfp4_prep._util.arguments import checked
+from nvfp4_prep.commands.verify_report import STRUCTURE, VerifyReport, edited_config_lines
 from nvfp4_prep.hub.address import HubAddress
+from nvfp4_prep.hub.argument_kinds import CLIENT, HUB_ADDRESS, PATIENCE
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.range_source import RangeSource
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["verify_published"]
 
 
+@checked(address=HUB_ADDRESS, api=CLIENT, patience=PATIENCE)
 def verify_published(
-    address: HubAddress, *, api: HfApi | None = None, patience: Patience | None = None
+    address: HubAddress | str, *, api: HfApi | None = None, patience: Patience | None = None
 ) -> VerifyReport:
     """Check a published checkpoint against its manifest without downloading its weights.
 
@@ -30,11 +33,17 @@ def verify_published(
     the stamp, and headers and index by range. What it cannot see is whether the manifest's hashes describe a right
     conversion: that takes the bytes (``nvfp4-prep verify`` on a download).
 
+    Args:
+        address: of the repository; a text, ``ORG/NAME@REVISION``, is taken for one.
+        api: the official client; by default with the user's endpoint and token.
+        patience: how long network failures are endured.
+
     Raises:
+        UsageError: if an argument is not what it must be.
         CheckpointError: if the repository holds no stamped checkpoint.
         HubError: if it cannot be reached or read.
     """
-    files = RangeSource(address, patience=patience, api=api)
+    files = RangeSource(HUB_ADDRESS.take(address), patience=patience, api=api)
     with PreparedCheckpoint(Path(str(address)), files) as opened:
         problems = Problems()
         compared = _compare(files, opened.manifest, problems)

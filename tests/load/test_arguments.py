@@ -54,18 +54,17 @@ def written(tmp_path: Path) -> Written:
         ({"layer": 1.0}, UsageError, "is not a layer"),
         ({"layer": None}, UsageError, "is not a layer"),
         ({"layer": 7}, UsageError, "no prepared layer 7"),
-        ({"path": None}, UsageError, "is not a path"),
-        ({"path": b"x"}, UsageError, "is not a path"),
-        ({"path": "a\0b"}, UsageError, "path holds a NUL"),
+        ({"path": None}, UsageError, "argument path is wrong; expected a path, found None"),
+        ({"path": b"x"}, UsageError, "argument path is wrong"),
+        ({"path": "a\0b"}, UsageError, "it holds a NUL character"),
         ({"path": "/nowhere"}, CheckpointError, "cannot be read"),
-        ({"options": {"threads": 1}}, UsageError, "unusable argument"),
+        ({"options": {"threads": 1}}, UsageError, "argument options is wrong"),
     ],
 )
 @pytest.mark.parametrize("load", [load_layer, load_ready])
 def test_arguments(
     written: Written, load: Callable[..., Any], arguments: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
-    (written.root / "config.json").write_text("{}")
     with pytest.raises(kind, match=message):
         load(**{"path": written.root, "layer": 1, **arguments})
 
@@ -128,6 +127,14 @@ def test_a_manifest_too_large_to_be_one(written: Written) -> None:
     expected = f"is too large; expected at most {MAX_SMALL_NBYTES} bytes, found {MAX_SMALL_NBYTES + 1} bytes"
     with pytest.raises(CheckpointError, match=expected):
         Catalog.open(written.root)
+
+
+def test_a_checkpoint_whose_smoke_run_failed_is_not_opened(written: Written) -> None:
+    """It has everything but the config, which is kept back: the catalog and both loaders agree."""
+    (written.root / "config.json").unlink()
+    for read in (Catalog.open, lambda root: load_layer(root, 1), lambda root: load_ready(root, 1)):
+        with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+            read(written.root)
 
 
 @pytest.fixture
@@ -260,7 +267,6 @@ def test_a_call_from_progress(written: Written, call: str) -> None:
 
 
 def test_short_reprs(written: Written) -> None:
-    (written.root / "config.json").write_text("{}")
     loaded = load_layer(written.root, 1, options=SMALL)
     ready = load_ready(written.root, 1, options=SMALL)
     for value in (written.manifest, written.manifest.layers[0], Catalog.open(written.root), loaded, ready):

@@ -288,5 +288,5 @@ def test_a_group_of_other_ranks(tmp_path: Path) -> None:
 
 def test_what_is_no_group(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, DIMS)
-    with pytest.raises(UsageError, match="is not a process group"):
+    with pytest.raises(UsageError, match=r"argument group is wrong; expected .*ProcessGroup"):
         load_layer(tmp_path, 1, options=OPTIONS, group="tp")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nvfp4_prep.checkpoint.filenames import MANIFEST
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
@@ -42,7 +42,7 @@ def write_checkpoint(
     layers: tuple[int, ...] = (1,),
     seed: int = 0,
 ) -> Written:
-    """Random bytes in the shapes that the layout asks for, expert files, scale vectors and manifest."""
+    """Random bytes in the shapes that the layout asks for, expert files, scale vectors, manifest, empty config."""
     options = options or ConvertOptions()
     layout = options.layout_for(gated=gated)
     generator = torch.Generator().manual_seed(seed)
@@ -70,6 +70,7 @@ def write_checkpoint(
     files["expert-scales.safetensors"] = _record(root / "expert-scales.safetensors", "expert-scales")
     manifest = Manifest("0", options, "test", None, {}, {}, tuple(records), {}, files, ())
     (root / MANIFEST).write_bytes(manifest.to_bytes())
+    (root / CONFIG).write_text("{}")
     return Written(root, manifest, layout, dims, everything)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nvfp4_prep._util.arguments import ANYTHING, PATH, checked, either, instance, offering, optional, sequence
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES
@@ -87,6 +88,17 @@ class LoadedLayer:
         return f"<LoadedLayer {self.record.experts_path!r}: {shapes}>"
 
 
+_GROUP = optional(
+    either(instance(CooperativeGroup), offering("a torch.distributed.ProcessGroup", "rank", "size", "allgather"))
+)
+
+
+@checked(
+    path=PATH,
+    options=optional(instance(LoadOptions)),
+    group=_GROUP,
+    **dict.fromkeys(("layer", "tp", "ep", "device", "experts"), ANYTHING),  # checked where they are used, in one place
+)
 def load_layer(
     path: Path | str,
     layer: int | str,
@@ -129,6 +141,13 @@ def load_layer(
     return loaded[0]
 
 
+@checked(
+    catalog=instance(Catalog),
+    layers=sequence(instance(LayerRecord), "a sequence of layer records", least=0),
+    share=instance(RankShare),
+    loader=instance(ExpertLoader),
+    group=_GROUP,
+)
 def load_layers(
     catalog: Catalog,
     layers: Sequence[LayerRecord],

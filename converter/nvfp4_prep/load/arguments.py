@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,20 +11,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, UsageError
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["as_device", "as_experts", "as_path", "as_rank", "check_experts", "check_parameter"]
-
-
-def as_path(path: object) -> Path:
-    """Return a path; raises :class:`UsageError` for what is none."""
-    if not isinstance(path, str | os.PathLike):
-        raise UsageError("is not a path", expected="a text or path", actual=_kind(path))
-    try:
-        made = Path(path)
-    except TypeError as error:
-        raise UsageError("is not a path", expected="a text or path", actual=repr(path)[:80]) from error
-    if "\0" in str(made):
-        raise UsageError("path holds a NUL", actual=repr(str(made))[:200])
-    return made
+__all__ = ["as_device", "as_experts", "as_rank", "check_experts", "check_parameter"]
 
 
 def as_device(device: object) -> torch.device:
@@ -41,7 +26,9 @@ def as_device(device: object) -> torch.device:
             raise TypeError(_kind(device))
         made = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UsageError("is not a device", expected="'cpu', 'cuda' or 'cuda:N'", actual=repr(device)[:80]) from error
+        raise UsageError(
+            "is not a device", where="argument device", expected="'cpu', 'cuda' or 'cuda:N'", actual=repr(device)[:80]
+        ) from error
     if made.type not in ("cpu", "cuda"):
         raise LoadError("cannot load to this device", expected="cpu or cuda", actual=made)
     if made.type == "cpu":

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, MANIFEST
+from nvfp4_prep._util.arguments import PATH
+from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, MANIFEST
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord, read_header
 from nvfp4_prep.checkpoint.small_files import open_regular, os_error_kind, read_small_file
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
-from nvfp4_prep.load.arguments import as_path
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["Catalog"]
+
+_FINISHED = "Give a directory that `nvfp4-prep convert` finished."
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class Catalog:
             LoadError: if this process has no descriptors or memory left.
             UsageError: if the argument is not a path.
         """
-        folder = as_path(root)
+        folder = PATH.read("argument root", root)
         path = folder / MANIFEST
-        raw = read_small_file(path, CheckpointError, "Give a directory that `nvfp4-prep convert` finished.")
-        return cls(folder, Manifest.from_bytes(raw, str(path)))
+        raw = read_small_file(path, CheckpointError, _FINISHED)
+        manifest = Manifest.from_bytes(raw, str(path))
+        os.close(open_regular(folder / CONFIG, CheckpointError, _FINISHED)[0])  # kept back until the smoke run passed
+        return cls(folder, manifest)
 
     def layer(self, which: int | str) -> LayerRecord:
         """Return a layer by its number, or by its experts' module path where a number is not unique.
@@ -52,7 +56,12 @@ class Catalog:
             UsageError: if there is no such layer, or more than one.
         """
         if isinstance(which, bool) or not isinstance(which, int | str):
-            raise UsageError("is not a layer", expected="its number, or its experts' path", actual=repr(which)[:80])
+            raise UsageError(
+                "is not a layer",
+                where="argument layer",
+                expected="its number, or its experts' path",
+                actual=repr(which)[:80],
+            )
         found = [record for record in self.manifest.layers if which in (record.index, record.experts_path)]
         if len(found) == 1:
             return found[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nvfp4_prep._util.arguments import ANYTHING, PATH, checked, instance, optional
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.small_files import read_small_file
@@ -54,6 +55,11 @@ class ReadyLayer:
         return self.loaded.tensors
 
 
+@checked(
+    path=PATH,
+    options=optional(instance(LoadOptions)),
+    **dict.fromkeys(("layer", "tp", "ep", "device", "experts"), ANYTHING),  # the loader checks them
+)
 def load_layer(
     path: Path | str,
     layer: int | str,

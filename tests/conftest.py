@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from pathlib import Path
@@ -38,7 +39,7 @@ def _smoke_run_only_where_it_is_the_subject(request: pytest.FixtureRequest, monk
     if request.node.get_closest_marker("default_smoke"):
         return
     for function in (convert, join_parts):
-        monkeypatch.setitem(function.__kwdefaults__, "smoke", None)
+        monkeypatch.setitem(inspect.unwrap(function).__kwdefaults__, "smoke", None)
 
 
 @pytest.fixture(scope="session")

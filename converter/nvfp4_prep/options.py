@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from nvfp4_prep._util.arguments import check_fields, integer, member
 from nvfp4_prep.errors import UsageError
 
 if TYPE_CHECKING:
     from nvfp4_prep_kernels import MoeLayout
 
-__all__ = ["MAX_MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName", "check_integer", "check_type"]
+__all__ = ["GATE_UP_BLOCK", "LAYOUT", "MAX_MOE_TP", "MOE_TP", "ConvertOptions", "GateUpPolicy", "LayoutName"]
 
 MAX_MOE_TP = 1024
 """Largest tensor-parallel size to pad for."""
-_Member = TypeVar("_Member", bound=enum.StrEnum)
 
 
 class LayoutName(enum.StrEnum):
@@ -26,20 +26,8 @@ class LayoutName(enum.StrEnum):
     TRTLLM = "trtllm"
 
 
-def check_type(name: str, value: object, kind: type) -> None:
-    """Raise :class:`UsageError` for an argument of the Python API that is of another type, before any work.
-
-    Args:
-        name: of the argument.
-        value: as it was given; None stands for the default.
-        kind: what it must be; a whole number from 1 on for ``int``.
-    """
-    if value is None:
-        return
-    if kind is int and (type(value) is not int or value < 1):
-        raise UsageError(f"argument {name} is wrong", expected="a whole number from 1 on", actual=repr(value)[:80])
-    if not isinstance(value, kind):
-        raise UsageError(f"argument {name} is wrong", expected=f"{kind.__name__} or None", actual=repr(value)[:80])
+LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), integer(16, 64), integer(1, MAX_MOE_TP)
+"""Kinds of the options that say which layout; ``relayout`` takes them one by one."""
 
 
 class GateUpPolicy(enum.StrEnum):
@@ -72,11 +60,13 @@ class ConvertOptions:
     moe_tp: int = 1
 
     def __post_init__(self) -> None:
-        # a frozen dataclass lets only object.__setattr__ replace what was given by what it means
-        object.__setattr__(self, "layout", _member(LayoutName, self.layout, "layout"))
-        object.__setattr__(self, "gate_up_scales", _member(GateUpPolicy, self.gate_up_scales, "gate_up_scales"))
-        check_integer("gate_up_block", self.gate_up_block, 16, 64)
-        check_integer("moe_tp", self.moe_tp, 1, MAX_MOE_TP)
+        check_fields(
+            self,
+            layout=LAYOUT,
+            gate_up_block=GATE_UP_BLOCK,
+            gate_up_scales=member(GateUpPolicy),
+            moe_tp=MOE_TP,
+        )
         if self.layout is not LayoutName.CUTEDSL and self.gate_up_block != 64:
             batched = self.layout is LayoutName.CUTEDSL_BATCHED
             raise UsageError(
@@ -131,27 +121,3 @@ class ConvertOptions:
             gate_up_scales=GateUpPolicy(value["gate_up_scales"]),
             moe_tp=int(value["moe_tp"]),
         )
-
-
-def check_integer(name: str, value: object, least: int, most: int) -> None:
-    """Raise :class:`UsageError` unless an option is a whole number within its bounds."""
-    if type(value) is not int or not least <= value <= most:  # bool is an int, but True is not a size
-        raise UsageError(
-            f"option {name} is wrong",
-            expected=f"a whole number from {least} to {most}",
-            actual=repr(value)[:80],
-            next_step=f"Give {name} as an int within these bounds.",
-        )
-
-
-def _member(kind: type[_Member], value: object, name: str) -> _Member:
-    """Return the member that a name or a member stands for; raise :class:`UsageError` with the choices for others."""
-    try:
-        return kind(value)  # type: ignore[arg-type]  # a member, or its value as a string
-    except ValueError:
-        raise UsageError(
-            f"option {name} is wrong",
-            expected=" or ".join(repr(choice.value) for choice in kind),
-            actual=repr(value)[:80],
-            next_step=f"Give {name} one of these names.",
-        ) from None

@@ -190,3 +190,10 @@ def test_a_forged_checksum_does_not_hide_another_expert(tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"down_proj\.weight is not what the source held"):
         relayout(tmp_path / "old", tmp_path / "new", gate_up_block=16)
     assert not (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.parametrize("layout", [LayoutName.CUTEDSL, "cutedsl"])
+def test_a_layout_by_its_name_keeps_the_rest(sample_source: Path, tmp_path: Path, layout: Any) -> None:
+    out = convert(sample_source, tmp_path / "out", ConvertOptions(gate_up_block=32)).path
+    options = relayout(out, tmp_path / "new", layout=layout, moe_tp=2).manifest.options
+    assert options == ConvertOptions(gate_up_block=32, moe_tp=2)

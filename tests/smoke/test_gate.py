@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +11,21 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from nvfp4_prep import SampleModel, SmokeFailedError, SmokePolicy, convert, inspect, restore, verify, write_sample
+from nvfp4_prep import (
+    SampleModel,
+    SmokeFailedError,
+    SmokePolicy,
+    convert,
+    convert_part,
+    inspect,
+    join_parts,
+    restore,
+    verify,
+    write_sample,
+)
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import CheckpointError, ConversionInterrupted
+from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, UsageError
 from nvfp4_prep.smoke import gate as smoke_gate
 
 pytestmark = pytest.mark.default_smoke
@@ -154,3 +166,48 @@ def test_a_conversion_whose_smoke_run_is_due_is_called_unfinished(
     assert (tmp_path / "out" / "nvfp4_prep.json").is_file()
     with pytest.raises(CheckpointError, match=r"unfinished run.*Repeat the command"):
         look(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (SmokePolicy(layers=(99,)), "no prepared layer 99; expected layers among 1 to 1"),
+        (SmokePolicy(layers=(0, 1)), "no prepared layer 0"),
+        (SmokePolicy(backend="flashinfer"), "the flashinfer backend cannot run here"),
+    ],
+    ids=str,
+)
+def test_a_smoke_run_that_cannot_be_made_fails_before_the_first_byte(
+    source: Path, tmp_path: Path, policy: SmokePolicy, words: str
+) -> None:
+    if policy.backend == "flashinfer" and torch.cuda.is_available():
+        pytest.skip("the backend may run here")
+    with pytest.raises(UsageError, match=words):
+        convert(source, tmp_path / "out", smoke=policy)
+    assert not (tmp_path / "out").exists()
+    part = convert_part(source, tmp_path / "out", "1/1")
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(UsageError, match=words):
+        join_parts(source, tmp_path / "out", smoke=policy)
+    assert sorted((tmp_path / "out").rglob("*")) == before and part.path in before
+
+
+def test_the_advice_of_a_failed_join_can_be_followed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    convert_part(source, out, "1/1")
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil=True)
+        with pytest.raises(ConversionInterrupted):
+            join_parts(source, out)
+    with pytest.raises(SmokeFailedError) as failed:
+        join_parts(source, out)
+    done = CliRunner().invoke(cli, ["convert", str(source), str(out), "--join", "-q"])
+    assert done.exit_code == 6
+    for advice in (str(failed.value), done.stderr):
+        assert "--restart" not in advice and "remove the directory and make its parts again" in advice
+    shutil.rmtree(out)
+    convert_part(source, out, "1/1")
+    result = join_parts(source, out)
+    assert result.smoke is not None and result.smoke.passed

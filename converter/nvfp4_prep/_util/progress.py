@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, TextIO
 
+from nvfp4_prep._util.arguments import FLAG, checked
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.text import format_duration, format_nbytes
 
@@ -207,6 +208,7 @@ class RateLog:
         self._say(text)
 
 
+@checked(quiet=FLAG)
 def choose_progress(*, quiet: bool) -> Progress:
     """Return what fits stderr as it is: nothing if ``quiet``, a bar on a terminal or in a notebook, else log lines."""
     if quiet:

@@ -85,9 +85,10 @@ def convert(
     request = nvfp4_prep.ConvertRequest(**asked, smoke=not no_smoke)
     request.check()
     selection = request.selection
-    tell_address(request.source, quiet=quiet)
+    address = str(request.source)
+    tell_address(address, quiet=quiet)
     _tell_device(request, quiet=quiet)
-    source = open_source(request.source, target=request.work_folder, keep_source=keep_source)
+    source = open_source(address, target=request.work_folder, keep_source=keep_source)
     running: dict[str, Any] = {
         "options": request.options,
         "threads": threads,

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, one_of, optional
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._util.system import check_linux
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.commands.preflight import check_place, preflight
-from nvfp4_prep.options import ConvertOptions, check_type
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline.device import choose_device
+from nvfp4_prep.pipeline.device import DEVICES, choose_device
 from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
@@ -26,7 +27,10 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
 
-__all__ = ["ConvertResult", "check_arguments", "convert", "execute", "open_source", "plan"]
+__all__ = ["OPTIONS", "SMOKE", "ConvertResult", "check_smoke_policy", "convert", "execute", "open_source", "plan"]
+
+OPTIONS, SMOKE = optional(instance(ConvertOptions)), optional(instance(SmokePolicy))
+SINK = offering("a sink of files", "sequential", "begin", "holds", "room_nbytes", "before_file", "file_done", "drain")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class ConvertResult:
         )
 
 
+@checked(source=SOURCE, options=OPTIONS)
 def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> Plan:
     """Plan a conversion without writing anything.
 
@@ -95,7 +100,6 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
         SourceError: if the source cannot be read.
         UnsupportedCheckpointError: if it must be refused.
     """
-    check_type("options", options, ConvertOptions)
     opened = open_source(source)
     try:
         return make_plan(opened, options)
@@ -104,13 +108,17 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
             opened.close()
 
 
-def check_arguments(options: object, threads: object, smoke: object) -> None:
-    """Raise :class:`UsageError` for arguments of other types, before anything is written."""
-    check_type("options", options, ConvertOptions)
-    check_type("threads", threads, int)
-    check_type("smoke", smoke, SmokePolicy)
-
-
+@checked(
+    source=SOURCE,
+    target=PATH,
+    options=OPTIONS,
+    restart=FLAG,
+    sink=optional(SINK),
+    device=one_of(*DEVICES),
+    smoke=SMOKE,
+    smoke_again=FLAG,
+    **RUNNING,
+)
 def convert(
     source: str | Path | Source,
     target: str | Path,
@@ -145,17 +153,19 @@ def convert(
         smoke_again: run it also on what was complete already.
 
     Raises:
+        UsageError: if an argument is not what it must be, or the smoke run cannot be made; nothing was written.
         SourceError, UnsupportedCheckpointError: as :func:`plan`.
         TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
         VerificationError: if a prepared byte does not turn back into the source's.
         SmokeFailedError: if the smoke run failed; the same call runs it again, and no config is there until it passes.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
-    check_arguments(options, threads, smoke)
     where, path, used = choose_device(device), Path(target), sink or KeepFiles()
     with contextlib.closing(open_source(source, path)) as opened:
         check_place(opened, path, restart=restart)
-        made = _announced(make_plan(opened, options), used)
+        made = make_plan(opened, options)
+        check_smoke_policy(smoke, made)
+        _announce(made, used)
         complete = preflight(made, opened, path, used, restart=restart)
         if complete is not None:
             report = pass_smoke_run(path, complete, opened, smoke) if smoke is not None and smoke_again else None
@@ -171,11 +181,16 @@ def _opened(path: Path, made: Plan, sink: FileSink, *, restart: bool) -> Target:
     return Target(path, made.identity(), restart=restart, elsewhere=sink.holds)
 
 
-def _announced(made: Plan, sink: FileSink) -> Plan:
+def _announce(made: Plan, sink: FileSink) -> None:
     """Tell the sink of all files that will come; the sizes of those made at the end are not known yet."""
     sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
     sink.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
-    return made
+
+
+def check_smoke_policy(smoke: SmokePolicy | None, made: Plan) -> None:
+    """Raise :class:`UsageError` for a smoke run that could not be made once everything is written."""
+    if smoke is not None:
+        smoke.check({layer.index for layer in made.layers}, {layer.layout for layer in made.layers})
 
 
 def execute(

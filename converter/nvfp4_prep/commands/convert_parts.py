@@ -11,9 +11,17 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, TEXT, checked, either, instance
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import ConvertResult, check_arguments, execute, open_source
+from nvfp4_prep.commands.convert import (
+    OPTIONS,
+    SMOKE,
+    ConvertResult,
+    check_smoke_policy,
+    execute,
+    open_source,
+)
 from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.commands.preflight import check_place, preflight
 from nvfp4_prep.options import ConvertOptions
@@ -23,9 +31,11 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
-from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
+from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokeFailedError, SmokePolicy
 
 __all__ = ["PartResult", "convert_part", "join_parts"]
+
+_MADE_ANEW = "The same command runs it again. To convert anew, remove the directory and make its parts again."
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,14 @@ class PartResult:
         )
 
 
+@checked(
+    source=SOURCE,
+    target=PATH,
+    layers=either(TEXT, instance(LayerSelection)),
+    options=OPTIONS,
+    restart=FLAG,
+    **RUNNING,
+)
 def convert_part(
     source: str | Path | Source,
     target: str | Path,
@@ -104,6 +122,7 @@ def convert_part(
             return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
 
 
+@checked(source=SOURCE, target=PATH, options=OPTIONS, smoke=SMOKE, **RUNNING)
 def join_parts(
     source: str | Path | Source,
     target: str | Path,
@@ -131,18 +150,22 @@ def join_parts(
         VerificationError: if two parts made the same file with different bytes.
         NvfpPrepError: as :func:`~nvfp4_prep.commands.convert.convert`.
     """
-    check_arguments(options, threads, smoke)
     path = Path(target)
     with contextlib.ExitStack() as held:
         opened = held.enter_context(contextlib.closing(open_source(source, path)))
         check_place(opened, path, join=True)
         made = make_plan(opened, options)
+        check_smoke_policy(smoke, made)
         complete = preflight(made, opened, path, KeepFiles(), join=True)
         if complete is not None:
             return ConvertResult.of(made, path, complete, None)
         place = _hold_parts(held, made, path)
         execution = Execution(made, opened, place, KeepFiles())
-        return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
+        try:
+            return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
+        except SmokeFailedError as error:  # whose advice is --restart, which a join does not have
+            error.next_step = _MADE_ANEW
+            raise
 
 
 def _hold_parts(held: contextlib.ExitStack, made: Plan, path: Path) -> Target:

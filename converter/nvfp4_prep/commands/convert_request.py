@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nvfp4_prep._util.arguments import ADDRESS, FLAG, PATH, TEXT, check_fields, instance, one_of, optional
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.hub.publish_options import PublishOptions, check_repository
 from nvfp4_prep.options import ConvertOptions
@@ -34,7 +35,7 @@ class ConvertRequest:
         restart: discard an unfinished earlier run.
     """
 
-    source: str
+    source: str | Path
     target: Path
     options: ConvertOptions = field(default_factory=ConvertOptions)
     dry_run: bool = False
@@ -47,6 +48,22 @@ class ConvertRequest:
     smoke: bool = True
     report: Path | None = None
     restart: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the types; :meth:`check` says what excludes each other."""
+        flags = ("dry_run", "join", "stream_out", "smoke", "restart")
+        check_fields(
+            self,
+            source=ADDRESS,
+            target=PATH,
+            options=instance(ConvertOptions),
+            layers=optional(TEXT),
+            push_to=optional(TEXT),
+            publish_options=instance(PublishOptions),
+            device=one_of("cpu", "cuda"),
+            report=optional(PATH),
+            **dict.fromkeys(flags, FLAG),
+        )
 
     def check(self) -> None:
         """Raise :class:`UsageError` for what excludes each other, and for a report that could not be written."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.arguments import PATH, checked, optional
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
@@ -94,6 +95,7 @@ class Diagnosis:
         return {"ok": self.ok, **asdict(self)}
 
 
+@checked(directory=optional(PATH))
 def diagnose(directory: str | Path | None = None) -> Diagnosis:
     """Look at this machine. Needs no card and no optional package.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.arguments import SOURCE, checked
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
@@ -96,6 +97,7 @@ class Inspection:
         )
 
 
+@checked(checkpoint=SOURCE)
 def inspect(checkpoint: str | Path | Source) -> Inspection:
     """Describe a checkpoint. Reads headers, configs and scalars only.
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep._util.arguments import SOURCE, checked, instance, optional
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import open_source
 from nvfp4_prep.commands.convert_request import ConvertRequest
@@ -36,6 +37,7 @@ class Preview:
     speed: SpeedEstimate | None = None
 
 
+@checked(request=instance(ConvertRequest), source=optional(SOURCE))
 def preview_conversion(request: ConvertRequest, source: str | Path | Source | None = None) -> Preview:
     """Go through everything that a conversion checks before its first byte; write nothing.
 

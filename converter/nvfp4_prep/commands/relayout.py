@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked, optional
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
@@ -21,7 +22,7 @@ from nvfp4_prep.commands.finished_conversion import read_manifest
 from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
-from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions, LayoutName
 from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
@@ -55,6 +56,15 @@ class RelayoutResult:
     already_complete: bool = False
 
 
+@checked(
+    checkpoint=PATH,
+    target=PATH,
+    layout=optional(LAYOUT),
+    gate_up_block=optional(GATE_UP_BLOCK),
+    moe_tp=optional(MOE_TP),
+    restart=FLAG,
+    **RUNNING,
+)
 def relayout(
     checkpoint: str | Path,
     target: str | Path,

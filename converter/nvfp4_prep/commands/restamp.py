@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.arguments import PATH, checked
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.output.atomic_file import translate_os_error
@@ -49,6 +50,7 @@ class RestampResult:
     written: bool
 
 
+@checked(checkpoint=PATH)
 def restamp(checkpoint: str | Path) -> RestampResult:
     """Record the edits of a prepared checkpoint's ``config.json`` in its manifest.
 

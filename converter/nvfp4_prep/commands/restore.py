@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
@@ -60,6 +61,7 @@ class _RestoredFile:
     copy_of: str
 
 
+@checked(checkpoint=PATH, target=PATH, restart=FLAG, **RUNNING)
 def restore(
     checkpoint: str | Path,
     target: str | Path,

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
+from nvfp4_prep._util.arguments import PATH, check_fields, checked, instance, integer, optional
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, README
 from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
 from nvfp4_prep.errors import ConversionInterrupted, TargetError, UsageError
-from nvfp4_prep.options import check_integer
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import TargetRoot
 
@@ -53,9 +53,8 @@ class SampleModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "experts", "intermediate", "hidden", "vocabulary", "shard_nbytes"):
-            check_integer(name, getattr(self, name), 1, 2**62)
-        check_integer("seed", self.seed, 0, 2**63 - 1)
+        sizes = ("layers", "experts", "intermediate", "hidden", "vocabulary", "shard_nbytes")
+        check_fields(self, **dict.fromkeys(sizes, integer(1, 2**62)), seed=integer(0, 2**63 - 1))
         if type(self.differing) not in (int, float) or not 0 <= self.differing <= 1:
             raise UsageError(
                 "option differing is wrong", expected="a share from 0 to 1", actual=repr(self.differing)[:80]
@@ -70,6 +69,7 @@ KIMI_LAYER = SampleModel(layers=2, experts=384, intermediate=2048, hidden=7168, 
 """One MoE layer at the full dimensions of Kimi-K2.5: 9.5 GB."""
 
 
+@checked(path=PATH, model=optional(instance(SampleModel)))
 def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
     """Write a sample checkpoint into a new or empty directory.
 

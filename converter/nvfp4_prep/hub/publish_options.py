@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nvfp4_prep._util.arguments import FLAG, TEXT, check_fields, optional
 from nvfp4_prep.errors import UsageError
 
 __all__ = ["PublishOptions", "check_repository"]
@@ -24,7 +25,8 @@ class PublishOptions:
     create_pr: bool = False
 
     def __post_init__(self) -> None:
-        """Raise :class:`UsageError` if the options exclude each other."""
+        """Raise :class:`UsageError` for options of other types, or that exclude each other."""
+        check_fields(self, private=FLAG, revision=optional(TEXT), create_pr=FLAG)
         if self.create_pr and self.revision:
             raise UsageError("--create-pr and --revision exclude each other: a pull request is a branch of its own")
 

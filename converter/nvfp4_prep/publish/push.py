@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
-from nvfp4_prep.errors import TargetError, VerificationError
+from nvfp4_prep.errors import TargetError, UsageError, VerificationError
+from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
 from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
@@ -79,6 +81,16 @@ def publication_title(source: str, revision: str | None, options: ConvertOptions
     return printable(f"nvfp4-prep {kind}: {source}{at}")[:150]
 
 
+@checked(
+    checkpoint=PATH,
+    repo_id=TEXT,
+    options=PUBLISH_OPTIONS,
+    full=FLAG,
+    api=CLIENT,
+    patience=PATIENCE,
+    progress=optional(PROGRESS),
+    threads=optional(THREADS),
+)
 def push(
     checkpoint: str | Path,
     repo_id: str,
@@ -101,9 +113,10 @@ def push(
         api: the official client; by default with the user's endpoint and token.
         patience: how long network failures are endured.
         progress: told how it goes.
-        threads: workers of the verification.
+        threads: workers of the verification, if it is ``full``.
 
     Raises:
+        UsageError: if an argument is not what it must be.
         CheckpointError, VerificationError: if ``verify`` finds anything wrong, or uploaded bytes are not those of the
             manifest.
         TargetError: if the repository holds another model.
@@ -111,6 +124,11 @@ def push(
     """
     from nvfp4_prep.commands.verify import verify
 
+    if threads is not None and not full:
+        raise UsageError(
+            "--threads is about reading every byte, which --full does",
+            next_step="Add --full, or leave --threads out.",
+        )
     verify(checkpoint, quick=not full, threads=threads, progress=progress).raise_for_problems()
     return publish(
         Path(checkpoint), repo_id, options or PublishOptions(), api=api, patience=patience, progress=progress

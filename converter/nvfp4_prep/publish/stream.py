@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, TEXT, checked, one_of
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import ConvertResult, convert
+from nvfp4_prep.commands.convert import OPTIONS, SMOKE, ConvertResult, convert
 from nvfp4_prep.errors import HubError
+from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
 from nvfp4_prep.hub.errors import Patience, translate
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.sink import FILES_AT_ONCE, PublishedFiles, stream_room_nbytes
+from nvfp4_prep.pipeline.device import DEVICES
 from nvfp4_prep.publish.push import (
     BATCH_FILES,
     PushResult,
@@ -201,6 +204,20 @@ def _remove(path: Path) -> None:
         raise translate_os_error(error, path) from error
 
 
+@checked(
+    source=SOURCE,
+    target=PATH,
+    repo_id=TEXT,
+    options=OPTIONS,
+    publish_options=PUBLISH_OPTIONS,
+    stream_out=FLAG,
+    restart=FLAG,
+    device=one_of(*DEVICES),
+    smoke=SMOKE,
+    api=CLIENT,
+    patience=PATIENCE,
+    **RUNNING,
+)
 def convert_and_publish(
     source: str | Path | Source,
     target: str | Path,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, integer, one_of, optional, sequence
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
@@ -14,8 +15,11 @@ from nvfp4_prep.prepared.manifest import Manifest
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import LayerReport, SmokeReport
+    from nvfp4_prep_kernels import MoeLayout
 
-__all__ = ["DEFAULT_SMOKE", "SmokeFailedError", "SmokePolicy", "pass_smoke_run"]
+__all__ = ["DEFAULT_SMOKE", "LAYER_NUMBERS", "SmokeFailedError", "SmokePolicy", "check_layers", "pass_smoke_run"]
+
+LAYER_NUMBERS = sequence(integer(0), "numbers of layers")
 
 _BACKENDS = ("auto", "flashinfer", "triton", "torch")
 _CPU_EXPERTS = 4
@@ -38,16 +42,38 @@ class SmokePolicy:
     on_layer: Callable[[LayerReport, int, int], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.backend not in _BACKENDS:
-            raise UsageError("no such backend", expected=" or ".join(_BACKENDS), actual=repr(self.backend)[:80])
-        layers = self.layers
-        if layers is not None and not (
-            isinstance(layers, tuple) and layers and all(type(number) is int and number >= 0 for number in layers)
-        ):
-            expected = "a tuple of layer numbers, or None"
-            raise UsageError("option layers is wrong", expected=expected, actual=repr(layers)[:80])
-        if self.sample is not None and (type(self.sample) is not int or self.sample < 1):
-            raise UsageError("option sample is wrong", expected="at least 1", actual=repr(self.sample)[:80])
+        check_fields(
+            self,
+            layers=optional(LAYER_NUMBERS),
+            sample=optional(COUNT),
+            backend=one_of(*_BACKENDS),
+            on_layer=optional(CALLABLE),
+        )
+
+    def check(self, layers: Collection[int], layouts: Collection[MoeLayout]) -> None:
+        """Check, before a conversion writes anything, that its smoke run can be made.
+
+        Args:
+            layers: numbers of the layers that will be there.
+            layouts: theirs.
+
+        Raises:
+            UsageError: if a layer does not exist or the backend cannot run here.
+        """
+        from nvfp4_prep.smoke.backends import choose_backend
+
+        check_layers(self.layers or (), layers)
+        choose_backend(self.backend, layouts)
+
+
+def check_layers(wanted: Iterable[int], there: Collection[int]) -> None:
+    """Raise :class:`UsageError` for the number of a layer that does not exist."""
+    missing = sorted(set(wanted) - set(there))
+    if missing:
+        raise UsageError(
+            f"no prepared layer {', '.join(map(str, missing))}",
+            expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
+        )
 
 
 DEFAULT_SMOKE = SmokePolicy()

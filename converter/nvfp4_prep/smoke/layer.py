@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nvfp4_prep._util.arguments import COUNT, check_fields, integer
 from nvfp4_prep.smoke.compare import compare, in_tolerances
 from nvfp4_prep.smoke.report import (
     CaseFigures,
@@ -43,6 +44,9 @@ class SmokeSettings:
     routed: int = 64
     noise_experts: int = 4
     seed: int = 20260101
+
+    def __post_init__(self) -> None:
+        check_fields(self, per_expert=COUNT, routed=COUNT, noise_experts=integer(0), seed=integer(0, 2**63 - 1))
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep._util.arguments import CALLABLE, COUNT, PATH, SOURCE, TEXT, checked, either, instance, one_of, optional
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
+from nvfp4_prep.smoke.backends import BACKENDS, ChosenBackend, choose_backend
+from nvfp4_prep.smoke.gate import LAYER_NUMBERS, check_layers
 from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
@@ -27,6 +29,15 @@ CPU_SAMPLE = 8
 """Experts of each layer that are run without a card, unless told otherwise: each takes seconds on a CPU."""
 
 
+@checked(
+    prepared=either(PATH, instance(PreparedCheckpoint)),
+    source=optional(SOURCE),
+    layers=optional(either(LAYER_NUMBERS, TEXT)),
+    sample=optional(COUNT),
+    backend=one_of(*BACKENDS),
+    settings=optional(instance(SmokeSettings)),
+    on_layer=optional(CALLABLE),
+)
 def run_smoke(
     prepared: str | Path | PreparedCheckpoint,
     source: str | Path | Source | None = None,
@@ -101,12 +112,7 @@ def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> lis
     there = {record.index for record in manifest.layers}
     if isinstance(layers, str):
         layers = LayerSelection.parse(layers).choose_present(there)
-    missing = sorted(set(layers) - there)
-    if missing or not layers:
-        raise UsageError(
-            f"no prepared layer {', '.join(map(str, missing))}" if missing else "no layer chosen",
-            expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
-        )
+    check_layers(layers, there)
     return [record for record in manifest.layers if record.index in set(layers)]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from nvfp4_prep._util import arguments
+from nvfp4_prep._util.arguments import Kind
 from nvfp4_prep.cli.output import report_errors
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import MAX_MOE_TP, ConvertOptions, GateUpPolicy, LayoutName
@@ -36,10 +37,26 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Member = TypeVar("_Member", bound=enum.StrEnum)
 _GATE_UP_BLOCKS = (64, 32, 16)
 
-ADDRESS = click.Path()
-"""A directory or a Hub id: shells complete paths, and nothing is required to exist."""
-DIRECTORY = click.Path(path_type=Path)
+
+class _CheckedPath(click.Path):
+    """A path, of which nothing is required but that there can be one; shells complete it."""
+
+    def __init__(self, kind: Kind, *, dir_okay: bool = True) -> None:
+        super().__init__(dir_okay=dir_okay)
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what the library takes it for; raises :class:`UsageError` for what is not a path."""
+        if isinstance(param, click.Option):
+            return self._kind.read(f"option {param.opts[0]}", value)
+        return self._kind.read(f"argument {param.human_readable_name if param else ''}".strip(), value)
+
+
+ADDRESS = _CheckedPath(arguments.ADDRESS)
+"""A directory or a Hub id."""
+DIRECTORY = _CheckedPath(arguments.PATH)
 """A directory on this machine; each command says itself what is wrong with it."""
+REPORT = _CheckedPath(arguments.PATH, dir_okay=False)
 
 source_argument = click.argument("source", type=ADDRESS)
 target_argument = click.argument("target", type=DIRECTORY)
@@ -75,7 +92,7 @@ def checkpoint_argument(*, on_hub: bool = False) -> Callable[[_Command], _Comman
 
 def report_option(text: str) -> Callable[[_Command], _Command]:
     """Return ``--report``."""
-    return click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help=text)
+    return click.option("--report", type=REPORT, help=text)
 
 
 def common(command: _Command) -> _Command:

@@ -61,6 +61,21 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _fail(broken, as_json=as_json)
     except OSError as error:
         _fail(_unforeseen(error), as_json=as_json)
+    except (MemoryError, RecursionError, RuntimeError) as error:
+        exhausted = _exhausted(error)
+        if exhausted is None:
+            raise
+        _fail(exhausted, as_json=as_json)
+
+
+def _exhausted(error: MemoryError | RuntimeError) -> NvfpPrepError | None:
+    """Return what to say where memory or the stack ran out; None for a mistake in this program."""
+    if isinstance(error, RecursionError):
+        return NvfpPrepError("something is nested too deep to be read", next_step="Look at its configs and folders.")
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+        next_step = "Give it more (ulimit -v, the container's limit), or try fewer --threads and less --memory."
+        return NvfpPrepError("no memory is left", next_step=next_step)
+    return None
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 import nvfp4_prep
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.cli.options import common, target_argument
 from nvfp4_prep.cli.output import say, to_json
+from nvfp4_prep.errors import UsageError
 
 __all__ = ["sample"]
 
@@ -67,8 +69,20 @@ def sample(
     """
     nbytes = shard_mb * 10**6
     if kimi_layer:
+        _check_none_given("layers", "experts", "intermediate", "hidden", "vocabulary")
         model = replace(nvfp4_prep.KIMI_LAYER, shard_nbytes=nbytes, seed=seed, differing=differing)
     else:
         model = nvfp4_prep.SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
     written = nvfp4_prep.write_sample(target, model)
     say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")
+
+
+def _check_none_given(*names: str) -> None:
+    """Raise :class:`UsageError` for dimensions beside ``--kimi-layer``, which has its own."""
+    context = click.get_current_context()
+    given = [f"--{name}" for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if given:
+        raise UsageError(
+            f"--kimi-layer has Kimi-K2.5's dimensions, {', '.join(given)} would change them",
+            next_step="Leave one of them out.",
+        )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep.errors import HubError
+from nvfp4_prep.errors import HubError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
 if TYPE_CHECKING:
@@ -29,11 +29,17 @@ def open_source(text: str, *, target: Path | None = None, keep_source: bool = Fa
         keep_source: download to the user's cache instead, and leave it there.
 
     Raises:
-        UsageError: if ``hf://`` is followed by no model repository.
+        UsageError: if ``hf://`` is followed by no model repository, or ``keep_source`` would do nothing.
         HubError: if the repository cannot be read.
     """
     address = parse_address(text)
     if address is None:
+        if keep_source:
+            raise UsageError(
+                "--keep-source is about a download, but SOURCE is on this machine",
+                where=text,
+                next_step="Leave it out: a source is never touched.",
+            )
         return text
     from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
     from nvfp4_prep.hub.source import HubSource

@@ -1,0 +1,120 @@
+"""An option that would do nothing is refused; a page that was asked for and not written is told."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nvfp4_prep import push, verify
+from nvfp4_prep.cli import cli
+from nvfp4_prep.errors import UsageError
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "new", "--kimi-layer", "--layers", "3"], "--kimi-layer has Kimi-K2.5's dimensions, --layers would"),
+        (["sample", "new", "--kimi-layer", "--experts", "8", "--hidden", "256"], "--experts, --hidden would"),
+        (["convert", "SOURCE", "new", "--keep-source"], "--keep-source is about a download"),
+        (["convert", "SOURCE", "new", "--keep-source", "--dry-run"], "--keep-source is about a download"),
+        (["verify", "PREPARED", "--quick", "--threads", "2"], "--threads: --quick reads no tensor bytes"),
+        (["verify", "PREPARED", "--quick", "--memory", "900"], "--memory: --quick reads no tensor bytes"),
+        (["push", "PREPARED", "a/b", "--threads", "2"], "--threads is about reading every byte"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_what_would_be_ignored_is_refused(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    names = {"SOURCE": sample_source, "PREPARED": sample_prepared, "new": tmp_path / "new"}
+    done = run(*(names.get(word, word) for word in words))
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_python_refuses_the_same(sample_prepared: Path) -> None:
+    with pytest.raises(UsageError, match="--threads and --memory: --quick reads no tensor bytes"):
+        verify(sample_prepared, quick=True, threads=1, memory_nbytes=10**9)
+    with pytest.raises(UsageError, match="--full"):
+        push(sample_prepared, "a/b", threads=1)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+def test_a_page_that_is_not_written_is_told(sample_prepared: Path, tmp_path: Path, options: list[str]) -> None:
+    damaged, page = tmp_path / "damaged", tmp_path / "page.html"
+    shutil.copytree(sample_prepared, damaged)
+    (damaged / "surplus.safetensors").write_bytes(b"")
+    done = run("verify", damaged, "--quick", "--smoke", "--report", page, *options)
+    assert done.exit_code == 6 and not page.exists()
+    assert f"no smoke run, because verification failed, and {page} was not written" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/x", "x" * 300, "x/" * 3000], ids=lambda name: name[:8])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "BAD", "new", "--report", "page.html"],
+        ["convert", "SOURCE", "BAD", "--report", "page.html"],
+        ["convert", "SOURCE", "new", "--report", "BAD"],
+        ["verify", "BAD"],
+        ["verify", "PREPARED", "--source", "BAD"],
+        ["inspect", "BAD"],
+        ["restore", "BAD", "new"],
+        ["restore", "PREPARED", "BAD"],
+        ["relayout", "PREPARED", "BAD", "--layout", "trtllm"],
+        ["restamp", "BAD"],
+        ["push", "BAD", "a/b"],
+        ["sample", "BAD"],
+        ["doctor", "BAD"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_a_path_is_one_line(
+    sample_source: Path,
+    sample_prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    places = {"SOURCE": sample_source, "PREPARED": sample_prepared, "BAD": name}
+    done = run(*(places.get(word, word) for word in words))
+    assert done.exit_code == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert "File name too long" in done.stderr or "symbolic links" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "no memory is left"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "no memory is left"),
+        (RecursionError("maximum recursion depth exceeded"), "nested too deep"),
+        (OSError(5, "Input/output error", "somewhere"), "somewhere: Input/output error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_the_last_resort_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def fail(*rest: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr("nvfp4_prep.inspect", fail, raising=False)
+    done = run("inspect", ".")
+    assert done.exit_code == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: object, **more: object) -> None:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr("nvfp4_prep.inspect", fail, raising=False)
+    assert isinstance(run("inspect", ".").exception, RuntimeError)

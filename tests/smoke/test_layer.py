@@ -200,6 +200,34 @@ def test_a_reference_near_zero_proves_nothing() -> None:
     assert figures.worst == 0 and not figures.passed and not figures.meaningful
 
 
+def test_what_is_right_within_a_wide_tolerance_is_not_judged() -> None:
+    figures = compare(torch.ones(2, 16), torch.ones(2, 16), torch.full((2, 16), 0.2))
+    assert figures.right and not figures.meaningful and "out of range" in figures.inconclusive
+    assert not compare(torch.full((2, 16), 1.3), torch.ones(2, 16), torch.full((2, 16), 0.2)).right
+
+
+def test_large_values_do_not_overflow_the_figures() -> None:
+    """Their squares do, in float32."""
+    values = torch.full((2, 16), 3e30)
+    figures = compare(values * 1.001, values, values * 0.01)
+    assert figures.meaningful and figures.right and figures.cosine == 1.0
+    assert (figures.relative, figures.relative_limit) == pytest.approx((1e-3, 1e-2), rel=1e-3)
+    assert not compare(values * 1.1, values, values * 0.01).right
+
+
+def test_a_tolerance_that_is_not_a_number_bounds_nothing() -> None:
+    ones = torch.ones(2, 16)
+    figures = compare(ones * 1.5, ones, ones * math.nan)
+    assert figures.right and not figures.meaningful
+
+
+def test_a_noisy_reference_is_no_verdict_on_the_bytes() -> None:
+    report = run_layer(KIMI_LIKE, TorchMoe(), SETTINGS)
+    noisy = replace(report, noise=replace(report.noise, worst=2.0))
+    assert noisy.passed and report.compared and not noisy.compared
+    assert any("another order" in note for note in noisy.notes) and not report.notes
+
+
 def test_routings_cover_starve_and_favour() -> None:
     alone, starved, hot = routings(6, 3, 4, 10, torch.Generator().manual_seed(0))
     assert torch.bincount(alone.expert_ids.flatten(), minlength=6).tolist() == [4] * 6

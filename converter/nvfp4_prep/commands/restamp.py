@@ -25,7 +25,7 @@ from nvfp4_prep.prepared.config_edits import edits_to_json
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problems
-from nvfp4_prep.prepared.served_config import ServedConfig, read_served_config
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, ServedConfig, read_served_config
 from nvfp4_prep.prepared.structure import check_structure
 
 __all__ = ["RestampResult", "restamp"]
@@ -59,8 +59,8 @@ def restamp(checkpoint: str | Path) -> RestampResult:
         checkpoint: a directory that ``convert`` wrote.
 
     Raises:
-        CheckpointError, VerificationError: if it is not a prepared checkpoint, if its stamp was edited, or if anything
-            but the config is not as the manifest says.
+        CheckpointError, VerificationError: if it is not a prepared checkpoint, if its stamp was edited, if an edit
+            names code to be loaded, or if anything but the config is not as the manifest says.
         TargetError, BusyError, NoSpaceError: if the manifest cannot be written.
     """
     with PreparedCheckpoint(checkpoint) as opened:
@@ -83,6 +83,12 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             f"its stamp was edited: {', '.join(found.stamp)}",
             where=str(checkpoint.path / CONFIG),
             next_step="Put these keys back as they were, or convert again: they say what the weights are.",
+        )
+    if found.code:
+        raise VerificationError(
+            f"was edited to load code: {', '.join(found.code)}",
+            where=str(checkpoint.path / CONFIG),
+            next_step=FOREIGN_CODE,
         )
     problems = Problems()
     check_structure(checkpoint, problems, with_config=False)

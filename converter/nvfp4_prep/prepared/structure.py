@@ -23,7 +23,7 @@ from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE, SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
-from nvfp4_prep.prepared.served_config import RESTAMP, expected_config, read_served_config
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, expected_config, read_served_config
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]
@@ -172,9 +172,11 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     recorded = checkpoint.manifest.files.get(CONFIG)
     if found.stamp:
         problems.add(CONFIG, f"its stamp was edited: {', '.join(found.stamp)}")
+    if found.code:
+        problems.add(CONFIG, f"was edited to load code: {', '.join(found.code)}", next_step=FOREIGN_CODE)
     if found.unrecorded:
         problems.add(CONFIG, f"was edited: {', '.join(found.unrecorded)}", next_step=RESTAMP)
-    if found.stamp or found.unrecorded or recorded is None:
+    if found.stamp or found.code or found.unrecorded or recorded is None:
         return
     if (recorded.nbytes, recorded.sha256) == (found.nbytes, found.sha256):
         return

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
+from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
+from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import sync_folder
@@ -69,7 +71,7 @@ def restamp(checkpoint: str | Path) -> RestampResult:
         raw = opened.read_file(MANIFEST)
         new = _recorded(opened.read_json(MANIFEST), found)
         path = opened.path / MANIFEST
-        Manifest.from_bytes(new, str(path))  # what is written can be read
+        _check_readable(opened, new)
         written = new != raw
         if written:
             _replace(path, new)
@@ -98,6 +100,21 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path),
             next_step=problems.found[0].next_step or "Run nvfp4-prep verify for all problems.",
         )
+
+
+def _check_readable(checkpoint: PreparedCheckpoint, manifest: bytes) -> None:
+    """Raise :class:`VerificationError` if no reader would take what would be written, or the config beside it."""
+    Manifest.from_bytes(manifest, str(checkpoint.path / MANIFEST))
+    sizes = ((CONFIG, checkpoint.sizes[CONFIG], TEXT_MAX_NBYTES[CONFIG]), (MANIFEST, len(manifest), MAX_SMALL_NBYTES))
+    for name, nbytes, most in sizes:
+        if nbytes > most:
+            raise VerificationError(
+                "is too large to be read again, with these edits",
+                where=str(checkpoint.path / name),
+                expected=f"at most {most:,} bytes",
+                actual=f"{nbytes:,} bytes",
+                next_step=f"Make {CONFIG} smaller.",
+            )
 
 
 def _recorded(manifest: dict[str, Any], found: ServedConfig) -> bytes:

@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.filenames import (
     README,
     SOURCE_SCALES,
     FileKind,
-    restored_shard,
+    restored_shards,
 )
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
 from nvfp4_prep.moe.scalars import known_format
@@ -106,7 +106,7 @@ def _check_restorable(checkpoint: PreparedCheckpoint, problems: Problems) -> Non
     """Find copied files whose names restore needs for its own: no conversion writes such a checkpoint."""
     manifest = checkpoint.manifest
     count = len(manifest.layers) + sum(file.kind == FileKind.PASSTHROUGH for file in manifest.files.values())
-    taken = {restored_shard(number, count) for number in range(1, count + 1)} | {*manifest.texts, INDEX}
+    taken = restored_shards(count) | {*manifest.texts, INDEX}
     for name, file in manifest.files.items():
         if file.kind == SIDE and (name in taken or name.split("/")[0] in taken):
             problems.add(name, "has the name of a file that restore writes: the manifest is forged or damaged")

@@ -370,7 +370,8 @@ def test_no_descriptor_left_is_called_so(folder: Path, few_descriptors: int) -> 
         while True:
             taken.append(os.open("/dev/null", os.O_RDONLY))
     except OSError:
-        with pytest.raises(SourceError, match=rf"limit of {few_descriptors} open files.*ulimit -n") as caught:
+        message = rf"^{folder}/config\.json: .*limit of {few_descriptors} open files.*ulimit -n"
+        with pytest.raises(SourceError, match=message) as caught:
             source.peek("config.json", 0, 1)
     finally:
         for descriptor in taken:

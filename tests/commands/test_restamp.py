@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nvfp4_prep import relayout, restamp, restore, verify
+from nvfp4_prep import convert, relayout, restamp, restore, verify
 from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.cli.commands import cli
 from nvfp4_prep.errors import BusyError, CheckpointError, TargetError, VerificationError
@@ -124,6 +125,59 @@ def test_the_stamp_stays(copy: Path, edit: Callable[[Any], object], named: str) 
     with pytest.raises(VerificationError, match=f"config.json: its stamp was edited: {named}"):
         restamp(copy)
     assert (copy / MANIFEST).read_bytes() == before
+
+
+EVIL = "evil/repo--modeling_evil.Evil"
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        ({"auto_map": {"AutoModel": EVIL}}, "auto_map"),
+        ({"auto_map": None}, "auto_map"),
+        ({"text_config": {"auto_map": {"AutoConfig": EVIL}}}, "text_config"),
+        ({"parts": [{"auto_map": {"AutoConfig": EVIL}}]}, "parts"),
+        ({"custom_pipelines": {"a": {"impl": "evil.Pipeline"}}}, "custom_pipelines"),
+    ],
+)
+def test_code_is_no_edit_to_keep(
+    copy: Path, sample_source: Path, tmp_path: Path, edit: dict[str, Any], named: str, recorded: bool
+) -> None:
+    change(copy, eos_token_id=7, **edit)
+    if recorded:  # by somebody else: the manifest is as restamp would have written it
+        manifest, data = json.loads((copy / MANIFEST).read_text()), (copy / "config.json").read_bytes()
+        manifest["config_edits"] = [{"path": [key], "value": value} for key, value in edit.items()]
+        manifest["config_edits"].append({"path": ["eos_token_id"], "value": 7})
+        manifest["files"]["config.json"] |= {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+    before = (copy / MANIFEST).read_bytes()
+    for source in (None, sample_source):
+        report = verify(copy, source=source, quick=True)
+        assert report.problems[0].what == f"was edited to load code: {named}"
+        assert report.next_step is not None and report.next_step.startswith("It names code that the source does not")
+        assert ("restamp" in report.next_step) == (not recorded)  # for the EOS token
+    assert CliRunner().invoke(cli, ["verify", str(copy), "--source", str(sample_source)]).exit_code == 6
+    with pytest.raises(VerificationError, match=f"config.json: was edited to load code: {named}"):
+        restamp(copy)
+    with pytest.raises(VerificationError, match="was edited to load code"):
+        relayout(copy, tmp_path / "other", gate_up_block=16)
+    assert (copy / MANIFEST).read_bytes() == before
+
+
+def test_code_of_the_source_may_be_removed_but_not_changed(sample_source: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    own = {"AutoConfig": "configuration_own.Own", "AutoModel": "modeling_own.Own"}
+    change(source, auto_map=own)
+    out = convert(source, tmp_path / "out").path
+    assert verify(out, source=source).ok
+    change(out, auto_map=own | {"AutoModel": EVIL})
+    assert verify(out, quick=True).problems[0].what == "was edited to load code: auto_map.AutoModel"
+    change(out, auto_map={"AutoConfig": own["AutoConfig"]})
+    assert restamp(out).edits == ("auto_map.AutoModel",)
+    change(out, auto_map=...)
+    assert restamp(out).edits == ("auto_map",)
+    assert verify(out, source=source).ok
 
 
 @pytest.mark.parametrize("where", [("quantization_config",), ("quantization_config", "layout")])

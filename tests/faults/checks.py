@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from faults.fork_client import Outcome
 from faults.scenarios import ACTIONS, Scenario, World
 from faults.trees import WORK_FOLDER, Tree, difference, tree_of, without_work
+from nvfp4_prep.errors import TargetError
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class Problem:
 
 
 def _claims_to_be_whole(scenario: Scenario, tree: Tree) -> bool:
-    return all(name in tree for name in scenario.whole)
+    return scenario.whole != () and all(name in tree for name in scenario.whole)
 
 
 def _check_what_is_left(scenario: Scenario, world: World, outcome: Outcome, reference: Tree) -> list[str]:
     """Nothing that is left may look whole and not be; nothing else may have changed."""
     found = []
-    left = without_work(tree_of(world.out))
+    left = without_work(world.left(scenario))
+    if scenario.only_new and outcome.code > 0 and left:
+        found.append(f"files are left after an error: {', '.join(left)}")
     if scenario.in_place:
         begun = tree_of(world.root / "prepared")
         # a new manifest that was not renamed yet may stay
@@ -53,13 +56,18 @@ def _check_what_is_left(scenario: Scenario, world: World, outcome: Outcome, refe
 
 def _check_again(scenario: Scenario, world: World, reference: Tree) -> list[str]:
     """The same command must complete, with the bytes of an undisturbed run, and tidy up."""
+    if scenario.only_new and tree_of(world.out):
+        outcome = world.run(scenario.command)
+        if outcome.code != TargetError.exit_code:
+            return [f"where something is, it should be refused: {outcome}"]
+        world.clear()
     for command in (scenario.command, *scenario.after):
         outcome = world.run(command)
         if outcome.code != 0:
             again = "the same command again" if command == scenario.command else f"afterwards {command}"
             return [f"{again}: {outcome}"]
     found = []
-    result = tree_of(world.out)
+    result = world.left(scenario)
     if WORK_FOLDER in result:
         found.append(f"{WORK_FOLDER} is left after the same command again")
     if without_work(result) != reference:

@@ -14,7 +14,9 @@ def missing_tool() -> str | None:
     """Return why the library cannot be used here, or None."""
     if not sys.platform.startswith("linux"):
         return "fault injection needs Linux"
-    return None if shutil.which("cc") else "no C compiler (cc) to build the fault library with"
+    if shutil.which("cc") is None:
+        return "the fault library needs a C compiler: install one that is called cc (apt-get install gcc libc6-dev)"
+    return None
 
 
 def build_library(folder: Path) -> Path:

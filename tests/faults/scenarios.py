@@ -20,6 +20,7 @@ from pathlib import Path
 from faults.fork_client import Fault, ForkServer, Outcome
 from faults.trees import Tree, tree_of
 from nvfp4_prep import SampleModel, convert, write_sample
+from nvfp4_prep.output.report_file import REPORT_MARKER
 
 MODEL = SampleModel(layers=3, experts=2, intermediate=32, hidden=64, vocabulary=16, shard_nbytes=40_000, seed=12)
 """Two MoE layers, because parts of a conversion are of layers; two shards."""
@@ -37,7 +38,11 @@ class Scenario:
         before: commands that make the state that the command begins with.
         killed_before: one more such command, which is killed half-way.
         after: commands that make something comparable of what the command wrote.
-        whole: a directory that has all these files claims to be complete.
+        whole: a directory that has all these files claims to be complete; none does where none are named.
+        reports: files in ``out`` of which only beginning and end are looked at, because they tell times. ``out`` is
+            there from the beginning then.
+        only_new: the command writes only where nothing is. It removes what it wrote when it fails; after a kill it is
+            refused until somebody removed that.
         in_place: begins with a copy of the prepared checkpoint, its config.json edited.
         short: whether the short form of the suite has it, too.
     """
@@ -48,11 +53,15 @@ class Scenario:
     killed_before: str | None = None
     after: tuple[str, ...] = ()
     whole: tuple[str, ...] = CHECKPOINT
+    reports: tuple[str, ...] = ()
+    only_new: bool = False
     in_place: bool = False
     short: bool = True
 
 
 _CONVERT = "convert {source} {out} -q --threads 1 --no-smoke"
+_SMOKE = "verify {prepared} -q --threads 1 --smoke --layers 1 --sample 1 --backend torch --report {out}/page.html"
+_SAMPLE = "sample {out} --layers 2 --experts 1 --intermediate 16 --hidden 32 --vocabulary 16 -q"
 _RESTORE = "restore {prepared} {out} -q --threads 1"
 _RELAYOUT = "relayout {prepared} {out} --gate-up-block 16 -q --threads 1"
 _PARTS = (f"{_CONVERT} --layers 1/2", f"{_CONVERT} --layers 2/2")
@@ -62,14 +71,17 @@ SCENARIOS = {
     for scenario in (
         Scenario("convert", "convert {source} {out} -q --threads 1"),
         Scenario("resume", _CONVERT, killed_before=_CONVERT, short=False),
-        Scenario("restart", f"{_CONVERT} --restart", killed_before=_CONVERT),
+        Scenario("restart", "convert {source} {out} -q --threads 1 --restart", killed_before=_CONVERT),
         Scenario("part", _PARTS[0], after=(_PARTS[1], f"{_CONVERT} --join")),
-        Scenario("join", f"{_CONVERT} --join", before=_PARTS),
+        Scenario("join", "convert {source} {out} -q --threads 1 --join", before=_PARTS),
         Scenario("restore", _RESTORE, whole=("config.json",)),
         Scenario(
             "restore-restart", f"{_RESTORE} --restart", killed_before=_RESTORE, whole=("config.json",), short=False
         ),
         Scenario("relayout", _RELAYOUT),
+        Scenario("sample", _SAMPLE, whole=(), only_new=True),
+        Scenario("report", _SMOKE, whole=("page.html",), reports=("page.html",)),
+        Scenario("report-again", _SMOKE, before=(_SMOKE,), whole=("page.html",), reports=("page.html",), short=False),
         Scenario("restamp", "restamp {out} -q", in_place=True),
     )
 }
@@ -132,6 +144,8 @@ class World:
     def begin(self, scenario: Scenario) -> None:
         """Make the state that the scenario's command begins with."""
         self.clear()
+        if scenario.reports:
+            self.out.mkdir()
         if scenario.in_place:
             shutil.copytree(self.root / "prepared", self.out)
             config = json.loads((self.out / "config.json").read_text())
@@ -151,9 +165,19 @@ class World:
             assert outcome.code == 0 and outcome.points > 0, str(outcome)
             for command in scenario.after:
                 self.run_well(command)
-            self._references[key] = tree_of(self.out), outcome.points
+            self._references[key] = self.left(scenario), outcome.points
             self.clear()
         return self._references[key]
+
+    def left(self, scenario: Scenario) -> Tree:
+        """Return what stands in ``out``, whole reports by that fact alone, without files that never got their name."""
+        tree = tree_of(self.out)
+        for name in scenario.reports:
+            tree = {there: content for there, content in tree.items() if not there.startswith(".nvfp4-prep-report-")}
+            text = (self.out / name).read_text() if name in tree else ""
+            if text[:4096].find(REPORT_MARKER) >= 0 and text.rstrip().endswith("</html>"):
+                tree[name] = "a whole report"
+        return tree
 
     def trace(self, scenario: Scenario) -> list[str]:
         """Return the calls of the scenario's command, one line a point."""

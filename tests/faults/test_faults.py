@@ -13,18 +13,17 @@ from contextlib import ExitStack
 import pytest
 
 from faults.checks import Problem, check_point, short_points
-from faults.fault_library import build_library, missing_tool
+from faults.fault_library import build_library
 from faults.fork_client import ForkServer
 from faults.known_failures import finding_of
 from faults.scenarios import ACTIONS, SCENARIOS, Scenario, World
-from faults.settings import EVERY_POINT, SERVERS, working_folder
+from faults.settings import EVERY_POINT, SERVERS, require_library, working_folder
 
 
 @pytest.fixture(scope="module")
 def worlds() -> Iterator[list[World]]:
     """Worlds that work side by side."""
-    if (reason := missing_tool()) is not None:
-        pytest.skip(reason)
+    require_library()
     with ExitStack() as stack:
         folder = stack.enter_context(working_folder("faults-"))
         library = build_library(folder)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from faults.checks import short_points
-from faults.fault_library import build_library, missing_tool
+from faults.fault_library import build_library
 from faults.fork_client import ForkServer
 from faults.hub_process import HubProcess
 from faults.known_failures import finding_of
 from faults.scenarios import ACTIONS, World
-from faults.settings import EVERY_POINT, working_folder
+from faults.settings import EVERY_POINT, require_library, working_folder
 from faults.trees import WORK_FOLDER, Tree, difference, tree_of, without_work
 
 BRANCH = "alice/prepared main"
@@ -53,8 +53,7 @@ class Publisher:
 
 @pytest.fixture(scope="module")
 def publisher() -> Iterator[Publisher]:
-    if (reason := missing_tool()) is not None:
-        pytest.skip(reason)
+    require_library()
     with ExitStack() as stack:
         folder = stack.enter_context(working_folder("hub-faults-"))
         hub = stack.enter_context(HubProcess())

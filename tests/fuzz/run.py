@@ -55,14 +55,14 @@ def fuzz(names: Iterator[str], until_s: float, folder: Path, workers: int = SERV
 
 
 def main() -> int:
-    """Run from the command line; exit code 1 if anything new was found."""
+    """Run from the command line; exit code 1 if anything new was found, or if nothing could be run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", default=str(random.SystemRandom().randrange(10**6)))
     options = parser.parse_args()
     if (reason := missing_tool()) is not None:
-        print(f"not run: {reason}")
-        return 0
+        print(f"not run: {reason}", file=sys.stderr)
+        return 1
     print(f"SEED={options.seed}, {options.seconds:g} s", flush=True)
     workers = 1 if ":" in options.seed else SERVERS
     with working_folder("fuzz-") as folder:

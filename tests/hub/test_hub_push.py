@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from nvfp4_prep.publish.verify_published import verify_published
 
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
+from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
@@ -225,6 +227,73 @@ def test_another_model_is_left_alone(hub: LoopbackHub, made: Path) -> None:
     with pytest.raises(TargetError, match="holds another model"):
         send(made)
     assert hub.store.repositories[REPO].heads["main"] == before
+
+
+FOREIGN = ["chat_template.jinja", "modeling_x.py", "training_args.pkl", "assets/logo.png", "hf_quant_config.json"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_verify_would_call_foreign_is_refused_before_anything_is_sent(
+    hub: LoopbackHub, made: Path, name: str
+) -> None:
+    hub.store.publish(REPO, {name: b"x", ".gitattributes": b"", ".cache/x": b"x"})
+    before = hub.store.repositories[REPO].heads["main"]
+    with pytest.raises(
+        TargetError, match=rf"holds files that do not belong to this checkpoint \('{name}'\).*Delete them"
+    ):
+        send(made)
+    assert hub.store.repositories[REPO].heads["main"] == before
+    assert not hub.requests("POST", "/commit/") and not hub.requests("PUT", "/")
+    repository = hub.store.repositories[REPO]
+    tree = {path: blob for path, blob in repository.resolve("main").tree.items() if path != name}
+    repository.add_commit("main", "deleted", tree)
+    send(made)
+    assert verify_published(HubAddress(REPO)).ok
+
+
+def test_a_foreign_file_that_comes_while_pushing_keeps_the_stamp_back(
+    hub: LoopbackHub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+
+    original = HfApi.create_commit
+
+    def interfere(self: HfApi, *args: object, **options: object) -> object:
+        made_commit = original(self, *args, **options)  # type: ignore[arg-type]
+        repository = hub.store.repositories[REPO]
+        tree = repository.resolve("main").tree
+        repository.add_commit("main", "somebody else's", {**tree, "modeling_x.py": Blob(b"x", False)})
+        return made_commit
+
+    monkeypatch.setattr(HfApi, "create_commit", interfere)
+    with pytest.raises(TargetError, match=r"do not belong to this checkpoint \('modeling_x.py'\)"):
+        send(made)
+    assert assert_never_half(hub.store.repositories[REPO]) == 0
+
+
+@pytest.mark.parametrize("other_weights", [False, True], ids=["side file only", "weights too"])
+def test_a_file_that_the_new_version_does_not_have_goes_with_the_old_stamp(
+    hub: LoopbackHub, tmp_path: Path, other_weights: bool
+) -> None:
+    source = write_checkpoint(tmp_path / "source", make_checkpoint(layers=2, experts=4, shards=1))
+    (source / "chat_template.jinja").write_text("{{ evil }}")
+    (source / "code").mkdir()
+    (source / "code" / "modeling_x.py").write_text("x")
+    send(convert(source, tmp_path / "first").path)
+    (source / "chat_template.jinja").unlink()
+    shutil.rmtree(source / "code")
+    options = ConvertOptions(gate_up_block=32 if other_weights else 64)
+    second = convert(source, tmp_path / "second", options).path
+    send(second)
+    assert verify_published(HubAddress(REPO)).ok
+    repository = hub.store.repositories[REPO]
+    found = {name: blob.data for name, blob in repository.resolve("main").tree.items() if name != ".gitattributes"}
+    assert found == read_folder(second)
+    assert assert_never_half(repository) == 2
+    for commit in repository.history():  # never served beside the new files
+        new = commit.tree.get("nvfp4_prep.json")
+        if new is not None and new.data == (second / "nvfp4_prep.json").read_bytes():
+            assert "chat_template.jinja" not in commit.tree and "code/modeling_x.py" not in commit.tree
 
 
 def test_a_new_version_replaces_the_old_one_without_a_mixed_state(hub: LoopbackHub, made: Path, tmp_path: Path) -> None:

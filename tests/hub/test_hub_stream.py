@@ -218,6 +218,10 @@ def test_rights_and_foreign_files_are_checked_before_converting(hub: LoopbackHub
     hub.store.publish(REPO, {"model-00001-of-00099.safetensors": b"x", "config.json": b"{}"})
     with pytest.raises(TargetError, match="holds another model"):
         go(local, tmp_path / "out")
+    del hub.store.repositories[REPO]
+    hub.store.publish(REPO, {"modeling_x.py": b"x"})
+    with pytest.raises(TargetError, match="do not belong to this checkpoint"):
+        go(local, tmp_path / "out")
     hub.tokens["hf_valid"] = "bob"
     del hub.store.repositories[REPO]
     with pytest.raises(HubError, match="refused access"):

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from nvfp4_prep import convert as convert_function
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import UsageError
+from nvfp4_prep.errors import NoSpaceError, UsageError
 from nvfp4_prep.output import report_file as report_module
 from nvfp4_prep.output.report_file import REPORT_MARKER, check_report_path, write_report
 
@@ -145,7 +145,7 @@ def test_a_report_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(NoSpaceError, match=r"no space left while writing .*another path for the report"):
         write_report(page, PAGE)
     assert content(tmp_path) == ({"page.html": (PAGE + "old").encode()} if there else {})
 

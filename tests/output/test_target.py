@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.output import target_root
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER
+from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names
 from nvfp4_prep.output.target_root import TargetRoot
 
 SHA256 = "0" * 64
@@ -284,3 +285,26 @@ def test_files_in_work_meet_neither_parts_nor_downloads(tmp_path: Path) -> None:
 def test_longest_name_that_a_file_system_takes(tmp_path: Path) -> None:
     with Target(tmp_path / "out", IDENTITY) as target:
         write(target, "n" * 255, b"1")
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "socket", "link", "dangling", "link to a folder"])
+def test_nothing_else_may_stand_in_a_target(tmp_path: Path, kind: str) -> None:
+    """Whatever it is: the checkpoint that a run ends with is looked at as a whole."""
+    out, strange = tmp_path / "out", tmp_path / "out" / "folder" / "strange"
+    strange.parent.mkdir(parents=True)
+    (out / "known").touch()
+    check_names(out, {"known"})
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "fifo":
+            os.mkfifo(strange)
+        elif kind == "socket":
+            listener.bind(str(strange))
+        elif kind == "file":
+            strange.touch()
+        else:
+            strange.symlink_to({"link": "../known", "dangling": "nowhere"}.get(kind, str(tmp_path)))
+        with pytest.raises(TargetError, match=f"{strange}: holds a file of something else"):
+            check_names(out, {"known"})
+        if kind != "file":
+            with pytest.raises(TargetError, match="something else"):
+                check_names(out, {"known", "folder/strange"})

@@ -20,6 +20,7 @@ from nvfp4_prep import (
     inspect,
     join_parts,
     restore,
+    run_smoke,
     verify,
     write_sample,
 )
@@ -131,6 +132,55 @@ def test_an_expert_that_is_degenerate_in_the_source_is_no_failure(tmp_path: Path
     assert result.smoke is not None and result.smoke.result == "passed"
     assert list(result.smoke.layers[0].inconclusive) == [1]
     assert run("convert", source, tmp_path / "out", "-q") == 0
+
+
+def scale_all(source: Path, leaf: str, factor: float) -> None:
+    """Multiply the scalars of all experts whose names end so."""
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        scaled = {
+            name: value * factor for name, value in tensors.items() if ".experts." in name and name.endswith(leaf)
+        }
+        save_file(tensors | scaled, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "factor", "result", "why"),
+    [
+        ("_proj.weight_scale_2", 1e6, "inconclusive", "values are out of range"),
+        ("_proj.weight_scale_2", 1e15, "inconclusive", "values are out of range"),
+        ("_proj.input_scale", 1e10, "inconclusive", "values are out of range"),
+        ("down_proj.input_scale", 1e10, "inconclusive", "reference is zero"),
+        ("down_proj.weight_scale_2", 1e30, "passed", None),
+        ("down_proj.input_scale", 1e-10, "passed", None),
+    ],
+)
+def test_right_bytes_of_values_out_of_range_are_not_called_wrong(
+    source: Path, tmp_path: Path, leaf: str, factor: float, result: str, why: str | None
+) -> None:
+    """Of all experts, so that none can be judged; a single dead expert is the test above."""
+    scale_all(source, leaf, factor)
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    ran = CliRunner().invoke(cli, ["convert", str(source), str(out), "-q", "--report", str(page)])
+    assert ran.exit_code == 0 and (out / "config.json").exists(), ran.output
+    assert f"smoke run {result}:" in ran.output and "do not serve" not in ran.output
+    assert (
+        ("no expert could be judged" in ran.output)
+        == (result == "inconclusive")
+        == ("Inconclusive" in page.read_text())
+    )
+    again = CliRunner().invoke(cli, ["verify", str(out), "--smoke", "--source", str(source)])
+    assert again.exit_code == 0 and (why is None or f"expert 0: {why}" in again.output), again.output
+    assert convert(source, out).already_complete
+
+
+def test_wrong_scalars_fail_where_outputs_prove_nothing(source: Path, tmp_path: Path) -> None:
+    scale_all(source, "_proj.weight_scale_2", 1e6)
+    out = convert(source, tmp_path / "out").path
+    scales = load_file(out / "expert-scales.safetensors")
+    save_file({name: value * 1.5 for name, value in scales.items()}, out / "expert-scales.safetensors")
+    report = run_smoke(out, source)
+    assert report.result == "failed" and any("scalars" in text for text in report.layers[0].problems)
 
 
 def test_default_is_one() -> None:

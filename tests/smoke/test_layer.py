@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +199,54 @@ def test_a_reference_near_zero_proves_nothing() -> None:
     zero = torch.zeros(2, 16)
     figures = compare(zero, zero, zero)
     assert figures.worst == 0 and not figures.passed and not figures.meaningful
+
+
+def test_what_is_right_within_a_wide_tolerance_is_not_judged() -> None:
+    figures = compare(torch.ones(2, 16), torch.ones(2, 16), torch.full((2, 16), 0.2))
+    assert figures.right and not figures.meaningful and "out of range" in figures.inconclusive
+    assert not compare(torch.full((2, 16), 1.3), torch.ones(2, 16), torch.full((2, 16), 0.2)).right
+
+
+@pytest.mark.parametrize("stage", ["outputs", "first GEMM", "second GEMM"])
+@pytest.mark.parametrize("reference", ["zero", "undefined", "wide"])
+def test_what_is_wrong_fails_however_little_the_reference_proves(stage: str, reference: str) -> None:
+    figures = run_layer(KIMI_LIKE, TorchMoe(), SETTINGS).figures[0]
+    why: dict[str, Any] = {
+        "zero": {"reference_rms": 0.0}, "undefined": {"undefined": 3}, "wide": {"relative_limit": 3.0}
+    }[reference]  # fmt: skip
+    assert figures.stages is not None
+    weak = replace(figures, errors=replace(figures.errors, **why))
+    assert weak.inconclusive and not weak.problems
+    wrong = {"worst": 1.5} | why
+    if stage == "outputs":
+        weak = replace(weak, errors=replace(weak.errors, **wrong))
+    elif stage == "first GEMM":
+        weak = replace(weak, stages=replace(figures.stages, first=replace(figures.stages.first, **wrong)))
+    else:
+        weak = replace(weak, stages=replace(figures.stages, second=replace(figures.stages.second, **wrong)))
+    assert [problem.split(":")[0] for problem in weak.problems] == [stage]
+
+
+def test_large_values_do_not_overflow_the_figures() -> None:
+    """Their squares do, in float32."""
+    values = torch.full((2, 16), 3e30)
+    figures = compare(values * 1.001, values, values * 0.01)
+    assert figures.meaningful and figures.right and figures.cosine == 1.0
+    assert (figures.relative, figures.relative_limit) == pytest.approx((1e-3, 1e-2), rel=1e-3)
+    assert not compare(values * 1.1, values, values * 0.01).right
+
+
+def test_a_tolerance_that_is_not_a_number_bounds_nothing() -> None:
+    ones = torch.ones(2, 16)
+    figures = compare(ones * 1.5, ones, ones * math.nan)
+    assert figures.right and not figures.meaningful
+
+
+def test_a_noisy_reference_is_no_verdict_on_the_bytes() -> None:
+    report = run_layer(KIMI_LIKE, TorchMoe(), SETTINGS)
+    noisy = replace(report, noise=replace(report.noise, worst=2.0))
+    assert noisy.passed and report.compared and not noisy.compared
+    assert any("another order" in note for note in noisy.notes) and not report.notes
 
 
 def test_routings_cover_starve_and_favour() -> None:

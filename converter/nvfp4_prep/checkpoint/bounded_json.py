@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "SOURCE_MAX_DEPTH", "JsonBounds", "check_bounds", "parse_json"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "SOURCE_MAX_DEPTH", "JsonBounds", "check_bounds", "dump_json", "parse_json"]
 
 SOURCE_MAX_DEPTH = 100
 """Deepest nesting accepted in a source's configs and index."""
@@ -64,6 +64,26 @@ def parse_json(
         ) from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"is not valid JSON ({problem})", where=where, next_step=next_step) from problem
+
+
+def dump_json(
+    value: Any, most_nbytes: int, *, indent: int, ensure_ascii: bool = True, sort_keys: bool = False
+) -> bytes:
+    """Return the text of a JSON value and a newline; indentation may make it a hundred times larger than it was.
+
+    Half a surrogate pair, which has no UTF-8, is escaped.
+
+    Raises:
+        JsonBounds: before the text exceeds ``most_nbytes``.
+    """
+    encoder = json.JSONEncoder(indent=indent, ensure_ascii=ensure_ascii, sort_keys=sort_keys)
+    pieces, nbytes = [], 0
+    for piece in chain(encoder.iterencode(value), "\n"):
+        pieces.append(piece.encode("utf-8", "backslashreplace"))
+        nbytes += len(pieces[-1])
+        if nbytes > most_nbytes:
+            raise JsonBounds("is too large", f"{most_nbytes:,} bytes", "more")
+    return b"".join(pieces)
 
 
 def check_bounds(raw: bytes, max_depth: int, max_values: int = MAX_VALUES) -> None:

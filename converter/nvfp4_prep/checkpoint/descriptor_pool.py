@@ -33,14 +33,18 @@ class DescriptorPool:
     A descriptor in use is never closed, so at most as many are open as the limit and the threads together.
     """
 
-    def __init__(self, open_file: Callable[[str], int], limit: int | None = None) -> None:
+    def __init__(
+        self, open_file: Callable[[str], int], limit: int | None = None, place: Callable[[str], str] = str
+    ) -> None:
         """Start without an open file.
 
         Args:
             open_file: returns a descriptor for a name; called again when the name's descriptor was given back.
             limit: most descriptors to keep; by default a quarter of what the process may have.
+            place: returns the path of a name, for errors.
         """
         self._open_file = open_file
+        self._place = place
         self.limit = _default_limit() if limit is None else limit
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._lock = threading.Lock()
@@ -81,7 +85,7 @@ class DescriptorPool:
                 raise
             raise SourceError(
                 f"cannot be opened ({error.strerror})",
-                where=name,
+                where=self._place(name),
                 actual=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open files for this process",
                 next_step="Raise it (`ulimit -n 1024`) or close other programs; the same command continues.",
             ) from error

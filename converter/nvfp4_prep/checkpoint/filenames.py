@@ -23,6 +23,7 @@ __all__ = [
     "layer_file_stem",
     "quoted",
     "restored_shard",
+    "restored_shards",
 ]
 
 CONFIG = "config.json"
@@ -48,6 +49,11 @@ SOURCE_SCALES = "source-scales.safetensors"
 def restored_shard(number: int, count: int) -> str:
     """Return the name that restore gives to shard ``number`` of ``count``, counted from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def restored_shards(count: int) -> frozenset[str]:
+    """Return the names of all shards of a restored checkpoint that has so many."""
+    return frozenset(restored_shard(number, count) for number in range(1, count + 1))
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -26,13 +26,14 @@ __all__ = [
     "HF_QUANT_CONFIG",
     "INDEX",
     "README",
+    "TEXT_MAX_NBYTES",
     "WEIGHT_SUFFIXES",
     "CheckpointIndex",
     "read_index",
     "read_json_file",
 ]
 
-_MAX_NBYTES: Mapping[str, int] = {
+TEXT_MAX_NBYTES = {
     CONFIG: 64_000_000,
     HF_QUANT_CONFIG: 64_000_000,
     INDEX: 256_000_000,
@@ -81,7 +82,7 @@ def read_index(source: Source) -> CheckpointIndex:
             where=place_of(source),
             next_step=next_step or "Give the directory of a Hugging Face checkpoint.",
         )
-    texts = {name: _read_small(source, files[name]) for name in _MAX_NBYTES if name in files}
+    texts = {name: _read_small(source, files[name]) for name in TEXT_MAX_NBYTES if name in files}
     # A prepared checkpoint's config holds the source's one level deeper.
     max_depth = MAX_DEPTH if MANIFEST in files else SOURCE_MAX_DEPTH
     parsed = {
@@ -116,7 +117,7 @@ def read_json_file(name: str, raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict
 
 
 def _read_small(source: Source, file: SourceFile) -> bytes:
-    limit = _MAX_NBYTES[file.name]
+    limit = TEXT_MAX_NBYTES[file.name]
     if file.nbytes > limit:
         raise SourceError(
             "is too large",

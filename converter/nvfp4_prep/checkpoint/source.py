@@ -161,7 +161,7 @@ class LocalSource:
             self.label = repository.removeprefix("models--").replace("--", "/")
             self.revision = self.root.name
         self._listed = list_files(self.root, root, [self.root] if blobs is None else [self.root, blobs])
-        self._descriptors = DescriptorPool(self._open)
+        self._descriptors = DescriptorPool(self._open, place=self.place)
 
     def _cache_blobs(self) -> Path | None:
         blobs = self.root.parent.parent / "blobs"

@@ -32,6 +32,7 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
 from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot
+from nvfp4_prep.pipeline.foresight import check_readable
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
@@ -127,6 +128,7 @@ def look_ahead(
         if outlook.complete is not None:
             outlook.state = TargetState.COMPLETE
             return outlook
+        check_readable(plan)
         folder, identity = target, plan.identity()
         if selection is not None:
             Target.check_ours(target)

@@ -18,6 +18,8 @@ from typing import Any
 
 from nvfp4_prep._util.arguments import PATH, checked
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
+from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
+from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import sync_folder
@@ -26,7 +28,7 @@ from nvfp4_prep.prepared.config_edits import edits_to_json
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problems
-from nvfp4_prep.prepared.served_config import ServedConfig, read_served_config
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, ServedConfig, read_served_config
 from nvfp4_prep.prepared.structure import check_structure
 
 __all__ = ["RestampResult", "restamp"]
@@ -61,8 +63,8 @@ def restamp(checkpoint: str | Path) -> RestampResult:
         checkpoint: a directory that ``convert`` wrote.
 
     Raises:
-        CheckpointError, VerificationError: if it is not a prepared checkpoint, if its stamp was edited, or if anything
-            but the config is not as the manifest says.
+        CheckpointError, VerificationError: if it is not a prepared checkpoint, if its stamp was edited, if an edit
+            names code to be loaded, or if anything but the config is not as the manifest says.
         TargetError, BusyError, NoSpaceError: if the manifest cannot be written.
     """
     with PreparedCheckpoint(checkpoint) as opened:
@@ -71,7 +73,7 @@ def restamp(checkpoint: str | Path) -> RestampResult:
         raw = opened.read_file(MANIFEST)
         new = _recorded(opened.read_json(MANIFEST), found)
         path = opened.path / MANIFEST
-        Manifest.from_bytes(new, str(path))  # what is written can be read
+        _check_readable(opened, new)
         written = new != raw
         if written:
             _replace(path, new)
@@ -86,6 +88,12 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path / CONFIG),
             next_step="Put these keys back as they were, or convert again: they say what the weights are.",
         )
+    if found.code:
+        raise VerificationError(
+            f"was edited to load code: {', '.join(found.code)}",
+            where=str(checkpoint.path / CONFIG),
+            next_step=FOREIGN_CODE,
+        )
     problems = Problems()
     check_structure(checkpoint, problems, with_config=False)
     if problems.found:
@@ -94,6 +102,21 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path),
             next_step=problems.found[0].next_step or "Run nvfp4-prep verify for all problems.",
         )
+
+
+def _check_readable(checkpoint: PreparedCheckpoint, manifest: bytes) -> None:
+    """Raise :class:`VerificationError` if no reader would take what would be written, or the config beside it."""
+    Manifest.from_bytes(manifest, str(checkpoint.path / MANIFEST))
+    sizes = ((CONFIG, checkpoint.sizes[CONFIG], TEXT_MAX_NBYTES[CONFIG]), (MANIFEST, len(manifest), MAX_SMALL_NBYTES))
+    for name, nbytes, most in sizes:
+        if nbytes > most:
+            raise VerificationError(
+                "is too large to be read again, with these edits",
+                where=str(checkpoint.path / name),
+                expected=f"at most {most:,} bytes",
+                actual=f"{nbytes:,} bytes",
+                next_step=f"Make {CONFIG} smaller.",
+            )
 
 
 def _recorded(manifest: dict[str, Any], found: ServedConfig) -> bytes:

@@ -155,7 +155,7 @@ class _Restoration:
             if have != want:
                 raise VerificationError(
                     "bytes changed since it was written",
-                    where=original,
+                    where=str(self._checkpoint.path / original),
                     expected=f"sha256 {want}",
                     actual=have,
                     next_step=_DAMAGED,
@@ -167,8 +167,8 @@ class _Restoration:
             for group in file.layer.groups:
                 if digests.get(group.key) != file.layer.source_sha256[group.key]:
                     raise VerificationError(
-                        "restored tensors differ from the source's",
-                        where=f"{file.name}, {group.key}",
+                        f"restored tensors differ from the source's: {group.key}",
+                        where=str(self._target.path / file.name),
                         expected=f"sha256 {file.layer.source_sha256[group.key]}",
                         actual=digests.get(group.key),
                         next_step=_DAMAGED,
@@ -195,20 +195,25 @@ class _Restoration:
         prepared = self._checkpoint.read_prepared(layer, tensor, chunk)
         for expert in self._checkpoint.damaged_experts(layer, tensor, chunk, prepared):
             raise VerificationError(
-                f"expert {expert}: bytes differ from what was written",
-                where=layer.prepared_name(tensor.value),
+                f"expert {expert} of {layer.prepared_name(tensor.value)}: bytes differ from what was written",
+                where=self._path_of(layer, tensor),
                 next_step=_DAMAGED,
             )
         try:
             parts = self._checkpoint.source_parts(layer, tensor, chunk, prepared)
         except ValueError as error:
-            raise VerificationError(str(error), where=layer.prepared_name(tensor.value)) from error
+            raise VerificationError(
+                f"{layer.prepared_name(tensor.value)}: {error}", where=self._path_of(layer, tensor), next_step=_DAMAGED
+            ) from error
         result = UnitResult()
         for group, raw in self._checkpoint.source_bytes(layer, tensor, parts):
             data = byte_view(raw)
             result.pieces += _places(group, chunk, data, layer.dims.experts, places)
             result.digests.append((group.key, data))
         return result
+
+    def _path_of(self, layer: LayerRecord, tensor: PreparedTensor) -> str:
+        return str(self._checkpoint.path / self._checkpoint.tensor_record(layer, tensor).file)
 
     def _restore_scalars(self, layer: LayerRecord, places: dict[str, TensorRecord]) -> UnitResult:
         scalars = self._checkpoint.scalars(layer)

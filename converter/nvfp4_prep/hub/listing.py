@@ -75,6 +75,13 @@ class Snapshot:
     commit: str
     files: Mapping[str, RemoteFile]
 
+    @property
+    def visible(self) -> Mapping[str, RemoteFile]:
+        """The files without hidden ones: .gitattributes is the repository's, no part of a checkpoint."""
+        return {
+            name: file for name, file in self.files.items() if not any(part.startswith(".") for part in name.split("/"))
+        }
+
 
 @dataclass(frozen=True)
 class LocalFile:

@@ -74,9 +74,7 @@ class RangeSource:
     def files(self) -> tuple[SourceFile, ...]:
         """Return all files, sorted by name; hidden ones left out."""
         return tuple(
-            SourceFile(file.name, file.nbytes, file.identity)
-            for name, file in sorted(self.snapshot.files.items())
-            if not any(part.startswith(".") for part in name.split("/"))
+            SourceFile(file.name, file.nbytes, file.identity) for _, file in sorted(self.snapshot.visible.items())
         )
 
     def header(self, file: str) -> ShardHeader:

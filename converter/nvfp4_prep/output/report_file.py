@@ -58,9 +58,20 @@ def write_report(path: Path, text: str, *directories: str | Path | None) -> None
 
     Raises:
         UsageError: as :func:`check_report_path`, also for a file that appeared meanwhile.
-        OSError: if the disk is full or fails.
+        NoSpaceError, TargetError: if the disk is full or fails.
     """
     check_report_path(path, *directories)
+    try:
+        _write_whole(path, text)
+    except OSError as error:
+        from nvfp4_prep.output.atomic_file import translate_os_error  # needs torch, and --help does not
+
+        failure = translate_os_error(error, path)
+        failure.next_step = "Give another path for the report. What it reports on is as it was."
+        raise failure from error
+
+
+def _write_whole(path: Path, text: str) -> None:
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     begun, older = (f".nvfp4-prep-report-{secrets.token_hex(8)}" for _ in range(2))
     try:

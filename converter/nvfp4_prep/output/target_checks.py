@@ -59,10 +59,19 @@ def check_ours(path: Path) -> None:
 
 
 def check_names(path: Path, known: Collection[str]) -> None:
-    """Raise :class:`TargetError` if the directory holds a file outside its work folder that is not known."""
+    """Raise :class:`TargetError` if the directory holds anything outside its work folder that is not known.
+
+    A link, a FIFO, a socket or a device is never known: no command makes one. A folder is no finding by itself.
+    """
     for there in sorted(path.rglob("*")):
         name = there.relative_to(path).as_posix()
-        if there.is_file() and not name.startswith(WORK_FOLDER + "/") and name not in known:
+        if name.split("/")[0] == WORK_FOLDER:
+            continue
+        try:
+            mode = there.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISDIR(mode) and not (stat.S_ISREG(mode) and name in known):
             raise foreign_file(there)
 
 

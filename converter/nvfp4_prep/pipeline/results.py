@@ -8,16 +8,53 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
-from nvfp4_prep.prepared.manifest import GateUpRecord, LayerRecord
+from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest_values import SIDE
+from nvfp4_prep.prepared.stamp import quantization_configs
 from nvfp4_prep_kernels import PreparedTensor
 
-__all__ = ["gate_up_record", "layer_record", "make_index", "reconciled_sides"]
+__all__ = ["draft_manifest", "gate_up_record", "layer_record", "make_index", "reconciled_sides"]
+
+
+def draft_manifest(made: Plan, results: Mapping[str, JobResult]) -> Manifest:
+    """Return the manifest of a conversion, without the files that are made at its end.
+
+    Args:
+        made: the whole plan.
+        results: of all its files, by name.
+    """
+    kinds = {file.name: file.kind.value for file in made.files}
+    rescaled = any(plan.reconciled for plan in made.layers)
+    return Manifest(
+        tool_version=__version__,
+        options=made.options,
+        source=made.source_label,
+        revision=made.source_revision,
+        texts=made.index.texts,
+        quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
+        layers=tuple(layer_record(made, position, results) for position in range(len(made.layers))),
+        passed={finding.experts_path: finding.reason for finding in made.others},
+        files={
+            name: FileRecord(result.nbytes, result.sha256 or "", kinds.get(name, SIDE))
+            for name, result in sorted(results.items())
+        },
+        verified=(
+            {
+                "check": "inverse transform while converting",
+                "result": "every prepared byte turned back into the source's byte before it was written"
+                + (", rescaled block scales into the rescaled ones" if rescaled else ""),
+                "experts": sum(plan.dims.experts for plan in made.layers),
+                "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
+            },
+        ),
+    )
 
 
 def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from nvfp4_prep._util.progress import Progress
-from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.moe.scalars import expert_scale_vectors
@@ -21,12 +19,11 @@ from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
-from nvfp4_prep.pipeline.results import layer_record, reconciled_sides
+from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
-from nvfp4_prep.prepared.manifest import FileRecord, Manifest
-from nvfp4_prep.prepared.stamp import quantization_configs
+from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.smoke.gate import SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
@@ -134,31 +131,6 @@ class Execution:
         """
         self._source.check_unchanged()
         made = self._plan
-        rescaled = any(plan.reconciled for plan in made.layers)
-        draft = Manifest(
-            tool_version=__version__,
-            options=made.options,
-            source=made.source_label,
-            revision=made.source_revision,
-            texts=made.index.texts,
-            quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
-            layers=tuple(layer_record(made, position, self._results) for position in range(len(made.layers))),
-            passed={finding.experts_path: finding.reason for finding in made.others},
-            files={},
-            verified=(
-                {
-                    "check": "inverse transform while converting",
-                    "result": "every prepared byte turned back into the source's byte before it was written"
-                    + (", rescaled block scales into the rescaled ones" if rescaled else ""),
-                    "experts": sum(plan.dims.experts for plan in made.layers),
-                    "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
-                },
-            ),
-        )
-        files = {
-            name: FileRecord(result.nbytes, result.sha256 or "", self._kind(name))
-            for name, result in sorted(self._results.items())
-        }
         served = (record for file in made.files if file.served for record in file.records)
         reports: list[SmokeReport] = []
 
@@ -166,11 +138,8 @@ class Execution:
             if smoke is not None:
                 reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke))
 
-        manifest = write_made_files(self._target, replace(draft, files=files), served, accept)
+        manifest = write_made_files(self._target, draft_manifest(made, self._results), served, accept)
         return manifest, next(iter(reports), None)
-
-    def _kind(self, name: str) -> str:
-        return self._files[name].kind.value if name in self._files else "side"
 
 
 class _ShardUse:

@@ -15,6 +15,7 @@ from nvfp4_prep.checkpoint.filenames import (
     README,
     SOURCE_SCALES,
     FileKind,
+    restored_shards,
 )
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
@@ -263,7 +264,7 @@ def scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
 
 
 def _check_names(files: Sequence[OutputFile], side_files: Sequence[SourceFile]) -> None:
-    """Raise :class:`SourceError` where names of the source are those that the output needs."""
+    """Raise :class:`SourceError` where names of the source are those that the output needs, or restore after it."""
     found: dict[str, str] = {}
     for file in files:
         for record in file.records:
@@ -275,9 +276,13 @@ def _check_names(files: Sequence[OutputFile], side_files: Sequence[SourceFile]) 
                 )
             found[record.name] = file.name
     taken = {*(file.name for file in files), CONFIG, INDEX, README, MANIFEST}
+    layers = {file.layer_position for file in files if file.kind is FileKind.EXPERTS}
+    restored = restored_shards(len(layers) + sum(file.kind is FileKind.PASSTHROUGH for file in files))
     for side in side_files:
-        if side.name.split("/")[0] in taken:
-            raise SourceError("folder has the name of a file of the output", where=side.name, next_step="Rename it.")
+        folder = side.name.split("/")[0]
+        if folder in taken or folder in restored:
+            which = "the output" if folder in taken else "what restore would write"
+            raise SourceError(f"folder has the name of a file of {which}", where=side.name, next_step="Rename it.")
 
 
 def _file(

@@ -16,6 +16,8 @@ __all__ = ["ConfigEdit", "apply_edits", "edits_from_json", "edits_to_json", "fin
 
 _STAMPS = frozenset(("quantization_config", "compression_config"))
 """Keys that servers read the quantization from: the stamp's, wherever they stand."""
+_CODE = frozenset(("auto_map", "custom_pipelines"))
+"""Keys that name code to be loaded, from this repository or from any other, wherever they stand."""
 _MAX_EDITS = 10_000
 
 
@@ -41,11 +43,19 @@ class ConfigEdit:
     @property
     def touches_stamp(self) -> bool:
         """Whether it changes, adds or removes a quantization config."""
-        return bool(_STAMPS.intersection(self.path)) or _holds_stamp(self.value)
+        return bool(_STAMPS.intersection(self.path)) or _holds(_STAMPS, self.value)
+
+    @property
+    def loads_code(self) -> bool:
+        """Whether it adds or changes a key that names code; to remove one is harmless."""
+        return not self.removed and (bool(_CODE.intersection(self.path)) or _holds(_CODE, self.value))
 
 
-def _holds_stamp(value: object) -> bool:
-    return isinstance(value, Mapping) and any(key in _STAMPS or _holds_stamp(inner) for key, inner in value.items())
+def _holds(keys: frozenset[str], value: object) -> bool:
+    """Return whether a JSON value holds one of these keys, at any depth."""
+    if isinstance(value, list):
+        return any(_holds(keys, inner) for inner in value)
+    return isinstance(value, Mapping) and any(key in keys or _holds(keys, inner) for key, inner in value.items())
 
 
 def same_value(one: object, other: object) -> bool:

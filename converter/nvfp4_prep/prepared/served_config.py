@@ -14,8 +14,11 @@ from nvfp4_prep.prepared.config_edits import ConfigEdit, apply_edits, find_edits
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.stamp import changed_stamp, config_bytes, stamp_places, stamped
 
-__all__ = ["RESTAMP", "ServedConfig", "converted_config", "expected_config", "read_served_config"]
+__all__ = ["FOREIGN_CODE", "RESTAMP", "ServedConfig", "converted_config", "expected_config", "read_served_config"]
 
+FOREIGN_CODE = (
+    "It names code that the source does not: remove it, and do not serve with --trust-remote-code before that."
+)
 RESTAMP = "To keep the edits run nvfp4-prep restamp on the directory; else put the file back."
 
 
@@ -26,6 +29,7 @@ class ServedConfig:
     Attributes:
         stamp: changed keys of the stamp; empty if it is intact.
         edits: all edits beside the stamp, relative to what was converted.
+        code: those of the edits that name code to be loaded: never kept, recorded or not.
         unrecorded: places where the config is not what the manifest's edits make of it.
         nbytes, sha256: of the file.
         canonical: whether the file's bytes are those that this package writes for the manifest.
@@ -33,6 +37,7 @@ class ServedConfig:
 
     stamp: tuple[str, ...]
     edits: tuple[ConfigEdit, ...]
+    code: tuple[str, ...]
     unrecorded: tuple[str, ...]
     nbytes: int
     sha256: str
@@ -83,10 +88,13 @@ def read_served_config(checkpoint: PreparedCheckpoint) -> ServedConfig:
     beside = tuple(edit for edit in found if not any(_overlap(edit.path, place) for place in places))
     stamp += [edit.name for edit in beside if edit.touches_stamp]
     unrecorded = [edit.name for edit in find_edits(edited, actual) if not any(_overlap(edit.path, p) for p in places)]
+    edits = tuple(edit for edit in beside if not edit.touches_stamp)
+    code = tuple(edit.name for edit in edits if edit.loads_code)
     return ServedConfig(
         stamp=tuple(stamp),
-        edits=tuple(edit for edit in beside if not edit.touches_stamp),
-        unrecorded=tuple(name for name in unrecorded if name not in stamp),
+        edits=edits,
+        code=code,
+        unrecorded=tuple(name for name in unrecorded if name not in stamp and name not in code),
         nbytes=len(raw),
         sha256=hashlib.sha256(raw).hexdigest(),
         canonical=raw == config_bytes(edited),

@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.filenames import (
     README,
     SOURCE_SCALES,
     FileKind,
-    restored_shard,
+    restored_shards,
 )
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
 from nvfp4_prep.moe.scalars import known_format
@@ -23,7 +23,7 @@ from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE, SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
-from nvfp4_prep.prepared.served_config import RESTAMP, expected_config, read_served_config
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, expected_config, read_served_config
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["check_structure", "expected_config", "require_sound"]
@@ -106,7 +106,7 @@ def _check_restorable(checkpoint: PreparedCheckpoint, problems: Problems) -> Non
     """Find copied files whose names restore needs for its own: no conversion writes such a checkpoint."""
     manifest = checkpoint.manifest
     count = len(manifest.layers) + sum(file.kind == FileKind.PASSTHROUGH for file in manifest.files.values())
-    taken = {restored_shard(number, count) for number in range(1, count + 1)} | {*manifest.texts, INDEX}
+    taken = restored_shards(count) | {*manifest.texts, INDEX}
     for name, file in manifest.files.items():
         if file.kind == SIDE and (name in taken or name.split("/")[0] in taken):
             problems.add(name, "has the name of a file that restore writes: the manifest is forged or damaged")
@@ -172,9 +172,11 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     recorded = checkpoint.manifest.files.get(CONFIG)
     if found.stamp:
         problems.add(CONFIG, f"its stamp was edited: {', '.join(found.stamp)}")
+    if found.code:
+        problems.add(CONFIG, f"was edited to load code: {', '.join(found.code)}", next_step=FOREIGN_CODE)
     if found.unrecorded:
         problems.add(CONFIG, f"was edited: {', '.join(found.unrecorded)}", next_step=RESTAMP)
-    if found.stamp or found.unrecorded or recorded is None:
+    if found.stamp or found.code or found.unrecorded or recorded is None:
         return
     if (recorded.nbytes, recorded.sha256) == (found.nbytes, found.sha256):
         return

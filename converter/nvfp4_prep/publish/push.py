@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README, quoted
 from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError, UsageError, VerificationError
 from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
@@ -119,7 +119,7 @@ def push(
         UsageError: if an argument is not what it must be.
         CheckpointError, VerificationError: if ``verify`` finds anything wrong, or uploaded bytes are not those of the
             manifest.
-        TargetError: if the repository holds another model.
+        TargetError: if the repository holds another model, or files that belong to no push of this tool.
         HubError: if the token may not do this, or the Hub stays away.
     """
     from nvfp4_prep.commands.verify import verify
@@ -188,7 +188,12 @@ class _Publication:
                 self._remote.commit(summary(batch), add=batch, delete=withdrawal(batch, old - self._all.keys()))
                 self._progress.advance(sum(file.nbytes for file in batch.values()), next(iter(batch)))
             # The comparison is made on the very state that the stamp is committed onto.
-            after = self._remote.commit("stamp", add=self._stamp, check=lambda state: self._compare(state, self._files))
+            after = self._remote.commit(
+                "stamp",
+                add=self._stamp,
+                delete=lambda state: sorted(old - self._all.keys()) if MANIFEST in state.files else [],
+                check=lambda state: self._check(state, old),
+            )
             self._compare(after, self._all)
             self._progress.advance(sum(self._all[name].nbytes for name in missing if name in self._stamp), CONFIG)
         finally:
@@ -238,6 +243,11 @@ class _Publication:
         if batch:
             yield batch
 
+    def _check(self, state: Snapshot, old: frozenset[str]) -> None:
+        """Raise unless what the stamp would be committed onto is this checkpoint, and nothing else is beside it."""
+        self._compare(state, self._files)
+        _refuse_strange(self._remote, state, self._all.keys() | old)
+
     def _compare(self, state: Snapshot, files: Mapping[str, LocalFile]) -> None:
         for name, file in files.items():
             difference = file.difference(state.files.get(name))
@@ -269,22 +279,39 @@ def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str,
         the older checkpoint's files, by its manifest; empty if there is none.
 
     Raises:
-        TargetError: if it holds another model's weights or config.
+        TargetError: if it holds another model's weights or config, or other files that ``verify`` would call foreign.
     """
     old: frozenset[str] = frozenset()
     if MANIFEST in state.files:
         reader = Downloader(remote.api, state, remote.patience, threading.Event())
         old = frozenset(Manifest.from_bytes(reader.read_whole(state.files[MANIFEST]), MANIFEST).files)
-    strange = [name for name in state.files if name.endswith(WEIGHT_SUFFIXES) and name not in ours and name not in old]
+    _refuse_strange(remote, state, ours.keys() | old)
+    return old
+
+
+def _refuse_strange(remote: RemoteRepository, state: Snapshot, known: Collection[str]) -> None:
+    """Raise :class:`TargetError` if a branch has what ``verify`` would call foreign: servers may load it."""
+    where = f"{state.repo_id}@{remote.revision}"
+    strange = [name for name in state.visible if name not in known and name != MANIFEST]
+    model = [name for name in strange if name.endswith(WEIGHT_SUFFIXES)]
     if CONFIG in state.files and MANIFEST not in state.files:
-        strange.append(CONFIG)
-    if strange:
+        model.append(CONFIG)
+    if model:
         raise TargetError(
-            f"holds another model ({strange[0]}{f' and {len(strange) - 1} more' if len(strange) > 1 else ''})",
-            where=f"{state.repo_id}@{remote.revision}",
+            f"holds another model ({_some(model)})",
+            where=where,
             next_step="Push to a new repository, or to a new branch of an empty one.",
         )
-    return old
+    if strange:
+        raise TargetError(
+            f"holds files that do not belong to this checkpoint ({_some(strange)}): whoever serves it may load them",
+            where=where,
+            next_step="Delete them there, or push to a new repository. Nothing was published.",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return quoted(names[0]) + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def summary(batch: Mapping[str, LocalFile]) -> str:

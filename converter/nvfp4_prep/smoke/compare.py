@@ -19,19 +19,22 @@ def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> E
     known = torch.where(out.isfinite() & defined, out, 0.0)
     # products below the smallest normal float32 are rounded or flushed as each backend likes
     tolerance = torch.where(defined, tolerance, 0.0) + torch.finfo(torch.float32).tiny
+    # a tolerance that overflowed on the way is no bound, and the figures say so
+    tolerance = torch.where(tolerance.isnan(), math.inf, tolerance)
     error = (known - want).abs()
     worst = torch.where(finite, in_tolerances(error, tolerance), math.inf)
     at = int(worst.argmax())
-    size = want.norm().clamp(min=1e-30)
-    rms = want.square().mean().sqrt()
+    # squares of float32 values overflow and underflow in float32
+    size, off, bound = (float(values.double().norm()) for values in (want, error, tolerance))
+    rms = size / math.sqrt(max(1, want.numel()))
     return ErrorFigures(
         cosine=_cosine(known, want),
-        relative=float(error.norm() / size),
-        relative_limit=float(tolerance.norm() / size),
+        relative=off / max(size, 1e-30),
+        relative_limit=bound / max(size, 1e-30),
         worst=float(worst.flatten()[at]),
-        worst_of_rms=float(error.flatten()[at] / rms.clamp(min=1e-30)),
+        worst_of_rms=float(error.flatten()[at]) / max(rms, 1e-30),
         unwritten=int((~finite).sum()),
-        reference_rms=float(rms),
+        reference_rms=rms,
         undefined=int((~defined).sum()),
     )
 
@@ -45,4 +48,8 @@ def _cosine(outputs: torch.Tensor, reference: torch.Tensor) -> float:
     """At most 1, which float32 rounding may pass, or NaN; 1 where both are exactly zero (experts with scales of 0)."""
     if not bool(outputs.any()) and not bool(reference.any()):
         return 1.0
-    return float(torch.nn.functional.cosine_similarity(outputs.flatten(), reference.flatten(), dim=0).clamp(max=1.0))
+    return float(
+        torch.nn.functional.cosine_similarity(outputs.double().flatten(), reference.double().flatten(), dim=0).clamp(
+            max=1.0
+        )
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.text import count
 from nvfp4_prep.output.report_file import REPORT_MARKER, write_report
 from nvfp4_prep.smoke.chart import error_chart
-from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep.smoke.report import SmokeReport
 
 __all__ = ["make_page", "write_page"]
 
@@ -49,7 +49,7 @@ def make_page(report: SmokeReport) -> str:
         coverage=_coverage(report),
         facts=_facts(report),
         problems=[(layer.name, problem) for layer in report.layers for problem in layer.problems],
-        inconclusive=_inconclusive(report.layers),
+        notes=[(layer.name, note) for layer in report.layers for note in layer.notes],
         chart=error_chart(report.layers),
         worst=figures[:_WORST_EXPERTS],
         worst_count=_WORST_EXPERTS,
@@ -61,10 +61,6 @@ def _shown(value: object) -> object:
     return printable(value) if type(value) is str else value
 
 
-def _inconclusive(layers: Sequence[LayerReport]) -> list[tuple[str, int, str]]:
-    return [(layer.name, expert, reason) for layer in layers for expert, reason in layer.inconclusive.items()]
-
-
 def _coverage(report: SmokeReport) -> str:
     bad = sum(not layer.passed for layer in report.layers)
     text = f"{len(report.layers)} of {report.layers_total} MoE layers were run"
@@ -74,9 +70,9 @@ def _coverage(report: SmokeReport) -> str:
     if sampled:
         text += f"; in {len(sampled)} of them a sample of the experts only ({sampled[0].experts} of"
         text += f" {sampled[0].experts_total})"
-    nothing = len(_inconclusive(report.layers))
-    if nothing:
-        text += f"; for {count(nothing, 'expert')} there was nothing to compare"
+    unjudged = sum(len(layer.inconclusive) for layer in report.layers)
+    if unjudged:
+        text += f"; {count(unjudged, 'expert')} could not be judged"
     return f"{text}."
 
 

@@ -60,13 +60,28 @@ class ErrorFigures:
     @property
     def meaningful(self) -> bool:
         """Whether the reference is away from zero and the tolerance is small against it."""
-        return not self.degenerate and self.relative_limit <= RELATIVE_LIMIT
+        return self.inconclusive == ""
+
+    @property
+    def inconclusive(self) -> str:
+        """Why a right output proves little here; empty if it proves something."""
+        if self.undefined:
+            return "reference is not finite"
+        if self.degenerate:
+            return "reference is zero"
+        if not self.relative_limit <= RELATIVE_LIMIT:
+            return (
+                f"values are out of range, so that rounding may change them by {self.relative_limit:.3g} of their size"
+            )
+        return ""
 
 
 RELATIVE_LIMIT = 0.1
 """Above this the intermediate is so often between two codes that a comparison would prove little."""
 NEARLY_ZERO = 1e-25
 """Outputs below this are nothing beside others of bfloat16 activations, and float32 products underflow on the way."""
+_NOTED_EXPERTS = 8
+"""Experts of a layer that are named one by one where they could not be judged."""
 
 
 @dataclass(frozen=True)
@@ -108,28 +123,26 @@ class ExpertFigures:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong, in words that begin with the figure that says so."""
-        found = [] if self._right(self.errors) else [f"outputs: {_say(self.errors)}"]
+        found = [] if self.errors.right else [f"outputs: {_say(self.errors)}"]
         if self.stages is not None:
-            if not self._right(self.stages.first):
+            if not self.stages.first.right:
                 found.append(f"first GEMM: {_say(self.stages.first)}")
             if self.stages.misrounded:
                 found.append(f"quantization: {self.stages.misrounded} intermediate values wrong")
-            if not self._right(self.stages.second):
+            if not self.stages.second.right:
                 found.append(f"second GEMM: {_say(self.stages.second)}")
         return tuple(found)
 
-    def _right(self, figures: ErrorFigures) -> bool:
-        return figures.passed or (self.inconclusive != "" and figures.right)
-
     @property
     def inconclusive(self) -> str:
-        """Why there was nothing to compare, or not everywhere; empty for an expert that computes something."""
-        seen = [self.errors] if self.stages is None else [self.errors, self.stages.first]
-        if any(figures.undefined for figures in seen):
-            return "reference is not finite"
-        if self.zero or any(figures.degenerate for figures in seen):
+        """Why what is right proves little: nothing to compare, or not everywhere, or all is within a wide tolerance.
+
+        It follows from the reference alone, so it never says anything about the bytes.
+        """
+        seen = [self.errors] if self.stages is None else [self.errors, self.stages.first, self.stages.second]
+        if self.zero:
             return "reference is zero"
-        return ""
+        return next(filter(None, (figures.inconclusive for figures in seen)), "")
 
     @property
     def worst(self) -> float:
@@ -214,8 +227,6 @@ class LayerReport:
             found.append(f"padding: {self.dirty_padding} padding bytes are not zero")
         if self.padded_outputs_not_zero:
             found.append(f"padding: {self.padded_outputs_not_zero} padded outputs are not zero")
-        if not self.noise.worst <= 1.0:
-            found.append(f"noise: the reference alone leaves its tolerance, {self.noise.worst:.3g} times")
         for figure in ("outputs", "first GEMM", "quantization", "second GEMM"):
             bad = [expert for expert in self.figures if any(text.startswith(figure) for text in expert.problems)]
             if bad:
@@ -223,18 +234,36 @@ class LayerReport:
                 text = next(text for text in worst.problems if text.startswith(figure))
                 count = f"{len(bad)} of {len(self.figures)} experts wrong"
                 found.append(f"{figure}: {count}, expert {worst.expert}{text[len(figure) :]}")
-        dead = bool(self.inconclusive)
-        found += [
-            f"routing: {case.name}: {_say(case.errors)}"
-            for case in self.cases
-            if not (case.errors.right if dead else case.errors.passed)
-        ]
+        found += [f"routing: {case.name}: {_say(case.errors)}" for case in self.cases if not case.errors.right]
         return tuple(found)
 
     @property
     def inconclusive(self) -> dict[int, str]:
-        """Experts of which there was nothing to compare, or not everywhere, with the reason."""
+        """Experts that could not be judged, or not everywhere, with the reason."""
         return {figure.expert: figure.inconclusive for figure in self.figures if figure.inconclusive}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Everything that could not be judged, in words: a fact about what was given, not about the bytes."""
+        experts = list(self.inconclusive.items())
+        found = [f"expert {expert}: {reason}" for expert, reason in experts[:_NOTED_EXPERTS]]
+        if experts[_NOTED_EXPERTS:]:
+            found.append(f"{len(experts) - _NOTED_EXPERTS} more experts: the same or alike")
+        if not experts:  # or they are the reason
+            reasons = ((case.name, case.errors.inconclusive) for case in self.cases)
+            found += [f"routing: {name}: {reason}" for name, reason in reasons if reason]
+        if self._noisy:
+            found.append(f"sums in another order leave the tolerance of the reference, {self.noise.worst:.3g} times")
+        return tuple(found)
+
+    @property
+    def compared(self) -> bool:
+        """Whether the outputs of at least one expert were judged."""
+        return not self._noisy and len(self.inconclusive) < len(self.figures)
+
+    @property
+    def _noisy(self) -> bool:
+        return not self.noise.worst <= 1.0
 
     @property
     def passed(self) -> bool:
@@ -297,11 +326,10 @@ class SmokeReport:
 
     @property
     def result(self) -> str:
-        """``failed``; ``inconclusive`` if no expert gave anything to compare; else ``passed``."""
+        """``failed`` if anything is wrong; ``inconclusive`` if no expert could be judged; else ``passed``."""
         if not self.passed:
             return "failed"
-        compared = any(len(layer.inconclusive) < len(layer.figures) for layer in self.layers)
-        return "passed" if compared else "inconclusive"
+        return "passed" if any(layer.compared for layer in self.layers) else "inconclusive"
 
     def summary(self) -> dict[str, Any]:
         """Return the short form for a manifest: what ran and the worst figures."""
@@ -347,8 +375,6 @@ def _order(value: float) -> float:
 def _say(errors: ErrorFigures) -> str:
     if errors.unwritten:
         return f"{errors.unwritten} output elements not written or not finite"
-    if errors.right and not errors.meaningful:
-        return f"inconclusive: reference rms {errors.reference_rms:.3g}, tolerance {errors.relative_limit:.3g} of it"
     return (
         f"worst element {errors.worst:.3g} times its tolerance, relative error {errors.relative:.3g},"
         f" cosine {errors.cosine:.6f}"

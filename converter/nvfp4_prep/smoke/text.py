@@ -14,9 +14,7 @@ def smoke_text(report: SmokeReport) -> str:
     lines = [f"WRONG {layer.name}: {problem}" for layer in report.layers for problem in layer.problems]
     origin = "SOURCE" if report.reference == "source" else "checkpoint"
     lines += [
-        f"note {layer.name}: expert {expert}: {reason} in the {origin}: nothing to compare"
-        for layer in report.layers
-        for expert, reason in layer.inconclusive.items()
+        f"note {layer.name}: {note} (in the {origin}): not judged" for layer in report.layers for note in layer.notes
     ]
     backend = report.backend
     if backend.real_kernel:
@@ -41,12 +39,17 @@ def smoke_text(report: SmokeReport) -> str:
             else ""
         )
     )
+    if report.result == "inconclusive":
+        lines.append(
+            "nothing is wrong, but no expert could be judged by its outputs; the cause is the values in the"
+            f" {origin}. Every byte is compared by nvfp4-prep verify --source"
+        )
     return join_lines(lines)
 
 
 def layer_line(layer: LayerReport, number: int, total: int) -> str:
     """Progress: one line a layer."""
-    state = "ok" if layer.passed else "WRONG"
+    state = "WRONG" if not layer.passed else "ok" if layer.compared else "inconclusive"
     return (
         f"smoke run {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, worst element"
         f" {layer.worst_expert.worst:.4g} of its tolerance, {layer.seconds:.1f} s"

@@ -70,6 +70,7 @@ class Inspection:
         layers: MoE layers.
         tensors, shards, nbytes: of the whole checkpoint.
         left_out: files that are no part of the model.
+        left_out_reasons: why each of them is not, by name.
         warnings: what is wrong with the checkpoint and does not keep it from being converted.
         refusal: what convert would say instead of converting; empty if it would convert.
         prepared_as: layout and provenance of a prepared checkpoint.
@@ -88,6 +89,7 @@ class Inspection:
     warnings: tuple[str, ...] = ()
     refusal: str = ""
     prepared_as: dict[str, Any] = field(default_factory=dict)
+    left_out_reasons: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -140,9 +142,10 @@ def _inspect_source(source: Source, path: str) -> Inspection:
         prepared=False,
         quantization=_short(next(iter(configs.values()), {})),
         layers=(*others, *layers),
-        left_out=index.left_out,
+        left_out=tuple(index.left_out),
         warnings=index.warnings,
         refusal=refusal,
+        left_out_reasons=dict(index.left_out),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,6 +115,11 @@ class Plan:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The source's files that are no part of the model: see ``CheckpointIndex``."""
+        return tuple(self.index.left_out)
+
+    @property
+    def left_out_reasons(self) -> Mapping[str, str]:
+        """Why each of them is left out, by name."""
         return self.index.left_out
 
     @property

@@ -143,7 +143,7 @@ def _inspect_source(source: Source, path: str) -> Inspection:
         quantization=_short(next(iter(configs.values()), {})),
         layers=(*others, *layers),
         left_out=tuple(index.left_out),
-        warnings=index.warnings,
+        warnings=(*index.warnings, *found.warnings),
         refusal=refusal,
         left_out_reasons=dict(index.left_out),
     )

@@ -94,6 +94,7 @@ class Plan:
         others: MoE layers that pass through, with reasons.
         files: in the order of writing.
         side_files: copied unchanged.
+        warnings: what is wrong with the source and does not keep it from being converted.
     """
 
     source_label: str
@@ -105,6 +106,7 @@ class Plan:
     others: tuple[LayerFinding, ...]
     files: tuple[OutputFile, ...]
     side_files: tuple[SourceFile, ...]
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -121,11 +123,6 @@ class Plan:
     def left_out_reasons(self) -> Mapping[str, str]:
         """Why each of them is left out, by name."""
         return self.index.left_out
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the source and does not keep it from being converted."""
-        return self.index.warnings
 
     @property
     def output_nbytes(self) -> int:

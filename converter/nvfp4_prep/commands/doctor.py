@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
@@ -214,7 +215,8 @@ def measure_disk(directory: Path) -> DiskSpeed:
                 locks=_has_locks(file.fileno()),
             )
     except OSError as error:
-        raise UsageError(f"cannot be measured ({error.strerror})", where=str(directory), next_step=another) from error
+        refused = UsageError(f"cannot be measured ({error.strerror})", where=str(directory), next_step=another)
+        raise open_files_error(error, str(directory)) or refused from error
 
 
 def _read_rate(path: str) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
@@ -131,6 +131,8 @@ def _inspect_source(source: Source, path: str) -> Inspection:
     refusal = ""
     try:
         layers = tuple(_planned(plan) for plan in make_plan(source, surveyed=surveyed).layers)
+    except OpenFilesError:
+        raise
     except NvfpPrepError as error:  # convert would say this, with its default options
         refusal = str(error)
         layers = tuple(_preparable(source, layer, found.activations[layer.experts_path]) for layer in found.layers)

@@ -15,6 +15,7 @@ __all__ = [
     "LoadError",
     "NoSpaceError",
     "NvfpPrepError",
+    "OpenFilesError",
     "PartsMissingError",
     "ResumeConflictError",
     "ServingError",
@@ -148,6 +149,16 @@ class LoadError(NvfpPrepError):
 
     exit_code = 12
     meaning = "loading failed"
+
+
+class OpenFilesError(LoadError):
+    """This process, or the system, may open no more files, which says nothing about any file.
+
+    Whoever loads tensors catches it as :class:`LoadError`; a command ends as with all that the system refuses.
+    """
+
+    exit_code = NvfpPrepError.exit_code
+    meaning = NvfpPrepError.meaning
 
 
 class ServingError(NvfpPrepError):

@@ -52,7 +52,7 @@ def test_other_files_are_sorted_by_what_becomes_of_them(tmp_path: Path) -> None:
     (tmp_path / ".gitattributes").write_text("")
     found = index(tmp_path)
     assert [file.name for file in found.side_files] == ["code/modeling.py", "tokenizer.json"]
-    assert found.left_out == ("extra.safetensors", "pytorch_model.bin")
+    assert found.left_out == {"extra.safetensors": "not in the index", "pytorch_model.bin": "not safetensors"}
     assert found.hf_quant_config == {}
     assert set(found.texts) == {"config.json", "hf_quant_config.json", "README.md", "model.safetensors.index.json"}
 
@@ -175,7 +175,53 @@ def test_without_an_index_every_shard_at_the_top_is_read(tmp_path: Path) -> None
     save_file({"layers.0.x": torch.ones(4)}, tmp_path / "consolidated.safetensors")
     found = index(tmp_path)
     assert found.tensors.keys() == {*TinyLayer().tensors(), "mtp.fc.weight"}
-    assert found.left_out == ("consolidated.safetensors",)
+    assert found.left_out == {"consolidated.safetensors": "a second copy of the weights, in Mistral's form"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("consolidated_extra.safetensors", "layers.0.x"),
+        ("consolidated-mtp.safetensors", "mtp.fc.weight"),
+        ("consolidated.safetensors", "mtp.fc.weight"),
+        ("Consolidated.safetensors", "layers.0.x"),
+    ],
+)
+def test_what_is_no_second_copy_is_read_without_an_index(tmp_path: Path, name: str, tensor: str) -> None:
+    write(tmp_path, TinyLayer().tensors())
+    save_file({tensor: torch.ones(4)}, tmp_path / name)
+    found = index(tmp_path)
+    assert found.tensors.keys() == {*TinyLayer().tensors(), tensor}
+    assert not found.left_out
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_second_copy_in_several_files_is_left_out_whole(tmp_path: Path, renamed: bool) -> None:
+    """One of its files may hold nothing that tells; and copies under the same names are copies too."""
+    tensors = TinyLayer().tensors()
+    write(tmp_path, tensors)
+    names = ["norm.weight", "layers.0.x"] if renamed else list(tensors)[:2]
+    for number, name in enumerate(names, 1):
+        save_file({name: torch.ones(4)}, tmp_path / f"consolidated-0000{number}-of-00002.safetensors")
+    found = index(tmp_path)
+    assert found.tensors.keys() == tensors.keys()
+    assert len(found.left_out) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pytorch_model.bin.index.json", "an index that servers do not read"),
+        ("consolidated.safetensors", "not in the index"),
+        ("extra/x.safetensors", "in a subfolder, where servers do not look for weights"),
+        ("x.gguf", "not safetensors"),
+    ],
+)
+def test_the_reason_why_a_file_is_left_out(tmp_path: Path, name: str, reason: str) -> None:
+    write(tmp_path, TinyLayer().tensors(), shards=2)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    assert index(tmp_path).left_out[name].startswith(reason)
 
 
 def test_two_exports_without_an_index(tmp_path: Path) -> None:
@@ -195,7 +241,8 @@ def test_a_checkpoint_in_a_subfolder_is_left_out_whole(tmp_path: Path, weights: 
         (tmp_path / name).write_text("{}")
     found = index(tmp_path)
     assert [file.name for file in found.side_files] == ["assets/a.png", "templates/chat.jinja"]
-    assert found.left_out == tuple(sorted([weights, "draft/config.json", "draft/tokenizer.json"]))
+    inside = [weights, "draft/config.json", "draft/tokenizer.json"]
+    assert found.left_out == dict.fromkeys(inside, "not of this model")
 
 
 _POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4999802720\n"
@@ -322,7 +369,7 @@ def test_fuzz_weight_map(tmp_path_factory: pytest.TempPathFactory, weight_map: d
         (["model-00000-of-00002", "model-00001-of-00002"], None),
         (["model-00001-of-00003", "model-00003-of-00003"], "1 of 3 shards are missing: number 2"),
         (["model-00001-of-00009", "model"], "8 of 9 shards are missing: number 2, 3, 4, 5, 6 …"),
-        (["model", "consolidated-00001-of-00002"], None),
+        (["model", "consolidated-00001-of-00002"], "1 of 2 shards are missing: number 2"),
     ],
 )
 def test_missing_shard_without_an_index(tmp_path: Path, names: list[str], missing: str | None) -> None:

@@ -66,14 +66,15 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
         (source / name).write_text("{}")
     left_out = ["draft/config.json", "draft/model.safetensors", "pytorch_model.bin"]
     assert list(plan(source).left_out) == list(inspect(source).left_out) == left_out
-    lines = ["draft/config.json, draft/model.safetensors (not of this model)", "pytorch_model.bin (not in the index"]
+    lines = ["draft/config.json, draft/model.safetensors (not of this model)", "pytorch_model.bin (not safetensors)"]
     for shown in (run("convert", source, tmp_path / "out", "--dry-run"), converted(source, tmp_path / "out")):
         for line in lines:
             assert f"left out {line}" in shown.stdout
     assert not (tmp_path / "out" / "draft").exists()
     assert (tmp_path / "out" / "chat_template.jinja").exists()
     as_json = run("convert", source, tmp_path / "json", "--no-smoke", "--json")
-    assert json.loads(as_json.stdout)["left_out"] == left_out
+    value = json.loads(as_json.stdout)
+    assert value["left_out"] == list(value["left_out_reasons"]) == left_out
     assert verify(tmp_path / "out", source=source).ok
 
 

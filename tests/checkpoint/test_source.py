@@ -14,7 +14,7 @@ import pytest
 from nvfp4_prep import convert
 from nvfp4_prep.checkpoint.local_files import MAX_FOLDER_DEPTH
 from nvfp4_prep.checkpoint.source import LocalSource
-from nvfp4_prep.errors import ResumeConflictError, SourceError
+from nvfp4_prep.errors import OpenFilesError, ResumeConflictError, SourceError
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.planning.builder import make_plan
 from support.tiny_checkpoints import TinyLayer, write
@@ -371,12 +371,13 @@ def test_no_descriptor_left_is_called_so(folder: Path, few_descriptors: int) -> 
             taken.append(os.open("/dev/null", os.O_RDONLY))
     except OSError:
         message = rf"^{folder}/config\.json: .*limit of {few_descriptors} open files.*ulimit -n"
-        with pytest.raises(SourceError, match=message) as caught:
+        with pytest.raises(OpenFilesError, match=message) as caught:
             source.peek("config.json", 0, 1)
     finally:
         for descriptor in taken:
             os.close(descriptor)
     assert "permissions" not in str(caught.value)
+    assert caught.value.where == str(folder / "config.json")
     assert source.peek("config.json", 0, 1) == b"{"
     source.close()
 

@@ -451,3 +451,68 @@ def test_result_of_a_conversion_says_what_was_turned_back_into_what(sample_prepa
     assert agreeing.verified[0]["result"].endswith("turned back into the source's byte before it was written")
     rescaled = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
     assert rescaled["verified"][0]["result"].endswith("rescaled block scales into the rescaled ones")
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+_LISTED = (
+    "tokenizer.json",
+    "sub/x.txt",
+    "README.md",
+    "model.safetensors.index.json",
+    LAYER,
+    "expert-scales.safetensors",
+    "source-scales.safetensors",
+    "source-block-scales-layer-00001.safetensors",
+)
+
+
+@pytest.fixture(scope="session")
+def with_side_files(sample_source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source with files beside its weights, one in a folder, and its conversion."""
+    folder = tmp_path_factory.mktemp("sides")
+    source = Path(shutil.copytree(sample_source, folder / "source"))
+    (source / "tokenizer.json").write_text("{}")
+    (source / "sub").mkdir()
+    (source / "sub" / "x.txt").write_text("text")
+    return source, convert(source, folder / "prepared").path
+
+
+@pytest.mark.parametrize("damage", [_remove, _shorten, _lengthen, _empty, _replace_by_folder])
+@pytest.mark.parametrize("name", _LISTED)
+def test_a_damaged_file_is_a_verdict_at_every_depth(
+    with_side_files: tuple[Path, Path], tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    source, prepared = with_side_files
+    folder = Path(shutil.copytree(prepared, tmp_path / "prepared"))
+    damage(folder / name)
+    for options in ({}, {"quick": True}, {"source": source}, {"source": source, "quick": True}):
+        assert name in [problem.where for problem in verify(folder, **options).problems], options  # type: ignore[arg-type]
+
+
+def test_a_file_that_the_source_gained_is_missing_in_the_checkpoint(
+    with_side_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(with_side_files[0], tmp_path / "source"))
+    (source / "added.txt").write_text("hi")
+    problem = verify(with_side_files[1], source=source, quick=True).problems[0]
+    assert str(problem) == "added.txt: is in the source, but not in the prepared checkpoint"

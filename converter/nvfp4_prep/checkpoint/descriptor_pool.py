@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import threading
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from nvfp4_prep.errors import SourceError
+from nvfp4_prep._util.system import open_files_error
 
 __all__ = ["DescriptorPool"]
 
 _MOST = 256
 _FEWEST = 4
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass
@@ -54,7 +52,8 @@ class DescriptorPool:
         """Lend a descriptor.
 
         Raises:
-            SourceError: if no descriptor is left, or as ``open_file``.
+            OpenFilesError: if no descriptor is left, even after all idle ones were closed.
+            SourceError: as ``open_file``.
         """
         with self._lock:
             entry = self._open.get(name)
@@ -75,20 +74,13 @@ class DescriptorPool:
         try:
             return self._open_file(name)
         except OSError as error:
-            if error.errno not in _OUT_OF_DESCRIPTORS:
+            if open_files_error(error) is None:
                 raise
         self._close_idle(0)
         try:
             return self._open_file(name)
         except OSError as error:
-            if error.errno not in _OUT_OF_DESCRIPTORS:
-                raise
-            raise SourceError(
-                f"cannot be opened ({error.strerror})",
-                where=self._place(name),
-                actual=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open files for this process",
-                next_step="Raise it (`ulimit -n 1024`) or close other programs; the same command continues.",
-            ) from error
+            raise open_files_error(error, self._place(name)) or error from error
 
     def _close_idle(self, keep: int) -> None:
         """Close descriptors that nobody uses, the longest unused first, until ``keep`` are left; with the lock held."""

@@ -8,13 +8,15 @@ from typing import Any
 
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.contents import recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
 from nvfp4_prep.checkpoint.index_files import (
+    SECOND_COPY,
     WEIGHT_SUFFIXES,
     check_weight_map,
-    other_format,
-    shards_without_index,
     split_files,
+    top_shards,
+    without_second_copy,
 )
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
@@ -53,8 +55,8 @@ class CheckpointIndex:
         hf_quant_config: ``hf_quant_config.json`` where it exists.
         texts: the bytes of the small files that a prepared checkpoint replaces, by name.
         side_files: everything that is copied unchanged (tokenizer, code, licence).
-        left_out: files that are no part of the model, so that serving ignores them: weights that the index does not
-            mention or that are not safetensors, and all files of another checkpoint in a subfolder.
+        left_out: files that are no part of the model, so that serving ignores them, and why: weights that the index
+            does not mention or that are not safetensors, and all files of another checkpoint in a subfolder.
         warnings: what is wrong with the checkpoint and does not keep it from being served or converted.
     """
 
@@ -64,7 +66,7 @@ class CheckpointIndex:
     hf_quant_config: Mapping[str, Any] | None
     texts: Mapping[str, bytes]
     side_files: tuple[SourceFile, ...]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
 
@@ -76,12 +78,9 @@ def read_index(source: Source) -> CheckpointIndex:
     """
     files = {file.name: file for file in source.files()}
     if CONFIG not in files:
-        what, next_step = other_format(files)
-        raise SourceError(
-            f"has no {CONFIG}{what}",
-            where=place_of(source),
-            next_step=next_step or "Give the directory of a Hugging Face checkpoint.",
-        )
+        _check_pointers(source, files.values())
+        found = recognise(files, "Give the directory of a Hugging Face checkpoint.")
+        raise SourceError(f"has no {CONFIG}{found.what}", where=place_of(source), next_step=found.next_step)
     texts = {name: _read_small(source, files[name]) for name in TEXT_MAX_NBYTES if name in files}
     # A prepared checkpoint's config holds the source's one level deeper.
     max_depth = MAX_DEPTH if MANIFEST in files else SOURCE_MAX_DEPTH
@@ -94,6 +93,9 @@ def read_index(source: Source) -> CheckpointIndex:
     side, left_out = split_files(files, shards)
     _check_pointers(source, [*(files[name] for name in shards), *side])
     headers = {name: source.header(name) for name in shards}
+    if weight_map is None:
+        headers = without_second_copy(place_of(source), headers)
+        left_out |= {name: SECOND_COPY for name in shards if name not in headers}
     tensors, warnings = _merge(source, headers, weight_map)
     return CheckpointIndex(
         headers=headers,
@@ -102,7 +104,7 @@ def read_index(source: Source) -> CheckpointIndex:
         hf_quant_config=parsed.get(HF_QUANT_CONFIG),
         texts=texts,
         side_files=side,
-        left_out=left_out,
+        left_out=dict(sorted(left_out.items())),
         warnings=warnings,
     )
 
@@ -155,7 +157,7 @@ def _shards(
     source: Source, files: Mapping[str, SourceFile], index: Mapping[str, Any] | None
 ) -> tuple[list[str], Mapping[str, str] | None]:
     if index is None:
-        return shards_without_index(place_of(source), files), None
+        return top_shards(place_of(source), files), None
     weight_map = check_weight_map(place_of(source, INDEX), index.get("weight_map"), files)
     return sorted(set(weight_map.values())), weight_map
 

@@ -6,61 +6,69 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.errors import SourceError
 
-__all__ = ["WEIGHT_SUFFIXES", "check_weight_map", "other_format", "shards_without_index", "split_files"]
+__all__ = ["SECOND_COPY", "WEIGHT_SUFFIXES", "check_weight_map", "split_files", "top_shards", "without_second_copy"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 """Files of weights, in whatever format, end so."""
 _INDEX_SUFFIXES = tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
 _NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
-_OWN_CONFIGS = (CONFIG, "params.json", "model_index.json", "adapter_config.json")
+_OWN_CONFIGS = (CONFIG, "params.json", "model_index.json", ADAPTER_CONFIG)
 """A folder that holds one of these beside weights is a checkpoint of its own."""
-_SECOND_COPY = "consolidated"
-"""Mistral's repositories hold the weights once more under other names, in files whose names begin so."""
-_OTHER_FORMATS = {
-    ".gguf": ("GGUF", "A GGUF repository cannot be prepared: give the NVFP4 checkpoint in safetensors files."),
-    ".bin": ("PyTorch .bin", "Only safetensors can be prepared: give a checkpoint that was published as such."),
-    ".pth": ("PyTorch .pth", "Only safetensors can be prepared: give a checkpoint that was published as such."),
-    ".pt": ("PyTorch .pt", "Only safetensors can be prepared: give a checkpoint that was published as such."),
-}
-
-
-def other_format(names: Iterable[str]) -> tuple[str, str | None]:
-    """Return, of a checkpoint without safetensors, the end of a sentence that names its format, and the next step."""
-    known = sorted(names)
-    if any(name.endswith(".safetensors") for name in known):
-        return "", None
-    for suffix, (form, next_step) in _OTHER_FORMATS.items():
-        found = [name for name in known if name.endswith(suffix)]
-        if found:
-            more = f" and {len(found) - 1} more" if found[1:] else ""
-            return f": its weights are {form} files ({found[0]}{more}), not safetensors", next_step
-    return "", None
+SECOND_COPY = "a second copy of the weights, in Mistral's form"
+"""Why such a file is left out."""
+_SECOND_COPY = re.compile(r"consolidated(-[0-9]+-of-[0-9]+)?\.safetensors")
+"""Mistral's repositories hold the weights once more, under other names, in files of these names."""
+_MISTRALS_NAMES = re.compile(r"layers\.[0-9]+\..+|tok_embeddings\.weight")
 
 
 def _top_level(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
 
-def shards_without_index(where: str, names: Iterable[str]) -> list[str]:
-    """Return the shards of a checkpoint that has no index: every safetensors file at its top, as vLLM reads it.
+def top_shards(where: str, names: Iterable[str]) -> list[str]:
+    """Return the files that may be shards of a checkpoint without an index: every safetensors file at its top, as
+    vLLM reads it.
 
     Raises:
-        SourceError: if there are none, or the shards' own numbering has gaps.
+        SourceError: if there are none, or only a LoRA adapter's.
     """
     known = list(names)
     top = _top_level(known)
-    if not top:
-        what, next_step = other_format(known)
-        raise SourceError(
-            f"has no safetensors files{what}", where=where, next_step=next_step or "Is the download complete?"
-        )
-    shards = [name for name in top if not name.startswith(_SECOND_COPY)] or top
-    _check_numbers(where, shards)
+    adapter_only = all(name.startswith("adapter_model") for name in top)
+    if top and not adapter_only:
+        return top
+    found = recognise(known, "Is the download complete?")
+    what = "has no safetensors files of a model" if top else "has no safetensors files"
+    raise SourceError(f"{what}{found.what}", where=where, next_step=found.next_step)
+
+
+def without_second_copy(where: str, headers: Mapping[str, ShardHeader]) -> dict[str, ShardHeader]:
+    """Return the headers of the shards of a checkpoint without an index, given those of all its safetensors files.
+
+    A second copy of the weights in Mistral's own files and names is left out, if there are others.
+
+    Raises:
+        SourceError: if the shards' own numbering has gaps.
+    """
+    copies = {name for name in headers if _SECOND_COPY.fullmatch(name)}
+    shards = {name: header for name, header in headers.items() if name not in copies}
+    if not shards or not _is_second_copy([headers[name] for name in copies], shards.values()):
+        shards = dict(headers)
+    _check_numbers(where, list(shards))
     return shards
+
+
+def _is_second_copy(copies: Iterable[ShardHeader], shards: Iterable[ShardHeader]) -> bool:
+    """Whether files hold what others hold too: under Mistral's names, or under the same ones."""
+    known = {record.name for header in shards for record in header.tensors}
+    names = {record.name for header in copies for record in header.tensors}
+    return names <= known or any(_MISTRALS_NAMES.fullmatch(name) for name in names - known)
 
 
 def _check_numbers(where: str, names: list[str]) -> None:
@@ -130,23 +138,35 @@ def _some(names: list[str]) -> str:
 
 def split_files(
     files: Mapping[str, SourceFile], shards: Iterable[str]
-) -> tuple[tuple[SourceFile, ...], tuple[str, ...]]:
-    """Return the files that are copied unchanged, and the names of those that are left out.
+) -> tuple[tuple[SourceFile, ...], dict[str, str]]:
+    """Return the files that are copied unchanged, and the names of those that are left out, each with the reason.
 
     A checkpoint in a subfolder (a draft model, the original weights) is left out whole: half of it would be no use.
     """
     replaced = {CONFIG, HF_QUANT_CONFIG, INDEX, README, MANIFEST, *shards}
     apart = _checkpoint_folders(files)
-    side, left_out = [], []
+    side: list[SourceFile] = []
+    left_out: dict[str, str] = {}
     for name, file in files.items():
         if name in replaced:
             continue
-        inside = any(str(parent) in apart for parent in PurePosixPath(name).parents)
-        if inside or name.endswith((*WEIGHT_SUFFIXES, *_INDEX_SUFFIXES)):
-            left_out.append(name)
+        if any(str(parent) in apart for parent in PurePosixPath(name).parents):
+            left_out[name] = "not of this model"
+        elif name.endswith((*WEIGHT_SUFFIXES, *_INDEX_SUFFIXES)):
+            left_out[name] = _why_left_out(name)
         else:
             side.append(file)
-    return tuple(side), tuple(left_out)
+    return tuple(side), left_out
+
+
+def _why_left_out(name: str) -> str:
+    if name.endswith(_INDEX_SUFFIXES):
+        return f"an index that servers do not read; {INDEX} is the one that counts"
+    if not name.endswith(".safetensors"):
+        return "not safetensors"
+    if "/" in name:
+        return "in a subfolder, where servers do not look for weights"
+    return "not in the index"
 
 
 def _checkpoint_folders(names: Iterable[str]) -> set[str]:

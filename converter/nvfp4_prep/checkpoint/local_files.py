@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import SourceError
 
@@ -114,7 +115,7 @@ def _names(folder: Path, place: Path) -> Iterator[str]:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries)
     except OSError as error:
-        raise SourceError(
+        raise open_files_error(error, str(place)) or SourceError(
             f"cannot be listed ({error.strerror})", where=str(place), next_step="Check its permissions."
         ) from error
     for name in names:
@@ -138,7 +139,7 @@ def _status(path: Path, place: Path, link_roots: Sequence[Path]) -> tuple[os.sta
             _check_link(path, place, link_roots)
         status = path.stat()
     except OSError as error:
-        raise SourceError(
+        raise open_files_error(error, str(place)) or SourceError(
             f"cannot be looked at ({error.strerror})", where=str(place), next_step="Check its permissions."
         ) from error
     if stat.S_ISDIR(status.st_mode):
@@ -196,7 +197,7 @@ def open_listed(path: Path, listed: ListedFile, place: str) -> int:
     try:
         descriptor = regular_descriptor(path, follow_links=listed.is_link)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if open_files_error(error) is not None:
             raise
         next_step = "Check its permissions." if isinstance(error, PermissionError) else _CHANGED
         raise SourceError(f"cannot be opened ({error.strerror})", where=place, next_step=next_step) from error

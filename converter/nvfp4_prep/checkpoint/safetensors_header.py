@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep._util.collector import collector_paused
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, check_bounds
 from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
@@ -149,7 +150,7 @@ def read_header(path: Path, file: str | None = None) -> ShardHeader:
             length = header_nbytes(where, prefix, nbytes)
             return parse_header(name, prefix + stream.read(length), nbytes, where=where)
     except OSError as error:
-        raise SourceError(
+        raise open_files_error(error, where) or SourceError(
             f"cannot be read ({error.strerror})", where=where, next_step="Check that it exists and is readable."
         ) from error
 

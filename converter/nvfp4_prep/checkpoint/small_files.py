@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.local_files import NotRegularError, regular_descriptor
 from nvfp4_prep.errors import LoadError, NvfpPrepError
 
@@ -13,13 +14,11 @@ __all__ = ["MAX_SMALL_NBYTES", "open_regular", "os_error_kind", "read_small_file
 
 MAX_SMALL_NBYTES = 256_000_000
 """Largest manifest, config, index or model card that is read. The manifest of Kimi-K2.5 has 3 MB, its index 25 MB."""
-_HERE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-"""What this process lacks, which says nothing about the file."""
 
 
 def os_error_kind(error: BaseException | None, kind: type[NvfpPrepError]) -> type[NvfpPrepError]:
-    """Return the type of error for a file that was refused: ``kind``, unless this process lacks something."""
-    return LoadError if isinstance(error, OSError) and error.errno in _HERE else kind
+    """Return the type of error for a file that was refused: ``kind``, unless this process lacks memory."""
+    return LoadError if isinstance(error, OSError) and error.errno == errno.ENOMEM else kind
 
 
 def open_regular(path: Path, kind: type[NvfpPrepError], next_step: str | None = None) -> tuple[int, int]:
@@ -29,14 +28,16 @@ def open_regular(path: Path, kind: type[NvfpPrepError], next_step: str | None = 
         Descriptor and size.
 
     Raises:
-        NvfpPrepError: of type ``kind``, if it does not exist or is not a regular file; :class:`LoadError` if this
-            process has no descriptors or memory left.
+        NvfpPrepError: of type ``kind``, if it does not exist or is not a regular file; :class:`OpenFilesError` or
+            :class:`LoadError` if this process has no descriptors or memory left.
     """
     try:
         descriptor = regular_descriptor(path)
     except NotRegularError:
         raise kind("is not a regular file", where=str(path), next_step=next_step) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if (none_left := open_files_error(error, str(path))) is not None:
+            raise none_left from error
         reason = error.strerror if isinstance(error, OSError) else error
         raise os_error_kind(error, kind)(f"cannot be read ({reason})", where=str(path), next_step=next_step) from error
     return descriptor, os.fstat(descriptor).st_size

@@ -16,7 +16,7 @@ from typing import Protocol
 from nvfp4_prep.checkpoint.descriptor_pool import DescriptorPool
 from nvfp4_prep.checkpoint.local_files import ListedFile, check_state, list_files, open_listed
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes, parse_header
-from nvfp4_prep.errors import SourceError
+from nvfp4_prep.errors import OpenFilesError, SourceError
 
 __all__ = ["LocalSource", "Source", "SourceFile", "place_of", "read_exactly"]
 
@@ -212,7 +212,7 @@ class LocalSource:
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
         """Start the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
-        with suppress(OSError, SourceError), self._descriptors.use(file) as descriptor:
+        with suppress(OSError, SourceError, OpenFilesError), self._descriptors.use(file) as descriptor:
             os.posix_fadvise(descriptor, offset_bytes, nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, shard: str) -> None:

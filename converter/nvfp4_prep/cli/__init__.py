@@ -20,7 +20,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nvfp4_prep.errors import ConversionInterrupted
+from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -57,7 +57,14 @@ def main() -> None:
         on_result(lambda printed: _result_printed_s.append(time.monotonic() if printed else math.inf))
         cli(prog_name="nvfp4-prep")
     except KeyboardInterrupt:  # between two imports, or where no command had begun
-        _end()
+        _end(_interrupted())
+    except (OSError, ImportError) as error:
+        from nvfp4_prep._util.system import open_files_error
+
+        none_left = open_files_error(error)
+        if none_left is None:
+            raise
+        _end(none_left)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):  # the exit code is decided: Python's own end must not change it
             signal.signal(number, signal.SIG_IGN)
@@ -83,7 +90,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _end()
+            _end(_interrupted())
         frame = frame.f_back
     raise KeyboardInterrupt
 
@@ -98,9 +105,12 @@ def _comes_after_the_result() -> bool:
     return bool(select.select([], [1], [], 0)[1])
 
 
-def _end() -> NoReturn:
-    """The line and exit code of an interrupt, without anything that still had to be imported or cleaned up."""
-    error = ConversionInterrupted("interrupted", next_step="The same command continues or begins again.")
+def _interrupted() -> ConversionInterrupted:
+    return ConversionInterrupted("interrupted", next_step="The same command continues or begins again.")
+
+
+def _end(error: NvfpPrepError) -> NoReturn:
+    """The line and exit code of an error, without anything that still had to be imported or cleaned up."""
     _forget_unread_result()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

@@ -19,6 +19,7 @@ import click
 
 from nvfp4_prep._util.printable import printable, printable_text
 from nvfp4_prep._util.progress import Progress, choose_progress
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
 from nvfp4_prep.hub.address import parse_address
@@ -57,6 +58,8 @@ def report_errors(as_json: bool) -> Iterator[None]:
         again = "The same command continues or begins again."
         _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
     except ImportError as error:
+        if (none_left := open_files_error(error)) is not None:
+            _fail(none_left, as_json=as_json)
         broken = NvfpPrepError(f"cannot work here: {error}", next_step="nvfp4-prep doctor says what is missing.")
         _fail(broken, as_json=as_json)
     except OSError as error:
@@ -98,6 +101,8 @@ def _ignore_signals() -> None:
 
 def _unforeseen(error: OSError) -> NvfpPrepError:
     """Something that the operating system refused where no module expected it."""
+    if (none_left := open_files_error(error)) is not None:
+        return none_left  # the file that could not be opened is often not the user's
     kind, next_step = NvfpPrepError, None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         kind, next_step = NoSpaceError, "Make room and run the command again."

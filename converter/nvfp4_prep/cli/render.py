@@ -70,6 +70,7 @@ def plan_value(plan: Plan, room: Room | None = None, memory_nbytes: int | None =
         "files": [{"name": file.name, "kind": file.kind.value, "nbytes": file.nbytes} for file in plan.files],
         "side_files": [file.name for file in plan.side_files],
         "left_out": list(plan.left_out),
+        "left_out_reasons": dict(plan.left_out_reasons),
         "warnings": list(plan.warnings),
         "source_nbytes": plan.source_nbytes,
         "output_nbytes": plan.output_nbytes,
@@ -104,7 +105,7 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
     lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
     lines += [f"passes   {count(passed, 'other tensor')}, {count(len(plan.side_files), 'other file')}"]
     lines += [f"         {item.experts_path}: {item.reason}" for item in plan.others]
-    lines += [f"left out {line}" for line in left_out_lines(plan.left_out)]
+    lines += [f"left out {line}" for line in left_out_lines(plan.left_out_reasons)]
     lines += [f"warning  {warning}" for warning in plan.warnings]
     lines += [
         f"writes   {count(kinds[kind], f'{kind.value} file')}, {format_nbytes(sizes[kind])}"
@@ -120,14 +121,15 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
     return join_lines(lines)
 
 
-def left_out_lines(names: Iterable[str]) -> Iterable[str]:
+def left_out_lines(reasons: Mapping[str, str]) -> Iterable[str]:
     """Return the source's files that are no part of the model: one line for each, or for a whole subfolder."""
-    for folder, run in groupby(names, key=lambda name: name.split("/")[0] if "/" in name else ""):
+    for folder, run in groupby(reasons, key=lambda name: name.split("/")[0] if "/" in name else ""):
         inside = list(run)
         if folder:
-            yield f"{', '.join(inside[:3])}{f' and {len(inside) - 3} more' if inside[3:] else ''} (not of this model)"
+            more = f" and {len(inside) - 3} more" if inside[3:] else ""
+            yield f"{', '.join(inside[:3])}{more} ({reasons[inside[0]]})"
         else:
-            yield from (f"{name} (not in the index, or not safetensors)" for name in inside)
+            yield from (f"{name} ({reasons[name]})" for name in inside)
 
 
 def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
@@ -249,7 +251,7 @@ def inspection_text(found: Inspection) -> str:
         ]
     exact = found.prepared and not ConvertOptions.from_dict(found.prepared_as["options"]).gives_scales_up
     lines += [_inspected_line(layer, exact=exact) for layer in found.layers]
-    lines += [f"not part of the model: {line}" for line in left_out_lines(found.left_out)]
+    lines += [f"not part of the model: {line}" for line in left_out_lines(found.left_out_reasons)]
     lines += [f"warning: {warning}" for warning in found.warnings]
     if found.layers:
         lines += (f"vLLM {line}" for line in quantization_lines([found.quantization]))

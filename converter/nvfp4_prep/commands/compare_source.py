@@ -115,8 +115,12 @@ class SourceComparison:
             self._problems.add(name, "is not in the source", next_step=FOREIGN)
         for name, nbytes in wanted.items():
             there = listed.get(name)
-            if there is None or there.kind != SIDE or there.nbytes != nbytes:
-                self._problems.add(name, "is not as in the source")
+            if there is None:
+                self._problems.add(name, "is in the source, but not in the prepared checkpoint")
+            elif there.kind != SIDE:
+                self._problems.add(name, f"is of kind {there.kind}, but the source has a file of this name")
+            elif there.nbytes != nbytes:
+                self._problems.add(name, "has another size in the source", f"{there.nbytes} bytes", f"{nbytes} bytes")
 
     def compare_experts(self, layer: LayerRecord, group: TensorGroup, chunk: range, raw: torch.Tensor) -> None:
         """Compare the restored bytes of some experts (``uint8 [n, nbytes]``) with the source's."""
@@ -160,7 +164,8 @@ class SourceComparison:
         for file in self._index.side_files:
             here = TensorRecord(file.name, "U8", (file.nbytes,), file.name, 0, file.nbytes)
             there = self._checkpoint.manifest.files.get(file.name)
-            if there is None or there.nbytes != file.nbytes:
+            found_nbytes = self._checkpoint.sizes.get(file.name)  # on disk, whatever the manifest says
+            if there is None or not there.nbytes == found_nbytes == file.nbytes:
                 continue  # a problem already
             jobs.append(self._job(file.name, file.nbytes, [(here, here)]))
             self._compared_files += 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -44,7 +45,8 @@ class ConvertResult:
         already_complete: nothing had to be done, by names, sizes, configs and the experts' scalars; no other bytes of
             source and target were read.
         written_nbytes: bytes written by this run.
-        left_out, warnings: of the source, where something was to be done: see :class:`~nvfp4_prep.planning.plan.Plan`.
+        left_out, warnings, left_out_reasons: of the source, where something was to be done: see
+            :class:`~nvfp4_prep.planning.plan.Plan`.
         smoke: the smoke run's report; ``None`` where none was made.
     """
 
@@ -56,6 +58,7 @@ class ConvertResult:
     left_out: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     smoke: SmokeReport | None = None
+    left_out_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -78,6 +81,7 @@ class ConvertResult:
             left_out=made.left_out,
             warnings=made.warnings,
             smoke=smoke,
+            left_out_reasons=made.left_out_reasons,
         )
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.arguments import PATH, checked, optional
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
@@ -216,7 +217,8 @@ def measure_disk(directory: Path) -> DiskSpeed:
                 locks=_has_locks(file.fileno()),
             )
     except OSError as error:
-        raise UsageError(f"cannot be measured ({error.strerror})", where=str(directory), next_step=another) from error
+        refused = UsageError(f"cannot be measured ({error.strerror})", where=str(directory), next_step=another)
+        raise open_files_error(error, str(directory)) or refused from error
 
 
 def _read_rate(path: str) -> float | None:

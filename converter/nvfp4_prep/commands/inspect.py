@@ -10,7 +10,7 @@ from nvfp4_prep._util.arguments import SOURCE, checked
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
@@ -71,6 +71,7 @@ class Inspection:
         layers: MoE layers.
         tensors, shards, nbytes: of the whole checkpoint.
         left_out: files that are no part of the model.
+        left_out_reasons: why each of them is not, by name.
         warnings: what is wrong with the checkpoint and does not keep it from being converted.
         refusal: what convert would say instead of converting; empty if it would convert.
         prepared_as: layout and provenance of a prepared checkpoint.
@@ -89,6 +90,7 @@ class Inspection:
     warnings: tuple[str, ...] = ()
     refusal: str = ""
     prepared_as: dict[str, Any] = field(default_factory=dict)
+    left_out_reasons: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +133,8 @@ def _inspect_source(source: Source, path: str) -> Inspection:
     refusal = ""
     try:
         layers = tuple(_planned(plan) for plan in make_plan(source, surveyed=surveyed).layers)
+    except OpenFilesError:
+        raise
     except NvfpPrepError as error:  # convert would say this, with its default options
         refusal = str(error)
         layers = tuple(_preparable(source, layer, found.activations[layer.experts_path]) for layer in found.layers)
@@ -142,9 +146,10 @@ def _inspect_source(source: Source, path: str) -> Inspection:
         prepared=False,
         quantization=_short(next(iter(configs.values()), {})),
         layers=(*others, *layers),
-        left_out=index.left_out,
-        warnings=index.warnings,
+        left_out=tuple(index.left_out),
+        warnings=(*index.warnings, *found.warnings),
         refusal=refusal,
+        left_out_reasons=dict(index.left_out),
     )
 
 

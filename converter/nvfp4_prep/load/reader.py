@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep._util.buffers import byte_view
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.mmap_gather import FileMapping
@@ -186,7 +187,8 @@ class FileReader:
             self.direct = True
         except OSError as error:
             if error.errno != errno.EINVAL:  # EINVAL: this file system has no direct I/O
-                raise LoadError(f"cannot be opened ({error.strerror})", where=str(self.path)) from error
+                refused = LoadError(f"cannot be opened ({error.strerror})", where=str(self.path))
+                raise open_files_error(error, str(self.path)) or refused from error
 
     def _read_direct(self, tensor: str, segment: Segment, target: torch.Tensor, counts: ReadCounts) -> int | None:
         """Return where the data begins, or None where this range, buffer or file system does not fit direct I/O."""

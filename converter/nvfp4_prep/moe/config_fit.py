@@ -8,10 +8,10 @@ from typing import Any
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.moe.activation import Activation, ActivationKind, alternating_stacks, find_activation
+from nvfp4_prep.moe.declared_kind import declared_refusal, declared_warnings
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding, find_layers
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep.moe.model_config import text_configs
-from nvfp4_prep.moe.validation import quark
+from nvfp4_prep.moe.model_config import quantization_configs, text_configs
 
 __all__ = ["classify_layers", "fit_config"]
 
@@ -26,18 +26,23 @@ _COUNT_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_
 def classify_layers(index: CheckpointIndex) -> FoundLayers:
     """Return every MoE layer of a checkpoint by its tensors and its config, with all known namings and formats."""
     alternating = alternating_stacks(index.config)
-    return fit_config(find_layers(index.tensors, namings(), formats(), alternating=alternating), index.config)
+    found = find_layers(index.tensors, namings(), formats(), alternating=alternating)
+    return fit_config(found, index.config, index.hf_quant_config)
 
 
-def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
-    """Take out the layers that the kernel cannot compute or that hold fewer experts than the config promises.
+def fit_config(
+    found: FoundLayers, config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None = None
+) -> FoundLayers:
+    """Take out the layers that the kernel cannot compute, that hold fewer experts than the config promises, or that
+    the config declares to be of another kind.
 
     Where only some layers have an activation that the kernel lacks (Step-3.5's last two), they pass through and the
     others are prepared; where all have it, all are refused.
     """
     short = {layer.experts_path: finding for layer in found.layers if (finding := _too_few(layer, config)) is not None}
-    if _is_quark(config):
-        why = quark("config.json's quant_method is quark")
+    declared = quantization_configs(config, hf_quant_config)
+    why = declared_refusal(declared)
+    if why is not None:
         short = {
             layer.experts_path: LayerFinding(layer.experts_path, why.kind, why.reason, why.instead, why.refused)
             for layer in found.layers
@@ -49,13 +54,8 @@ def fit_config(found: FoundLayers, config: Mapping[str, Any]) -> FoundLayers:
     odd = [layer for layer in complete if activations[layer.experts_path].kind not in _COMPUTED[layer.gated]]
     fits = tuple(layer for layer in complete if layer not in odd)
     others = [_not_computed(layer, activations[layer.experts_path], refused=not fits) for layer in odd]
-    return FoundLayers(fits, (*found.others, *short.values(), *others), activations)
-
-
-def _is_quark(config: Mapping[str, Any]) -> bool:
-    """Return whether the server would load the checkpoint as AMD Quark's, whatever its tensors are called."""
-    said = [part.get("quantization_config") for part in text_configs(config)]
-    return any(isinstance(part, Mapping) and part.get("quant_method") == "quark" for part in said)
+    warnings = tuple(declared_warnings(declared, fits))
+    return FoundLayers(fits, (*found.others, *short.values(), *others), activations, warnings)
 
 
 def _not_computed(layer: MoeLayer, activation: Activation, *, refused: bool) -> LayerFinding:

@@ -60,11 +60,13 @@ class FoundLayers:
         layers: those to prepare, in the order of their numbers.
         others: the others, with reasons.
         activations: of the layers to prepare, by the path of their experts; filled once the config was looked at.
+        warnings: what the config says against the tensors, and does not keep the layers from being prepared.
     """
 
     layers: tuple[MoeLayer, ...]
     others: tuple[LayerFinding, ...]
     activations: Mapping[str, Activation] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def refused(self) -> tuple[LayerFinding, ...]:

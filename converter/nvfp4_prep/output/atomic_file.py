@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.buffers import PAGE_NBYTES, address_of
+from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.errors import NoSpaceError, TargetError
+from nvfp4_prep.errors import NoSpaceError, OpenFilesError, TargetError
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["AtomicFile", "free_nbytes", "translate_os_error"]
@@ -20,7 +21,7 @@ __all__ = ["AtomicFile", "free_nbytes", "translate_os_error"]
 _DIRECT_MIN_NBYTES = 1 << 20
 
 
-def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError:
+def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError | OpenFilesError:
     """Return a write error as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = format_nbytes(free_nbytes(path))
@@ -29,7 +30,7 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
             where=str(path),
             next_step="Make room and run the same command again: finished files are kept.",
         )
-    return TargetError(
+    return open_files_error(error, str(path)) or TargetError(
         f"cannot be written ({error.strerror})",
         where=str(path),
         next_step="Check the directory's permissions and the disk, or give another target.",

@@ -77,6 +77,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
         others=found.others,
         files=files,
         side_files=index.side_files,
+        warnings=(*index.warnings, *found.warnings),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -94,6 +94,7 @@ class Plan:
         others: MoE layers that pass through, with reasons.
         files: in the order of writing.
         side_files: copied unchanged.
+        warnings: what is wrong with the source and does not keep it from being converted.
     """
 
     source_label: str
@@ -105,6 +106,7 @@ class Plan:
     others: tuple[LayerFinding, ...]
     files: tuple[OutputFile, ...]
     side_files: tuple[SourceFile, ...]
+    warnings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -115,12 +117,12 @@ class Plan:
     @property
     def left_out(self) -> tuple[str, ...]:
         """The source's files that are no part of the model: see ``CheckpointIndex``."""
-        return self.index.left_out
+        return tuple(self.index.left_out)
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """What is wrong with the source and does not keep it from being converted."""
-        return self.index.warnings
+    def left_out_reasons(self) -> Mapping[str, str]:
+        """Why each of them is left out, by name."""
+        return self.index.left_out
 
     @property
     def output_nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict, dataclass
 
-from nvfp4_prep.errors import NvfpPrepError
+from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 
 __all__ = ["FOREIGN", "Problem", "Problems"]
 
@@ -53,7 +53,9 @@ class Problems:
             self._found.add(problem)
 
     def add_error(self, where: str, error: NvfpPrepError) -> None:
-        """Note an error that stopped a check."""
+        """Note an error that stopped a check; one of this process and not of the checkpoint is raised."""
+        if isinstance(error, OpenFilesError):
+            raise error
         self.add(error.where or where, error.what, error.expected, error.actual)
 
     @property

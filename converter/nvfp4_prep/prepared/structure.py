@@ -16,7 +16,7 @@ from nvfp4_prep.checkpoint.filenames import (
     FileKind,
     restored_shards,
 )
-from nvfp4_prep.errors import CheckpointError, NvfpPrepError, VerificationError
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, OpenFilesError, VerificationError
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
@@ -165,6 +165,8 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         return
     try:
         found = read_served_config(checkpoint)
+    except OpenFilesError:
+        raise
     except NvfpPrepError as error:
         on_config = error.where == str(checkpoint.path / CONFIG)
         problems.add(CONFIG if on_config else error.where or CONFIG, error.what, error.expected, error.actual)

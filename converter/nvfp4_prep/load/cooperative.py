@@ -25,6 +25,7 @@ from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.exchange_plan import Round, plan_rounds
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.worker import Submission
 from nvfp4_prep_kernels import ExpertSlice
 
@@ -93,7 +94,7 @@ class SharedParameter:
 
 
 class CooperativeLoad:
-    """One load of the ranks of a group: :meth:`prepare` on each, then :meth:`finish`.
+    """One load of the ranks of a group: :meth:`begin` inside :meth:`preparing` on each, then :meth:`complete`.
 
     Device memory: ``exchange_nbytes`` of the group, until the end of :meth:`finish`.
     """
@@ -171,6 +172,12 @@ class CooperativeLoad:
             error = failure
         with self._on_stream():
             self._ranks.agree(error)
+
+    def complete(self) -> LoadReport:
+        """Exchange all rounds and wait for everything; raises as :meth:`finish`."""
+        self.finish()
+        with self.ending():
+            return self._loader.finish()
 
     def _exchange(self, number: int) -> None:
         (item, planned), submission = self._rounds[number], self._reading.popleft()

@@ -27,6 +27,7 @@ from nvfp4_prep.load import (
     load_layers,
     reader,
 )
+from nvfp4_prep.load import options as load_options
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
 from support.load_files import BATCHED, Written, write_checkpoint
 from support.load_ranks import Outcome, run_ranks
@@ -290,3 +291,33 @@ def test_what_is_no_group(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, DIMS)
     with pytest.raises(UsageError, match="is not a process group"):
         load_layer(tmp_path, 1, options=OPTIONS, group="tp")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Returns with how many threads a rank reads, by itself and in a group, on ``cores``."""
+
+    root: Path
+    cores: int
+
+    def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> list[int]:
+        counts: list[int] = []
+        made = ExpertLoader.__init__
+
+        def counted(self: ExpertLoader, device: Any, options: LoadOptions | None = None, **kw: Any) -> None:
+            counts.append((options or LoadOptions()).thread_count)
+            made(self, device, options, **kw)
+
+        load_options.usable_cores = lambda: self.cores
+        ExpertLoader.__init__ = counted  # type: ignore[method-assign]
+        for options in (None, LoadOptions(chunk_nbytes=MIB), LoadOptions(threads=5)):
+            load_layer(self.root, 1, tp=(rank, size), options=options, group=group)
+            load_layer(self.root, 1, tp=(rank, size), options=options, group=CooperativeGroup(group))
+        load_layer(self.root, 1, tp=(rank, size))
+        return counts
+
+
+def test_the_ranks_of_a_group_share_the_cores(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, DIMS)
+    outcomes, _ = run_ranks(Threads(tmp_path, 8), 2, tmp_path)
+    assert outcomes == [Outcome([3, 3, 3, 3, 5, 5, 6])] * 2

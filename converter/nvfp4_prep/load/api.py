@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from nvfp4_prep.load.arguments import as_experts, as_rank, check_experts
 from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
 from nvfp4_prep.load.loader import ExpertLoader
-from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.options import LoadOptions, rank_threads
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_slice
@@ -106,7 +106,7 @@ def load_layer(
         tp, ep: ``(rank, size)`` of tensor and expert parallelism.
         experts: the stored expert of each slot, instead of ``ep``; any order, repetitions allowed.
         device: where the tensors go.
-        options: of the loader.
+        options: of the loader. Without ``threads``, the ranks of a ``group`` share the cores of this host.
         group: the tensor-parallel ranks of this host, which all call this at once, with the same arguments but for
             ``tp`` and ``device``: each reads a part of w2 and they exchange their columns
             (:class:`nvfp4_prep.load.CooperativeGroup`).
@@ -117,7 +117,7 @@ def load_layer(
         LoadError, VerificationError: if the load fails; nothing is returned then. With a ``group``, every failure of
             any rank is a LoadError on all of them that names the rank.
     """
-    with ExpertLoader(device, options) as loader:
+    with ExpertLoader(device, _shared_cores(options, group)) as loader:
         together = _together(group, loader)
         with _preparing(together):
             catalog = Catalog.open(path)
@@ -168,13 +168,19 @@ def _load_layers(
                 together.begin(exchanged, [item for tensor, item in parameters if tensor.is_w13])
         if together is None:
             return [load.loaded for load in loads], loader.finish()
-        together.finish()
-        with together.ending():
-            report = loader.finish()
+        report = together.complete()
     except BaseException:
         loader.abandon()
         raise
     return [load.loaded for load in loads], report
+
+
+def _shared_cores(options: LoadOptions | None, group: ProcessGroup | CooperativeGroup | None) -> LoadOptions:
+    options = LoadOptions() if options is None else options
+    ranks = group.group if isinstance(group, CooperativeGroup) else group
+    if ranks is None or not isinstance(options, LoadOptions) or options.threads or not hasattr(ranks, "size"):
+        return options  # what is neither options nor a group is refused later
+    return replace(options, threads=rank_threads(ranks.size()))
 
 
 def _together(group: ProcessGroup | CooperativeGroup | None, loader: ExpertLoader) -> CooperativeLoad | None:

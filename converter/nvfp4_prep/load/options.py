@@ -16,7 +16,11 @@ MAX_THREADS, MAX_BUFFERS, MAX_CHUNK_NBYTES = 1024, 65536, 1 << 30
 
 
 class DirectIO(enum.StrEnum):
-    """Whether long ranges are read past the page cache: ``auto`` does so where the file is not in it."""
+    """Whether long ranges are read past the page cache.
+
+    ``auto`` does so where the file is not in it, but for whole rows that a tensor-parallel rank slices by itself: the
+    other ranks of the host need them too, and find them in the page cache.
+    """
 
     AUTO = "auto"
     ALWAYS = "always"

@@ -30,7 +30,7 @@ from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_sl
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
+__all__ = ["LayerLoad", "LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,9 @@ def _load_layers(
         with _preparing(together):
             if loader.options.verify:
                 catalog.check_sha256(EXPERT_SCALES)
-            loads: list[_LayerLoad] = []
+            loads: list[LayerLoad] = []
             for layer in layers:
-                loads.append(_LayerLoad(catalog, layer, share, loader))
+                loads.append(LayerLoad(catalog, layer, share, loader))
                 if together is None:
                     for item in (loads[-1].parameter(tensor) for tensor in PreparedTensor):
                         item.submit(loader)
@@ -193,7 +193,7 @@ def _preparing(together: CooperativeLoad | None) -> contextlib.AbstractContextMa
     return contextlib.nullcontext() if together is None else together.preparing()
 
 
-class _LayerLoad:
+class LayerLoad:
     """One layer's parameters, allocated, and where their bytes are."""
 
     def __init__(self, catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader) -> None:

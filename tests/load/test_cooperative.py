@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,3 +323,32 @@ def test_the_ranks_of_a_group_share_the_cores(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, DIMS)
     outcomes, _ = run_ranks(Threads(tmp_path, 8), 2, tmp_path)
     assert outcomes == [Outcome([3, 3, 3, 3, 5, 5, 6])] * 2
+
+
+@dataclass(frozen=True)
+class FullDevice:
+    """The last rank is refused memory: for a parameter, or for the exchange."""
+
+    root: Path
+    of: str
+
+    def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> None:
+        if rank == size - 1:
+            module = {"parameters": "nvfp4_prep.load.api", "exchange": "nvfp4_prep.load.cooperative"}[self.of]
+            refusing = SimpleNamespace(**{**vars(torch), "empty": _refused})
+            sys.modules[module].torch = refusing  # type: ignore[attr-defined]
+        load_layer(self.root, 1, tp=(rank, size), options=OPTIONS, group=group)
+
+
+def _refused(*_sizes: object, **_kind: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("of", "words"), [("parameters", "tensor 'model.layers.1"), ("exchange", "no memory for the exchange")]
+)
+def test_a_full_device_of_one_rank_fails_all(tmp_path: Path, of: str, words: str) -> None:
+    write_checkpoint(tmp_path, DIMS)
+    outcomes, seconds = run_ranks(FullDevice(tmp_path, of), 2, tmp_path)
+    assert_all_name(outcomes, "rank 1 of 2", "no memory for", "CUDA out of memory", words)
+    assert seconds < 10

@@ -164,8 +164,10 @@ def _load_layers(
                 loads[-1].read_vectors()
             if together is not None:
                 parameters = [(tensor, load.parameter(tensor)) for load in loads for tensor in PreparedTensor]
-                exchanged = [item for tensor, item in parameters if not tensor.is_w13]
-                together.begin(exchanged, [item for tensor, item in parameters if tensor.is_w13])
+                shared = [not tensor.is_w13 or item.is_exchanged(together.size) for tensor, item in parameters]
+                exchanged = [item for (_, item), kept in zip(parameters, shared, strict=True) if kept]
+                own = [item for (_, item), kept in zip(parameters, shared, strict=True) if not kept]
+                together.begin(exchanged, own)
         if together is None:
             return [load.loaded for load in loads], loader.finish()
         report = together.complete()

@@ -14,7 +14,6 @@ from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, Share
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.ranks import Ranks
-from nvfp4_prep.load.read_plan import LONG_RUN_NBYTES
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep_kernels import ExpertSlice
 
@@ -83,12 +82,12 @@ class GroupLoader:
     ) -> None:
         """Queue the load of one parameter, or keep it for the exchange; see :meth:`ExpertLoader.submit`."""
         stored = record.nbytes // record.shape[0]
-        panels = part.stride_bytes == self._waiting.size * part.run_nbytes and part.runs * part.stride_bytes == stored
-        if not panels or part.run_nbytes >= LONG_RUN_NBYTES:
-            self._loader.submit(path, record, part, experts, parameter, crc32)
-            return
         whole = ExpertSlice((part.shape[0], stored // part.shape[0]), 0, stored, stored, 1)
-        self._shared.append(SharedParameter(path, record, whole, part, as_experts(experts), parameter, crc32))
+        item = SharedParameter(path, record, whole, part, as_experts(experts), parameter, crc32)
+        if item.is_exchanged(self._waiting.size):
+            self._shared.append(item)
+        else:
+            item.submit(self._loader)
 
     def finish(self) -> LoadReport:
         """Wait for the other ranks, exchange, and wait for everything queued.

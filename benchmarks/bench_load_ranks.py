@@ -218,6 +218,42 @@ def run_rank(world: World, rank: int, results: Any) -> None:
     dist.destroy_process_group()
 
 
+class Phases:
+    """Seconds that the calling thread of a cooperative load waits: for reads of w2, for other ranks, for the rest."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(
+            ("reads of a round", "exchange and other ranks", "reads after the last round"), 0.0
+        )
+        self._patches = [
+            mock.patch.object(owner, name, self._around(getattr(owner, name), phase))
+            for phase, (owner, name) in zip(
+                self.seconds,
+                ((ExpertLoader, "wait_for"), (Ranks, "_finish"), (ExpertLoader, "finish")),
+                strict=True,
+            )
+        ]
+
+    def __enter__(self) -> Phases:
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _around(self, wrapped: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kw: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return wrapped(*args, **kw)
+            finally:
+                self.seconds[phase] += time.perf_counter() - begun
+
+        return timed_call
+
+
 def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     before = 0
@@ -226,11 +262,12 @@ def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     dist.barrier()
-    begun = time.monotonic()
-    report = load()
-    if on_gpu:
-        torch.cuda.synchronize()
-    ended = time.monotonic()
+    with Phases() as phases:
+        begun = time.monotonic()
+        report = load()
+        if on_gpu:
+            torch.cuda.synchronize()
+        ended = time.monotonic()
     extra = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return {
         "begun": begun,
@@ -238,6 +275,7 @@ def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any
         "reads": report.counts.reads,
         "read_nbytes": report.counts.nbytes,
         "times": asdict(report.times),
+        "phases": phases.seconds,
         "device_nbytes": extra,
     }
 
@@ -251,6 +289,7 @@ def row(name: str, world: World, turns: list[list[Any]]) -> dict[str, Any]:
     made |= {"gb_per_s": file_nbytes / made["median"] / 1e9}
     made |= {f"{key}": sum(r[key] for r in last) for key in ("reads", "read_nbytes")}
     made |= {"device_nbytes": max(r["device_nbytes"] for turn in turns for r in turn), "rank_0_times": last[0]["times"]}
+    made |= {"rank_phases": [r["phases"] for r in last], "rank_seconds": [r["ended"] - r["begun"] for r in last]}
     return made | {"bit_equal": all(r["equal"] for r in turns[0])}
 
 

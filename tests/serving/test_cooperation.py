@@ -60,13 +60,16 @@ class Loading:
             raise LoadError("what the server does afterwards")
         return told, kind, self._equal(parameters, rank, size)
 
+    def _share(self, rank: int, size: int) -> tuple[int, int]:
+        return (rank, size * 2) if self.mode == "more ranks" else (rank, size)
+
     def _submit(self, loader: ExpertLoader | GroupLoader, rank: int, size: int) -> dict[tuple[int, str], torch.Tensor]:
         catalog, written = Catalog.open(self.written.root), self.written
         parameters = {}
         for number in LAYERS if rank % 2 else reversed(LAYERS):
             records = catalog.records(catalog.layer(number))
             for tensor in PreparedTensor if rank % 2 else reversed(PreparedTensor):
-                part = rank_slice(written.layout, tensor, DIMS, rank, size)
+                part = rank_slice(written.layout, tensor, DIMS, *self._share(rank, size))
                 target = torch.full((DIMS.experts, *part.shape), 0x3B, dtype=torch.uint8)
                 loader.submit(written.file(number), records[tensor.value], part, range(DIMS.experts), target)
                 parameters[number, tensor.value] = target
@@ -78,7 +81,8 @@ class Loading:
             with safe_open(self.written.file(number), "pt") as stream:
                 found = next(each for each in stream.keys() if each.endswith(f".{name}"))  # noqa: SIM118
                 stored = stream.get_tensor(found).view(torch.uint8)
-            equal += torch.equal(loaded, take_rank(self.written.layout, PreparedTensor(name), stored, DIMS, rank, size))
+            share = self._share(rank, size)
+            equal += torch.equal(loaded, take_rank(self.written.layout, PreparedTensor(name), stored, DIMS, *share))
         return equal
 
 
@@ -100,6 +104,13 @@ TOGETHER = "The 2 tensor-parallel ranks of this host load prepared experts toget
 def test_the_path_is_told_and_the_bytes_are_right(tmp_path: Path, mode: str, told: str, kind: str) -> None:
     outcomes, _ = run_ranks(Loading(write_checkpoint(tmp_path, DIMS, layers=LAYERS), mode), 2, tmp_path)
     assert outcomes == [Outcome(([told], kind, 8))] * 2
+
+
+def test_ranks_of_a_larger_division_read_their_own(tmp_path: Path) -> None:
+    """Data-parallel groups divide experts too, and the server's group knows half of the ranks."""
+    outcomes, _ = run_ranks(Loading(write_checkpoint(tmp_path, DIMS, layers=LAYERS), "more ranks"), 2, tmp_path)
+    told = [TOGETHER, "Nothing was exchanged: the experts are not divided between these 2 ranks alone."]
+    assert outcomes == [Outcome((told, "GroupLoader", 8))] * 2
 
 
 @pytest.mark.parametrize(

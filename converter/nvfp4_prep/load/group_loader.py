@@ -71,6 +71,11 @@ class GroupLoader:
         """Of the loader."""
         return self._loader.options
 
+    @property
+    def exchanged(self) -> int:
+        """Return how many of the parameters submitted so far the ranks exchange."""
+        return len(self._shared)
+
     def submit(
         self,
         path: Path,

@@ -116,6 +116,8 @@ class Cooperation:
             with make() as loader, _abandoned_on_failure(loader):
                 loading = GroupLoader(group, waiting, loader)
                 yield loading
+            if not loading.exchanged:
+                tell("Nothing was exchanged: the experts are not divided between these %d ranks alone.", waiting.size)
         except Exception as error:
             if loading is None or not loading.answered:
                 tell("Loading failed (%s); the other ranks of this host are told when they have come as far.", error)

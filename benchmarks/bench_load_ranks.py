@@ -13,7 +13,8 @@ reads the same contiguous shares with as many threads and tasks of 4 MiB (POSIX 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -170,13 +171,20 @@ class Rank:
             made[f"TP{ranks} as a server"] = (columns, lambda: self.as_a_server(group))
         if anywhere is not None:
             made[f"EP{ranks} anywhere"] = (self.experts, lambda: self.alone(self.experts, anywhere))
-        if kvikio_installed() and self.device.type == "cuda":
+        if self.device.type == "cuda" and kvikio_installed():
             made[f"EP{ranks} kvikio"] = (self.experts, self.with_kvikio)
         return made
 
 
+@functools.cache
 def kvikio_installed() -> bool:
-    return importlib.util.find_spec("kvikio") is not None
+    """Whether it can be imported; tells why not where it is there."""
+    try:
+        importlib.import_module("kvikio")
+    except ImportError as error:
+        print(f"without kvikio: {error}", flush=True)
+        return False
+    return True
 
 
 def run_rank(world: World, rank: int, results: Any) -> None:

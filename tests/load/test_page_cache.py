@@ -77,6 +77,15 @@ def test_where_every_page_is_called_cached(
     os.close(descriptor)
 
 
+def test_a_file_system_that_knows_no_reads_without_waiting(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FUSE: what was forgotten must not be taken for cached."""
+    monkeypatch.setattr(page_cache.os, "preadv", answer(errno.EOPNOTSUPP))
+    forget([file])
+    assert cached_share([file]) < 0.1
+    file.read_bytes()
+    assert cached_share([file]) == 1.0
+
+
 def test_pages_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     assert cached_share([tmp_path / "empty"]) == 1.0

@@ -5,12 +5,16 @@
 One layer at Kimi-K2.5's dimensions (random bytes, 24.8 MB an expert) is loaded by one process a rank: two ranks, then
 eight, spread over the GPUs. Sides are interleaved. Seconds are the host's: from the first rank's begin to the last
 one's end. Bytes and reads are those of all ranks together. NCCL takes one rank a GPU, so a side that needs more is left
-out.
+out. *as a server* is what vLLM and SGLang get: rows of w13 are read from the start, then columns of w2 are exchanged.
+*anywhere* does not keep threads and staging on the GPU's NUMA node, where that is known. *kvikio*, if it is installed,
+reads the same contiguous shares with as many threads and tasks of 4 MiB (POSIX mode, through its bounce buffers).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,6 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -29,9 +34,14 @@ from load_data import KIMI, LayerFiles, write_layer
 from machine import facts
 from measuring import spread
 
-from nvfp4_prep.load import CooperativeGroup, ExpertLoader, Gather, LoadOptions, LoadReport, RankShare
+from nvfp4_prep.load import CooperativeGroup, ExpertLoader, Gather, GroupLoader, LoadOptions, LoadReport, RankShare
+from nvfp4_prep.load import loader as loader_module
 from nvfp4_prep.load.cooperative import CooperativeLoad, SharedParameter
+from nvfp4_prep.load.numa import near_processors
 from nvfp4_prep.load.options import usable_cores
+from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.reader import ReadCounts
+from nvfp4_prep.load.worker import Times
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, rank_slice
 
 LAYOUT = MoeLayout.cutedsl(gated=True)
@@ -86,9 +96,16 @@ class Rank:
             gather: ExpertLoader(self.device, LoadOptions(threads=world.threads, gather=gather))
             for gather in (Gather.ROWS, Gather.MMAP)
         }
+        self.near = near_processors(self.device, world.threads)
+        self.anywhere = self.unbound() if self.near is not None else None
         dims = world.files.dims
         self.experts = self.parameters(RankShare.of(dims.experts, ep=(rank, world.ranks)))
         self.columns = self.parameters(RankShare.of(dims.experts, tp=(rank, world.ranks)))
+
+    def unbound(self) -> ExpertLoader:
+        """A loader whose threads and staging are wherever the system puts them."""
+        with mock.patch.object(loader_module, "near_processors", lambda *_: None):
+            return ExpertLoader(self.device, LoadOptions(threads=self.world.threads, gather=Gather.ROWS))
 
     def parameters(self, share: RankShare) -> list[SharedParameter]:
         files, experts = self.world.files, share.experts or ()
@@ -101,8 +118,7 @@ class Rank:
             made.append(SharedParameter(files.prepared, record, whole, part, experts, data, None))
         return made
 
-    def alone(self, parameters: list[SharedParameter], gather: Gather) -> LoadReport:
-        loader = self.loaders[gather]
+    def alone(self, parameters: list[SharedParameter], loader: ExpertLoader) -> LoadReport:
         for item in parameters:
             item.submit(loader)
         return loader.finish()
@@ -112,9 +128,29 @@ class Rank:
         load = CooperativeLoad(CooperativeGroup(group, exchange_mib << 20, timedelta(seconds=60)), loader)
         with load.preparing():
             load.begin([w2, w2_scale], w13)
-        load.finish()
-        with load.ending():
-            return loader.finish()
+        return load.complete()
+
+    def as_a_server(self, group: dist.ProcessGroup) -> LoadReport:
+        """The tensors in a model's order; the first wait of the ranks is on the CPU."""
+        waiting = Ranks(dist.distributed_c10d._get_default_group(), torch.device("cpu"), timedelta(seconds=60))
+        loading = GroupLoader(CooperativeGroup(group), waiting, self.loaders[Gather.ROWS])
+        for item in self.columns:
+            loading.submit(item.path, item.record, item.part, item.experts, item.parameter)
+        return loading.finish()
+
+    def with_kvikio(self) -> LoadReport:
+        """Experts of this rank: one range of the file for each tensor."""
+        import kvikio
+
+        begun, counts = time.perf_counter(), ReadCounts()
+        with kvikio.CuFile(self.world.files.prepared, "r") as file:
+            futures = []
+            for item in self.experts:
+                offset = item.record.offset_bytes + item.experts[0] * item.whole.nbytes
+                flat = item.parameter.view(torch.uint8).view(-1)
+                futures.append(file.pread(flat, size=flat.numel(), file_offset=offset))
+            counts.read_nbytes = sum(future.get() for future in futures)
+        return LoadReport(time.perf_counter() - begun, counts.read_nbytes, counts, Times(), self.world.threads)
 
     def ordered(self) -> list[SharedParameter]:
         """The columns' parameters, those of w2 last."""
@@ -123,20 +159,40 @@ class Rank:
 
     def sides(self) -> dict[str, tuple[list[SharedParameter], Callable[[], LoadReport]]]:
         ranks, columns, group = self.world.ranks, self.columns, self.group
+        rows, mapping, anywhere = self.loaders[Gather.ROWS], self.loaders[Gather.MMAP], self.anywhere
         made: dict[str, tuple[list[SharedParameter], Callable[[], LoadReport]]] = {
-            f"EP{ranks}": (self.experts, lambda: self.alone(self.experts, Gather.ROWS)),
-            f"TP{ranks} mapping": (columns, lambda: self.alone(columns, Gather.MMAP)),
-            f"TP{ranks} rows": (columns, lambda: self.alone(columns, Gather.ROWS)),
+            f"EP{ranks}": (self.experts, lambda: self.alone(self.experts, rows)),
+            f"TP{ranks} mapping": (columns, lambda: self.alone(columns, mapping)),
+            f"TP{ranks} rows": (columns, lambda: self.alone(columns, rows)),
         }
         if group is not None:
             for mib in self.world.exchange_mib:
                 made[f"TP{ranks} cooperative {mib} MiB"] = (columns, lambda mib=mib: self.together(group, mib))
+            made[f"TP{ranks} as a server"] = (columns, lambda: self.as_a_server(group))
+        if anywhere is not None:
+            made[f"EP{ranks} anywhere"] = (self.experts, lambda: self.alone(self.experts, anywhere))
+        if self.device.type == "cuda" and kvikio_installed():
+            made[f"EP{ranks} kvikio"] = (self.experts, self.with_kvikio)
         return made
+
+
+@functools.cache
+def kvikio_installed() -> bool:
+    """Whether it can be imported; tells why not where it is there."""
+    try:
+        importlib.import_module("kvikio")
+    except ImportError as error:
+        print(f"without kvikio: {error}", flush=True)
+        return False
+    return True
 
 
 def run_rank(world: World, rank: int, results: Any) -> None:
     """One process from begin to end; rank 0 puts the rows into ``results``."""
     torch.set_num_threads(1)
+    # Before kvikio is imported: it reads them then.
+    os.environ |= {"KVIKIO_COMPAT_MODE": "ON", "KVIKIO_NTHREADS": str(world.threads), "KVIKIO_TASK_SIZE": f"{4 << 20}"}
+    os.environ["KVIKIO_BOUNCE_BUFFER_SIZE"] = f"{4 << 20}"
     dist.init_process_group(
         "gloo", init_method=world.rendezvous.as_uri(), rank=rank, world_size=world.ranks, timeout=timedelta(minutes=4)
     )
@@ -146,27 +202,64 @@ def run_rank(world: World, rank: int, results: Any) -> None:
             torch.cuda.set_device(rank % world.gpus)
         group = dist.new_group(backend="nccl" if world.device == "cuda" else "gloo")
     me = Rank(world, rank, group)
-    reference: list[torch.Tensor] = []
+    reference: dict[str, list[torch.Tensor]] = {}
     turns: dict[str, list[list[Any]]] = {name: [] for name in me.sides()}
     for turn in range(world.repeats + 1):
         for name, (parameters, load) in me.sides().items():
-            check = turn == 0 and name.startswith("TP")
+            check, kind = turn == 0, name[:2]
             if check:
                 for item in parameters:
                     item.parameter.zero_()
             mine = timed(load, me.device)
             if check:
-                reference = reference or [item.parameter.clone() for item in parameters]
-                mine["equal"] = all(map(torch.equal, reference, (item.parameter for item in parameters)))
+                expected = reference.setdefault(kind, [item.parameter.clone() for item in parameters])
+                mine["equal"] = all(map(torch.equal, expected, (item.parameter for item in parameters)))
             everyone: list[Any] = [None] * world.ranks
             dist.all_gather_object(everyone, mine)
             turns[name].append(everyone)
-    for loader in me.loaders.values():
+    for loader in filter(None, (*me.loaders.values(), me.anywhere)):
         loader.close()
     if rank == 0:
-        results.put([row(name, world, done) for name, done in turns.items()])
+        near = None if me.near is None else len(me.near)
+        results.put([row(name, world, done) | {"near_processors": near} for name, done in turns.items()])
     dist.barrier()
     dist.destroy_process_group()
+
+
+class Phases:
+    """Seconds that the calling thread of a cooperative load waits: for reads of w2, for other ranks, for the rest."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(
+            ("reads of a round", "exchange and other ranks", "reads after the last round"), 0.0
+        )
+        self._patches = [
+            mock.patch.object(owner, name, self._around(getattr(owner, name), phase))
+            for phase, (owner, name) in zip(
+                self.seconds,
+                ((ExpertLoader, "wait_for"), (Ranks, "_finish"), (ExpertLoader, "finish")),
+                strict=True,
+            )
+        ]
+
+    def __enter__(self) -> Phases:
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for patch in self._patches:
+            patch.stop()
+
+    def _around(self, wrapped: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed_call(*args: Any, **kw: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return wrapped(*args, **kw)
+            finally:
+                self.seconds[phase] += time.perf_counter() - begun
+
+        return timed_call
 
 
 def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any]:
@@ -177,11 +270,12 @@ def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     dist.barrier()
-    begun = time.monotonic()
-    report = load()
-    if on_gpu:
-        torch.cuda.synchronize()
-    ended = time.monotonic()
+    with Phases() as phases:
+        begun = time.monotonic()
+        report = load()
+        if on_gpu:
+            torch.cuda.synchronize()
+        ended = time.monotonic()
     extra = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return {
         "begun": begun,
@@ -189,6 +283,7 @@ def timed(load: Callable[[], LoadReport], device: torch.device) -> dict[str, Any
         "reads": report.counts.reads,
         "read_nbytes": report.counts.nbytes,
         "times": asdict(report.times),
+        "phases": phases.seconds,
         "device_nbytes": extra,
     }
 
@@ -202,8 +297,8 @@ def row(name: str, world: World, turns: list[list[Any]]) -> dict[str, Any]:
     made |= {"gb_per_s": file_nbytes / made["median"] / 1e9}
     made |= {f"{key}": sum(r[key] for r in last) for key in ("reads", "read_nbytes")}
     made |= {"device_nbytes": max(r["device_nbytes"] for turn in turns for r in turn), "rank_0_times": last[0]["times"]}
-    equal = [r["equal"] for r in turns[0] if "equal" in r]
-    return made | {"bit_equal": all(equal) if equal else None}
+    made |= {"rank_phases": [r["phases"] for r in last], "rank_seconds": [r["ended"] - r["begun"] for r in last]}
+    return made | {"bit_equal": all(r["equal"] for r in turns[0])}
 
 
 def measure(world: World) -> list[dict[str, Any]]:

@@ -63,6 +63,17 @@ PARTS = (
         work_gb=1,
     ),
     Part(
+        "slow-storage",
+        "ranks on storage whose every read costs milliseconds",
+        "bench_slow_storage.py",
+        ("--directory", "{memory}"),
+        ("--directory", "{memory}", "--small", "--ranks", "2", "--repeats", "1", "--delay-ms", "1"),
+        needs=("vllm",),
+        limit_s=2400,
+        memory_gb=2,
+        awaited=True,
+    ),
+    Part(
         "smoke-host",
         "what the smoke run catches, torch backend",
         "bench_smoke.py",

@@ -275,7 +275,7 @@ def load_ranks(recorded: Recorded) -> Row:
     lines = []
     for number, run in enumerate(recorded.runs("load-ranks")):
         rows = run["load-ranks"]["rows"]
-        experts = {row["ranks"]: row for row in rows if row["side"].startswith("EP")}
+        experts = {row["ranks"]: row for row in rows if row["side"] == f"EP{row['ranks']}"}
         for row in rows:
             whole = experts[row["ranks"]]
             cells = [f"{number + 1}", row["side"], f"{row['threads']}", spread(row), f"{row['gb_per_s']:.1f}"]
@@ -285,7 +285,43 @@ def load_ranks(recorded: Recorded) -> Row:
     return {**recorded.about("load-ranks"), "table": table(head, lines)}
 
 
+def slow_storage(recorded: Recorded) -> Row:
+    """Eight ranks and one on storage with a delay, each side beside vLLM's default loader."""
+    figures = recorded["slow-storage"]
+    lines = []
+    for row in figures["rows"]:
+        same = [
+            each for each in figures["rows"] if each["delay_ms"] == row["delay_ms"] and each["ranks"] == row["ranks"]
+        ]
+        times = f"{same[0]['median'] / row['median']:.1f} {TIMES}"
+        cells = [f"{row['delay_ms']:g}", f"{row['ranks']}", row["side"].replace("before", figures["before"])]
+        cells += [spread(row, 2), times, f"{row['reads']}", f"{row['read_nbytes'] / row['reads'] / 1e3:.0f}"]
+        cells += [f"{row['read_nbytes'] / figures['file_nbytes']:.2f}"]
+        lines.append(bold(cells) if row["side"].endswith("together") else cells)
+    head = [
+        "ms a read",
+        "ranks",
+        "side",
+        "s, median (min to max)",
+        "of vLLM's rate",
+        "reads",
+        "kB a read",
+        "read / file",
+    ]
+    equal = all(row["bit_equal"] for row in figures["rows"] if "bit_equal" in row)
+    return {
+        **recorded.about("slow-storage"),
+        "experts": figures["experts"],
+        "ranks": figures["ranks"],
+        "mb": f"{figures['file_nbytes'] / 1e6:.0f}",
+        "before": figures["before"],
+        "equal": "bit-equal" if equal else "NOT bit-equal",
+        "table": table(head, lines),
+    }
+
+
 VALUES = {
+    "slow-storage": slow_storage,
     "load-ranks": load_ranks,
     "load": load,
     "load-vllm": load_vllm,

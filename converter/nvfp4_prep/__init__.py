@@ -13,6 +13,8 @@ from nvfp4_prep._version import __version__
 
 if TYPE_CHECKING:
     from nvfp4_prep._util.progress import choose_progress
+    from nvfp4_prep.commands.bench_load import bench_load
+    from nvfp4_prep.commands.bench_load_figures import LoadBench, LoadFigures
     from nvfp4_prep.commands.convert import ConvertResult, convert, plan
     from nvfp4_prep.commands.convert_parts import PartResult, convert_part, join_parts
     from nvfp4_prep.commands.convert_request import ConvertRequest
@@ -43,6 +45,8 @@ __all__ = [
     "GateUpPolicy",
     "Inspection",
     "LayoutName",
+    "LoadBench",
+    "LoadFigures",
     "PartResult",
     "Plan",
     "Preview",
@@ -58,6 +62,7 @@ __all__ = [
     "SmokeReport",
     "VerifyReport",
     "__version__",
+    "bench_load",
     "choose_progress",
     "convert",
     "convert_and_publish",
@@ -86,6 +91,8 @@ _HOMES = {
     "GateUpPolicy": "options",
     "Inspection": "commands.inspect",
     "LayoutName": "options",
+    "LoadBench": "commands.bench_load_figures",
+    "LoadFigures": "commands.bench_load_figures",
     "PartResult": "commands.convert_parts",
     "Plan": "planning.plan",
     "Preview": "commands.preview",
@@ -101,6 +108,7 @@ _HOMES = {
     "VerifyReport": "commands.verify_report",
     "PublishOptions": "hub.publish_options",
     "PushResult": "publish.push",
+    "bench_load": "commands.bench_load",
     "choose_progress": "_util.progress",
     "convert": "commands.convert",
     "convert_and_publish": "publish.stream",

@@ -97,6 +97,8 @@ CHANGES: list[tuple[str, tuple[Any, ...], Any, set[str]]] = [
     ("convert", ("copy", "median"), 99.0, {"docs/troubleshooting.md"}),
     ("load-host", ("rows", 0, "share_mb"), 99.0, {LOADING}),
     ("load-host", ("rows", 5, "worst_ratio"), 1.5, {LOADING, README}),
+    ("slow-storage", ("rows", 0, "median"), 99.0, {LOADING}),
+    ("slow-storage", ("rows", 4, "reads"), 99, {LOADING}),
     ("smoke-host", ("mutations", 1, "worst"), 99.0, {PROOF}),
     ("compile-flashinfer", ("rows", 0, "new_cubin_nbytes"), [99], {PROOF}),
     ("prepare-kernels", ("rows", "vLLM's preparation", "ms"), [9.0, 99.0, 999.0], {PROOF, README}),

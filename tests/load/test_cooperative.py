@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from nvfp4_prep.load import (
     load_layers,
     reader,
 )
+from nvfp4_prep.load import options as load_options
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
 from support.load_files import BATCHED, Written, write_checkpoint
 from support.load_ranks import Outcome, run_ranks
@@ -59,9 +62,11 @@ class Equal:
     dims: MoeDims
     maps: tuple[tuple[int, ...] | None, ...]
     exchange_nbytes: int
+    network: bool = False
 
     def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> int:
         compared = 0
+        cooperative.is_network_storage = lambda _device: self.network
         together = CooperativeGroup(group, self.exchange_nbytes)
         for number, experts in enumerate(self.maps):
             options = replace(OPTIONS, verify=number % 2 == 1)
@@ -78,20 +83,23 @@ class Equal:
         return compared
 
 
+@pytest.mark.parametrize("network", [False, True], ids=["local", "network"])
 @pytest.mark.parametrize(("size", "layout"), [(2, "standard"), (2, "batched"), (2, "not gated"), (4, "standard")])
-def test_every_tensor_equals_the_file(tmp_path: Path, size: int, layout: str) -> None:
+def test_every_tensor_equals_the_file(tmp_path: Path, size: int, layout: str, network: bool) -> None:
     options = BATCHED if layout == "batched" else None
     written = write_checkpoint(tmp_path, DIMS, gated=layout != "not gated", options=options)
-    work = Equal(tmp_path, written.layout, DIMS, MAPS, exchange_nbytes=MIB)
+    work = Equal(tmp_path, written.layout, DIMS, MAPS, MIB, network)
     outcomes, _ = run_ranks(work, size, tmp_path)
     assert outcomes == [Outcome(4 * len(MAPS))] * size
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Loads two layers and returns the bytes that were read, and the sizes of this rank's reads of w2."""
+    """Loads two layers and returns the bytes that were read, and the sizes of this rank's reads of a tensor."""
 
     root: Path
+    tensor: str = "w2_weight"
+    network: bool = False
 
     def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> tuple[int, list[int]]:
         reads: list[int] = []
@@ -99,12 +107,14 @@ class Counted:
 
         def counted(descriptor: int, buffers: Sequence[memoryview], offset: int, *flags: int) -> int:
             count = preadv(descriptor, buffers, offset, *flags)
-            if not flags and any(begin <= offset < end for begin, end in places):
+            vector = count == 4 * LARGE.experts  # of another file
+            if not (flags or vector) and any(begin <= offset < end for begin, end in places):
                 reads.append(count)
             return count
 
         catalog = Catalog.open(self.root)
-        records = [catalog.records(layer)["w2_weight"] for layer in catalog.manifest.layers]
+        cooperative.is_network_storage = lambda _device: self.network
+        records = [catalog.records(layer)[self.tensor] for layer in catalog.manifest.layers]
         places = [(record.offset_bytes, record.offset_bytes + record.nbytes) for record in records]
         reader.os.preadv = counted  # type: ignore[attr-defined]
         with ExpertLoader("cpu", replace(OPTIONS, direct_io="never")) as loader:  # type: ignore[arg-type]
@@ -125,6 +135,20 @@ def test_the_ranks_read_the_file_once_in_long_ranges(tmp_path: Path) -> None:
         # A tail for each round of each layer, 4 or 5 experts of this rank
         assert len(reads) >= 2 * 8 and len(short) <= 2
     assert sum(sum(reads) for _, reads in values) == 2 * LARGE.experts * LARGE.hidden * LARGE.intermediate // 2
+
+
+@pytest.mark.parametrize("network", [False, True], ids=["local", "network"])
+def test_short_rows_of_w13_on_network_storage(tmp_path: Path, network: bool) -> None:
+    """Scales of w13 have 0.5 MiB an expert: each rank reads its half of each, or whole experts one after the other."""
+    written = write_checkpoint(tmp_path, LARGE, layers=(1, 2))
+    outcomes, _ = run_ranks(Counted(tmp_path, "w13_weight_scale", network), 2, tmp_path)
+    values = [outcome.value for outcome in outcomes if outcome is not None]
+    whole = sum(written.file(layer).stat().st_size for layer in (1, 2))
+    assert 0.99 * whole < sum(nbytes for nbytes, _ in values) <= 1.01 * whole
+    stored = LARGE.intermediate * 2 * LARGE.hidden // 16
+    assert sum(sum(reads) for _, reads in values) == 2 * LARGE.experts * stored
+    count = sum(len(reads) for _, reads in values)
+    assert count == 2 * 2 * LARGE.experts if not network else count < LARGE.experts * 2
 
 
 @dataclass(frozen=True)
@@ -290,3 +314,62 @@ def test_what_is_no_group(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, DIMS)
     with pytest.raises(UsageError, match=r"argument group is wrong; expected .*ProcessGroup"):
         load_layer(tmp_path, 1, options=OPTIONS, group="tp")  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Returns with how many threads a rank reads, by itself and in a group, on ``cores``."""
+
+    root: Path
+    cores: int
+
+    def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> list[int]:
+        counts: list[int] = []
+        made = ExpertLoader.__init__
+
+        def counted(self: ExpertLoader, device: Any, options: LoadOptions | None = None, **kw: Any) -> None:
+            counts.append((options or LoadOptions()).thread_count)
+            made(self, device, options, **kw)
+
+        load_options.usable_cores = lambda: self.cores
+        ExpertLoader.__init__ = counted  # type: ignore[method-assign]
+        for options in (None, LoadOptions(chunk_nbytes=MIB), LoadOptions(threads=5)):
+            load_layer(self.root, 1, tp=(rank, size), options=options, group=group)
+            load_layer(self.root, 1, tp=(rank, size), options=options, group=CooperativeGroup(group))
+        load_layer(self.root, 1, tp=(rank, size))
+        return counts
+
+
+def test_the_ranks_of_a_group_share_the_cores(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, DIMS)
+    outcomes, _ = run_ranks(Threads(tmp_path, 8), 2, tmp_path)
+    assert outcomes == [Outcome([3, 3, 3, 3, 5, 5, 6])] * 2
+
+
+@dataclass(frozen=True)
+class FullDevice:
+    """The last rank is refused memory: for a parameter, or for the exchange."""
+
+    root: Path
+    of: str
+
+    def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> None:
+        if rank == size - 1:
+            module = {"parameters": "nvfp4_prep.load.api", "exchange": "nvfp4_prep.load.cooperative"}[self.of]
+            refusing = SimpleNamespace(**{**vars(torch), "empty": _refused})
+            sys.modules[module].torch = refusing  # type: ignore[attr-defined]
+        load_layer(self.root, 1, tp=(rank, size), options=OPTIONS, group=group)
+
+
+def _refused(*_sizes: object, **_kind: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("of", "words"), [("parameters", "tensor 'model.layers.1"), ("exchange", "no memory for the exchange")]
+)
+def test_a_full_device_of_one_rank_fails_all(tmp_path: Path, of: str, words: str) -> None:
+    write_checkpoint(tmp_path, DIMS)
+    outcomes, seconds = run_ranks(FullDevice(tmp_path, of), 2, tmp_path)
+    assert_all_name(outcomes, "rank 1 of 2", "no memory for", "CUDA out of memory", words)
+    assert seconds < 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_prep.load.storage import is_network_storage
+from nvfp4_prep.load.storage import is_network_storage, storage_of
 
 TABLE = """22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw
 31 22 0:45 / /mnt/nfs rw,relatime shared:3 master:1 - nfs4 host:/export rw,vers=4.2
@@ -29,3 +29,11 @@ def test_by_mount(tmp_path: Path, device: tuple[int, int], network: bool) -> Non
 
 def test_without_a_table(tmp_path: Path) -> None:
     assert not is_network_storage(os.makedev(8, 1), tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("kind", "named"), [("xfs", "xfs"), ("nfs4", "nfs4, across a network"), (None, "unknown")])
+def test_the_name_of_the_storage(tmp_path: Path, kind: str | None, named: str) -> None:
+    number = tmp_path.stat().st_dev
+    line = f"22 1 {os.major(number)}:{os.minor(number)} / / rw - {kind} /dev/x rw\n"
+    (tmp_path / "mountinfo").write_text(line if kind else "")
+    assert storage_of(tmp_path, tmp_path / "mountinfo") == named

@@ -14,6 +14,8 @@ import torch
 from sglang_on_cpu import load_model, make_server_args, rank_of
 from sglang_states import differences, expert_layers, snapshot
 
+from support.serving.failures import failing
+
 POISON = 0x3B
 """Byte that fills every parameter before loading, so that what never arrives is neither zero nor right by luck."""
 RAW_SCALES = ("/w13_input_scale", "/w2_input_scale")
@@ -38,6 +40,7 @@ class Job:
         meetings: where the ranks meet, one for each load.
         left_out: endings of names that are not compared.
         load: LoadConfig fields for the prepared checkpoint.
+        failing: how rank 1 fails when it loads the prepared checkpoint; a key of ``FAILURES``.
     """
 
     source: str
@@ -48,15 +51,20 @@ class Job:
     meetings: tuple[str, str] | None = None
     left_out: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=dict)
+    failing: str = ""
 
 
 @dataclass
 class Counts:
-    """Work of one load: tensors out of the files, calls of expert weight loaders, bytes by the rank-exact loader."""
+    """Work of one load: tensors out of the files, calls of expert weight loaders, bytes by the rank-exact loader, bytes
+    that it read, and how many parameters it exchanged with other ranks.
+    """
 
     tensors: int = 0
     calls: int = 0
     nbytes: int = 0
+    read_nbytes: int = 0
+    exchanged: int = 0
 
 
 @dataclass
@@ -85,9 +93,10 @@ def counting(counts: Counts) -> Iterator[None]:
     from sglang.srt.model_loader.loader import DefaultModelLoader
 
     from nvfp4_prep.load import ExpertLoader
+    from nvfp4_prep.load.cooperative import CooperativeLoad
     from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
-    finish = ExpertLoader.finish
+    begin, finish = CooperativeLoad.begin, ExpertLoader.finish
     load, original, prepared = DefaultModelLoader.load_weights_only, FusedMoE.weight_loader, PreparedWeights.loader
 
     def load_weights_only(model: torch.nn.Module, weights: Any, target_device: Any) -> None:
@@ -118,10 +127,16 @@ def counting(counts: Counts) -> Iterator[None]:
     def finish_and_count(self: Any) -> Any:
         report = finish(self)
         counts.nbytes += report.nbytes
+        counts.read_nbytes += report.counts.nbytes
         return report
+
+    def begin_and_count(self: Any, parameters: Any, own: Any) -> None:
+        counts.exchanged += len(parameters)
+        begin(self, parameters, own)
 
     with (
         mock.patch.object(ExpertLoader, "finish", finish_and_count),
+        mock.patch.object(CooperativeLoad, "begin", begin_and_count),
         mock.patch.object(DefaultModelLoader, "load_weights_only", staticmethod(load_weights_only)),
         mock.patch.object(FusedMoE, "weight_loader", weight_loader),
         mock.patch.object(PreparedWeights, "loader", loader),
@@ -166,7 +181,8 @@ class Comparison:
         """Load the prepared checkpoint and compare."""
         job, outcome, meeting = self.job, self.outcome, (self.job.meetings or (None, None))[1]
         args = make_server_args(Path(job.prepared), moe_runner_backend=job.asked, **job.options)
-        with rank_of(args, self.rank, meeting), counting(outcome.prepared):
+        failure = failing(job.failing if self.rank == 1 else "")
+        with rank_of(args, self.rank, meeting), counting(outcome.prepared), failure:
             model = load_model(args, **job.load)
             actual = snapshot(model)
             outcome.layers = len(expert_layers(model))

@@ -44,6 +44,22 @@ class Ranks:
             return [Outcome(unsupported=reason) for reason in reasons if reason]
         return self._ask("prepared")
 
+    def run_to_failure(self, job: Job) -> list[str | None]:
+        """One job whose prepared load fails in one rank: each rank's traceback, nothing of one that was killed."""
+        self._ask(replace(job, meetings=(meeting_point(), meeting_point())))
+        for end in self._ends:
+            end.send("prepared")
+        replies: list[str | None] = []
+        for end in self._ends:
+            assert end.poll(TIMEOUT_S)
+            try:
+                reply = end.recv()
+            except EOFError:
+                reply = None
+            assert reply is None or isinstance(reply, Broken), reply
+            replies.append(reply)
+        return replies
+
     def _ask(self, request: Job | str) -> list[Any]:
         for end in self._ends:
             end.send(request)

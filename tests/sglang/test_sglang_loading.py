@@ -18,6 +18,7 @@ import torch
 from sglang_compare import RAW_SCALES, UNREAD, Job, run
 from sglang_models import MODELS, Checkpoints, Model, dims_of
 from sglang_on_cpu import load_model, make_server_args, rank_of
+from sglang_ranks import Ranks
 from sglang_states import differences, expert_layers, experts_state, storage_of
 
 from nvfp4_prep.options import ConvertOptions, LayoutName
@@ -57,17 +58,57 @@ def test_load_formats(checkpoints: Checkpoints, backend: str, load: dict[str, An
     assert outcome.prepared.nbytes == (share_nbytes(QWEN, 1) if load.get("load_format") == "nvfp4_prep" else 0)
 
 
-@pytest.mark.parametrize("parallel", [{"tp_size": 2}, {"tp_size": 2, "ep_size": 2}], ids=["TP2", "TP2 with EP2"])
+TP2, EP2 = {"tp_size": 2}, {"tp_size": 2, "ep_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "extra", "exchanged"),
+    [(TP2, {}, 2), (TP2, {"cooperative": False}, 0), (EP2, {}, 0)],
+    ids=["TP2", "TP2, each rank alone", "TP2 with EP2"],
+)
 @pytest.mark.parametrize("asked", ["auto", CUTEDSL], ids=["no flag", "permuted"])
-def test_rank_exact_format(checkpoints: Checkpoints, ranks: Any, parallel: dict[str, Any], asked: str) -> None:
-    """Each rank reads its share of the experts and no byte more."""
+def test_rank_exact_format(
+    checkpoints: Checkpoints, ranks: Any, parallel: dict[str, Any], extra: dict[str, Any], exchanged: int, asked: str
+) -> None:
+    """The ranks read the experts once, each its share of the experts or of their columns, and no byte more."""
     model = replace(QWEN, one_input_scale=True)
     source, prepared = checkpoints.get(model, trtllm=True)
-    backend = TRTLLM if asked == "auto" else asked
-    job = Job(str(source), str(prepared), backend, asked, options=parallel, load={"load_format": "nvfp4_prep"})
-    for outcome in ranks.run(job):
+    outcomes = ranks.run(tensor_parallel_job(source, prepared, asked, parallel, extra))
+    for outcome in outcomes:
         assert (outcome.unsupported, outcome.differences) == (None, [])
         assert outcome.prepared.nbytes == share_nbytes(model, 2)
+        assert outcome.prepared.exchanged == exchanged * outcome.layers
+    whole = sum(path.stat().st_size for path in prepared.glob("experts-layer-*.safetensors"))
+    if not extra:
+        assert sum(outcome.prepared.read_nbytes for outcome in outcomes) <= 1.01 * whole
+
+
+def tensor_parallel_job(
+    source: Path, prepared: Path, asked: str, parallel: dict[str, Any], extra: dict[str, Any], failing: str = ""
+) -> Job:
+    load = {"load_format": "nvfp4_prep", "model_loader_extra_config": {"direct_io": "never", **extra}}
+    backend = TRTLLM if asked == "auto" else asked
+    return Job(str(source), str(prepared), backend, asked, options=parallel, load=load, failing=failing)
+
+
+def test_a_rank_that_cannot_read_ends_all(checkpoints: Checkpoints, ranks: Any) -> None:
+    source, prepared = checkpoints.get(replace(QWEN, one_input_scale=True), trtllm=True)
+    failed = ranks.run_to_failure(tensor_parallel_job(source, prepared, "auto", TP2, {}, "cannot read"))
+    for text in failed:
+        assert text is not None
+        assert "nvfp4_prep.errors.LoadError: rank 1 of 2 failed: " in text and "Input/output error" in text
+
+
+def test_a_killed_rank_ends_the_other(checkpoints: Checkpoints) -> None:
+    source, prepared = checkpoints.get(replace(QWEN, one_input_scale=True), trtllm=True)
+    mortal = Ranks()
+    try:
+        job = tensor_parallel_job(source, prepared, "auto", TP2, {}, "killed before it exchanges")
+        survivor, killed = mortal.run_to_failure(job)
+    finally:
+        mortal.close()
+    assert killed is None and survivor is not None
+    assert "nvfp4_prep.errors.LoadError: rank 1 of 2, which does not answer, did not take part" in survivor
 
 
 @pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
@@ -165,6 +206,7 @@ def test_redundant_experts_move_in_place(checkpoints: Checkpoints) -> None:
 LAUNCH = """
 import sys; sys.path[:0] = sys.argv[2:]
 from sglang_on_cpu import bring_up
+from sglang_ranks import Ranks
 bring_up()
 from sglang.srt.plugins import load_plugins
 load_plugins()

@@ -16,6 +16,7 @@ import torch
 from vllm.config import ParallelConfig
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError, ServingError, SourceError, VerificationError
+from nvfp4_prep.load import options
 from nvfp4_prep.load.options import default_threads
 from nvfp4_prep.vllm import load_format
 from support.serving.compare import Job, Outcome, run
@@ -168,7 +169,7 @@ def test_threads_are_shared_by_all_ranks_of_a_host(
 ) -> None:
     config = SimpleNamespace(parallel_config=ParallelConfig(distributed_executor_backend="mp", **parallel))
     monkeypatch.setattr(load_format, "get_current_vllm_config_or_none", lambda: config)
-    monkeypatch.setattr(load_format, "usable_cores", lambda: 64)
+    monkeypatch.setattr(options, "usable_cores", lambda: 64)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     assert load_format._threads() == default_threads(64 // ranks)

@@ -29,6 +29,7 @@ class _Commands(click.Group):
     """
 
     names = (
+        "bench-load",
         "completion",
         "convert",
         "doctor",
@@ -49,7 +50,8 @@ class _Commands(click.Group):
         """Import one command, from the module of its name."""
         if cmd_name not in self.names:
             return None
-        command: click.Command = getattr(import_module(f"nvfp4_prep.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"nvfp4_prep.cli.{name}"), name)
         return command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
@@ -107,6 +109,7 @@ def cli() -> None:
     nvfp4-prep inspect  nvidia/Kimi-K2.5-NVFP4            what is it, and can it be prepared?
     nvfp4-prep convert  nvidia/Kimi-K2.5-NVFP4 ./out      prepare it (a directory will do as well)
     nvfp4-prep verify   ./out --source ./source           check every byte against its source
+    nvfp4-prep bench-load ./out --tp 8                    how fast will this host load it?
     nvfp4-prep push     ./out me/Kimi-K2.5-NVFP4-prepared publish it
     nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
     nvfp4-prep restamp  ./out                             keep edits of its config.json

@@ -3,6 +3,7 @@
 from nvfp4_prep.load.api import LoadedLayer, RankShare, load_layer, load_layers
 from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.cooperative import CooperativeGroup
+from nvfp4_prep.load.group_loader import GroupLoader, TakesParameters
 from nvfp4_prep.load.lazy_tensor import TensorHandle, handle_of, make_handle
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import DirectIO, Gather, LoadOptions
@@ -14,10 +15,12 @@ __all__ = [
     "DirectIO",
     "ExpertLoader",
     "Gather",
+    "GroupLoader",
     "LoadOptions",
     "LoadReport",
     "LoadedLayer",
     "RankShare",
+    "TakesParameters",
     "TensorHandle",
     "handle_of",
     "load_layer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from nvfp4_prep.load.arguments import as_experts, as_rank, check_experts
 from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
 from nvfp4_prep.load.loader import ExpertLoader
-from nvfp4_prep.load.options import LoadOptions
+from nvfp4_prep.load.options import LoadOptions, rank_threads
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_slice
@@ -31,7 +31,7 @@ from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_sl
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LoadedLayer", "RankShare", "load_layer", "load_layers"]
+__all__ = ["LayerLoad", "LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def load_layer(
         tp, ep: ``(rank, size)`` of tensor and expert parallelism.
         experts: the stored expert of each slot, instead of ``ep``; any order, repetitions allowed.
         device: where the tensors go.
-        options: of the loader.
+        options: of the loader. Without ``threads``, the ranks of a ``group`` share the cores of this host.
         group: the tensor-parallel ranks of this host, which all call this at once, with the same arguments but for
             ``tp`` and ``device``: each reads a part of w2 and they exchange their columns
             (:class:`nvfp4_prep.load.CooperativeGroup`).
@@ -129,7 +129,7 @@ def load_layer(
         LoadError, VerificationError: if the load fails; nothing is returned then. With a ``group``, every failure of
             any rank is a LoadError on all of them that names the rank.
     """
-    with ExpertLoader(device, options) as loader:
+    with ExpertLoader(device, _shared_cores(options, group)) as loader:
         together = _together(group, loader)
         with _preparing(together):
             catalog = Catalog.open(path)
@@ -174,26 +174,34 @@ def _load_layers(
         with _preparing(together):
             if loader.options.verify:
                 catalog.check_sha256(EXPERT_SCALES)
-            loads: list[_LayerLoad] = []
+            loads: list[LayerLoad] = []
             for layer in layers:
-                loads.append(_LayerLoad(catalog, layer, share, loader))
+                loads.append(LayerLoad(catalog, layer, share, loader))
                 if together is None:
                     for item in (loads[-1].parameter(tensor) for tensor in PreparedTensor):
                         item.submit(loader)
                 loads[-1].read_vectors()
             if together is not None:
                 parameters = [(tensor, load.parameter(tensor)) for load in loads for tensor in PreparedTensor]
-                exchanged = [item for tensor, item in parameters if not tensor.is_w13]
-                together.begin(exchanged, [item for tensor, item in parameters if tensor.is_w13])
+                shared = [not tensor.is_w13 or item.is_exchanged(together.size) for tensor, item in parameters]
+                exchanged = [item for (_, item), kept in zip(parameters, shared, strict=True) if kept]
+                own = [item for (_, item), kept in zip(parameters, shared, strict=True) if not kept]
+                together.begin(exchanged, own)
         if together is None:
             return [load.loaded for load in loads], loader.finish()
-        together.finish()
-        with together.ending():
-            report = loader.finish()
+        report = together.complete()
     except BaseException:
         loader.abandon()
         raise
     return [load.loaded for load in loads], report
+
+
+def _shared_cores(options: LoadOptions | None, group: ProcessGroup | CooperativeGroup | None) -> LoadOptions:
+    options = LoadOptions() if options is None else options
+    ranks = group.group if isinstance(group, CooperativeGroup) else group
+    if ranks is None or not isinstance(options, LoadOptions) or options.threads or not hasattr(ranks, "size"):
+        return options  # what is neither options nor a group is refused later
+    return replace(options, threads=rank_threads(ranks.size()))
 
 
 def _together(group: ProcessGroup | CooperativeGroup | None, loader: ExpertLoader) -> CooperativeLoad | None:
@@ -206,7 +214,7 @@ def _preparing(together: CooperativeLoad | None) -> contextlib.AbstractContextMa
     return contextlib.nullcontext() if together is None else together.preparing()
 
 
-class _LayerLoad:
+class LayerLoad:
     """One layer's parameters, allocated, and where their bytes are."""
 
     def __init__(self, catalog: Catalog, layer: LayerRecord, share: RankShare, loader: ExpertLoader) -> None:

@@ -3,7 +3,8 @@
 A rank's columns of w2 are short pieces of every row. So each rank reads whole experts, one share of them, in long
 ranges into device memory, slices them there into one panel of columns a rank, and an all-to-all brings every rank its
 own. This goes in rounds of bounded size: while one is exchanged, the next one is read. w13 is read as without a group,
-a piece between two rounds, so that the reading threads always have something to do.
+a piece between two rounds, so that the reading threads always have something to do. On network storage, where a request
+costs as much as a megabyte, rows of w13 and its scales that are shorter than that are exchanged too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.exchange_plan import Round, plan_rounds
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.read_plan import DIRECT_NBYTES, LONG_RUN_NBYTES
+from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.storage import is_network_storage
 from nvfp4_prep.load.worker import Submission
 from nvfp4_prep_kernels import ExpertSlice
 
@@ -80,20 +84,34 @@ class SharedParameter:
         target = self.parameter[slots]
         loader.submit(self.path, self.record, self.part, self.experts[slots], target, self.crc32)
 
+    def is_exchanged(self, size: int) -> bool:
+        """Return whether ``size`` ranks had better exchange this than each read its part: the same on all of one host.
+
+        On local storage that is many runs of less than a disk's request, and on network storage whatever is shorter
+        than a request that is worth its time there.
+        """
+        if not self._panels(size):
+            return False
+        if _on_network(self.path):
+            return self.part.run_nbytes < DIRECT_NBYTES
+        return self.part.runs > 1 and self.part.run_nbytes < LONG_RUN_NBYTES
+
     def check_panels(self, rank: int, size: int) -> None:
         """Raise :class:`UsageError` unless the rank's runs are one of ``size`` equal panels of all lines."""
-        part = self.part
-        panels = (part.offset_bytes, part.stride_bytes) == (rank * part.run_nbytes, size * part.run_nbytes)
-        if not panels or part.runs * part.stride_bytes != self.whole.nbytes:
+        if self.part.offset_bytes != rank * self.part.run_nbytes or not self._panels(size):
             raise UsageError(
                 f"not the share of tensor-parallel rank {rank} of {size}, which this rank is in its group",
                 where=f"{self.path}, tensor {self.record.name!r}",
                 next_step="Give the process group of the tensor-parallel ranks.",
             )
 
+    def _panels(self, size: int) -> bool:
+        line = self.part.stride_bytes if self.part.runs > 1 else self.whole.nbytes
+        return line == size * self.part.run_nbytes and self.part.runs * line == self.whole.nbytes
+
 
 class CooperativeLoad:
-    """One load of the ranks of a group: :meth:`prepare` on each, then :meth:`finish`.
+    """One load of the ranks of a group: :meth:`begin` inside :meth:`preparing` on each, then :meth:`complete`.
 
     Device memory: ``exchange_nbytes`` of the group, until the end of :meth:`finish`.
     """
@@ -111,6 +129,11 @@ class CooperativeLoad:
         self._stages: list[torch.Tensor] = []
         self._error: NvfpPrepError | None = None
         self._digest = hashlib.sha256(f"{group.exchange_nbytes} {loader.options.verify}".encode())
+
+    @property
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return self._ranks.size
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -172,6 +195,12 @@ class CooperativeLoad:
         with self._on_stream():
             self._ranks.agree(error)
 
+    def complete(self) -> LoadReport:
+        """Exchange all rounds and wait for everything; raises as :meth:`finish`."""
+        self.finish()
+        with self.ending():
+            return self._loader.finish()
+
     def _exchange(self, number: int) -> None:
         (item, planned), submission = self._rounds[number], self._reading.popleft()
         failure = None if submission is None else self._loader.wait_for(submission)
@@ -232,6 +261,13 @@ class CooperativeLoad:
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _on_network(path: Path) -> bool:
+    try:
+        return is_network_storage(path.stat().st_dev)
+    except OSError:
+        return False  # said with the right words when it is opened
 
 
 def _slice_panels(stage: torch.Tensor, panels: torch.Tensor, part: ExpertSlice, size: int) -> None:

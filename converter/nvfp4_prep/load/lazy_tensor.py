@@ -16,7 +16,7 @@ import torch
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError
-from nvfp4_prep.load.loader import ExpertLoader
+from nvfp4_prep.load.group_loader import TakesParameters
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["TensorHandle", "handle_of", "make_handle"]
@@ -36,7 +36,7 @@ class TensorHandle:
         crc32: the manifest's checksums, where they are to be compared.
     """
 
-    loader: ExpertLoader
+    loader: TakesParameters
     path: Path
     record: TensorRecord
     crc32: tuple[int, ...] | None
@@ -47,7 +47,7 @@ class TensorHandle:
 
 
 def make_handle(
-    loader: ExpertLoader, path: Path, record: TensorRecord, crc32: tuple[int, ...] | None = None
+    loader: TakesParameters, path: Path, record: TensorRecord, crc32: tuple[int, ...] | None = None
 ) -> torch.Tensor:
     """Return a meta tensor of the stored shape and dtype that carries a handle.
 

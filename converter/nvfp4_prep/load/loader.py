@@ -17,6 +17,7 @@ from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
 from nvfp4_prep.load.gpu_copy import Transfer
 from nvfp4_prep.load.mmap_gather import mapping_supported
+from nvfp4_prep.load.numa import near_processors, run_near, stay_near
 from nvfp4_prep.load.open_files import OpenFiles
 from nvfp4_prep.load.options import Gather, LoadOptions
 from nvfp4_prep.load.read_plan import Task, plan_reads
@@ -37,8 +38,9 @@ class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
-    memory for a GPU; on the device at most 64 MiB or one buffer, for whole rows that are sliced there. A load that
-    failed is void: :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
+    memory for a GPU; on the device at most 64 MiB or one buffer, for whole rows that are sliced there. Staging and
+    reading threads are kept on the GPU's NUMA node where that is known and has processors enough. A load that failed is
+    void: :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
 
     For one thread at a time, because the failure of a load is told once: from the first :meth:`submit` to the
     :meth:`finish` that belongs to it every call must come from the same thread, and another one's gets a
@@ -79,7 +81,8 @@ class ExpertLoader:
         self._closed = False
         self._error: NvfpPrepError | None = None
         self._begin()
-        buffers = make_buffers(self.options, pinned=self.device.type == "cuda")
+        self._near = near_processors(self.device, self.options.thread_count)
+        buffers = run_near(self._near, lambda: make_buffers(self.options, pinned=self.device.type == "cuda"))
         self._transfer = self._make_transfer(buffers)
         filled = None if self._transfer is None else self._transfer.put
         self._reading = [
@@ -321,6 +324,7 @@ class ExpertLoader:
             self._error = self._error or failure
 
     def _work(self, reading: Reading) -> None:
+        stay_near(self._near)
         while (job := self._jobs.get()) is not None:
             units = job.task.units
             if self._error is None:

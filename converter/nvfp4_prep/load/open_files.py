@@ -41,6 +41,7 @@ class OpenFiles:
             cached = reader.cached(record.offset_bytes + first * stored, (last + 1 - first) * stored)
             if mode is DirectIO.AUTO and cached:
                 reader.direct = False
+            reader.share_rows = mode is DirectIO.AUTO
             reader.resident = cached and not reader.direct and not is_network_storage(reader.device)
             self._readers[path] = reader
         if reader.nbytes < record.offset_bytes + record.nbytes:

@@ -62,12 +62,7 @@ class Ranks:
         """
         text = "" if error is None else str(error) or type(error).__name__
         packed = digest.ljust(_DIGEST_NBYTES, b"\0")[:_DIGEST_NBYTES] + text.encode()[:_TEXT_NBYTES]
-        mine = torch.zeros(_DIGEST_NBYTES + _TEXT_NBYTES, dtype=torch.uint8)
-        mine[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-        sent = mine.to(self.device)
-        gathered = [torch.empty_like(sent) for _ in range(self.size)]
-        self.complete([lambda: dist.all_gather(gathered, sent, group=self.group, async_op=True)])
-        found = [bytes(each.cpu().tolist()) for each in gathered]
+        found = self.gather(packed.ljust(_DIGEST_NBYTES + _TEXT_NBYTES, b"\0"))
         for rank, each in enumerate(found):
             message = each[_DIGEST_NBYTES:].rstrip(b"\0").decode(errors="replace")
             if message:
@@ -79,6 +74,13 @@ class Ranks:
                 expected="the same on all ranks as on rank 0",
                 actual=f"others on rank {', '.join(map(str, different))}",
             )
+
+    def gather(self, mine: bytes) -> list[bytes]:
+        """Return what every rank gives, as many bytes on each; raises :class:`LoadError` if a rank is missing."""
+        sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self.device)
+        gathered = [torch.empty_like(sent) for _ in range(self.size)]
+        self.complete([lambda: dist.all_gather(gathered, sent, group=self.group, async_op=True)])
+        return [bytes(each.cpu().tolist()) for each in gathered]
 
     def exchange(
         self, received: torch.Tensor, sent: torch.Tensor, counts: Sequence[int], unit: int, failed: bool

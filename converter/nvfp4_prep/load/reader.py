@@ -16,6 +16,7 @@ from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.mmap_gather import FileMapping
+from nvfp4_prep.load.page_cache import cached_pages
 from nvfp4_prep.load.read_plan import ALIGNMENT, DIRECT_NBYTES, Chunk, Segment
 from nvfp4_prep.load.strided_copy import gather_runs
 
@@ -61,6 +62,8 @@ class FileReader:
         path: the file.
         nbytes: its size when it was opened.
         direct: whether long ranges are read past the page cache.
+        share_rows: whether whole rows, of which other ranks need their columns too, go through the page cache all the
+            same, so that they are read from storage once for all ranks of a host.
         resident: whether what will be read is in the page cache of this machine, on local storage.
     """
 
@@ -79,7 +82,7 @@ class FileReader:
         self._lock = threading.Lock()
         self._direct_descriptor = -1
         self._descriptor, self.nbytes = open_regular(path, LoadError, "Complete the download.")
-        self.direct = self.resident = False
+        self.direct = self.resident = self.share_rows = False
         if direct:
             self._open_direct()
 
@@ -99,19 +102,8 @@ class FileReader:
 
     def cached(self, offset_bytes: int, nbytes: int) -> bool:
         """Whether most of a range is in the page cache, judged by a few pages; True where the system does not say."""
-        nowait = getattr(os, "RWF_NOWAIT", None)
-        if nowait is None:
-            return True
-        missing = 0
-        page = bytearray(1)
-        for probe in range(_PROBES):
-            try:
-                os.preadv(self._descriptor, [page], offset_bytes + nbytes * probe // _PROBES, nowait)
-            except BlockingIOError:
-                missing += 1
-            except OSError:
-                return True
-        return missing * 2 <= _PROBES
+        offsets = [offset_bytes + nbytes * probe // _PROBES for probe in range(_PROBES)]
+        return cached_pages(self._descriptor, offsets) * 2 >= _PROBES
 
     def fill(self, tensor: str, chunk: Chunk, target: torch.Tensor, counts: ReadCounts) -> int:
         """Read the segments of a chunk without window, one after the other.
@@ -146,7 +138,7 @@ class FileReader:
         Returns:
             Where in ``target`` the first run begins.
         """
-        if self.direct:
+        if self.direct and (segment.contiguous or not self.share_rows):
             lead = self._read_direct(tensor, segment, target, counts)
             if lead is not None:
                 return lead

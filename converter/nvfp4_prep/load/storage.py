@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["is_network_storage"]
+__all__ = ["is_network_storage", "storage_of"]
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _NETWORK = (
@@ -35,14 +35,27 @@ def is_network_storage(device: int, mounts: Path = _MOUNTS) -> bool:
     Returns:
         False where the system has no such table.
     """
+    kind = _file_system(device, mounts)
+    return kind is not None and kind.startswith(_NETWORK)
+
+
+def storage_of(path: Path, mounts: Path = _MOUNTS) -> str:
+    """Return the name of the file system under a path, with "across a network" where it is; "unknown" if not said."""
+    kind = _file_system(path.stat().st_dev, mounts)
+    if kind is None:
+        return "unknown"
+    return f"{kind}, across a network" if kind.startswith(_NETWORK) else kind
+
+
+def _file_system(device: int, mounts: Path) -> str | None:
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return False
+        return None
     for line in lines:
         before, separator, after = line.partition(" - ")
         fields = before.split()
         if separator and len(fields) > 2 and fields[2] == number:
-            return after.split(" ", 1)[0].startswith(_NETWORK)
-    return False
+            return after.split(" ", 1)[0]
+    return None

@@ -14,7 +14,7 @@ import torch
 from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, EXPERTS_PREFIX, MANIFEST
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import Catalog, ExpertLoader, make_handle
+from nvfp4_prep.load import Catalog, TakesParameters, make_handle
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
 
 __all__ = ["ExpertFiles"]
@@ -23,7 +23,7 @@ __all__ = ["ExpertFiles"]
 class ExpertFiles:
     """The files of prepared experts that a server listed."""
 
-    def __init__(self, loader: ExpertLoader) -> None:
+    def __init__(self, loader: TakesParameters) -> None:
         self._loader = loader
         self._files: list[Path] = []
 

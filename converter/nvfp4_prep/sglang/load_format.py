@@ -2,7 +2,8 @@
 
 In the place of the files of prepared experts the model gets tensors without data (:mod:`nvfp4_prep.load.lazy_tensor`)
 under the same names, whose parameters' loaders queue the read of exactly the rank's bytes. The reads run while SGLang
-loads the rest; they are done before it derives anything from them.
+loads the rest; they are done before it derives anything from them, and so is the exchange of columns between the
+tensor-parallel ranks of a host (:mod:`nvfp4_prep.serving.cooperation`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 
 from nvfp4_prep._util.progress import RateLog
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import ExpertLoader, LoadOptions
-from nvfp4_prep.load.options import default_threads, usable_cores
+from nvfp4_prep.load import ExpertLoader, LoadOptions, TakesParameters
+from nvfp4_prep.load.options import rank_threads
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep.serving.cooperation import Alone, Cooperation, ServerRanks, server_ranks
 from nvfp4_prep.serving.expert_files import ExpertFiles
 from nvfp4_prep.sglang.hooks import parameter_name
 
@@ -39,9 +42,10 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Loads a prepared checkpoint.
 
-    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions`, ``others``: the load
-    format of everything that is not an expert (``auto`` if left out), and that format's own options. Weight updates
-    of a running server read whole tensors.
+    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions`, ``cooperative`` and
+    ``exchange_nbytes`` (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of
+    everything that is not an expert (``auto`` if left out), and that format's own options. Weight updates of a running
+    server read whole tensors.
 
     Attributes:
         report: of the last load.
@@ -57,30 +61,30 @@ class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
                 expected=" or ".join(_ALLOWED),
                 next_step="Leave it out for SGLang's default.",
             )
+        self._cooperation = Cooperation.take(extra)
         self._options = {name: extra.pop(name) for name in _OPTIONS & extra.keys()}
         super().__init__(dataclasses.replace(load_config, load_format=others, model_loader_extra_config=extra))
         self._files: ExpertFiles | None = None
-        self._loader: ExpertLoader | None = None
+        self._loader: TakesParameters | None = None
         self.report: str | None = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         """Load everything.
 
         Raises:
-            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged.
+            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged. Where ranks
+                load together every failure of one of them is a LoadError on all, with its rank.
             ServingError: if the checkpoint is not prepared or not in a local directory.
         """
         device = torch.device(device_config.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         options = LoadOptions(**{"threads": _threads(), **self._options})
-        with ExpertLoader(device, options, progress=RateLog(logger.info)) as loader:
+        make = partial(ExpertLoader, device, options, progress=RateLog(logger.info))
+        with self._cooperation.loading(_tensor_parallel_ranks, device, make, logger.info) as loader:
             self._loader, self._files = loader, ExpertFiles(loader)
             try:
                 model: torch.nn.Module = super().load_model(model_config=model_config, device_config=device_config)
-            except BaseException:
-                loader.abandon()
-                raise
             finally:
                 self._loader = self._files = None
         return model
@@ -121,4 +125,14 @@ def _threads() -> int:
     parallel = get_parallel()
     ranks = int(parallel.tp_size) * int(parallel.pp_size)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    return default_threads(usable_cores() // max(1, min(ranks, devices)))
+    return rank_threads(min(ranks, devices))
+
+
+def _tensor_parallel_ranks() -> ServerRanks | Alone:
+    """Return the ranks between which SGLang divides the columns of experts, of this pipeline stage alone."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    if getattr(parallel, "moe_tp_size", 0) == 1:
+        return Alone("experts are divided, not their columns (expert parallelism), or one rank has them all")
+    return server_ranks(getattr(parallel, "moe_tp_group", None), "SGLang")

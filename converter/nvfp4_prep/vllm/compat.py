@@ -4,6 +4,8 @@ What a probe cannot find stands in :data:`nvfp4_prep.vllm.versions.TESTED`. Know
 
 - 0.31 has no activation override in its NVFP4 config (:func:`activation_override`).
 - 0.31 and 0.32 do not know ModelOpt's ``MIXED_PRECISION`` in ``hf_quant_config.json`` (:func:`normalized_source`).
+- A version without process groups of its tensor-parallel ranks loads each rank by itself
+  (:func:`tensor_parallel_ranks`); none of the tested ones is.
 - 0.31 does not pad experts for the CuteDSL kernel. That is seen in what it prepares
   (:class:`nvfp4_prep.vllm.layout_check.InstalledLayout`), not here.
 """
@@ -15,9 +17,12 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-__all__ = ["activation_override", "normalized_source"]
+from nvfp4_prep.serving.cooperation import Alone, ServerRanks, server_ranks
+
+__all__ = ["activation_override", "normalized_source", "tensor_parallel_ranks"]
 
 _MIXED = "modelopt_mixed"
 
@@ -25,6 +30,19 @@ _MIXED = "modelopt_mixed"
 def activation_override(quant_config: Any) -> Any:
     """Return the activation override asked for on the experts, ``None`` where vLLM has none or knows of none."""
     return getattr(quant_config, "moe_activation_override", None)
+
+
+def tensor_parallel_ranks() -> ServerRanks | Alone:
+    """Return the ranks between which vLLM divides the columns of experts; a pipeline stage has its own."""
+    config = get_current_vllm_config_or_none()
+    if config is not None and getattr(config.parallel_config, "enable_expert_parallel", False):
+        return Alone("experts are divided, not their columns (expert parallelism)")
+    try:
+        from vllm.distributed.parallel_state import get_tp_group
+
+        return server_ranks(get_tp_group(), "vLLM")
+    except (ImportError, AssertionError) as error:
+        return Alone(f"vLLM names no tensor-parallel group ({error})")
 
 
 def normalized_source(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 The files of prepared experts are taken out of vLLM's list of files. In their place the model gets tensors without data
 (:mod:`nvfp4_prep.load.lazy_tensor`) under the same names, so that vLLM's own name mapping leads each to its parameter,
 whose loader queues the read of exactly the rank's bytes. The reads run while vLLM loads the rest; when it is done, the
-loader waits for them.
+loader waits for them, and the tensor-parallel ranks of a host exchange their columns
+(:mod:`nvfp4_prep.serving.cooperation`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,11 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from nvfp4_prep._util.progress import RateLog
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import ExpertLoader, LoadOptions
-from nvfp4_prep.load.options import default_threads, usable_cores
+from nvfp4_prep.load import ExpertLoader, LoadOptions, TakesParameters
+from nvfp4_prep.load.options import rank_threads
+from nvfp4_prep.serving.cooperation import Cooperation
 from nvfp4_prep.serving.expert_files import ExpertFiles
+from nvfp4_prep.vllm.compat import tensor_parallel_ranks
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader", "register_load_format"]
 
@@ -42,8 +46,9 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
     """Loads a prepared checkpoint.
 
     ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions` (``threads``,
-    ``chunk_nbytes``, ``buffers``, ``direct_io``, ``gather``, ``verify``), ``others``: the load format of everything
-    that is no expert (``auto`` if left out), and that format's own options.
+    ``chunk_nbytes``, ``buffers``, ``direct_io``, ``gather``, ``verify``), ``cooperative`` and ``exchange_nbytes``
+    (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of everything that is not an
+    expert (``auto`` if left out), and that format's own options.
 
     Attributes:
         report: of the last load.
@@ -56,6 +61,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         others = extra.pop(_OTHERS, "auto")
         if others == LOAD_FORMAT:
             raise ServingError(f"{_OTHERS} cannot be {LOAD_FORMAT}", next_step="Leave it out for vLLM's default.")
+        self._cooperation = Cooperation.take(extra)
         self._options = {name: extra.pop(name) for name in _OPTIONS & extra.keys()}
         self._others: Any = get_model_loader(
             dataclasses.replace(load_config, load_format=others, model_loader_extra_config=extra)
@@ -88,16 +94,15 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         """Load everything.
 
         Raises:
-            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged.
+            LoadError, SourceError, VerificationError: if prepared experts cannot be read or are damaged. Where ranks
+                load together every failure of one of them is a LoadError on all, with its rank.
             ServingError: if the checkpoint is not prepared or not in a local directory.
         """
-        with self._take_loader(_experts_device(model)) as loader:
-            try:
-                with _ExpertsApart(self._others, loader):
-                    self._others.load_weights(model, model_config)
-            except BaseException:
-                loader.abandon()
-                raise
+        device = _experts_device(model)
+        make = partial(self._take_loader, device)
+        with self._cooperation.loading(tensor_parallel_ranks, device, make, logger.info) as loader:
+            with _ExpertsApart(self._others, loader):
+                self._others.load_weights(model, model_config)
             report = loader.finish()
         if not report.nbytes:
             raise ServingError(
@@ -128,7 +133,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
 class _ExpertsApart:
     """While it is entered, vLLM's loader sees no files of prepared experts and yields handles for their tensors."""
 
-    def __init__(self, others: Any, loader: ExpertLoader) -> None:
+    def __init__(self, others: Any, loader: TakesParameters) -> None:
         self._others = others
         self._apart = ExpertFiles(loader)
 
@@ -184,4 +189,4 @@ def _threads() -> int:
     config = get_current_vllm_config_or_none()
     ranks = 1 if config is None else int(config.parallel_config.world_size_across_dp)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-    return default_threads(usable_cores() // max(1, min(ranks, devices)))
+    return rank_threads(min(ranks, devices))

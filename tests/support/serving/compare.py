@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from support.serving.failures import failing
 from support.serving.stand_ins import trtllm_on_cpu
 from support.serving.states import differences, snapshot
 from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
@@ -32,6 +33,7 @@ class Job:
         prepared_load: LoadConfig fields for the prepared directory only.
         kernel: --moe-backend for the source.
         prepared_kernel: --moe-backend for the prepared directory.
+        failing: how the last rank fails when it loads the prepared directory; a key of ``FAILURES``.
     """
 
     source: str
@@ -43,6 +45,7 @@ class Job:
     prepared_load: dict[str, Any] = field(default_factory=dict)
     kernel: str = "flashinfer_cutedsl"
     prepared_kernel: str = "auto"
+    failing: str = ""
 
     def stand_ins(self) -> contextlib.AbstractContextManager[None]:
         """What the kernel needs to be accepted on a CPU."""
@@ -51,10 +54,14 @@ class Job:
 
 @dataclass
 class Counts:
-    """Work of one load: tensors out of the files, calls of expert weight loaders."""
+    """Work of one load: tensors out of the files, calls of expert weight loaders, bytes that our loader read, and
+    how many parameters it exchanged with other ranks.
+    """
 
     tensors: int = 0
     calls: int = 0
+    read_nbytes: int = 0
+    exchanged: int = 0
 
 
 @dataclass
@@ -83,8 +90,11 @@ def counting(counts: Counts) -> Iterator[None]:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+    from nvfp4_prep.load import ExpertLoader
+    from nvfp4_prep.load.cooperative import CooperativeLoad
     from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
+    begin, finish = CooperativeLoad.begin, ExpertLoader.finish
     read, load = DefaultModelLoader.get_all_weights, DefaultModelLoader.load_weights
     original, prepared = RoutedExperts.weight_loader, PreparedWeights.loader
 
@@ -111,12 +121,23 @@ def counting(counts: Counts) -> Iterator[None]:
 
         return prepared_weight_loader
 
+    def begin_and_count(self: Any, parameters: Any, own: Any) -> None:
+        counts.exchanged += len(parameters)
+        begin(self, parameters, own)
+
+    def finish_and_count(self: Any) -> Any:
+        report = finish(self)
+        counts.read_nbytes += report.counts.nbytes
+        return report
+
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
     with (
         mock.patch.object(DefaultModelLoader, "get_all_weights", get_all_weights),
         mock.patch.object(DefaultModelLoader, "load_weights", load_weights),
         mock.patch.object(RoutedExperts, "weight_loader", weight_loader),
         mock.patch.object(PreparedWeights, "loader", loader),
+        mock.patch.object(CooperativeLoad, "begin", begin_and_count),
+        mock.patch.object(ExpertLoader, "finish", finish_and_count),
     ):
         yield
 
@@ -154,7 +175,8 @@ class Comparison:
         job, outcome, meeting = self.job, self.outcome, (self.job.meetings or (None, None))[1]
         options = {**job.options, "load": {**job.options.get("load", {}), **job.prepared_load}}
         config = make_vllm_config(Path(job.prepared), moe_backend=job.prepared_kernel, **options)
-        with rank_of(config, self.rank, job.world, meeting), counting(outcome.prepared), job.stand_ins():
+        failure = failing(job.failing if self.rank == job.world - 1 else "")
+        with rank_of(config, self.rank, job.world, meeting), counting(outcome.prepared), job.stand_ins(), failure:
             model = load_model(config)
             actual = snapshot(model)
             outcome.layers = len(routed_experts(model))

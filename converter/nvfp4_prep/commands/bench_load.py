@@ -1,0 +1,157 @@
+"""Measure a load before it is decided on: all ranks of a host at once, from this storage, into their parameters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nvfp4_prep.commands.bench_load_figures import LoadBench, LoadFigures, find_limit
+from nvfp4_prep.commands.bench_load_processes import RankProcesses
+from nvfp4_prep.commands.bench_load_rank import RankJob, RankTurn
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.load import Catalog, LoadOptions
+from nvfp4_prep.load.options import rank_threads, usable_cores
+from nvfp4_prep.load.page_cache import cached_share, forget
+from nvfp4_prep.load.storage import storage_of
+from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep_kernels import LayoutError, PreparedTensor, rank_slice
+
+__all__ = ["bench_load"]
+
+MAX_RANKS = 64
+
+
+def bench_load(
+    path: Path | str,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    layers: int = 1,
+    device: str | None = None,
+    threads: int = 0,
+    repeats: int = 3,
+    cold: bool | None = None,
+    together: bool = True,
+) -> LoadBench:
+    """Load layers with as many processes as ranks, all at once, and say how fast it was and what limited it.
+
+    Each process holds its rank's parameters, allocated before the time begins: memory of the layers' experts, spread
+    over the GPUs, or host memory where there are none.
+
+    Args:
+        path: a directory that ``nvfp4-prep convert`` wrote.
+        tp, ep: sizes of tensor and expert parallelism; ``tp * ep`` processes.
+        layers: how many, from the first one on.
+        device: ``cuda`` or ``cpu``; by default GPUs where there are any.
+        threads: reading threads a rank; 0 for its part of the cores.
+        repeats: turns of each kind.
+        cold: True to take the files out of the page cache before every turn, False to leave them in it; None for both.
+        together: let tensor-parallel ranks read each byte once and exchange columns, where they can.
+
+    Raises:
+        CheckpointError: if the directory is not a complete prepared checkpoint.
+        UsageError: if the file does not serve these sizes, or an argument makes no sense.
+        LoadError: if a rank fails or does not answer.
+    """
+    _check(tp=(tp, MAX_RANKS), ep=(ep, MAX_RANKS), layers=(layers, 10**6), repeats=(repeats, 1000))
+    catalog = Catalog.open(path)
+    chosen = catalog.manifest.layers[:layers]
+    if not chosen:
+        raise UsageError("has no prepared layers", where=str(path))
+    _check_shares(chosen, tp, ep)
+    devices = _devices(device, tp * ep)
+    alone_because = _alone_because(tp, devices, together)
+    options = LoadOptions(threads=threads or rank_threads(tp * ep))
+    files = sorted({catalog.root / record.file for layer in chosen for record in catalog.records(layer).values()})
+    with tempfile.TemporaryDirectory(prefix="nvfp4-prep-bench-") as folder:
+        jobs = [
+            RankJob(
+                path=catalog.root,
+                layers=tuple(layer.experts_path for layer in chosen),
+                tp=(rank % tp, tp),
+                ep=(rank // tp, ep),
+                device=place,
+                options=options,
+                together=not alone_because,
+                store=Path(folder) / "store",
+            )
+            for rank, place in enumerate(devices)
+        ]
+        with RankProcesses(jobs) as ranks:
+            kinds = (True, False) if cold is None else (cold,)
+            figures = tuple(_measure(ranks, files, kind, repeats) for kind in kinds)
+    return LoadBench(
+        path=catalog.root,
+        storage=storage_of(catalog.root),
+        layers=len(chosen),
+        all_layers=len(catalog.manifest.layers),
+        nbytes=sum(map(_nbytes, chosen)),
+        all_nbytes=sum(map(_nbytes, catalog.manifest.layers)),
+        tp=tp,
+        ep=ep,
+        devices=devices,
+        threads=options.thread_count,
+        together=not alone_because,
+        alone_because=alone_because,
+        figures=figures,
+    )
+
+
+def _measure(ranks: RankProcesses, files: Sequence[Path], cold: bool, repeats: int) -> LoadFigures:
+    """All turns of one kind; one that warms up comes first where the files shall be in the page cache."""
+    if not cold:
+        ranks.turn()
+    turns: list[tuple[float, tuple[RankTurn, ...]]] = []
+    shares = []
+    for _ in range(repeats):
+        if cold:
+            forget(files)
+        shares.append(cached_share(files))
+        found = ranks.turn()
+        turns.append((max(rank.ended for rank in found) - min(rank.begun for rank in found), found))
+    seconds, median = sorted(turns, key=lambda turn: turn[0])[(len(turns) - 1) // 2]
+    every = tuple(turn[0] for turn in turns)
+    return LoadFigures(cold, max(shares), every, median, find_limit(median, seconds, usable_cores()))
+
+
+def _check(**numbers: tuple[int, int]) -> None:
+    for name, (value, limit) in numbers.items():
+        if type(value) is not int or not 1 <= value <= limit:
+            raise UsageError(f"unusable {name}", expected=f"1 to {limit}", actual=repr(value)[:80])
+
+
+def _check_shares(layers: Sequence[LayerRecord], tp: int, ep: int) -> None:
+    if tp * ep > MAX_RANKS:
+        raise UsageError("too many ranks for one host", expected=f"at most {MAX_RANKS}", actual=f"{tp} x {ep}")
+    for layer in layers:
+        if layer.dims.experts < ep:
+            raise UsageError("fewer experts than ranks", where=layer.experts_path, actual=layer.dims.experts)
+        try:
+            rank_slice(layer.layout, PreparedTensor.W2_WEIGHT, layer.dims, 0, tp)
+        except LayoutError as error:
+            raise UsageError(str(error), where=layer.experts_path) from error
+
+
+def _devices(wanted: str | None, ranks: int) -> tuple[str, ...]:
+    gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted not in (None, "cpu", "cuda") or (wanted == "cuda" and not gpus):
+        raise UsageError("no such device", expected="cpu, or cuda where there is a GPU", actual=repr(wanted))
+    return tuple(f"cuda:{rank % gpus}" if gpus else "cpu" for rank in range(ranks))
+
+
+def _alone_because(tp: int, devices: Sequence[str], together: bool) -> str:
+    """Return why the ranks of a tensor-parallel group do not load together; nothing if they do."""
+    if tp == 1:
+        return "there is one tensor-parallel rank"
+    if not together:
+        return "so asked for"
+    if devices[0] != "cpu" and len(set(devices)) < len(devices):
+        return "NCCL takes one rank a GPU"
+    return ""
+
+
+def _nbytes(layer: LayerRecord) -> int:
+    return sum(layer.dims.experts * layer.layout.expert_nbytes(tensor, layer.dims) for tensor in PreparedTensor)

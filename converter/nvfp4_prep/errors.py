@@ -6,6 +6,8 @@ it as it stands, so these texts are the user interface.
 
 from __future__ import annotations
 
+from nvfp4_prep._util.text import bounded
+
 __all__ = [
     "EXIT_CODES",
     "BusyError",
@@ -27,8 +29,14 @@ __all__ = [
 ]
 
 
+_WHAT_LIMIT, _VALUE_LIMIT = 2_000, 1_000
+"""Characters of a sentence and of a value: both may quote what a config, an index or a server says."""
+_PLACE_LIMIT = 10_000
+"""Characters of a place or a command, which may have two paths of 4,096 bytes."""
+
+
 class NvfpPrepError(Exception):
-    """Base of all errors that are raised on purpose.
+    """Base of all errors that are raised on purpose. Its texts are bounded, whatever was quoted in them.
 
     Attributes:
         what: one sentence.
@@ -49,11 +57,11 @@ class NvfpPrepError(Exception):
         actual: object | None = None,
         next_step: str | None = None,
     ) -> None:
-        self.what = what
-        self.where = where
-        self.expected = None if expected is None else str(expected)
-        self.actual = None if actual is None else str(actual)
-        self.next_step = next_step
+        self.what = bounded(what, _WHAT_LIMIT)
+        self.where = None if where is None else bounded(where, _PLACE_LIMIT)
+        self.expected = None if expected is None else bounded(str(expected), _VALUE_LIMIT)
+        self.actual = None if actual is None else bounded(str(actual), _VALUE_LIMIT)
+        self.next_step = None if next_step is None else bounded(next_step, _PLACE_LIMIT)
         super().__init__(str(self))
 
     def __str__(self) -> str:

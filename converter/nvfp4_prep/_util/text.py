@@ -1,11 +1,19 @@
-"""Numbers as people read them. GB is 10^9 bytes."""
+"""Numbers and long values as people read them. GB is 10^9 bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
 
-__all__ = ["count", "format_duration", "format_nbytes", "spans"]
+__all__ = ["bounded", "count", "format_duration", "format_nbytes", "spans"]
+
+
+def bounded(text: str, limit: int) -> str:
+    """Return a text of at most ``limit`` characters and a few: its beginning, how much is left out, and its end."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail]}… ({len(text) - limit} characters left out) …{text[-tail:]}"
 
 
 def format_nbytes(nbytes: float) -> str:

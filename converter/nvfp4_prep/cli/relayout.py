@@ -80,6 +80,9 @@ def relayout(
         f" {format_nbytes(result.written_nbytes)} written"
         f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )
-    for line in (*kernel_lines(result.manifest.options.layout), *tp_lines((it.layout, it.dims) for it in layers)):
+    for line in (
+        *kernel_lines(result.manifest.options.layout),
+        *tp_lines(((it.layout, it.dims) for it in layers), "relayout"),
+    ):
         say(line)
     say_next("verify", target)

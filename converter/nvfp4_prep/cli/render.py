@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.printable import join_lines, printable
-from nvfp4_prep._util.text import count, format_nbytes, spans
+from nvfp4_prep._util.text import bounded, count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.options import ConvertOptions
@@ -40,6 +40,8 @@ __all__ = [
     "tp_lines",
     "verify_text",
 ]
+_LINE_LIMIT = 5_000
+"""Characters of a line that describes a checkpoint: a config says what is in it."""
 
 
 def plan_value(plan: Plan, room: Room | None = None, memory_nbytes: int | None = None) -> dict[str, Any]:
@@ -197,8 +199,9 @@ def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
     return f"{options['layout']}, {gate_up}moe-tp {options['moe_tp']}"
 
 
-def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
-    """Which tensor-parallel sizes a file with these layers serves, which it does not, and what would."""
+def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "convert") -> Iterable[str]:
+    """Which tensor-parallel sizes a file with these layers serves, which it does not, and what would, with this
+    command."""
     known = list(dict.fromkeys(layers))
     served = set.intersection(*(set(layout.tp_sizes(dims)) for layout, dims in known))
     yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}; expert parallelism always"
@@ -206,7 +209,7 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]]) -> Iterable[str]:
         try:
             for layout, dims in known:
                 layout.for_moe_tp(size).check(dims)
-            yield f"cannot serve {size}: convert with --moe-tp {size} for that"
+            yield f"cannot serve {size}: {command} with --moe-tp {size} for that"
         except ValueError as error:  # a LayoutError
             yield f"cannot serve {size}: {error}"
 
@@ -257,7 +260,7 @@ def inspection_text(found: Inspection) -> str:
         lines += (f"vLLM {line}" for line in quantization_lines([found.quantization]))
     if not found.prepared:
         lines.append(f"convert would refuse: {found.refusal}" if found.refusal else "convert would prepare it")
-    return join_lines(lines)
+    return join_lines(bounded(line, _LINE_LIMIT) for line in lines)
 
 
 def _inspected_line(layer: InspectedLayer, *, exact: bool) -> str:

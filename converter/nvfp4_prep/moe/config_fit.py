@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nvfp4_prep._util.text import bounded
+from nvfp4_prep.checkpoint.filenames import quoted
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.moe.activation import Activation, ActivationKind, alternating_stacks, find_activation
@@ -60,7 +62,7 @@ def fit_config(
 
 def _not_computed(layer: MoeLayer, activation: Activation, *, refused: bool) -> LayerFinding:
     word = activation.kind.value if activation.kind is not ActivationKind.UNKNOWN else "unknown"
-    spelled = f" (config: {activation.spelled!r})" if activation.spelled and activation.spelled != word else ""
+    spelled = f" (config: {quoted(activation.spelled)})" if activation.spelled and activation.spelled != word else ""
     return LayerFinding(
         layer.experts_path,
         "activation",
@@ -81,7 +83,7 @@ def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
     return LayerFinding(
         layer.experts_path,
         "incomplete",
-        f"holds experts 0 to {layer.dims.experts - 1}, but config.json's {key} is {said[key]}",
+        f"holds experts 0 to {layer.dims.experts - 1}, but config.json's {key} is {bounded(str(said[key]), 40)}",
         "Complete the download, or correct config.json.",
         True,
     )

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from nvfp4_prep._util.text import bounded
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.moe.activation import Activation
@@ -50,6 +51,9 @@ class LayerFinding:
     reason: str
     instead: str
     refused: bool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", bounded(self.reason, 2_000))
 
 
 @dataclass(frozen=True)

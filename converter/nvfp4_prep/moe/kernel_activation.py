@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import quoted
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.model_config import find_number
@@ -39,7 +40,7 @@ def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: 
         if beta is not None:
             return MoeActivation(ActivationFunction.SITU, situ_beta=beta, situ_linear_beta=linear)
     raise UnsupportedCheckpointError(
-        f"the kernel cannot be called with the activation {activation.spelled or activation.kind.value!r}",
+        f"the kernel cannot be called with the activation {quoted(activation.spelled or activation.kind.value)}",
         where=where,
         expected="SwiGLU, SWIGLUOAI, SiTU (with activation_situ_beta in config.json) or relu2",
     )

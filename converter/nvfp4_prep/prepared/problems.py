@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict, dataclass
 
+from nvfp4_prep._util.text import bounded
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 
 __all__ = ["FOREIGN", "Problem", "Problems"]
@@ -48,7 +49,7 @@ class Problems:
         self, where: str, what: str, expected: object = None, actual: object = None, next_step: str | None = None
     ) -> None:
         """Note one problem, once."""
-        problem = Problem(where, what, _text(expected), _text(actual), next_step)
+        problem = Problem(bounded(where, 5_000), bounded(what, 2_000), _text(expected), _text(actual), next_step)
         with self._lock:
             self._found.add(problem)
 
@@ -66,4 +67,4 @@ class Problems:
 
 
 def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+    return None if value is None else bounded(str(value), 1_000)

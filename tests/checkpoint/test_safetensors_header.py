@@ -127,7 +127,11 @@ BAD = {
         raw(
             b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}'
         ),
-        "stands twice",
+        "the name 'a' stands twice",
+    ),
+    "field twice": (
+        raw(b'{"a":{"dtype":"U8","dtype":"U8","shape":[8],"data_offsets":[0,8]}}'),
+        "the name 'dtype' stands twice in one object",
     ),
     "metadata with a number": (raw({"__metadata__": {"a": 1}, "a": ENTRY}), "must map strings to strings"),
     "metadata is text": (raw({"__metadata__": "x", "a": ENTRY}), "must map strings to strings"),

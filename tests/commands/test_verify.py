@@ -516,3 +516,22 @@ def test_a_file_that_the_source_gained_is_missing_in_the_checkpoint(
     (source / "added.txt").write_text("hi")
     problem = verify(with_side_files[1], source=source, quick=True).problems[0]
     assert str(problem) == "added.txt: is in the source, but not in the prepared checkpoint"
+
+
+def test_a_listed_hidden_name_is_not_called_missing(copy: Path) -> None:
+    hidden = copy / ".git" / "hooks"
+    hidden.mkdir(parents=True)
+    (hidden / "post-checkout").write_text("x")
+    manifest = json.loads((copy / "nvfp4_prep.json").read_text())
+    manifest["files"][".git/hooks/post-checkout"] = {**manifest["files"]["README.md"], "kind": "side"}
+    (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    said = problems(copy, quick=True)
+    assert ".git/hooks/post-checkout: is listed and has a hidden name" in said
+    assert "is missing" not in said
+
+
+def test_a_manifest_that_is_no_file_is_called_so(copy: Path) -> None:
+    (copy / "nvfp4_prep.json").unlink()
+    (copy / "nvfp4_prep.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"has a nvfp4_prep\.json that is not a regular file"):
+        verify(copy)

@@ -227,7 +227,7 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
         if len(found) != len(pairs):
             names = Counter(key for key, _ in pairs)
             twice = next(key for key, number in names.items() if number > 1)
-            raise SourceError(f"tensor {quoted(twice)} stands twice in the header", where=file)
+            raise SourceError(f"the name {quoted(twice)} stands twice in one object of the header", where=file)
         return found
 
     try:

@@ -32,7 +32,7 @@ def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
         return
     differing = f"differs from what was converted in {', '.join(result.edits)}"
     edits = differing if result.edits else "has no edits, formatting aside"
-    done = "recorded" if result.written else "recorded before"
-    say(f"{result.path}: config.json {edits}; {done} in nvfp4_prep.json")
+    unwritten = "recorded before in nvfp4_prep.json" if result.edits else "nothing to record"
+    say(f"{result.path}: config.json {edits}; {'recorded in nvfp4_prep.json' if result.written else unwritten}")
     if not quiet:
         say_next("verify", result.path)

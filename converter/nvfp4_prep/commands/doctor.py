@@ -86,6 +86,10 @@ class Diagnosis:
     abilities: tuple[Ability, ...]
     disk: DiskSpeed | None
 
+    def __repr__(self) -> str:
+        works = sum(ability.works is True for ability in self.abilities)
+        return f"Diagnosis(ok={self.ok}, {works} of {len(self.abilities)} abilities, {len(self.cards)} GPUs)"
+
     @property
     def ok(self) -> bool:
         """Whether checkpoints can be converted here."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from nvfp4_prep._util.text import count
@@ -36,9 +37,11 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
             where=str(path),
             next_step="Give another target, or remove it.",
         )
-    if not _is_of_this_source(manifest, made):
+    changed = _source_changes(manifest, made)
+    if changed:
         raise TargetError(
-            "holds a finished conversion of something else: its source had the same name, but other tensors or configs",
+            "holds a finished conversion of something else: its source had the same name, and differs in"
+            f" {'; '.join(changed)}",
             where=str(path),
             next_step="Give another target, or remove it.",
         )
@@ -66,20 +69,38 @@ def _check_undamaged(path: Path) -> None:
         )
 
 
-def _is_of_this_source(manifest: Manifest, made: Plan) -> bool:
-    """By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew
-    have other scalars; a source that differs in other tensors' values only is not told apart."""
+def _source_changes(manifest: Manifest, made: Plan) -> list[str]:
+    """Return in what a finished conversion's source differs from the plan's, one text each.
+
+    By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew have
+    other scalars; a source that differs in other tensors' values only is not told apart.
+    """
     records = {file.name: manifest.files.get(file.name) for file in made.files}
     sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
     side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
     digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
     raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
-    return (
-        dict(manifest.texts) == dict(made.index.texts)
-        and sizes == {file.name: file.nbytes for file in made.files}
-        and side == {file.name: file.nbytes for file in made.side_files}
-        and all(digests.get(key) == hashlib.sha256(value).hexdigest() for key, value in raw.items())
-    )
+    now_side = {file.name: file.nbytes for file in made.side_files}
+    other_scalars = [key for key, value in raw.items() if digests.get(key) != hashlib.sha256(value).hexdigest()]
+    other_sizes = sizes != {file.name: file.nbytes for file in made.files}
+    return [
+        *_changed_names("added", now_side.keys() - side.keys()),
+        *_changed_names("removed", side.keys() - now_side.keys()),
+        *_changed_names("size of", {name for name in side.keys() & now_side.keys() if side[name] != now_side[name]}),
+        *_changed_names("bytes of", _other_texts(manifest.texts, made.index.texts)),
+        *(["names or shapes of tensors"] if other_sizes else []),
+        *_changed_names("values of", set(other_scalars)),
+    ]
+
+
+def _other_texts(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> set[str]:
+    return {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+
+
+def _changed_names(how: str, names: Set[str]) -> list[str]:
+    known = sorted(names)
+    more = f" and {len(known) - 3} more" if known[3:] else ""
+    return [f"{how} {', '.join(name[:200] for name in known[:3])}{more}"] if known else []
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -82,6 +82,8 @@ class PreparedCheckpoint:
             raise SourceError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
         if unfinished or (self.path / WORK_FOLDER).is_dir():
             what, next_step = "holds an unfinished run", "Repeat the command that was stopped: it continues."
+        elif os.path.lexists(self.path / MANIFEST):
+            what, next_step = f"has a {MANIFEST} that is not a regular file", "Remove it, or make it anew with convert."
         elif os.path.lexists(self.path):
             what, next_step = f"is no prepared checkpoint (no {MANIFEST})", "Make one with nvfp4-prep convert."
         else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint

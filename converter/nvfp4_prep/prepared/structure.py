@@ -88,7 +88,9 @@ def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     for name, file in listed.items():
         if name == CONFIG:
             continue  # _check_config knows what it must say
-        if name not in there:
+        if any(part.startswith(".") for part in name.split("/")):
+            problems.add(name, "is listed and has a hidden name, which no conversion copies: the manifest is forged")
+        elif name not in there:
             problems.add(name, "is missing")
         elif there[name] != file.nbytes:
             problems.add(name, "has the wrong size", f"{file.nbytes} bytes", f"{there[name]} bytes")

@@ -31,6 +31,8 @@ from nvfp4_prep.errors import UsageError, VerificationError
 def test_what_excludes_each_other_is_refused(tmp_path: Path, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         ConvertRequest("source", tmp_path / "out", **asked).check()
+    with pytest.raises(UsageError, match=words):  # before the source, which is not there, is looked for
+        preview_conversion(ConvertRequest("source", tmp_path / "out", **asked))
 
 
 @pytest.mark.parametrize("asked", [{}, {"layers": "1/2"}, {"join": True}, {"push_to": "a/b", "stream_out": True}])

@@ -46,8 +46,10 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
         source: an opened source to use instead of the request's.
 
     Raises:
+        UsageError: if the request asks for what excludes each other.
         SourceError, UnsupportedCheckpointError: if there is nothing to plan; all other refusals are in the outlook.
     """
+    request.check()
     sink = PublishedFiles() if request.stream_out else KeepFiles()
     opened = open_source(request.source if source is None else source)
     try:

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_prepare_kernels.py --experts 96 --json out.json
 
-Needs a CUDA card; vLLM's side needs vLLM installed, or four of its files (vllm_functions.py). Sides are interleaved;
+Needs a CUDA GPU; vLLM's side needs vLLM installed, or four of its files (vllm_functions.py). Sides are interleaved;
 minimum, median and maximum are printed. Rates count bytes read and written. Random bytes.
 """
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other tile sizes instead")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("needs a CUDA card")
+        raise SystemExit("needs a CUDA GPU")
     if arguments.sweep:
         sweep(arguments.experts)
         return

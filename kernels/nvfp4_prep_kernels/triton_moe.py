@@ -1,4 +1,4 @@
-"""Fused MoE in Triton that reads the prepared layout in place, on any CUDA card from Ampere on.
+"""Fused MoE in Triton that reads the prepared layout in place, on any CUDA GPU from Ampere on.
 
 No weight is un-prepared: the kernels find interleaved rows and swizzled scales by index arithmetic, so the bytes
 that are tested are the bytes that a server will read. It is a means of proof, not of serving: the weights are

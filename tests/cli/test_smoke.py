@@ -59,7 +59,7 @@ def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
     assert page.exit_code == 2 and "nowhere/page.html: --report: its directory does not exist" in page.stderr
     if not torch.cuda.is_available():
         refused = run("verify", sample_prepared, "--smoke", "--backend", "flashinfer")
-        assert refused.exit_code == 2 and "no CUDA card" in refused.output
+        assert refused.exit_code == 2 and "no CUDA GPU" in refused.output
 
 
 def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path
         choose_device("tpu")
     if not torch.cuda.is_available():
         done = run("convert", sample_source, tmp_path / "out", "--device", "cuda")
-        assert done.exit_code == 2 and "no CUDA card" in done.output and not (tmp_path / "out").exists()
+        assert done.exit_code == 2 and "no CUDA GPU" in done.output and not (tmp_path / "out").exists()
 
 
 def test_a_gpu_is_told_to_be_slower_at_once(

@@ -420,7 +420,7 @@ def test_foreign_target_is_refused(sample_source: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"thesis\.tex"):
         convert(sample_source, out)
     assert (out / "thesis.tex").read_text() == "three years"
-    with pytest.raises(TargetError, match="no directory"):
+    with pytest.raises(TargetError, match="not a directory"):
         convert(sample_source, out / "thesis.tex")
 
 

@@ -45,7 +45,7 @@ def test_this_machine() -> None:
     assert len(found.cards) == torch.cuda.device_count()
     assert ability(found, "smoke").works
     if not torch.cuda.is_available():
-        assert "no CUDA card" in ability(found, "smoke").reason
+        assert "no CUDA GPU" in ability(found, "smoke").reason
         assert not ability(found, "serving").works
 
 

@@ -176,7 +176,7 @@ def options(tmp_path: Path, **others: Any) -> argparse.Namespace:
 def test_what_cannot_run_is_named_with_the_reason(bench: SimpleNamespace, tmp_path: Path) -> None:
     facts = {"gpu": None}
     reasons = {part.name: bench.run.obstacle(part, options(tmp_path), facts) for part in bench.parts.PARTS}
-    assert {name for name, reason in reasons.items() if reason == "no CUDA card"} == {
+    assert {name for name, reason in reasons.items() if reason == "no CUDA GPU"} == {
         "prepare-kernels",
         "prepare-kernels-layer",
         "trtllm-kernels",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep._util.system import start_thread
+from nvfp4_prep._util.system import open_files_error, start_thread
 from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import HubError, SourceError, TargetError
 from nvfp4_prep.hub.address import HubAddress
-from nvfp4_prep.hub.errors import Patience, hub_errors
+from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.listing import RemoteFile, hash_matches, is_git_id
 from nvfp4_prep.hub.range_source import RangeSource, is_small
 from nvfp4_prep.hub.work_files import partial_path, refuse_link
@@ -178,9 +178,15 @@ class HubSource(RangeSource):
             refuse_link(shard.path)
             if not (shard.path.is_file() and hash_matches(file, shard.path)):
                 self.downloader.fetch(file, shard.path)
-        with hub_errors(f"{self.label}/{file.name}"):
-            follow = os.O_NOFOLLOW if shard.is_ours else 0  # the client's cache is made of links
+        follow = os.O_NOFOLLOW if shard.is_ours else 0  # the client's cache is made of links
+        try:
             shard.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | follow)
+        except OSError as error:
+            raise open_files_error(error, str(shard.path)) or SourceError(
+                f"a downloaded file cannot be opened ({error.strerror})",
+                where=str(shard.path),
+                next_step="Did another program move it? The same command goes on from what is there.",
+            ) from error
         self._check_seen(shard)
 
     def _check_seen(self, shard: _Shard) -> None:

@@ -76,7 +76,7 @@ def _kernel(layouts: Iterable[MoeLayout]) -> str:
 def _why_not_flashinfer(kernel: str) -> str:
     """Empty if the real kernel can run here and is the one that the smoke run calls."""
     if not torch.cuda.is_available():
-        return "no CUDA card"
+        return "no CUDA GPU"
     if kernel != _CUTEDSL:
         return f"the smoke run does not call the {kernel} kernels"
     major, minor = torch.cuda.get_device_capability()
@@ -91,7 +91,7 @@ def _why_not_flashinfer(kernel: str) -> str:
 
 def _why_not_triton() -> str:
     if not torch.cuda.is_available():
-        return "no CUDA card"
+        return "no CUDA GPU"
     if torch.cuda.get_device_capability() < _AMPERE:
         return f"{torch.cuda.get_device_name()} is older than Ampere (compute capability 8.0)"
     if importlib.util.find_spec("triton") is None:

@@ -46,6 +46,19 @@ def test_bounds_follow_from_the_rates(sample_source: Path, monkeypatch: pytest.M
     assert found.digest_s == pytest.approx(max(file.nbytes for file in made.files) / 1e6)
 
 
+def test_smoke_test_of_four_experts_in_three_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_estimate, "_flop_rate", lambda: 1e9)
+    monkeypatch.setattr(speed_estimate.torch.cuda, "is_available", lambda: False)
+    write_sample(tmp_path / "source", SampleModel(layers=6, experts=6, hidden=256, intermediate=128))
+    made = plan(tmp_path / "source")
+    found = estimate_speed(made, LocalSource(tmp_path / "source"), 0.0)
+    assert found is not None
+    assert found.smoke_s == pytest.approx(4700 * 3 * 4 * 3 * 256 * 128 / 1e9)
+    monkeypatch.setattr(speed_estimate.torch.cuda, "is_available", lambda: True)
+    found = estimate_speed(made, LocalSource(tmp_path / "source"), 0.0)
+    assert found is not None and found.smoke_s is None
+
+
 def test_the_probe_is_short_and_reads_blocks_of_every_shard_once(tmp_path: Path) -> None:
     model = SampleModel(layers=3, experts=4, intermediate=512, hidden=2048, shard_nbytes=12_000_000)
     write_sample(tmp_path / "source", model)
@@ -69,7 +82,7 @@ def test_dry_run_says_it_and_writes_nothing(sample_source: Path, tmp_path: Path)
     arguments = ["convert", str(sample_source), str(tmp_path / "out"), "--dry-run"]
     text = CliRunner().invoke(cli, arguments).stdout
     line = next(line for line in text.splitlines() if line.startswith("time "))
-    assert "limited by: " in line and "writing and smoke run not measured" in line
+    assert "limited by: " in line and "writing not measured" in line and "smoke test of about" in line
     value = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["time"]
     assert value["limit"] in ("cores", "digests", "disk read", "names") and value["seconds"] > 0
     assert not list(tmp_path.iterdir())

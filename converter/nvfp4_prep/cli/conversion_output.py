@@ -60,9 +60,15 @@ def _time_text(speed: SpeedEstimate | None) -> str:
     read = "not measured" if speed.read_gb_per_s is None else f"{speed.read_gb_per_s:.2g} GB/s"
     return (
         f"\ntime     at least {max(1, round(speed.seconds)):,} s of work, limited by: {speed.limit} (disk read {read},"
-        f" sha256 {speed.sha256_gb_per_s:.2g} GB/s a core, {count(speed.cores, 'core')}; writing and smoke run not"
-        " measured)"
+        f" sha256 {speed.sha256_gb_per_s:.2g} GB/s a core, {count(speed.cores, 'core')}; writing not"
+        f" measured){_smoke_time_text(speed)}"
     )
+
+
+def _smoke_time_text(speed: SpeedEstimate) -> str:
+    if speed.smoke_s is None:
+        return ", then a smoke test on the GPU"
+    return f", then a smoke test of about {max(1, round(speed.smoke_s)):,} s on one core"
 
 
 def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> None:

@@ -1,6 +1,7 @@
-"""How long a conversion takes at least, from a short probe: the source's disk, one core's sha256, the planning.
+"""How long a conversion takes at least, from a short probe: the source's disk, one core's rates, the planning.
 
-Nothing is written, so the target's disk is not measured; the estimate is the largest of four lower bounds.
+Nothing is written, so the target's disk is not measured; the estimate is the largest of four lower bounds. The smoke
+test at the end is estimated beside it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nvfp4_prep._util.system import start_thread
+from nvfp4_prep._util.torch_threads import one_torch_thread
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.smoke.gate import CPU_EXPERTS, cpu_layers
 
 __all__ = ["SpeedEstimate", "estimate_speed"]
 
@@ -27,6 +32,9 @@ _PROBE_S = 0.5
 _PASSES = 5
 """A byte's whole way through a conversion costs as much processor time as so many sha256 of it: two are digests, the
 rest is layout, inverse, comparison and I/O. On 2 cores: 0.94 GB/s, where one core does 2.08 GB/s of sha256."""
+_SMOKE_FLOPS = 4700
+"""Of one weight in the smoke test on a CPU: its reference and the kernel's arithmetic, dequantization included, with
+the default numbers of tokens. For experts of 2048 x 768 to 7168 x 2048: seconds times the rate of the probe."""
 _PLANS = 2
 """The work over names costs so many times the planning: it is planned again, then written, indexed and recorded."""
 
@@ -42,6 +50,7 @@ class SpeedEstimate:
         names_s: work over the tensors' names, which one core does; most of the time where tensors are tiny.
         read_gb_per_s, sha256_gb_per_s: what the probe measured, 10^9 bytes a second.
         cores: that this process may use.
+        smoke_s: of the smoke test on one core; ``None`` where a GPU runs it.
     """
 
     read_s: float | None
@@ -51,6 +60,7 @@ class SpeedEstimate:
     read_gb_per_s: float | None
     sha256_gb_per_s: float
     cores: int
+    smoke_s: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -86,7 +96,28 @@ def estimate_speed(plan: Plan, source: Source, planning_s: float) -> SpeedEstima
         read_gb_per_s=read / 1e9 if read else None,
         sha256_gb_per_s=digest / 1e9,
         cores=cores,
+        smoke_s=None if torch.cuda.is_available() else _smoke_seconds(plan),
     )
+
+
+def _smoke_seconds(plan: Plan) -> float:
+    layers = {layer.source.index: layer.dims for layer in plan.layers}
+    weights = 0
+    for number in cpu_layers(layers) if layers else ():
+        dims = layers[number]
+        weights += min(CPU_EXPERTS, dims.experts) * 3 * dims.hidden * dims.intermediate
+    return _SMOKE_FLOPS * weights / _flop_rate()
+
+
+def _flop_rate() -> float:
+    """Floating-point operations a second of one core, in a matrix product."""
+    tokens, width = 256, 2048
+    a, b = torch.ones(tokens, width), torch.ones(width, width)
+    with one_torch_thread():
+        torch.mm(a, b)
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        return 2 * tokens * width * width / (time.perf_counter() - begun)
 
 
 def _sha256_rate() -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from nvfp4_prep._util.progress import Progress
+from nvfp4_prep._util.torch_threads import one_torch_thread
 
 __all__ = ["working"]
 
@@ -21,11 +20,9 @@ def working(progress: Progress, title: str, total_nbytes: int, done_nbytes: int 
         progress: told of the start and of the end, however it comes.
         title, total_nbytes, done_nbytes: see :meth:`Progress.start`.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    progress.start(title, total_nbytes, done_nbytes)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        progress.close()
+    with one_torch_thread():
+        progress.start(title, total_nbytes, done_nbytes)
+        try:
+            yield
+        finally:
+            progress.close()

@@ -22,7 +22,8 @@ __all__ = ["DEFAULT_SMOKE", "LAYER_NUMBERS", "SmokeFailedError", "SmokePolicy", 
 LAYER_NUMBERS = sequence(integer(0), "numbers of layers")
 
 _BACKENDS = ("auto", "flashinfer", "triton", "torch")
-_CPU_EXPERTS = 4
+CPU_EXPERTS = 4
+"""Of each layer that is run where no GPU is."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class SmokeFailedError(VerificationError):
         )
 
 
+def cpu_layers(numbers: Collection[int]) -> tuple[int, ...]:
+    """Return the layers that are run where no GPU is: the first, the last and the one in the middle."""
+    there = sorted(numbers)
+    return tuple(sorted({there[0], there[(len(there) - 1) // 2], there[-1]}))
+
+
 def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy: SmokePolicy) -> SmokeReport:
     """Run it on a directory that has everything but perhaps ``config.json``.
 
@@ -116,11 +123,9 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
 
     on_cpu = choose_backend(policy.backend, {layer.layout for layer in manifest.layers}).device.type == "cpu"
     layers, sample = policy.layers, policy.sample
-    if on_cpu and layers is None:
-        numbers = sorted({record.index for record in manifest.layers})
-        layers = tuple(sorted({numbers[0], numbers[(len(numbers) - 1) // 2], numbers[-1]}))
-    if on_cpu and sample is None:
-        sample = _CPU_EXPERTS
+    if on_cpu:
+        layers = layers or cpu_layers({record.index for record in manifest.layers})
+        sample = sample or CPU_EXPERTS
     local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
     try:
         report = run_smoke(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nvfp4_prep._util.arguments import CALLABLE, COUNT, PATH, SOURCE, TEXT, checked, either, instance, one_of, optional
+from nvfp4_prep._util.torch_threads import one_torch_thread
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.hub import open_ranges
@@ -67,7 +68,7 @@ def run_smoke(
     """
     reports = []
     with contextlib.ExitStack() as held:
-        held.enter_context(_one_torch_thread())
+        held.enter_context(one_torch_thread())
         opening = prepared if isinstance(prepared, PreparedCheckpoint) else PreparedCheckpoint(prepared)
         checkpoint = held.enter_context(opening)
         records = choose_layers(checkpoint.manifest, layers)
@@ -92,17 +93,6 @@ def run_smoke(
         layers_total=len(checkpoint.manifest.layers),
         layers=tuple(reports),
     )
-
-
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """One torch thread, as in the conversion: OpenMP's threads spin, and on busy cores cost ten times what they win."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> list[LayerRecord]:

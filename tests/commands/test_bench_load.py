@@ -93,12 +93,12 @@ def test_json(written: Written) -> None:
     [
         ({"tp": 3}, "cannot serve 3"),
         ({"ep": 7}, "fewer experts than ranks"),
-        ({"tp": 0}, "unusable tp"),
+        ({"tp": 0}, "argument tp is wrong"),
         ({"tp": 16, "ep": 6}, "too many ranks"),
-        ({"layers": 0}, "unusable layers"),
-        ({"repeats": True}, "unusable repeats"),
-        ({"device": "tpu"}, "no such device"),
-        ({"threads": -1}, "cannot be negative"),
+        ({"layers": 0}, "argument layers is wrong"),
+        ({"repeats": True}, "argument repeats is wrong"),
+        ({"device": "tpu"}, "argument device is wrong"),
+        ({"threads": -1}, "argument threads is wrong"),
     ],
     ids=str,
 )

@@ -106,5 +106,5 @@ def test_a_broken_call_while_publishing(publisher: Publisher, name: str, action:
 
 def test_push_changes_no_file_here(publisher: Publisher) -> None:
     """So there is no call to break: tests/hub breaks its requests."""
-    assert publisher.reference("push {prepared} alice/prepared -q --threads 1")[2] == 0
+    assert publisher.reference("push {prepared} alice/prepared -q")[2] == 0
     assert publisher.world.touched() is None

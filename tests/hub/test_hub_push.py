@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from nvfp4_prep.publish.verify_published import verify_published
 
 from nvfp4_prep.commands.convert import convert
+from nvfp4_prep.commands.verify_published import verify_published
 from nvfp4_prep.errors import HubError, TargetError, VerificationError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience

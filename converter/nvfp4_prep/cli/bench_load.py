@@ -71,7 +71,7 @@ def bench_load(
         ep=ep,
         layers=layers,
         device=device,
-        threads=threads or 0,
+        threads=threads,
         repeats=repeats,
         cold={"cold": True, "cache": False, "both": None}[kind],
         together=not alone,

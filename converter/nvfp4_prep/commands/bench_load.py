@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep._util.arguments import COUNT, FLAG, PATH, THREADS, checked, integer, one_of, optional
 from nvfp4_prep.commands.bench_load_figures import LoadBench, LoadFigures, find_limit
 from nvfp4_prep.commands.bench_load_processes import RankProcesses
 from nvfp4_prep.commands.bench_load_rank import RankJob, RankTurn
@@ -24,6 +25,17 @@ __all__ = ["bench_load"]
 MAX_RANKS = 64
 
 
+@checked(
+    path=PATH,
+    tp=integer(1, MAX_RANKS),
+    ep=integer(1, MAX_RANKS),
+    layers=COUNT,
+    device=optional(one_of("cuda", "cpu")),
+    threads=optional(THREADS),
+    repeats=integer(1, 1000),
+    cold=optional(FLAG),
+    together=FLAG,
+)
 def bench_load(
     path: Path | str,
     *,
@@ -31,7 +43,7 @@ def bench_load(
     ep: int = 1,
     layers: int = 1,
     device: str | None = None,
-    threads: int = 0,
+    threads: int | None = None,
     repeats: int = 3,
     cold: bool | None = None,
     together: bool = True,
@@ -46,7 +58,7 @@ def bench_load(
         tp, ep: sizes of tensor and expert parallelism; ``tp * ep`` processes.
         layers: how many, from the first one on.
         device: ``cuda`` or ``cpu``; by default GPUs where there are any.
-        threads: reading threads a rank; 0 for its part of the cores.
+        threads: reading threads a rank; by default its part of the cores.
         repeats: turns of each kind.
         cold: True to take the files out of the page cache before every turn, False to leave them in it; None for both.
         together: let tensor-parallel ranks read each byte once and exchange columns, where they can.
@@ -56,7 +68,6 @@ def bench_load(
         UsageError: if the file does not serve these sizes, or an argument makes no sense.
         LoadError: if a rank fails or does not answer.
     """
-    _check(tp=(tp, MAX_RANKS), ep=(ep, MAX_RANKS), layers=(layers, 10**6), repeats=(repeats, 1000))
     catalog = Catalog.open(path)
     chosen = catalog.manifest.layers[:layers]
     if not chosen:
@@ -117,12 +128,6 @@ def _measure(ranks: RankProcesses, files: Sequence[Path], cold: bool, repeats: i
     return LoadFigures(cold, max(shares), every, median, find_limit(median, seconds, usable_cores()))
 
 
-def _check(**numbers: tuple[int, int]) -> None:
-    for name, (value, limit) in numbers.items():
-        if type(value) is not int or not 1 <= value <= limit:
-            raise UsageError(f"unusable {name}", expected=f"1 to {limit}", actual=repr(value)[:80])
-
-
 def _check_shares(layers: Sequence[LayerRecord], tp: int, ep: int) -> None:
     if tp * ep > MAX_RANKS:
         raise UsageError("too many ranks for one host", expected=f"at most {MAX_RANKS}", actual=f"{tp} x {ep}")
@@ -137,8 +142,8 @@ def _check_shares(layers: Sequence[LayerRecord], tp: int, ep: int) -> None:
 
 def _devices(wanted: str | None, ranks: int) -> tuple[str, ...]:
     gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if wanted not in (None, "cpu", "cuda") or (wanted == "cuda" and not gpus):
-        raise UsageError("no such device", expected="cpu, or cuda where there is a GPU", actual=repr(wanted))
+    if wanted == "cuda" and not gpus:
+        raise UsageError("no CUDA GPU here", next_step="Leave --device out: the CPU's memory takes the place of one.")
     return tuple(f"cuda:{rank % gpus}" if gpus else "cpu" for rank in range(ranks))
 
 

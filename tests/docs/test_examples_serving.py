@@ -26,7 +26,7 @@ EXAMPLES = ROOT / "examples"
 def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their types
     spec.loader.exec_module(module)
     return module
 
@@ -38,8 +38,8 @@ def gsm8k() -> ModuleType:
 
 def test_only_the_source_needs_a_backend_flag(gsm8k: ModuleType) -> None:
     extra = ["--tensor-parallel-size", "8"]
-    source = gsm8k.serve_command("s", 1, extra, prepared=False)
-    prepared = gsm8k.serve_command("p", 1, extra, prepared=True)
+    source = gsm8k.serve_command("vllm serve", "s", 1, extra, prepared=False)
+    prepared = gsm8k.serve_command("vllm serve", "p", 1, extra, prepared=True)
     assert source == ["vllm", "serve", "s", "--port", "1", "--moe-backend", "flashinfer_cutedsl", *extra]
     assert prepared == ["vllm", "serve", "p", "--port", "1", *extra]
 
@@ -52,28 +52,54 @@ def test_dry_run_prints_both_servers_and_both_evaluations(
     assert len(lines) == 4
     assert all("--enable-expert-parallel" in line for line in lines[::2])
     assert all("--tasks gsm8k --num_fewshot 5" in line and "--limit 50" in line for line in lines[1::2])
+    assert all("num_concurrent=64" in line for line in lines[1::2])
+
+
+def test_another_task_and_other_servers(gsm8k: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    task = ["--task", "addition", "--include-path", "tasks", "--shots", "3", "--concurrency", "1"]
+    servers = ["--serve", "python -m server --model", "--serve-source", "other --model", "--output", "kept"]
+    assert gsm8k.main(["src", "prep", "--dry-run", *task, *servers]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("$ other --model src --port")
+    assert lines[2].startswith("$ python -m server --model prep --port")
+    assert all("--tasks addition --num_fewshot 3" in line and "num_concurrent=1," in line for line in lines[1::2])
+    assert all("--include_path tasks" in line for line in lines[1::2])
+    assert ["--output_path kept/source" in lines[1], "--output_path kept/prepared" in lines[3]] == [True, True]
 
 
 @pytest.mark.parametrize(
     ("prepared", "good"), [(0.95, True), (0.945, True), (0.931, True), (0.929, False), (0.0, False), (0.99, False)]
 )
 def test_verdict(gsm8k: ModuleType, prepared: float, good: bool) -> None:
-    ok, text = gsm8k.verdict((0.95, 0.006), (prepared, 0.006), 0.02)
+    source = gsm8k.Score(0.95, 0.006, {0: "18", 1: "3", 2: "70000"})
+    ok, text = gsm8k.verdict(source, gsm8k.Score(prepared, 0.006, {0: "18", 1: "4"}), 0.02)
     assert ok is good
     assert f"{prepared:.4f}" in text
     assert ("MORE THAN" in text) is not good
+    assert text.endswith("2 of 3 answers differ")
+
+
+def write_results(folder: Path, age: int, score: float, answers: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
+    result = {"exact_match,strict-match": score, "exact_match_stderr,strict-match": 0.01}
+    results, samples = folder / f"results_{age}.json", folder / f"samples_gsm8k_{age}.jsonl"
+    results.write_text(json.dumps({"results": {"gsm8k": result}}))
+    lines = [
+        {"doc_id": number, "filter": name, "filtered_resps": [answer if name == "strict-match" else "other"]}
+        for name in ("strict-match", "flexible-extract")
+        for number, answer in enumerate(answers)
+    ]
+    samples.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for path in (results, samples):
+        os.utime(path, (1e9 - age, 1e9 - age))
 
 
 def test_scores_are_read_from_lm_evals_newest_file(gsm8k: ModuleType, tmp_path: Path) -> None:
-    for age, score in ((100, 0.5), (0, 0.9)):
-        path = tmp_path / "model" / f"results_{age}.json"
-        path.parent.mkdir(exist_ok=True)
-        result = {"exact_match,strict-match": score, "exact_match_stderr,strict-match": 0.01}
-        path.write_text(json.dumps({"results": {"gsm8k": result}}))
-        os.utime(path, (1e9 - age, 1e9 - age))
-    assert gsm8k.read_score(tmp_path) == (0.9, 0.01)
-    with pytest.raises(RuntimeError, match="no results"):
-        gsm8k.read_score(tmp_path / "nothing")
+    write_results(tmp_path / "model", 100, 0.5, ["1", "2"])
+    write_results(tmp_path / "model", 0, 0.9, ["3", "4"])
+    assert gsm8k.read_score(tmp_path, "gsm8k") == gsm8k.Score(0.9, 0.01, {0: "3", 1: "4"})
+    with pytest.raises(RuntimeError, match=r"left no results\*.json"):
+        gsm8k.read_score(tmp_path / "nothing", "gsm8k")
 
 
 def test_a_server_that_ends_is_an_error(gsm8k: ModuleType) -> None:

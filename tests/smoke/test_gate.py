@@ -26,7 +26,7 @@ from nvfp4_prep import (
 )
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, UsageError
+from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, ResumeConflictError, UsageError
 from nvfp4_prep.smoke import gate as smoke_gate
 
 pytestmark = pytest.mark.default_smoke
@@ -79,6 +79,9 @@ def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
         convert(source, out)
     assert run("convert", source, out, "-q") == 6
     assert run("convert", source, out, "-q") == 6  # the same verdict again
+    with pytest.raises(ResumeConflictError, match=r"smoke run of these files failed.*--restart"):
+        convert(source, out, smoke=None)
+    assert run("convert", source, out, "-q", "--no-smoke") == 7
     assert not (out / "config.json").exists()
     assert run("convert", source, out, "-q", "--restart") == 0
     assert (out / "config.json").exists() and not (out / ".nvfp4_prep").exists()

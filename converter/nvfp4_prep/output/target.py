@@ -48,6 +48,7 @@ class Target:
         work: its ``.nvfp4_prep`` folder.
         done: journal entries of finished files by name.
         resumed: whether an earlier run's work was found.
+        judged_wrong: whether an earlier run found the finished files wrong, by :meth:`note_wrong`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Target:
         self.path = path
         self.work = path / WORK_FOLDER
         self.done: dict[str, JournalEntry] = {}
+        self.judged_wrong = False
         self._identity = json.loads(json.dumps(identity))
         self._elsewhere = elsewhere
         self._need_sha256 = need_sha256
@@ -172,6 +174,7 @@ class Target:
                 return False
             check_identity(self.path, lines[0].get("identity"), self._identity)
             self._journal.repair_tail()
+            self.judged_wrong = any(line.get("verdict") == "wrong" for line in lines)
             self.done = finished_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256)
             for name in named_files(lines):
                 status = self._root.status(name)
@@ -186,6 +189,11 @@ class Target:
     def note(self, entry: Mapping[str, Any] | JournalEntry) -> None:
         """Append one line to the journal and flush it to disk."""
         self._journal.append(entry, self.done)
+
+    def note_wrong(self) -> None:
+        """Note that the finished files were found wrong, so that no later run passes over that verdict."""
+        self.note({"verdict": "wrong"})
+        self.judged_wrong = True
 
     def check_names(self, expected: Iterable[str]) -> None:
         """Raise :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""

@@ -24,7 +24,7 @@ from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.smoke.gate import SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
@@ -135,8 +135,13 @@ class Execution:
         reports: list[SmokeReport] = []
 
         def accept(manifest: Manifest) -> None:
-            if smoke is not None:
+            if smoke is None:
+                return
+            try:
                 reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke))
+            except SmokeFailedError:
+                self._target.note_wrong()
+                raise
 
         manifest = write_made_files(self._target, draft_manifest(made, self._results), served, accept)
         return manifest, next(iter(reports), None)

@@ -11,8 +11,10 @@ import pytest
 from nvfp4_prep import convert
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import ConversionInterrupted, ResumeConflictError, TargetError
+from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.target import Target
+from nvfp4_prep_kernels import PreparedTensor
 from support.checkpoint_files import file_digests
 
 SHA256 = "0" * 64
@@ -25,6 +27,15 @@ def test_a_right_entry_is_read() -> None:
     entry = JournalEntry.parse(ENTRY | {"facts": [FACT | {"reconciled": [OUTCOME]}]})
     assert entry is not None
     assert (entry.file, entry.nbytes, entry.sha256, entry.digests) == ("a", 1, SHA256, {"k": SHA256})
+    assert json.loads(json.dumps(entry.to_json())) == ENTRY | {"facts": [FACT | {"reconciled": [OUTCOME]}]}
+    assert JournalEntry.parse(entry.to_json()) == entry
+
+
+def test_a_fact_may_lack_what_it_has_nothing_of() -> None:
+    """Journals of relayout had no errors."""
+    entry = JournalEntry.parse(ENTRY | {"facts": [{"tensor": "w2_weight", "crc32": [7]}]})
+    assert entry is not None
+    assert entry.facts == (ExpertsFact(PreparedTensor.W2_WEIGHT, (7,)),)
 
 
 WRONG: list[dict[str, Any]] = [

@@ -14,9 +14,13 @@ import pytest
 
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, UsageError
 from nvfp4_prep.output.atomic_file import AtomicFile
+from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
+from nvfp4_prep_kernels import PreparedTensor
+
+W2 = PreparedTensor.W2_WEIGHT
 
 HEADER = b"h" * 16
 
@@ -29,7 +33,7 @@ def job(name: str, pieces: list[bytes], *, delay: bool = False) -> FileJob:
         if delay:
             time.sleep(random.random() * 0.01)
         data = memoryview(pieces[number])
-        return UnitResult(pieces=[(offsets[number], data)], digests=[("all", data)], fact=number)
+        return UnitResult(pieces=[(offsets[number], data)], digests=[("all", data)], fact=ExpertsFact(W2, (number,)))
 
     def units() -> list[Unit]:
         return [Unit(len(piece), lambda i=i: make(i)) for i, piece in enumerate(pieces)]
@@ -49,7 +53,7 @@ def test_digests_facts_and_files_are_in_order(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == whole
         assert results[name].sha256 == hashlib.sha256(whole).hexdigest()
         assert results[name].digests == {"all": hashlib.sha256(whole[16:]).hexdigest()}
-        assert results[name].facts == list(range(20))
+        assert results[name].facts == tuple(ExpertsFact(W2, (number,)) for number in range(20))
 
 
 def test_first_failure_ends_the_run_and_leaves_no_half_file(tmp_path: Path) -> None:

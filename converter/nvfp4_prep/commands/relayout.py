@@ -23,6 +23,7 @@ from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions, LayoutName
+from nvfp4_prep.output.experts_fact import ReconciledExpert
 from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
@@ -230,7 +231,7 @@ class _Relayout:
         results = {name: JobResult.from_entry(entry) for name, entry in self._target.done.items()}
         values: dict[str, bytes] = {}
         for position, layer in enumerate(self._layers):
-            sides = {outcome["expert"]: outcome["side"] for outcome in self._outcomes(position, results)}
+            sides = {outcome.expert: outcome.side.value for outcome in self._outcomes(position, results)}
             sides = sides if layer.rescales_anew else dict(layer.old.gate_up.reconciled)
             policy = self._options.gate_up_scales
             values |= expert_scale_vectors(layer.new.source, layer.new.layout, policy, layer.new.scalars, sides)
@@ -240,10 +241,10 @@ class _Relayout:
         files = self._files.values()
         return [file for file in files if file.kind is FileKind.EXPERTS and file.layer_position == position]
 
-    def _outcomes(self, position: int, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
+    def _outcomes(self, position: int, results: Mapping[str, JobResult]) -> list[ReconciledExpert]:
         """What was done to each expert of a layer whose block scales are rescaled now."""
         facts = (fact for file in self._experts_files(position) for fact in results[file.name].facts)
-        return [outcome for fact in facts for outcome in fact.get("reconciled", [])]
+        return [outcome for fact in facts for outcome in fact.reconciled]
 
     def _finish(self) -> Manifest:
         """Check the digests, then writes index, card, manifest and config, the last two last."""
@@ -294,7 +295,7 @@ class _Relayout:
         crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
         for file in files:
             for fact in results[file.name].facts:
-                crc32[fact["tensor"]] += fact["crc32"]
+                crc32[fact.tensor.value] += fact.crc32
             for key, digest in results[file.name].digests.items():
                 if digest != old.source_sha256[key]:
                     raise damaged(f"{key} is not what the source held", old.experts_path)
@@ -307,5 +308,5 @@ class _Relayout:
         )
 
     @staticmethod
-    def _gate_up(layer: LayerRelayout, outcomes: list[dict[str, Any]]) -> GateUpRecord:
+    def _gate_up(layer: LayerRelayout, outcomes: list[ReconciledExpert]) -> GateUpRecord:
         return gate_up_record(layer.new, outcomes, layer.old.gate_up.figures.get("relative_error"))

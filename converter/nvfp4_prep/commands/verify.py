@@ -126,7 +126,7 @@ class _Verification:
         self._problems = problems
         self._comparison = comparison
         self._digests: dict[str, str] = {}
-        self._turned_back: list[tuple[str, int]] = []
+        self._inverted: list[tuple[str, int]] = []
         self.checks: list[str] = []
 
     def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> int:
@@ -160,7 +160,7 @@ class _Verification:
     def _experts(self) -> int:
         """How many experts were turned back, in all four tensors."""
         done: Counter[str] = Counter()
-        for name, experts in self._turned_back:
+        for name, experts in self._inverted:
             done[name] += experts
         layers = [record.source for record in self._checkpoint.manifest.layers]
         return sum(min(done[layer.prepared_name(tensor)] for tensor in PreparedTensor) for layer in layers)
@@ -227,7 +227,7 @@ class _Verification:
             result.digests.append((group.key, byte_view(raw)))
             if self._comparison is not None:
                 self._comparison.compare_experts(layer, group, chunk, raw)
-        result.fact = (where, len(chunk))
+        self._inverted.append((where, len(chunk)))
         return result
 
     def _check_rescaled(self, layer: LayerRecord, chunk: range, prepared: torch.Tensor) -> None:
@@ -251,7 +251,6 @@ class _Verification:
 
     def _file_done(self, result: JobResult) -> None:
         self._digests |= result.digests
-        self._turned_back += result.facts
         file = self._checkpoint.manifest.files.get(result.name)
         if file is None or file.kind == MADE:  # check_structure has compared those
             return

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
@@ -48,7 +47,7 @@ class JournalFile:
 
     def append(self, entry: Mapping[str, Any] | JournalEntry, done: dict[str, JournalEntry]) -> None:
         """Append one line and flush it to disk; a finished file is put among those that are ``done``."""
-        line = asdict(entry) if isinstance(entry, JournalEntry) else entry
+        line = entry.to_json() if isinstance(entry, JournalEntry) else entry
         with self._lock:
             try:
                 descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_APPEND)

@@ -8,9 +8,7 @@ conversion before it is written. Peak memory of a unit: about four times its sou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -19,8 +17,9 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.expert_bytes import arrange_groups, read_experts
-from nvfp4_prep.moe.gate_up_scales import measure, reconcile_expert
+from nvfp4_prep.moe.gate_up_scales import PolicyErrors, measure, reconcile_expert
 from nvfp4_prep.moe.layers import TensorGroup
+from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.device import apply_layout
 from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
@@ -127,8 +126,8 @@ def _prepare(
     groups = layer.groups_for(layout, tensor)
     raws = [read_experts(source, group, chunk, layer.dims.experts) for group in groups]
     parts = arrange_groups(groups, raws, layout.projections(tensor))
-    reconciled: list[dict[str, Any]] = []
-    errors: list[list[float]] = []
+    reconciled: tuple[ReconciledExpert, ...] = ()
+    errors: tuple[PolicyErrors, ...] = ()
     if tensor is PreparedTensor.W13_WEIGHT:
         errors = _measure_chunk(plan, parts, chunk, source)
     if tensor is PreparedTensor.W13_WEIGHT_SCALE:
@@ -140,12 +139,14 @@ def _prepare(
     return UnitResult(
         pieces=[(begin, byte_view(prepared))],
         digests=[(group.key, byte_view(raw)) for group, raw in zip(groups, raws, strict=True)],
-        fact={"tensor": tensor.value, "crc32": crc32, "reconciled": reconciled, "errors": errors},
+        fact=ExpertsFact(tensor, tuple(crc32), reconciled, errors),
     )
 
 
-def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, source: Source) -> list[list[float]]:
-    """:class:`PolicyErrors` as lists, one for each expert of the chunk whose gate and up scales differ.
+def _measure_chunk(
+    plan: LayerPlan, parts: list[torch.Tensor], chunk: range, source: Source
+) -> tuple[PolicyErrors, ...]:
+    """Return the errors of each expert of the chunk whose gate and up scales differ.
 
     Done while the codes are at hand: the block scales that it needs besides are an eighth of their size.
     """
@@ -160,14 +161,13 @@ def _measure_chunk(plan: LayerPlan, parts: list[torch.Tensor], chunk: range, sou
         outcome = reconcile_expert(plan.scalars, expert, gate, up)
         scales = (gates[expert], plan.scalars.up_scale_2[expert])
         codes = (parts[0][expert - chunk.start], parts[1][expert - chunk.start])
-        found = measure(codes, (gate, up), scales, outcome)
-        errors.append([found.source, found.reconcile, found.vllm])
-    return errors
+        errors.append(measure(codes, (gate, up), scales, outcome))
+    return tuple(errors)
 
 
 def reconcile_chunk(
     plan: LayerPlan, parts: list[torch.Tensor], chunk: range
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+) -> tuple[list[torch.Tensor], tuple[ReconciledExpert, ...]]:
     """Rescale the block scales of the chunk's reconciled experts.
 
     Args:
@@ -176,20 +176,20 @@ def reconcile_chunk(
         chunk: the experts that they belong to.
 
     Returns:
-        The parts to prepare, and for each rescaled expert what was done to it, as a JSON value.
+        The parts to prepare, and for each rescaled expert what was done to it.
     """
     affected = [expert for expert in plan.reconciled if expert in chunk]
     if not affected:
-        return parts, []
+        return parts, ()
     gate, up = (part.clone() for part in parts)
     facts = []
     for expert in affected:
         row = expert - chunk.start
         outcome = reconcile_expert(plan.scalars, expert, gate[row], up[row])
         (gate if outcome.side is Projection.GATE else up)[row] = outcome.block_scales
-        fact = {key: value for key, value in asdict(outcome).items() if key != "block_scales"}
-        facts.append({"expert": expert, **fact, "side": outcome.side.value})
-    return [gate, up], facts
+        figures = (outcome.rounded, outcome.underflowed, outcome.worst_relative)
+        facts.append(ReconciledExpert(expert, outcome.side, *figures))
+    return [gate, up], tuple(facts)
 
 
 def source_block_scales_job(plan: LayerPlan, file: OutputFile, source: Source) -> FileJob:

@@ -6,9 +6,9 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nvfp4_prep.output.atomic_file import AtomicFile
+from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 
 __all__ = ["DigestLane", "FileRun", "HeldUnit"]
@@ -71,7 +71,7 @@ class FileRun:
         self._finished: dict[int, UnitResult] = {}
         self._out = DigestLane(job.header) if job.digest else None
         self._lanes: dict[str, DigestLane] = {}
-        self._facts: list[Any] = []
+        self._facts: list[ExpertsFact] = []
         self._work_nbytes = max(1, sum(unit.nbytes for unit in units))
         self._work_done = 0
 
@@ -128,7 +128,7 @@ class FileRun:
             nbytes=self.job.nbytes,
             sha256=None if self._out is None else self._out.hexdigest(),
             digests={key: lane.hexdigest() for key, lane in self._lanes.items()},
-            facts=self._facts,
+            facts=tuple(self._facts),
         )
         if self.file is not None:
             self.file.commit(result.to_entry())

@@ -14,6 +14,8 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README, Fil
 from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import CheckpointError, SourceError
+from nvfp4_prep.moe.gate_up_scales import PolicyErrors
+from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.pipeline.results import draft_manifest, make_index
 from nvfp4_prep.planning.plan import OutputFile, Plan
@@ -78,9 +80,9 @@ def _results(plan: Plan) -> Iterator[JobResult]:
     """Yield results as long as any that the jobs can give."""
     for file in plan.files:
         experts = file.kind is FileKind.EXPERTS and file.layer_position is not None
-        yield _experts_result(plan, file) if experts else JobResult(file.name, file.nbytes, _DIGEST, {}, [])
+        yield _experts_result(plan, file) if experts else JobResult(file.name, file.nbytes, _DIGEST, {}, ())
     for side in plan.side_files:
-        yield JobResult(side.name, side.nbytes, _DIGEST, {}, [])
+        yield JobResult(side.name, side.nbytes, _DIGEST, {}, ())
 
 
 def _experts_result(plan: Plan, file: OutputFile) -> JobResult:
@@ -89,13 +91,7 @@ def _experts_result(plan: Plan, file: OutputFile) -> JobResult:
     facts = []
     for tensor in file.tensors:
         experts = layer.reconciled if tensor is PreparedTensor.W13_WEIGHT_SCALE else ()
-        fact = {"expert": 0, "side": Projection.GATE.value, "rounded": 2**50, "underflowed": 2**50}
-        facts.append(
-            {
-                "tensor": tensor.value,
-                "crc32": [_CRC32] * layer.dims.experts,
-                "reconciled": [{**fact, "expert": expert, "worst_relative": _FIGURE} for expert in experts],
-                "errors": [[1.0, 9.87654e299, 9.87654e299]],
-            }
-        )
-    return JobResult(file.name, file.nbytes, _DIGEST, digests, facts)
+        reconciled = (ReconciledExpert(expert, Projection.GATE, 2**50, 2**50, _FIGURE) for expert in experts)
+        errors = PolicyErrors(1.0, 9.87654e299, 9.87654e299)
+        facts.append(ExpertsFact(tensor, (_CRC32,) * layer.dims.experts, tuple(reconciled), (errors,)))
+    return JobResult(file.name, file.nbytes, _DIGEST, digests, tuple(facts))

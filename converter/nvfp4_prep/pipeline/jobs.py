@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.journal_entry import JournalEntry
 
 __all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult"]
@@ -22,12 +23,12 @@ class UnitResult:
         pieces: bytes to write, with their offset in the file. In the file's order and without gaps where the job wants
             the file's digest.
         digests: bytes that go into the digest of that key.
-        fact: JSON value for the job's result, in the order of the units.
+        fact: for the job's result, in the order of the units.
     """
 
     pieces: list[tuple[int, memoryview]] = field(default_factory=list)
     digests: list[tuple[str, memoryview]] = field(default_factory=list)
-    fact: Any = None
+    fact: ExpertsFact | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class JobResult:
     nbytes: int
     sha256: str | None
     digests: dict[str, str]
-    facts: list[Any]
+    facts: tuple[ExpertsFact, ...]
 
     def to_entry(self) -> dict[str, Any]:
         """For the journal."""
-        return {"sha256": self.sha256, "digests": self.digests, "facts": self.facts}
+        return {"sha256": self.sha256, "digests": self.digests, "facts": [fact.to_json() for fact in self.facts]}
 
     @classmethod
     def from_entry(cls, entry: JournalEntry) -> JobResult:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_like_pooled
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.gate_up_scales import reconcile_expert
+from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks, prepare_and_prove, prove, reconcile_chunk
 from nvfp4_prep.pipeline.jobs import FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
@@ -74,7 +74,7 @@ class LayerRelayout:
     def _convert(self, tensor: PreparedTensor, record: TensorRecord, chunk: range) -> UnitResult:
         new, where = self.new, self._where(tensor, chunk)
         stored, served, source = self._read(tensor, chunk)
-        reconciled: list[dict[str, Any]] = []
+        reconciled: tuple[ReconciledExpert, ...] = ()
         if tensor is PreparedTensor.W13_WEIGHT_SCALE and self.rescales_anew:
             parts, reconciled = reconcile_chunk(new, list(source), chunk)
             prepared = prepare_and_prove(new.layout, tensor, new.dims, parts, where)
@@ -88,7 +88,7 @@ class LayerRelayout:
         return UnitResult(
             pieces=[(begin, byte_view(prepared))],
             digests=[(group.key, byte_view(raw)) for group, raw in raws],
-            fact={"tensor": tensor.value, "crc32": crc32_each(prepared), "reconciled": reconciled},
+            fact=ExpertsFact(tensor, tuple(crc32_each(prepared)), reconciled),
         )
 
     def _read(self, tensor: PreparedTensor, chunk: range) -> tuple[torch.Tensor, Parts, Parts]:

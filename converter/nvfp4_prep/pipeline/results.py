@@ -13,6 +13,7 @@ from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
 from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
@@ -70,7 +71,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
     facts = _facts(made, position, results)
     crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
     for fact in facts:
-        crc32[fact["tensor"]] += fact["crc32"]
+        crc32[fact.tensor.value] += fact.crc32
     digests = {key: digest for file in files for key, digest in results[file.name].digests.items()}
     digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
     return LayerRecord(
@@ -87,14 +88,14 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
 def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
     """For each reconciled expert of a layer the side whose block scales changed."""
     facts = _facts(made, position, results)
-    return {item["expert"]: item["side"] for fact in facts for item in fact.get("reconciled", ())}
+    return {item.expert: item.side.value for fact in facts for item in fact.reconciled}
 
 
 def _layer_files(made: Plan, position: int) -> list[OutputFile]:
     return [file for file in made.files if file.kind is FileKind.EXPERTS and file.layer_position == position]
 
 
-def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[dict[str, Any]]:
+def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[ExpertsFact]:
     return [fact for file in _layer_files(made, position) for fact in results[file.name].facts]
 
 
@@ -103,17 +104,17 @@ def _without_records(plan: LayerPlan) -> MoeLayer:
     return replace(plan.source, groups=tuple(replace(group, records=()) for group in plan.groups))
 
 
-def _gate_up_of_facts(plan: LayerPlan, facts: list[dict[str, Any]]) -> GateUpRecord:
-    outcomes = [item for fact in facts for item in fact.get("reconciled", ())]
+def _gate_up_of_facts(plan: LayerPlan, facts: list[ExpertsFact]) -> GateUpRecord:
+    outcomes = [item for fact in facts for item in fact.reconciled]
     if not plan.scalars.differing:
         return gate_up_record(plan, outcomes, None)
     # over the gate and up weights of the experts that differ; the others have no error under any policy
-    errors = PolicyErrors.total(PolicyErrors(*item) for fact in facts for item in fact.get("errors", ()))
+    errors = PolicyErrors.total(errors for fact in facts for errors in fact.errors)
     return gate_up_record(plan, outcomes, errors.relative())
 
 
 def gate_up_record(
-    plan: LayerPlan, outcomes: Sequence[Mapping[str, Any]], relative_error: Mapping[str, float] | None
+    plan: LayerPlan, outcomes: Sequence[ReconciledExpert], relative_error: Mapping[str, float] | None
 ) -> GateUpRecord:
     """Return the record of a layer's gate and up scales.
 
@@ -125,14 +126,14 @@ def gate_up_record(
     figures: dict[str, Any] = {} if relative_error is None else {"relative_error": dict(relative_error)}
     if outcomes:
         figures |= {
-            "rounded": sum(item["rounded"] for item in outcomes),
-            "underflowed": sum(item["underflowed"] for item in outcomes),
-            "worst_relative": max(item["worst_relative"] for item in outcomes),
+            "rounded": sum(item.rounded for item in outcomes),
+            "underflowed": sum(item.underflowed for item in outcomes),
+            "worst_relative": max(item.worst_relative for item in outcomes),
         }
     return GateUpRecord(
         differing=len(plan.scalars.differing),
         worst_ratio=plan.scalars.worst_ratio,
-        reconciled=tuple((item["expert"], item["side"]) for item in outcomes),
+        reconciled=tuple((item.expert, item.side.value) for item in outcomes),
         figures=figures,
     )
 

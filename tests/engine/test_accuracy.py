@@ -108,7 +108,7 @@ def compared(
     convert(source, root / "prepared")
     command = [sys.executable, str(ROOT / "examples" / "gsm8k.py"), str(source), str(root / "prepared")]
     command += ["--task", TASK, "--include-path", str(task), "--concurrency", "1", "--port", str(free_port())]
-    command += ["--output", str(root / "results"), "--tolerance", str(TOLERANCE)]
+    command += ["--output", str(root / "results"), "--tolerance", str(TOLERANCE), "--timeout", "600"]
     command += ["--serve", SERVE, "--serve-source", SERVE_SOURCE, "--", *SERVER_OPTIONS]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-4000:]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep.commands.convert import convert
+from nvfp4_prep.options import ConvertOptions, LayoutName
 from support.engine.http_server import DTYPE, ONE_THREAD, Completion, Server, serving
 from support.engine.whole_models import DEEPSEEK_V3, QWEN3_MOE, WholeModel
 from support.paths import ROOT
@@ -34,11 +35,12 @@ MODELS = [QWEN3_MOE, DEEPSEEK_V3]
 
 @dataclass(frozen=True)
 class Served:
-    """A model, its source and its prepared form behind a server."""
+    """A model, its source, its prepared form behind a server, and what both said."""
 
     model: WholeModel
     source: Path
     server: Server
+    expected: list[Completion]
     prepared: list[Completion]
 
 
@@ -50,7 +52,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     convert(source, root / "prepared")
     with serving(root / "prepared", logs / f"{model.name}.log") as server:
         completions = server.complete(PROMPTS, MAX_TOKENS)
-    yield Served(model, source, server, completions)
+    yield Served(model, source, server, source_completions(source, root), completions)
 
 
 def source_completions(source: Path, folder: Path) -> list[Completion]:
@@ -74,22 +76,52 @@ def difference(one: list[Completion], other: list[Completion]) -> float:
     )
 
 
-def test_tokens_and_log_probabilities_are_the_sources(served: Served, tmp_path: Path, table: list[str]) -> None:
-    expected = source_completions(served.source, tmp_path)
-    greatest = difference(expected, served.prepared)
+def compare(name: str, what: str, expected: list[Completion], found: list[Completion], table: list[str]) -> None:
+    """Add a row to the table; tokens must be equal, log-probabilities within the bound."""
+    greatest = difference(expected, found)
     pairs = [
-        pair
-        for one, two in zip(expected, served.prepared, strict=True)
-        for pair in zip(one.tokens, two.tokens, strict=True)
+        pair for one, two in zip(expected, found, strict=True) for pair in zip(one.tokens, two.tokens, strict=True)
     ]
     same = sum(one == two for one, two in pairs)
-    count = len(PROMPTS) * MAX_TOKENS
-    table.append(
-        f"| {served.model.name} | prepared by HTTP against source | {same} of {count} equal | {greatest:.4f} |"
-    )
-    assert [one.tokens for one in served.prepared] == [one.tokens for one in expected]
+    table.append(f"| {name} | {what} | {same} of {len(pairs)} equal | {greatest:.4f} |")
+    assert len(pairs) == len(PROMPTS) * MAX_TOKENS
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
     assert greatest <= BOUND
+
+
+def test_tokens_and_log_probabilities_are_the_sources(served: Served, table: list[str]) -> None:
+    compare(served.model.name, "prepared by HTTP against source", served.expected, served.prepared, table)
     assert len({token for one in served.prepared for token in one.tokens}) > 10  # no constant
+
+
+def test_a_file_for_trtllm_gen_gives_the_same_tokens(
+    served: Served, tmp_path: Path, logs: Path, table: list[str]
+) -> None:
+    """Rearranged at the start into the layout that the reference code computes."""
+    if served.model is not QWEN3_MOE:
+        pytest.skip("one model is enough for a layout")
+    convert(served.source, tmp_path / "trtllm", ConvertOptions(layout=LayoutName.TRTLLM))
+    with serving(tmp_path / "trtllm", logs / "trtllm.log", ["--moe-backend", "flashinfer_cutedsl"]) as server:
+        found = server.complete(PROMPTS, MAX_TOKENS)
+    compare(served.model.name, "TRTLLM-gen file, rearranged, against source", served.expected, found, table)
+
+
+def test_two_tensor_parallel_ranks_give_the_sources_tokens(
+    served: Served, tmp_path: Path, logs: Path, table: list[str]
+) -> None:
+    """Against the source on two ranks: their sums are rounded before they are added, so one rank rounds otherwise."""
+    if served.model is not QWEN3_MOE:
+        pytest.skip("one model is enough for a parallel configuration")
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("vLLM binds each rank to a core of its own: two are needed")
+    convert(served.source, tmp_path / "prepared")
+    answers = []
+    for name in ("source", "prepared"):
+        directory = served.source if name == "source" else tmp_path / name
+        options = ["--tensor-parallel-size", "2"]
+        with serving(directory, logs / f"tp2-{name}.log", options, source=name == "source") as server:
+            answers.append(server.complete(PROMPTS, MAX_TOKENS))
+    compare(served.model.name, "TP2 against source on TP2", answers[0], answers[1], table)
 
 
 def test_a_checkpoint_with_gate_and_up_exchanged_is_told_apart(

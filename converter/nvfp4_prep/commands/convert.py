@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, one_of, optional
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._util.system import check_linux
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.commands.preflight import check_place, preflight
@@ -20,6 +20,7 @@ from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.device import DEVICES, choose_device
 from nvfp4_prep.pipeline.finish import MADE_FILES
+from nvfp4_prep.pipeline.outputs import Running
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
@@ -177,7 +178,7 @@ def convert(
             return ConvertResult.of(made, path, complete, report)
         with _opened(path, made, used, restart=restart) as place:
             execution = Execution(made, opened, place, used, where)
-            return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
+            return execute(execution, made, place, Running(threads, memory_nbytes, progress), smoke)
 
 
 def _opened(path: Path, made: Plan, sink: FileSink, *, restart: bool) -> Target:
@@ -202,9 +203,7 @@ def execute(
     execution: Execution,
     made: Plan,
     target: Target,
-    threads: int | None,
-    memory_nbytes: int | None,
-    progress: Progress | None,
+    running: Running,
     smoke: SmokePolicy | None,
 ) -> ConvertResult:
     """Write and finish a whole conversion.
@@ -218,7 +217,7 @@ def execute(
             where=str(target.path),
             next_step="Run the same command without --no-smoke, or --restart to convert anew.",
         )
-    written = execution.write(threads, progress or NoProgress(), memory_nbytes)
+    written = execution.write(running)
     manifest, report = execution.finish(smoke)
     return ConvertResult.of(made, target.path, manifest, report, run=target, written_nbytes=written)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, TEXT, checked, either, instance
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import (
     OPTIONS,
@@ -28,6 +28,7 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.pipeline.outputs import Running
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import Plan
@@ -116,9 +117,8 @@ def convert_part(
         if preflight(made, opened, path, KeepFiles(), selection=selection, restart=restart) is not None:
             return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
         with Target(folder, part_identity(made, selection), restart=restart) as place:
-            written = Execution(part, opened, place, KeepFiles()).write(
-                threads, progress or NoProgress(), memory_nbytes
-            )
+            running = Running(threads, memory_nbytes, progress)
+            written = Execution(part, opened, place, KeepFiles()).write(running)
             return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
 
 
@@ -162,7 +162,7 @@ def join_parts(
         place = _hold_parts(held, made, path)
         execution = Execution(made, opened, place, KeepFiles())
         try:
-            return execute(execution, made, place, threads, memory_nbytes, progress, smoke)
+            return execute(execution, made, place, Running(threads, memory_nbytes, progress), smoke)
         except SmokeFailedError as error:  # whose advice is --restart, which a join does not have
             error.next_step = _MADE_ANEW
             raise

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked, optional
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
 from nvfp4_prep.commands.finished_conversion import read_manifest
@@ -27,14 +28,12 @@ from nvfp4_prep.output.experts_fact import ReconciledExpert
 from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
-from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
+from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
 from nvfp4_prep.pipeline.relayout_jobs import LayerRelayout, damaged
 from nvfp4_prep.pipeline.results import gate_up_record
-from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.builder import check_batched, layer_files, scale_files
-from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
@@ -110,7 +109,7 @@ def relayout(
             remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
         with Target(path, identity, restart=restart) as place:
-            return _Relayout(opened, options, made, place).run(threads, progress or NoProgress(), memory_nbytes)
+            return _Relayout(opened, options, made, place).run(Running(threads, memory_nbytes, progress))
 
 
 def _new_options(
@@ -204,26 +203,23 @@ class _Relayout:
         kept = {name for name, file in checkpoint.manifest.files.items() if file.kind not in gone}
         self._copied = {name: here[name] for name in sorted(kept)}
 
-    def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> RelayoutResult:
-        target = self._target
-        target.check_names([*self._files, *self._copied, *MADE_FILES])
-        pending = [file for name, file in self._files.items() if name not in target.done]
-        first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
-        copies = [copied for name, copied in self._copied.items() if name not in target.done]
-        needed = sum(file.nbytes for file in pending) + sum(copied.nbytes for copied in copies)
-        target.check_space(Room(needed).needed_nbytes)
-        total = sum(file.nbytes for file in self._files.values())
-        total += sum(copied.nbytes for copied in self._copied.values())
-        with working(progress, "relayout", total, total - needed):
-            jobs = [self._job(file) for file in first]
-            jobs += [side_file_job(copied, self._checkpoint.files) for copied in copies]
-            run_jobs(jobs, target, threads=threads, memory_nbytes=memory_nbytes, progress=progress)
-            # the vectors depend on which side of each expert was rescaled
-            last = [values_job(file, self._vectors()) for file in pending if file.kind is FileKind.EXPERT_SCALES]
-            run_jobs(last, target, threads=1, progress=progress)
-        return RelayoutResult(target.path, self._finish(), needed, target.resumed)
+    def run(self, running: Running) -> RelayoutResult:
+        # the vectors depend on which side of each expert was rescaled
+        files = sorted(self._files.values(), key=lambda file: file.kind is FileKind.EXPERT_SCALES)
+        outputs = [
+            Output(file.name, file.nbytes, partial(self._job, file), last=file.kind is FileKind.EXPERT_SCALES)
+            for file in files
+        ]
+        outputs += [
+            Output(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
+            for name, file in self._copied.items()
+        ]
+        needed = write_outputs("relayout", self._target, outputs, MADE_FILES, running)
+        return RelayoutResult(self._target.path, self._finish(), needed, self._target.resumed)
 
     def _job(self, file: OutputFile) -> FileJob:
+        if file.kind is FileKind.EXPERT_SCALES:
+            return values_job(file, self._vectors())
         layer = self._layers[file.layer_position or 0]
         return layer.experts_job(file) if file.kind is FileKind.EXPERTS else layer.block_scales_job(file)
 

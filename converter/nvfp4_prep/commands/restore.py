@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked
 from nvfp4_prep._util.buffers import byte_view
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
@@ -20,12 +20,10 @@ from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.finished_output import has_files, remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
-from nvfp4_prep.pipeline.engine import run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
+from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
 from nvfp4_prep.pipeline.results import make_index
-from nvfp4_prep.pipeline.working import working
-from nvfp4_prep.planning.disk_space import Room
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.structure import require_sound
@@ -103,7 +101,7 @@ def restore(
             )
         identity = {"command": "restore", "manifest": digest}
         with Target(path, identity, restart=restart, need_sha256=False) as place:
-            return _Restoration(opened, files, place).run(threads, progress or NoProgress(), memory_nbytes)
+            return _Restoration(opened, files, place).run(Running(threads, memory_nbytes, progress))
 
 
 class _Restoration:
@@ -113,19 +111,15 @@ class _Restoration:
         self._files = files
         self._side = _side_files(checkpoint)
 
-    def run(self, threads: int | None, progress: Progress, memory_nbytes: int | None) -> RestoreResult:
+    def run(self, running: Running) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
         self._check_distinct_names()
-        target.check_names([*(file.name for file in self._files), *self._side, *texts, INDEX])
-        pending = [file for file in self._files if file.name not in target.done]
-        sides = [file for name, file in self._side.items() if name not in target.done]
-        needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        target.check_space(Room(needed).needed_nbytes)
-        total = sum(file.nbytes for file in self._files) + sum(file.nbytes for file in self._side.values())
-        with working(progress, "restore", total, total - needed):
-            jobs = [self._job(file) for file in pending]
-            jobs += [side_file_job(file, self._checkpoint.files) for file in sides]
-            run_jobs(jobs, target, threads=threads, memory_nbytes=memory_nbytes, progress=progress)
+        outputs = [Output(file.name, file.nbytes, partial(self._job, file)) for file in self._files]
+        outputs += [
+            Output(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
+            for name, file in self._side.items()
+        ]
+        needed = write_outputs("restore", target, outputs, [*texts, INDEX], running)
         self._check_digests()
         target.check_files()
         for name, text in _texts(self._checkpoint, self._files).items():

@@ -27,7 +27,7 @@ from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpo
 from nvfp4_prep.hub import open_ranges, parse_address, quiet_client
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
-from nvfp4_prep.pipeline.engine import run_jobs
+from nvfp4_prep.pipeline.engine import Hooks, run_jobs
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.working import working
@@ -145,7 +145,7 @@ class _Verification:
                 threads=threads,
                 memory_nbytes=memory_nbytes,
                 progress=progress,
-                on_done=self._file_done,
+                hooks=Hooks(on_done=self._file_done),
             )
         self._check_digests()
         computed = sum([self._check_scales(layer) for layer in manifest.layers])

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import passthrough_job, side_file_job, values_job
-from nvfp4_prep.pipeline.engine import run_jobs
+from nvfp4_prep.pipeline.engine import Hooks
 from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
+from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
 from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
-from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import Manifest
@@ -48,42 +48,39 @@ class Execution:
         self._shards = _ShardUse(source)
         self._files = {file.name: file for file in made.files}
 
-    def write(self, threads: int | None, progress: Progress, memory_nbytes: int | None = None) -> int:
+    def write(self, running: Running) -> int:
         """Write the files that the journal does not have; returns their bytes."""
-        made, target = self._plan, self._target
-        target.check_names([*self._files, *(file.name for file in made.side_files), *MADE_FILES])
-        pending = [file for file in made.files if file.name not in self._results]
-        sides = [file for file in made.side_files if file.name not in self._results]
-        needed = sum(file.nbytes for file in pending) + sum(file.nbytes for file in sides)
-        first = [file for file in pending if file.kind is not FileKind.EXPERT_SCALES]
-        target.check_space(room_for(made, self._results, self._source, self._sink).needed_nbytes)
-        self._shards.expect(made.shard_order(first), made.peak_shards_nbytes, first)
-        total = made.output_nbytes
-        with working(progress, "convert", total, total - needed):
-            for name in target.done:
-                if (target.path / name).is_file():
-                    self._give(self._results[name])
-            jobs = [self._job(file) for file in first] + [side_file_job(file, self._source) for file in sides]
-            self._run(jobs, threads, progress, memory_nbytes)
-            last = [self._job(file) for file in pending if file.kind is FileKind.EXPERT_SCALES]
-            self._run(last, 1, progress)
-            self._sink.drain()
-        return needed
-
-    def _run(
-        self, jobs: Sequence[FileJob], threads: int | None, progress: Progress, memory_nbytes: int | None = None
-    ) -> None:
-        run_jobs(
-            jobs,
+        made = self._plan
+        scales = [file for file in made.files if file.kind is FileKind.EXPERT_SCALES]
+        first = [file for file in made.files if file.kind is not FileKind.EXPERT_SCALES]
+        pending = [file for file in first if file.name not in self._results]
+        self._shards.expect(made.shard_order(pending), made.peak_shards_nbytes, pending)
+        outputs = [
+            *(Output(file.name, file.nbytes, partial(self._job, file)) for file in first),
+            *(Output(file.name, file.nbytes, partial(side_file_job, file, self._source)) for file in made.side_files),
+            *(Output(file.name, file.nbytes, partial(self._job, file), last=True) for file in scales),
+        ]
+        return write_outputs(
+            "convert",
             self._target,
-            threads=threads,
-            memory_nbytes=memory_nbytes,
+            outputs,
+            MADE_FILES,
+            running,
+            needed_nbytes=room_for(made, self._results, self._source, self._sink).needed_nbytes,
             files=1 if self._source.sequential or self._sink.sequential else None,
-            progress=progress,
-            on_done=self._done,
-            before_file=lambda job, stop: self._sink.before_file(job.name, job.nbytes, stop),
-            on_stop=self._stop,
+            hooks=Hooks(
+                on_done=self._done,
+                before_file=lambda job, stop: self._sink.before_file(job.name, job.nbytes, stop),
+                on_stop=self._stop,
+            ),
+            begin=self._give_finished,
+            end=self._sink.drain,
         )
+
+    def _give_finished(self) -> None:
+        for name in self._target.done:
+            if (self._target.path / name).is_file():
+                self._give(self._results[name])
 
     def _done(self, result: JobResult) -> None:
         self._results[result.name] = result

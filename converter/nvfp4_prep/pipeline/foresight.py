@@ -33,10 +33,14 @@ _FIGURE = -sys.float_info.max
 """No float is longer in JSON."""
 
 
-def check_readable(plan: Plan) -> None:
+def check_readable(plan: Plan, where: str) -> None:
     """Make config, manifest, index and model card of a whole conversion, and read them as their readers do.
 
     Memory: these files' texts, at most 256 MB each.
+
+    Args:
+        plan: the whole conversion's.
+        where: its source's place, for errors.
 
     Raises:
         SourceError: if one of them would exceed a bound of its readers.
@@ -56,9 +60,9 @@ def check_readable(plan: Plan) -> None:
         name, limit = README, TEXT_MAX_NBYTES[README]
         _check_size(make_model_card(manifest), limit)
     except JsonBounds as error:
-        raise _refusal(plan, name, error.what, f"at most {error.expected}", error.actual) from error
+        raise _refusal(where, name, error.what, f"at most {error.expected}", error.actual) from error
     except CheckpointError as error:
-        raise _refusal(plan, name, error.what, error.expected, error.actual) from error
+        raise _refusal(where, name, error.what, error.expected, error.actual) from error
 
 
 def _check_size(text: bytes, most_nbytes: int) -> None:
@@ -66,10 +70,10 @@ def _check_size(text: bytes, most_nbytes: int) -> None:
         raise JsonBounds("is too large", f"{most_nbytes:,} bytes", f"{len(text):,} bytes")
 
 
-def _refusal(plan: Plan, name: str, what: str, expected: str | None, actual: str | None) -> SourceError:
+def _refusal(where: str, name: str, what: str, expected: str | None, actual: str | None) -> SourceError:
     return SourceError(
         f"cannot be converted: {name} of the output {what}",
-        where=plan.source_label,
+        where=where,
         expected=expected,
         actual=actual,
         next_step="Its readers would refuse it. Look for what is out of proportion in the source's configs.",

@@ -1,5 +1,5 @@
 # make demo    set up, make a small Kimi-shaped NVFP4 checkpoint, convert, verify, restore and compare
-# make test    set up and run the tests
+# make test    set up and run the tests, in two processes
 # make test-fast  the tests that are not marked slow, in two processes: under a minute
 # make test-python PYTHON=python3.13  the parts that need no torch (command line, headers, options) under another Python
 # make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
@@ -53,7 +53,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
-	NVFP4_PREP_REQUIRE_FLASHINFER=1 $(BIN)/python -m pytest -q
+	NVFP4_PREP_REQUIRE_FLASHINFER=1 $(BIN)/python -m pytest -q -n 2
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'

@@ -43,7 +43,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
 
 def _text(found: Diagnosis) -> str:
     lines = [f"{name:20} {version or 'not installed'}" for name, version in found.versions.items()]
-    lines += [f"{'machine':20} {found.machine}", *(f"{'card':20} {card}" for card in found.cards or ("none",))]
+    lines += [f"{'machine':20} {found.machine}", *(f"{'GPU':20} {card}" for card in found.cards or ("none",))]
     if found.disk is not None:
         disk = found.disk
         read = "no direct I/O" if disk.read_gb_per_s is None else f"read {disk.read_gb_per_s:.2f} GB/s past the cache"

@@ -146,7 +146,7 @@ def _cards() -> tuple[tuple[str, ...], str]:
 
 
 def _offline(no_torch: str) -> list[Ability]:
-    offline = Ability("convert, verify, restore, relayout", not no_torch, no_torch or "on the CPU, no card needed")
+    offline = Ability("convert, verify, restore, relayout", not no_torch, no_torch or "on the CPU, no GPU needed")
     if no_torch:
         return [offline]
     from nvfp4_prep.smoke.backends import choose_backend

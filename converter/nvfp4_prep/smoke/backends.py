@@ -100,12 +100,12 @@ def _why_not_triton() -> str:
 
 
 def _chosen(backend: MoeBackend, device: str, reason: str, kernel: str) -> ChosenBackend:
-    card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     facts = BackendFacts(
         name=backend.name,
         real_kernel=isinstance(backend, FlashInferMoe),
         reason=reason,
-        device=card if device == "cuda" else f"CPU ({card})",
+        device=name if device == "cuda" else f"CPU ({name})",
         versions={"python": platform.python_version()}
         | {name: found for name in _LIBRARIES if (found := _version(name))},
         kernel=kernel,

@@ -284,7 +284,7 @@ class BackendFacts:
         name: ``flashinfer``, ``triton`` or ``torch``.
         real_kernel: whether it was the CuteDSL kernel that a server runs.
         reason: why no better backend ran; empty if this is the best.
-        device: card or processor.
+        device: GPU or processor.
         versions: library to version.
         kernel: the one that a server runs with this layout.
     """

@@ -27,7 +27,7 @@ from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 __all__ = ["CPU_SAMPLE", "choose_layers", "run_smoke", "spread"]
 
 CPU_SAMPLE = 8
-"""Experts of each layer that are run without a card, unless told otherwise: each takes seconds on a CPU."""
+"""Experts of each layer that are run without a GPU, unless told otherwise: each takes seconds on a CPU."""
 
 
 @checked(
@@ -124,16 +124,16 @@ def _run_one(
     sample: int | None,
     settings: SmokeSettings | None,
 ) -> LayerReport:
-    on_card = chosen.device.type == "cuda"
-    if on_card:
+    on_gpu = chosen.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     layer = reader.layer(record, spread(record.dims.experts, sample))
     report = run_layer(layer, chosen.backend, settings)
-    if on_card:
+    if on_gpu:
         torch.cuda.synchronize()
     return replace(
         report,
         seconds=time.perf_counter() - begin,
-        peak_nbytes=torch.cuda.max_memory_allocated() if on_card else 0,
+        peak_nbytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
     )

@@ -109,7 +109,7 @@ class ConvertOptions:
         return differing if self.gate_up_scales is GateUpPolicy.RECONCILE and self.gives_scales_up else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON form."""
+        """Return the JSON form."""
         return {key: str(value) if isinstance(value, enum.Enum) else value for key, value in asdict(self).items()}
 
     @classmethod

@@ -11,5 +11,5 @@ __all__ = ["on_device"]
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a card the current one: Triton launches there, not where the tensors are. Its interpreter has none."""
+    """Make a GPU the current one: Triton launches there, not where the tensors are. Its interpreter has none."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -173,7 +173,7 @@ def _activation_error(
     gate_error: torch.Tensor | None,
     up_error: torch.Tensor,
 ) -> torch.Tensor:
-    """How much the activation changes at most when its arguments change by their errors."""
+    """Bound how much the activation changes when its arguments change by their errors."""
     if gate is None or gate_error is None:
         return (2 * up.clamp(min=0.0) + up_error) * up_error
     if activation.function is ActivationFunction.SITU:

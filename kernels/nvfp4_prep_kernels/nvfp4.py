@@ -30,7 +30,7 @@ _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
 def decode_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Return two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
+    """Decode two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
     values = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
     # one look-up a byte, two values each: half the index memory of one a code
     table = torch.tensor([(values[byte & 0xF], values[byte >> 4]) for byte in range(256)], device=codes.device)

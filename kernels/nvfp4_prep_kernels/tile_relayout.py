@@ -63,7 +63,7 @@ def check_relayout(tensor: PreparedTensor, prepared: torch.Tensor, source: MoeLa
 
 @functools.cache
 def tile_sources(source: RowOrder, target: RowOrder, *, fused: bool) -> tuple[int, ...]:
-    """Return for each row of a target tile the row of the source tile that stands there.
+    """Return the row of the source tile that stands in each row of a target tile.
 
     Raises:
         LayoutError: if a row comes from another tile.

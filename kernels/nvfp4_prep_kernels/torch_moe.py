@@ -1,4 +1,4 @@
-"""Fused MoE in torch that reads the prepared layout in place, for machines without a card.
+"""Fused MoE in torch that reads the prepared layout in place, for machines without a GPU.
 
 Rows and scales are gathered by the published index formulas, written out here on their own: nothing of the code
 that prepared the bytes is used to read them.

@@ -99,7 +99,7 @@ def index_map(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims) -> Index
 def prepare(
     layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, *parts: Parts, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return source bytes of a whole layer to prepared bytes, on the device on which they are.
+    """Make prepared bytes of a whole layer's source bytes, on the device on which they are.
 
     Args:
         layout, tensor, dims: what to make; ``dims.experts`` is E.
@@ -195,7 +195,7 @@ class Launch(NamedTuple):
 
 
 def plan_launch(mapping: IndexMap, is_scale: bool, row_stride: int, alignment: int, inverse: bool) -> Launch:
-    """How the kernel of codes or scales is launched.
+    """Plan the launch of the kernel of codes or scales.
 
     Args:
         row_stride, alignment: of the source, see :class:`~nvfp4_prep_kernels.matrix_addresses.MatrixAddresses`.

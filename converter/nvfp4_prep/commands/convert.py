@@ -141,7 +141,7 @@ def convert(
 ) -> ConvertResult:
     """Convert a checkpoint.
 
-    Every prepared byte is turned back and compared with the source before it is written. Killed at any moment, the
+    Every prepared byte is inverted and compared with the source before it is written. Killed at any moment, the
     same call continues and ends with the same bytes. Peak memory does not depend on the checkpoint's size (see
     :mod:`nvfp4_prep.pipeline.engine`).
 

@@ -102,7 +102,7 @@ class Diagnosis:
 
 @checked(directory=optional(PATH))
 def diagnose(directory: str | Path | None = None) -> Diagnosis:
-    """Look at this machine. Needs no card and no optional package.
+    """Look at this machine. Needs no GPU and no optional package.
 
     Args:
         directory: measure the disk under it: 537 MB are written, read and deleted.

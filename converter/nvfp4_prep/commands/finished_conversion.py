@@ -70,7 +70,7 @@ def _check_undamaged(path: Path) -> None:
 
 
 def _source_changes(manifest: Manifest, made: Plan) -> list[str]:
-    """Return in what a finished conversion's source differs from the plan's, one text each.
+    """Return the differences between a finished conversion's source and the plan's, one text each.
 
     By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew have
     other scalars; a source that differs in other tensors' values only is not told apart.
@@ -127,7 +127,7 @@ def _check_size(path: Path, nbytes: int) -> None:
 
 
 def _differences(manifest: Manifest, made: Plan) -> list[str]:
-    """What a finished conversion is and was not asked for, one text each."""
+    """Return the differences between a finished conversion and what is asked for, one text each."""
     found = {"source": manifest.source, "revision": manifest.revision, **manifest.options.to_dict()}
     asked = {"source": made.source_label, "revision": made.source_revision, **made.options.to_dict()}
     return [f"{key} is {found.get(key)}, requested {asked[key]}" for key in asked if found.get(key) != asked[key]]

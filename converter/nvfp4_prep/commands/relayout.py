@@ -1,6 +1,6 @@
 """Relayout: from one prepared layout to another, without the source.
 
-Experts are read prepared, turned back, checked against what the manifest says of the source, and prepared anew; block
+Experts are read prepared, inverted, checked against what the manifest says of the source, and prepared anew; block
 scales that only one of the layouts needs rescaled are rescaled, or are the source's again; everything else is copied.
 The result is what ``convert`` of the source with the new options writes, byte for byte in
 every tensor file.
@@ -238,12 +238,12 @@ class _Relayout:
         return [file for file in files if file.kind is FileKind.EXPERTS and file.layer_position == position]
 
     def _outcomes(self, position: int, results: Mapping[str, JobResult]) -> list[ReconciledExpert]:
-        """What was done to each expert of a layer whose block scales are rescaled now."""
+        """Return what was done to each expert of a layer whose block scales are rescaled now."""
         facts = (fact for file in self._experts_files(position) for fact in results[file.name].facts)
         return [outcome for fact in facts for outcome in fact.reconciled]
 
     def _finish(self) -> Manifest:
-        """Check the digests, then writes index, card, manifest and config, the last two last."""
+        """Check the digests, then write index, card, manifest and config, the last two last."""
         results = {name: JobResult.from_entry(entry) for name, entry in self._target.done.items()}
         self._check_copies(results)
         layers = tuple(self._layer_record(position, results) for position in range(len(self._plans)))

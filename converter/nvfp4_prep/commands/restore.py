@@ -285,7 +285,7 @@ def _has_layer(file: _RestoredFile, layer: LayerRecord, path: Path) -> bool:
 def _places(
     group: TensorGroup, chunk: range, data: memoryview, experts: int, places: dict[str, TensorRecord]
 ) -> list[tuple[int, memoryview]]:
-    """Where the bytes of some experts of one group go in the restored file."""
+    """Return where the bytes of some experts of one group go in the restored file."""
     nbytes = len(data) // len(chunk)
     if group.stacked:
         return [(places[group.name(0)].offset_bytes + chunk.start * nbytes, data)]

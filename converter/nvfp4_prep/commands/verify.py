@@ -158,7 +158,7 @@ class _Verification:
         return total
 
     def _experts(self) -> int:
-        """How many experts were turned back, in all four tensors."""
+        """Return the number of experts that were inverted, in all four tensors."""
         done: Counter[str] = Counter()
         for name, experts in self._inverted:
             done[name] += experts

@@ -44,7 +44,7 @@ _ONCE_MORE = "Run the same command again."
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a failing network is endured.
+    """The time for which a failing network is endured.
 
     Waits double from ``first_wait_s`` to ``longest_wait_s``; without any progress for ``give_up_after_s`` the last
     failure is reported. The official client's own retries (seconds) come on top, inside each attempt.

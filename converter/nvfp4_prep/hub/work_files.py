@@ -10,7 +10,7 @@ __all__ = ["partial_path", "refuse_link"]
 
 
 def partial_path(target: Path) -> Path:
-    """Where a file lies while it is fetched."""
+    """Return where a file lies while it is fetched."""
     return target.with_name(target.name + ".part")
 
 

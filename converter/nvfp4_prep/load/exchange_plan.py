@@ -65,7 +65,7 @@ def _round(block: Sequence[int], experts: Sequence[int], ranks: int) -> Round:
 
 
 def _spread(values: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Return equal parts in order; the first ones have one more where it does not divide."""
+    """Divide values in order into parts of equal length; a remainder makes the first ones longer by one."""
     each, more = divmod(len(values), parts)
     ends = [part * each + min(part, more) for part in range(parts + 1)]
     return [values[begin:end] for begin, end in pairwise(ends)]

@@ -360,7 +360,7 @@ def _in_use() -> LoadError:
 
 
 def _places(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
-    """Where each chunk goes, by its offset: one call for all, instead of one in the way of the reading threads."""
+    """Return each chunk's place by its offset: one call for all, instead of one in the way of the reading threads."""
     chunks = sorted((chunk.destination_bytes, chunk.nbytes) for task in tasks for chunk in task.chunks if chunk.nbytes)
     parts = target.split([nbytes for _, nbytes in chunks])
     return {offset: part for (offset, _), part in zip(chunks, parts, strict=True)}

@@ -1,4 +1,4 @@
-"""What a load did."""
+"""Report of a load."""
 
 from __future__ import annotations
 

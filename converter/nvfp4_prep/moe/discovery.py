@@ -257,7 +257,7 @@ def _group(leaf: Leaf, entries: _Tensors, alternating: bool | None) -> TensorGro
 
 
 def _split_name(parsed: ExpertTensorName, name: str) -> tuple[str, str]:
-    """What stands before and after the expert's number."""
+    """Return what stands before and after the expert's number."""
     number = f".{parsed.expert}."
     at = len(parsed.experts) if name.startswith(parsed.experts + number) else name.rfind(number)
     if at < 0:

@@ -102,7 +102,7 @@ def reconcile_expert(scalars: LayerScalars, expert: int, gate: torch.Tensor, up:
 
 
 def _counts(block_scales: torch.Tensor) -> torch.Tensor:
-    """How often each byte occurs: ``int64 [256]``."""
+    """Count how often each byte occurs: ``int64 [256]``."""
     return torch.bincount(block_scales.reshape(-1), minlength=256)
 
 
@@ -141,7 +141,7 @@ def _judge(counts: torch.Tensor, table: torch.Tensor, own: float, other: float) 
 
 @dataclass(frozen=True)
 class PolicyErrors:
-    """How far dequantized gate and up weights are from the source's under each policy; sums over experts add up.
+    """Distances of dequantized gate and up weights from the source's under each policy; sums over experts add up.
 
     Attributes:
         source: sum of the squares of the source's dequantized weights, gate and up.

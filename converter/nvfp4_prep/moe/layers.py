@@ -89,7 +89,7 @@ class TensorGroup:
         return ByteRange(record.file, begin, nbytes, record.name)
 
     def arrange(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return source bytes of one expert's codes or block scales to canonical matrices.
+        """Arrange source bytes of one expert's codes or block scales as canonical matrices.
 
         Args:
             raw: ``uint8 [nbytes]``.

@@ -103,7 +103,7 @@ class LayerSelection:
 
 
 def part_folder(target: Path, selection: LayerSelection) -> Path:
-    """Where the part of these layers works."""
+    """Return the folder in which the part of these layers works."""
     return target / WORK_FOLDER / PARTS_FOLDER / selection.folder_name
 
 

@@ -80,11 +80,11 @@ class Manifest:
         return tuple(sorted(common))
 
     def to_bytes(self) -> bytes:
-        """Return JSON; the same manifest gives the same bytes."""
+        """Return the JSON; the same manifest gives the same bytes."""
         return (json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n").encode()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON value."""
+        """Return the JSON value."""
         return {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "nvfp4-prep", "version": self.tool_version},

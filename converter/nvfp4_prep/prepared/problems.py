@@ -1,4 +1,4 @@
-"""What a verification found wrong."""
+"""Problems that a verification found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Problem:
         return text
 
     def to_dict(self) -> dict[str, str | None]:
-        """Return JSON value."""
+        """Return the JSON value."""
         return asdict(self)
 
 

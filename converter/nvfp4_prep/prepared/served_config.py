@@ -24,7 +24,7 @@ RESTAMP = "To keep the edits run nvfp4-prep restamp on the directory; else put t
 
 @dataclass(frozen=True)
 class ServedConfig:
-    """What was found.
+    """A served config against the manifest: its stamp and its edits.
 
     Attributes:
         stamp: changed keys of the stamp; empty if it is intact.

@@ -1,4 +1,4 @@
-"""Both sides of a smoke run from disk: prepared tensors, and source tensors as they came or turned back."""
+"""Both sides of a smoke run from disk: prepared tensors, and source tensors as they came or inverted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CheckpointReader:
 
         Args:
             checkpoint: opened; whoever opened it closes it.
-            source: what it was made from, or ``None``: then the prepared tensors are turned back.
+            source: what it was made from, or ``None``: then the prepared tensors are inverted.
             device: where prepared and source tensors go.
 
         Raises:
@@ -182,7 +182,7 @@ def _w13_scale_2(record: LayerRecord, policy: GateUpPolicy, scalars: LayerScalar
 def _restored_expert(
     record: LayerRecord, prepared: PreparedExperts, w13: tuple[float, float], w2: float, position: int
 ) -> SourceExpert:
-    """From the prepared bytes, turned back by the torch reference of the layout, with these global scales."""
+    """Restore an expert from the prepared bytes by the torch reference of the layout, with these global scales."""
     layout = record.layout
     parts: dict[tuple[Projection, bool], torch.Tensor] = {}
     for tensor in PreparedTensor:

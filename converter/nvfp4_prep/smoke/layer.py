@@ -229,7 +229,7 @@ class _Expected:
         return result
 
     def noise(self, position: int, expert: SourceExpert, generator: torch.Generator) -> tuple[float, float]:
-        """Return relative and worst difference of one expert when its sums are made in another order."""
+        """Return the relative and the worst difference of one expert when its sums are made in another order."""
         rows, _ = self._tokens_of(position)
         x = self._x[rows]
         dims = self._layer.prepared.dims
@@ -281,7 +281,7 @@ def _case_figures(case: Routing, experts: int, errors: ErrorFigures) -> CaseFigu
 
 
 def _dirty_padding(prepared: PreparedExperts) -> int:
-    """Return padding bytes that are not zero, over the four tensors."""
+    """Count the padding bytes that are not zero, over the four tensors."""
     layout, dims = prepared.layout, prepared.dims
     dirty = 0
     for tensor in PreparedTensor:

@@ -355,7 +355,7 @@ class SmokeReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON value with everything."""
+        """Return the JSON value with everything."""
         return {
             **asdict(self),
             "passed": self.passed,

@@ -53,7 +53,7 @@ def run_smoke(
 
     Args:
         prepared: a prepared checkpoint; one that is given opened is closed.
-        source: what it was made from. Without it the reference is computed from the prepared tensors turned back,
+        source: what it was made from. Without it the reference is computed from the inverted prepared tensors,
             which the report says; that still proves the kernel's view of the bytes, but not that they came from
             the source.
         layers: numbers of the layers to run, or a text of them (``1,4-6``, ``2/8``); all by default.

@@ -10,7 +10,7 @@ __all__ = ["layer_line", "smoke_text"]
 
 
 def smoke_text(report: SmokeReport) -> str:
-    """What ran, whether it passed, the worst figures and every problem."""
+    """Return what ran, whether it passed, the worst figures and every problem."""
     lines = [f"WRONG {layer.name}: {problem}" for layer in report.layers for problem in layer.problems]
     origin = "SOURCE" if report.reference == "source" else "checkpoint"
     lines += [

@@ -114,7 +114,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         logger.info("Prepared experts: %s", report)
 
     def _make_loader(self, device: torch.device) -> Callable[[], ExpertLoader]:
-        """Return everything that depends on the calling thread is settled here; the result may run in another."""
+        """Return a function that makes the loader in any thread: what depends on the calling one is settled here."""
         options = LoadOptions(**{"threads": _threads(), **self._options})
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -175,7 +175,7 @@ def _close_loader(made: Future[ExpertLoader]) -> None:
 
 
 def _experts_device(model: nn.Module) -> torch.device:
-    """Where the experts' parameters are; all of one rank are on one device."""
+    """Return the device of the experts' parameters; all of one rank are on one device."""
     first = None
     for name, parameter in model.named_parameters():
         first = first or parameter.device

@@ -149,7 +149,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         experts.process_weights_after_loading(layer)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
-        """Return vLLM's, or the reference implementation's where the user asked for that."""
+        """Return vLLM's config, or the reference implementation's where the user asked for that."""
         if reference_moe.reference_moe_asked_for():
             return reference_moe.reference_quant_config(layer)
         return super().get_fused_moe_quant_config(layer)

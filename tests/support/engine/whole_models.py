@@ -41,8 +41,6 @@ INPUT_SCALES = {"gate_proj": 4.137 / (448 * 6), "up_proj": 4.137 / (448 * 6), "d
 
 Odd numbers, so that no bfloat16 activation falls on the border of two codes, where implementations may differ.
 """
-_SCALES = {"gate_proj": 4.0 / (448 * 6), "up_proj": 4.0 / (448 * 6), "down_proj": 8.0 / (448 * 6)}
-"""Largest activation that is expected, over the largest value that NVFP4 has."""
 
 _SCALES = {"embed": 1.0, "o_proj": 0.3, "down_proj": 0.5, "mlp.gate.weight": 3.0, "lm_head": 4.0}
 """Standard deviations by part of the name: of the embedding itself, else times 1 / sqrt(inputs)."""

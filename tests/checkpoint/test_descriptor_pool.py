@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nvfp4_prep.checkpoint import descriptor_pool
 from nvfp4_prep.checkpoint.descriptor_pool import DescriptorPool
 
 
@@ -85,3 +86,12 @@ def test_threads_read_what_they_asked_for(pool: DescriptorPool) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_process_with_many_open_files_keeps_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the limit would be more than is left: outputs and libraries need descriptors, too."""
+    monkeypatch.setattr(descriptor_pool.resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(descriptor_pool, "_open_now", lambda: 20)
+    assert descriptor_pool._default_limit() == 256
+    monkeypatch.setattr(descriptor_pool, "_open_now", lambda: 964)
+    assert descriptor_pool._default_limit() == 20

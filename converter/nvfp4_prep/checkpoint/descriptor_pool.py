@@ -38,7 +38,7 @@ class DescriptorPool:
 
         Args:
             open_file: returns a descriptor for a name; called again when the name's descriptor was given back.
-            limit: most descriptors to keep; by default a quarter of what the process may have.
+            limit: most descriptors to keep; by default a quarter of what the process may have, less where it has many.
             place: returns the path of a name, for errors.
         """
         self._open_file = open_file
@@ -114,5 +114,15 @@ def _close(descriptor: int) -> None:
 
 
 def _default_limit() -> int:
+    """Return a quarter of what the process may have, but no more than a third of what others have left of it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST if soft == resource.RLIM_INFINITY else max(_FEWEST, min(_MOST, soft // 4))
+    if soft == resource.RLIM_INFINITY:
+        return _MOST
+    return max(_FEWEST, min(_MOST, soft // 4, (soft - _open_now()) // 3))
+
+
+def _open_now() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - their number
+    except OSError:  # no descriptor for the look itself, or no /proc
+        return 0

@@ -20,6 +20,7 @@ from nvfp4_prep.errors import HubError, SourceError
 from nvfp4_prep.hub.errors import Patience, hub_errors, malformed, persist, well_formed
 from nvfp4_prep.hub.listing import RemoteFile, Snapshot, git_blob_sha1, hash_matches
 from nvfp4_prep.hub.work_files import partial_path, refuse_link
+from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import TargetRoot
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Downloader:
             refuse_link(path)
         partial = partial_path(target).name
         # All of it in one held directory: what takes its name meanwhile, a link to elsewhere too, gets nothing.
-        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"), TargetRoot(target.parent, make=True) as folder:
+        with hub_errors(f"{self.snapshot.repo_id}/{file.name}"), _open_folder(target.parent) as folder:
             for _ in range(_CORRUPT_ATTEMPTS):
                 if not (self._xet_wanted(file) and self._fetch_by_xet(file, folder, partial)):
                     self._fetch_by_http(file, folder, partial)
@@ -286,6 +287,14 @@ class Downloader:
         from huggingface_hub.utils import build_hf_headers
 
         return dict(build_hf_headers(token=self.api.token))
+
+
+def _open_folder(path: Path) -> TargetRoot:
+    """Open the folder of downloads; it goes away when the run that it belongs to has failed."""
+    try:
+        return TargetRoot(path, make=True)
+    except OSError as error:
+        raise translate_os_error(error, path) from error
 
 
 def _nbytes(folder: TargetRoot, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a reading thread fills, without threads and without a card."""
+"""A reading thread's staging, without threads and without a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvfp4_prep.load import Catalog, LoadOptions, reader
+from nvfp4_prep.load import Catalog, Gather, LoadOptions, load_layer, reader
 from nvfp4_prep.load.read_plan import plan_reads
 from nvfp4_prep.load.strided_copy import run_views
 from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission
@@ -24,11 +24,12 @@ SMALL = LoadOptions(threads=1, chunk_nbytes=65536)
 def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
     tmp_path: Path, options: ConvertOptions | None, experts: list[int], tp: tuple[int, int]
 ) -> None:
-    """The short way for one range of the file, without a card: each staging buffer has all bytes of its chunk."""
+    """The short way for one range of the file, without a GPU: each staging buffer has all bytes of its chunk."""
     written = write_checkpoint(tmp_path, MoeDims(3, 256, 256), options=options)
     filled = list[Filled]()
-    staging = Buffers(torch.zeros(SMALL.staging_nbytes, dtype=torch.uint8), SMALL.buffer_nbytes, SMALL.chunk_nbytes)
-    reading = Reading(staging, SMALL.buffer_nbytes, filled.append, lambda job, nbytes: None)
+    slab = torch.zeros(SMALL.staging_nbytes, dtype=torch.uint8)
+    staging = Buffers(slab, SMALL.buffer_nbytes, SMALL.chunk_nbytes, threads=1)
+    reading = Reading(0, staging, SMALL.buffer_nbytes, filled.append, lambda job, nbytes: None)
     records = Catalog.open(tmp_path).records(written.manifest.layers[0])
     for tensor in PreparedTensor:
         record, part = records[tensor.value], rank_slice(written.layout, tensor, written.dims, *tp)
@@ -47,8 +48,33 @@ def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
                     out.copy_(rows)
                 assert len(data) == chunk.nbytes
                 found[chunk.destination_bytes : chunk.destination_bytes + chunk.nbytes] = bytes(data.tolist())
-                staging.free.put(item.buffer)
+                staging.give_back(item.buffer)
             filled.clear()
         source.close()
         stored = written.tensors[1][tensor.value].view(torch.uint8)[experts]
         assert bytes(found) == bytes(take_rank(written.layout, tensor, stored, written.dims, *tp).flatten().tolist())
+
+
+@pytest.mark.parametrize(
+    ("buffers", "threads", "owned"),
+    [(4, 2, [{0, 2}, {1, 3}]), (5, 2, [{0, 2, 4}, {1, 3}]), (2, 3, [{0}, {1}, {0}]), (1, 2, [{0}, {0}])],
+)
+def test_a_thread_gets_its_own_buffers_only(buffers: int, threads: int, owned: list[set[int]]) -> None:
+    staging = Buffers(torch.zeros(buffers * 16, dtype=torch.uint8), 16, 16, threads)
+    for thread, numbers in enumerate(owned):
+        for _ in range(3):
+            taken = {staging.take(thread) for _ in numbers}
+            assert taken == numbers
+            for number in taken:
+                staging.give_back(number)
+
+
+@pytest.mark.parametrize("buffers", [1, 3, 0], ids=["one", "fewer than threads", "default"])
+def test_a_load_ends_with_any_number_of_buffers(tmp_path: Path, buffers: int) -> None:
+    written = write_checkpoint(tmp_path, MoeDims(3, 256, 256))
+    options = LoadOptions(threads=4, buffers=buffers, chunk_nbytes=65536, gather=Gather.ROWS)
+    loaded = load_layer(tmp_path, 1, tp=(1, 2), options=options)
+    for tensor in PreparedTensor:
+        stored = written.tensors[1][tensor.value].view(torch.uint8)
+        expected = take_rank(written.layout, tensor, stored, written.dims, 1, 2)
+        assert torch.equal(loaded.tensors[tensor.value].view(torch.uint8).flatten(), expected.flatten())

@@ -163,5 +163,5 @@ class Transfer:
                 self._failed(error, batch[0])
             self._events.append(event)
             for item in batch:
-                self._buffers.free.put(item.buffer)
+                self._buffers.give_back(item.buffer)
             self._done(batch)

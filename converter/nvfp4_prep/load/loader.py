@@ -86,8 +86,14 @@ class ExpertLoader:
         self._transfer = self._make_transfer(buffers)
         filled = None if self._transfer is None else self._transfer.put
         self._reading = [
-            Reading(buffers, self.options.buffer_nbytes, filled, lambda job, nbytes: self._arrived([(job, 1)], nbytes))
-            for _ in range(self.options.thread_count)
+            Reading(
+                number,
+                buffers,
+                self.options.buffer_nbytes,
+                filled,
+                lambda job, nbytes: self._arrived([(job, 1)], nbytes),
+            )
+            for number in range(self.options.thread_count)
         ]
         self._threads = [
             threading.Thread(target=self._work, args=(reading,), name=f"{_THREADS}read-{number}", daemon=True)

@@ -26,4 +26,4 @@ def make_buffers(options: LoadOptions, *, pinned: bool) -> Buffers:
         ) from error
     lead = -slab.data_ptr() % ALIGNMENT
     staging = slab[lead : lead + options.staging_nbytes]
-    return Buffers(staging, options.buffer_nbytes, options.chunk_nbytes)
+    return Buffers(staging, options.buffer_nbytes, options.chunk_nbytes, options.thread_count)

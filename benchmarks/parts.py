@@ -161,5 +161,16 @@ PARTS = (
         needs=("card", "vllm"),
         memory_gb=20,
     ),
+    Part(
+        "start",
+        "the start of a whole model in vLLM, from construction to ready",
+        "bench_start.py",
+        ("--directory", "{memory}"),
+        ("--directory", "{memory}", "--layers", "1", "--experts", "8", "--repeats", "1"),
+        needs=("card", "vllm"),
+        limit_s=1200,
+        memory_gb=45,
+        awaited=True,
+    ),
 )
 """Host parts first."""

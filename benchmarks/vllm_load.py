@@ -1,4 +1,4 @@
-"""vLLM 0.33's own load of one MoE layer onto a GPU that its compiled parts do not fit.
+"""vLLM 0.33's own load of MoE layers onto a GPU that its compiled parts do not fit.
 
 The real Python code (ModelConfig, model construction, the loaders, DeepSeek's load_weights, weight loaders,
 process_weights_after_loading). Replaced: the platform (CpuPlatform), the subprocess that inspects models, the answer
@@ -44,6 +44,23 @@ def bring_up() -> None:
     from nvfp4_prep.vllm import register
 
     register()
+
+
+def answer_as_a_gpu() -> None:
+    """Let vLLM's iterators over fastsafetensors and InstantTensor, which ask for a CUDA platform, see one."""
+    import vllm.model_executor.model_loader.weight_utils as weight_utils
+
+    class Cuda(type(weight_utils.current_platform)):  # type: ignore[misc]
+        """The platform that is there, but for two answers."""
+
+        def is_cuda(self) -> bool:
+            return True
+
+        @classmethod
+        def current_device(cls) -> int:
+            return torch.cuda.current_device()
+
+    weight_utils.current_platform = Cuda()
 
 
 class Clock:
@@ -93,16 +110,32 @@ class Clock:
         }
 
 
-def build(config: Any) -> tuple[Any, Any, Any]:
-    """vLLM's loader, its model with the parameters on the GPU, and the model's experts module."""
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+def build_model(config: Any) -> tuple[Any, Any]:
+    """vLLM's loader, and its model with the parameters on the GPU."""
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     loader = get_model_loader(config.load_config)
-    with set_default_torch_dtype(torch.bfloat16), DEVICE:
-        model = loader.create_model(vllm_config=config, model_config=config.model_config)
-    return loader, model, next(module for module in model.modules() if isinstance(module, RoutedExperts))
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), DEVICE:
+        return loader, loader.create_model(vllm_config=config, model_config=config.model_config)
+
+
+def load_model(config: Any, loader: Any, model: Any) -> None:
+    """Fill the parameters and wait for the GPU."""
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), DEVICE:
+        loader.load_weights(model, config.model_config)
+    torch.cuda.synchronize()
+
+
+def experts_of(model: Any) -> list[Any]:
+    """The experts' modules, in the model's order."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
 
 
 def load(config: Any, profile: bool) -> tuple[Any, dict[str, Any]]:
@@ -112,16 +145,15 @@ def load(config: Any, profile: bool) -> tuple[Any, dict[str, Any]]:
 
     clock = Clock()
     with set_current_vllm_config(config):
-        loader, model, experts = build(config)
+        loader, model = build_model(config)
+        (experts,) = experts_of(model)
         if profile:
             clock.watch(experts, loader)
         torch.cuda.synchronize()
         # Watching takes processor time, so only the profiled load is watched.
         with MemoryWatch() if profile else contextlib.nullcontext() as watch:
             begun = time.perf_counter()
-            with set_default_torch_dtype(torch.bfloat16), DEVICE:
-                loader.load_weights(model, config.model_config)
-            torch.cuda.synchronize()
+            load_model(config, loader, model)
             loaded = time.perf_counter()
             with set_default_torch_dtype(torch.bfloat16):
                 experts.quant_method.process_weights_after_loading(experts)

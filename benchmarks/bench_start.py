@@ -167,7 +167,8 @@ def measure(sides: list[Start], repeats: int) -> tuple[dict[str, list[str]], int
 
 def show(rows: list[dict[str, Any]]) -> None:
     first = rows[0]["total"]["median"]
-    print("\n| | construct s | load s | prepare s | total s: min median max | times the first |\n|---|---|---|---|---|---|")
+    print("\n| | construct s | load s | prepare s | total s: min median max | times the first |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         if "failed" in row:
             print(f"| {row['side']} | failed: {row['failed']} | | | | |")

@@ -185,6 +185,7 @@ def test_what_cannot_run_is_named_with_the_reason(bench: SimpleNamespace, tmp_pa
         "smoke",
         "load",
         "load-vllm",
+        "start",
     }
     assert not reasons["convert"]
     huge = bench.parts.Part("huge", "", "", (), (), work_gb=1e9)

@@ -70,6 +70,33 @@ def test_no_expert_tensor_comes_through_vllms_iterator(checkpoints: Checkpoints)
     assert ours.prepared.calls == stock.prepared.calls == 8 * ours.layers
 
 
+@pytest.mark.parametrize("model", [QWEN, DEEPSEEK, NEMOTRON], ids=lambda model: model.family)
+def test_all_other_parameters_are_those_of_vllms_default(
+    checkpoints: Checkpoints, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, routers and embeddings, though vLLM's own reader of them is never called."""
+    _, prepared = checkpoints.get(model)
+    states = []
+    for load in ({}, LOAD):
+        config = make_vllm_config(prepared, moe_backend="auto", load=load)
+        with rank_of(config):
+            loaded = load_model(config)
+            states.append({name: value.detach().clone() for name, value in loaded.named_parameters()})
+        monkeypatch.setattr(
+            "vllm.model_executor.model_loader.default_loader.safetensors_weights_iterator", _never_called
+        )
+    stock, ours = states
+    stored = json.loads((prepared / "model.safetensors.index.json").read_text())["weight_map"]
+    others = [name for name in stored if ".experts." not in name and name in stock]
+    assert others
+    for name, value in ((name, stock[name]) for name in others):
+        assert torch.equal(value.flatten().view(torch.uint8), ours[name].flatten().view(torch.uint8)), name
+
+
+def _never_called(*_args: object, **_kw: object) -> Any:
+    raise AssertionError("vLLM's default reader was called")
+
+
 def test_reload_uses_tensors_with_data(checkpoints: Checkpoints) -> None:
     _, prepared = checkpoints.get(DEEPSEEK)
     _, other = checkpoints.get(replace(DEEPSEEK, family="deepseek_v3y"))

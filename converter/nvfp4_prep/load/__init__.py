@@ -8,6 +8,7 @@ from nvfp4_prep.load.lazy_tensor import TensorHandle, handle_of, make_handle
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import DirectIO, Gather, LoadOptions
 from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.whole_tensors import WholeTensors
 
 __all__ = [
     "Catalog",
@@ -22,6 +23,7 @@ __all__ = [
     "RankShare",
     "TakesParameters",
     "TensorHandle",
+    "WholeTensors",
     "handle_of",
     "load_layer",
     "load_layers",

@@ -9,12 +9,14 @@ from typing import Protocol
 import torch
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.load.arguments import as_experts
 from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.ranks import Ranks
 from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.worker import Submission
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["GroupLoader", "TakesParameters"]
@@ -27,6 +29,10 @@ class TakesParameters(Protocol):
     def options(self) -> LoadOptions:
         """Of the loader."""
 
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+
     def submit(
         self,
         path: Path,
@@ -37,6 +43,12 @@ class TakesParameters(Protocol):
         crc32: Sequence[int] | None = None,
     ) -> object:
         """Queue the load of one parameter; see :meth:`ExpertLoader.submit`."""
+
+    def submit_whole(self, path: Path, record: TensorRecord, target: torch.Tensor) -> Submission:
+        """Queue the load of a whole tensor; see :meth:`ExpertLoader.submit_whole`."""
+
+    def wait_for(self, submission: Submission) -> NvfpPrepError | None:
+        """Wait for it; see :meth:`ExpertLoader.wait_for`."""
 
     def finish(self) -> LoadReport:
         """Wait for everything queued; see :meth:`ExpertLoader.finish`."""
@@ -72,6 +84,11 @@ class GroupLoader:
         return self._loader.options
 
     @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self._loader.device
+
+    @property
     def exchanged(self) -> int:
         """Return how many of the parameters submitted so far the ranks exchange."""
         return len(self._shared)
@@ -93,6 +110,14 @@ class GroupLoader:
             self._shared.append(item)
         else:
             item.submit(self._loader)
+
+    def submit_whole(self, path: Path, record: TensorRecord, target: torch.Tensor) -> Submission:
+        """Queue the load of a whole tensor, which every rank reads; see :meth:`ExpertLoader.submit_whole`."""
+        return self._loader.submit_whole(path, record, target)
+
+    def wait_for(self, submission: Submission) -> NvfpPrepError | None:
+        """Wait for a whole tensor; see :meth:`ExpertLoader.wait_for`."""
+        return self._loader.wait_for(submission)
 
     def finish(self) -> LoadReport:
         """Wait for the other ranks, exchange, and wait for everything queued.

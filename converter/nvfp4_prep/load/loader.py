@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,7 @@ import torch
 
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
+from nvfp4_prep.load.accounts import Accounts
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
 from nvfp4_prep.load.gpu_copy import Transfer
 from nvfp4_prep.load.mmap_gather import mapping_supported
@@ -70,29 +72,19 @@ class ExpertLoader:
             raise UsageError(
                 "unusable argument", expected="LoadOptions and a callable", actual=f"{options}, {progress}"
             )
-        self.device = as_device(device)
+        self._device = as_device(device)
         self._progress = progress
         self._files = OpenFiles(self.options.direct_io)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._state = threading.Condition()
+        self._accounts = Accounts()
         self._call = threading.Lock()
-        self._owner: int | None = None
-        self._pending = 0
         self._closed = False
-        self._error: NvfpPrepError | None = None
-        self._begin()
         self._near = near_processors(self.device, self.options.thread_count)
         buffers = run_near(self._near, lambda: make_buffers(self.options, pinned=self.device.type == "cuda"))
         self._transfer = self._make_transfer(buffers)
         filled = None if self._transfer is None else self._transfer.put
         self._reading = [
-            Reading(
-                number,
-                buffers,
-                self.options.buffer_nbytes,
-                filled,
-                lambda job, nbytes: self._arrived([(job, 1)], nbytes),
-            )
+            Reading(number, buffers, self.options.buffer_nbytes, filled, self._one_arrived)
             for number in range(self.options.thread_count)
         ]
         self._threads = [
@@ -101,6 +93,11 @@ class ExpertLoader:
         ]
         self._start_threads()
         self._cpu = self._cpu_seconds()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self._device
 
     def __enter__(self) -> ExpertLoader:
         return self
@@ -122,7 +119,7 @@ class ExpertLoader:
         try:
             if self._closed:
                 raise LoadError("the loader is closed")
-            if self._owner not in (None, threading.get_ident()):
+            if self._accounts.owner not in (None, threading.get_ident()):
                 raise _in_use()
             yield
         finally:
@@ -155,7 +152,42 @@ class ExpertLoader:
                 using this loader.
         """
         with self._called():
-            return self._queue(path, record, part, as_experts(experts), parameter, crc32)
+            chosen = as_experts(experts)
+            check_parameter(record, part, chosen, parameter, self.device)
+            if self.options.verify and crc32 is None:
+                raise LoadError(
+                    "the manifest has no checksums to verify against", where=f"{path}, tensor {record.name!r}"
+                )
+            reader = self._files.reader(path, record, chosen)
+            checks = crc32 if self.options.verify else None
+            mapped = self._maps(reader, part)
+            tasks = plan_reads(path, record, part, chosen, self.options.chunk_nbytes, checks, mapped=mapped)
+            return self._queue(reader, tasks, parameter)
+
+    def submit_whole(self, path: Path, record: TensorRecord, target: torch.Tensor) -> Submission:
+        """Queue the load of a whole tensor that is not one of experts, without checksum.
+
+        Other ranks of the host need it too, so it is read through the page cache.
+
+        Args:
+            path: the file.
+            record: a stored tensor of one byte at least.
+            target: ``uint8 [record.nbytes]``, contiguous, on the loader's device.
+
+        Returns:
+            What :meth:`wait_for` takes.
+
+        Raises:
+            LoadError: as :meth:`submit`.
+        """
+        with self._called():
+            nbytes = record.nbytes
+            stored = replace(record, dtype="U8", shape=(1, 1, nbytes))
+            part, parameter = ExpertSlice((1, nbytes), 0, nbytes, nbytes, 1), target.view(1, 1, -1)
+            check_parameter(stored, part, (0,), parameter, self.device)
+            reader = self._files.reader(path, stored, (0,))
+            reader.direct = False
+            return self._queue(reader, plan_reads(path, stored, part, (0,), self.options.chunk_nbytes), parameter)
 
     def wait_for(self, submission: Submission) -> NvfpPrepError | None:
         """Wait until one parameter has arrived; :meth:`finish` is still to be called.
@@ -163,47 +195,17 @@ class ExpertLoader:
         Returns:
             The load's failure so far, after which nothing more arrives.
         """
-        with self._state:
-            while submission.pending:
-                self._state.wait()
-            return self._error
+        return self._accounts.wait_for(submission)
 
-    def _queue(
-        self,
-        path: Path,
-        record: TensorRecord,
-        part: ExpertSlice,
-        experts: tuple[int, ...],
-        parameter: torch.Tensor,
-        crc32: Sequence[int] | None,
-    ) -> Submission:
-        check_parameter(record, part, experts, parameter, self.device)
-        if self.options.verify and crc32 is None:
-            raise LoadError("the manifest has no checksums to verify against", where=f"{path}, tensor {record.name!r}")
-        reader = self._files.reader(path, record, experts)
-        checks = crc32 if self.options.verify else None
+    def _queue(self, reader: FileReader, tasks: Sequence[Task], parameter: torch.Tensor) -> Submission:
         target = parameter.detach().view(torch.uint8).view(-1)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        mapped = self._maps(reader, part)
-        tasks = plan_reads(path, record, part, experts, self.options.chunk_nbytes, checks, mapped=mapped)
         places = _places(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
-        with self._state:
-            if self._submitted == 0:
-                self._begun = time.perf_counter()
-            self._pending += submission.pending
-            self._submitted += target.numel()
-            self._owner = threading.get_ident()
+        self._accounts.add(submission, target.numel())
         for task in tasks:
-            self._jobs.put(
-                Job(
-                    task,
-                    reader,
-                    tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks),
-                    ready,
-                    submission,
-                )
-            )
+            targets = tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks)
+            self._jobs.put(Job(task, reader, targets, ready, submission))
         return submission
 
     def _maps(self, reader: FileReader, part: ExpertSlice) -> bool:
@@ -223,11 +225,7 @@ class ExpertLoader:
             return self._wait()
 
     def _wait(self) -> LoadReport:
-        with self._state:
-            while self._pending:
-                self._state.wait()
-        seconds = time.perf_counter() - self._begun
-        error, submitted = self._error, self._submitted
+        seconds = self._accounts.wait()
         counts, times = ReadCounts(), Times()
         for reading in self._reading:
             counts.add(reading.counts)
@@ -237,11 +235,11 @@ class ExpertLoader:
         times.cpu = self._cpu - before
         if self._transfer is not None:
             times.submit, self._transfer.submit_s = self._transfer.submit_s, 0.0
-        self._begin()
+        error, submitted = self._accounts.close()
         self._files.close()
         if error is not None:
             raise error
-        return LoadReport(seconds if submitted else 0.0, submitted, counts, times, len(self._reading))
+        return LoadReport(seconds, submitted, counts, times, len(self._reading))
 
     def abandon(self) -> None:
         """Drop what is still queued and wait for what is under way; the parameters submitted so far are void.
@@ -249,16 +247,14 @@ class ExpertLoader:
         Does nothing where another thread is using this loader: its load goes on.
         """
         with contextlib.suppress(NvfpPrepError), self._called():
-            with self._state:
-                self._error = self._error or LoadError("the load was abandoned")
+            self._accounts.abandon("the load was abandoned")
             self._wait()
 
     def close(self) -> None:
         """Drop what is still queued, end the threads and give staging and files back."""
         if threading.current_thread().name.startswith(_THREADS):
             raise _in_use()  # from its own progress: it would wait for itself
-        with self._state:
-            self._error = self._error or LoadError("the loader was closed")
+        self._accounts.abandon("the loader was closed")
         with self._call:  # a load that another thread waits for ends at once, because of the error
             if self._closed:
                 return
@@ -294,11 +290,8 @@ class ExpertLoader:
                 next_step="Use fewer threads (LoadOptions.threads).",
             ) from error
 
-    def _begin(self) -> None:
-        self._error = None
-        self._owner = None
-        self._submitted = 0
-        self._begun = time.perf_counter()
+    def _one_arrived(self, job: Job, nbytes: int) -> None:
+        self._arrived([(job, 1)], nbytes)
 
     def _copied(self, batch: Sequence[Filled]) -> None:
         self._arrived([(item.job, 1) for item in batch], sum(item.nbytes for item in batch))
@@ -312,28 +305,19 @@ class ExpertLoader:
                 # Raised here it would end the thread that gives buffers back, and finish() would wait for ever.
                 failure = LoadError(f"progress could not be told ({type(error).__name__}: {error})")
                 failure.__cause__ = error
-        with self._state:
-            self._error = self._error or failure
-            complete = False
-            for job, count in units:
-                self._pending -= count
-                job.submission.pending -= count
-                complete |= not job.submission.pending
-            if complete:
-                self._state.notify_all()
+        self._accounts.arrived(units, failure)
 
     def _driver_failed(self, error: BaseException, filled: Filled) -> None:
         task = filled.job.task
         failure = LoadError(f"copy to {self.device} failed ({error})", where=f"{task.path}, tensor {task.tensor!r}")
         failure.__cause__ = error
-        with self._state:
-            self._error = self._error or failure
+        self._accounts.fail(failure)
 
     def _work(self, reading: Reading) -> None:
         stay_near(self._near)
         while (job := self._jobs.get()) is not None:
             units = job.task.units
-            if self._error is None:
+            if self._accounts.error is None:
                 try:
                     reading.run(job)
                     units -= len(job.task.chunks)
@@ -341,8 +325,7 @@ class ExpertLoader:
                     # Kept for finish(), which raises it in the caller's thread; the other tasks are dropped.
                     failure = as_load_error(error, job.task)
                     failure.__cause__ = failure.__cause__ or (None if failure is error else error)
-                    with self._state:
-                        self._error = self._error or failure
+                    self._accounts.fail(failure)
                     units -= reading.chunks_done
             if units:
                 self._arrived([(job, units)], 0)

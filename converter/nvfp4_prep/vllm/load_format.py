@@ -1,18 +1,22 @@
-"""vLLM's load format ``nvfp4_prep``: prepared experts by the rank-exact loader, everything else as vLLM loads it.
+"""vLLM's load format ``nvfp4_prep``: prepared experts by the rank-exact loader, and all other tensors by its threads.
 
 The files of prepared experts are taken out of vLLM's list of files. In their place the model gets tensors without data
 (:mod:`nvfp4_prep.load.lazy_tensor`) under the same names, so that vLLM's own name mapping leads each to its parameter,
-whose loader queues the read of exactly the rank's bytes. The reads run while vLLM loads the rest; when it is done, the
-loader waits for them, and the tensor-parallel ranks of a host exchange their columns
-(:mod:`nvfp4_prep.serving.cooperation`).
+whose loader queues the read of exactly the rank's bytes. The reads run while vLLM loads the rest, whose tensors come
+from the same threads where vLLM's default would read them one by one; when it is done, the loader waits for the
+experts, and the tensor-parallel ranks of a host exchange their columns (:mod:`nvfp4_prep.serving.cooperation`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from nvfp4_prep._util.progress import RateLog
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load import ExpertLoader, LoadOptions, TakesParameters
+from nvfp4_prep.load import ExpertLoader, LoadOptions, TakesParameters, WholeTensors
 from nvfp4_prep.load.options import rank_threads
 from nvfp4_prep.serving.cooperation import Cooperation
 from nvfp4_prep.serving.expert_files import ExpertFiles
@@ -38,6 +42,7 @@ logger = init_logger(f"vllm.{__name__}")
 LOAD_FORMAT = "nvfp4_prep"
 _OPTIONS = {field.name for field in dataclasses.fields(LoadOptions)}
 _OTHERS = "others"
+_DEFAULT_ITERATOR, _SKIPS = "safetensors_weights_iterator", "should_skip_weight"
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 
@@ -48,7 +53,7 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
     ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions` (``threads``,
     ``chunk_nbytes``, ``buffers``, ``direct_io``, ``gather``, ``verify``), ``cooperative`` and ``exchange_nbytes``
     (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of everything that is not an
-    expert (``auto`` if left out), and that format's own options.
+    expert (with ``auto``, or left out, this loader streams them), and that format's own options.
 
     Attributes:
         report: of the last load.
@@ -101,17 +106,18 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
         device = _experts_device(model)
         make = partial(self._take_loader, device)
         with self._cooperation.loading(tensor_parallel_ranks, device, make, logger.info) as loader:
-            with _ExpertsApart(self._others, loader):
+            others = WholeTensors(loader)
+            with _ExpertsApart(self._others, loader), _streamed(self._others, others):
                 self._others.load_weights(model, model_config)
             report = loader.finish()
-        if not report.nbytes:
+        if report.nbytes == others.nbytes:
             raise ServingError(
                 f"--load-format {LOAD_FORMAT} found no prepared experts for this model",
                 where=str(model_config.model),
                 next_step="Leave --load-format out for a checkpoint that nvfp4-prep did not convert.",
             )
         self.report = str(report)
-        logger.info("Prepared experts: %s", report)
+        logger.info("Weights, %.2f GB of them not of prepared experts: %s", others.nbytes / 1e9, report)
 
     def _make_loader(self, device: torch.device) -> Callable[[], ExpertLoader]:
         """Return a function that makes the loader in any thread: what depends on the calling one is settled here."""
@@ -159,6 +165,33 @@ class _ExpertsApart:
 
     def __exit__(self, *exception: object) -> None:
         del self._others._prepare_weights, self._others.get_all_weights
+
+
+@contextlib.contextmanager
+def _streamed(loader: Any, others: WholeTensors) -> Iterator[None]:
+    """While it is entered, what vLLM's default would read tensor by tensor through a mapping comes from ``others``."""
+    module = sys.modules[type(loader).__module__]
+    default = getattr(module, _DEFAULT_ITERATOR, None)
+    plain = loader.load_config.load_format == "auto" and not loader.load_config.model_loader_extra_config
+    if default is None or not plain or loader.load_config.safetensors_load_strategy is not None:
+        yield
+        return
+
+    def iterate(files: list[str], *args: Any, **kw: Any) -> Weights:
+        # Under expert parallelism vLLM does not read other ranks' experts, where they are not prepared ones.
+        local = kw.get("local_expert_ids")
+        skips: Any = getattr(importlib.import_module("vllm.model_executor.model_loader.weight_utils"), _SKIPS, None)
+        if any("://" in file for file in files) or (local is not None and skips is None):
+            yield from default(files, *args, **kw)
+        else:
+            is_unwanted = None if local is None else lambda name: bool(skips(name, local))
+            yield from others.stream(sorted(map(Path, files)), is_unwanted)
+
+    setattr(module, _DEFAULT_ITERATOR, iterate)
+    try:
+        yield
+    finally:
+        setattr(module, _DEFAULT_ITERATOR, default)
 
 
 def register_load_format() -> None:

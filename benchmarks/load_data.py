@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep._util.buffers import byte_view
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
+from nvfp4_prep.checkpoint.tensors import TensorRecord, TensorSpec
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims, MoeLayout, PreparedTensor
 
 KIMI = MoeDims(experts=384, intermediate=2048, hidden=7168)

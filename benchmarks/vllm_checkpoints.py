@@ -10,7 +10,8 @@ import torch
 from load_data import LayerFiles, Writer, create, prepared_name, write_layer
 
 from nvfp4_prep._util.buffers import byte_view
-from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, read_header
+from nvfp4_prep.checkpoint.safetensors_header import read_header
+from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.stamp import make_stamp
 from nvfp4_prep_kernels import SCALE_VECTORS, MoeDims

@@ -16,15 +16,13 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
 from nvfp4_prep.checkpoint.safetensors_header import (
-    DTYPE_BITS,
     HEADER_ALIGNMENT,
     MAX_HEADER_NBYTES,
-    TensorSpec,
     encode_header,
     parse_header,
     read_header,
-    tensor_nbytes,
 )
+from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, TensorSpec, tensor_nbytes
 from nvfp4_prep.errors import SourceError
 
 ENTRY = {"dtype": "U8", "shape": [4, 2], "data_offsets": [0, 8]}

@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.load.read_plan import ALIGNMENT, Chunk, Segment, plan_reads
 from nvfp4_prep_kernels import ExpertSlice
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nvfp4_prep import ConvertOptions, convert, plan, restore, verify
-from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
+from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.activation import ActivationKind
 from nvfp4_prep.prepared.stamp import config_bytes, quantization_configs

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nvfp4_prep import plan
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header, parse_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header, parse_header
+from nvfp4_prep.checkpoint.tensors import TensorRecord, TensorSpec
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.planning import output_bounds
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files

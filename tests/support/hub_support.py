@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 from typing import Self, TypeAlias
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
+from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.hub.errors import Patience
 from support.hub_store import Repository
 

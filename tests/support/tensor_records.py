@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
+from nvfp4_prep.checkpoint.tensors import TensorRecord, TensorSpec
 from support.tiny_checkpoints import Tensors
 
 __all__ = ["DTYPES", "records"]

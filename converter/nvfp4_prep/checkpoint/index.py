@@ -19,8 +19,9 @@ from nvfp4_prep.checkpoint.index_files import (
     without_second_copy,
 )
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
-from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord
+from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
 from nvfp4_prep.checkpoint.source import LocalSource, Source, SourceFile, place_of
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import SourceError
 
 __all__ = [

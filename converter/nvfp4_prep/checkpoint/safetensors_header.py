@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -21,49 +20,23 @@ from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, che
 from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
 from nvfp4_prep.checkpoint.local_files import regular_descriptor
+from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, TensorRecord, TensorSpec, tensor_nbytes
 from nvfp4_prep.errors import SourceError
 
 __all__ = [
-    "DTYPE_BITS",
     "HEADER_ALIGNMENT",
     "MAX_HEADER_NBYTES",
     "ShardHeader",
     "TensorRecord",
-    "TensorSpec",
     "encode_header",
     "parse_header",
     "read_header",
-    "tensor_nbytes",
 ]
 
 MAX_HEADER_NBYTES = 100_000_000
 """The official library's limit."""
 HEADER_ALIGNMENT = 4096
 """Data of files that we write starts at a multiple of this (direct I/O, GPUDirect)."""
-DTYPE_BITS: Mapping[str, int] = {
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-    "C64": 64,
-}
 _MAX_DIMENSIONS = 32
 _ONLY_SAFETENSORS = "Give a checkpoint in safetensors files: only those can be prepared."
 _OTHER_FORMATS: Mapping[bytes, tuple[str, str]] = {
@@ -75,32 +48,6 @@ _OTHER_FORMATS: Mapping[bytes, tuple[str, str]] = {
     ),
 }
 """First bytes that no safetensors file has: each would be the length of a header beyond the format's limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor without a place: name, safetensors dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return tensor_nbytes(self.dtype, self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """Where one tensor lies: ``nbytes`` bytes of ``file`` from ``offset_bytes``, counted from the file's first byte."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset_bytes: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -122,14 +69,6 @@ class ShardHeader:
     sha256: str
     metadata: Mapping[str, str]
     tensors: tuple[TensorRecord, ...]
-
-
-def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; raises ``KeyError`` for an unknown dtype and ``ValueError`` for a broken sub-byte size."""
-    bits = DTYPE_BITS[dtype] * math.prod(shape)
-    if bits % 8:
-        raise ValueError(f"{dtype} {list(shape)} does not fill whole bytes")
-    return bits // 8
 
 
 def read_header(path: Path, file: str | None = None) -> ShardHeader:

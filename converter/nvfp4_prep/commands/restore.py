@@ -12,8 +12,9 @@ from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.commands.preflight import check_apart
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup

@@ -20,7 +20,8 @@ import torch
 from nvfp4_prep._util.arguments import PATH, check_fields, checked, instance, integer, optional
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, README
-from nvfp4_prep.checkpoint.safetensors_header import TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
+from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.errors import ConversionInterrupted, TargetError, UsageError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import TargetRoot

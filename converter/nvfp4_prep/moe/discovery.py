@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nvfp4_prep._util.text import bounded
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord, TensorSpec
+from nvfp4_prep.checkpoint.tensors import TensorRecord, TensorSpec
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.gate_up import join_alternating_rows, split_alternating_rows

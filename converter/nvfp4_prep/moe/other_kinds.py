@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.formats import ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.moe.validation import NotPrepared, pass_through, refuse
 from nvfp4_prep_kernels import BLOCK_COLS, Projection

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.formats import Leaf, QuantFormat, formats
 from nvfp4_prep.moe.layers import MoeLayer

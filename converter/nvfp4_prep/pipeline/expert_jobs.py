@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_like_pooled, same_bytes
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.expert_bytes import arrange_groups, read_experts
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors, measure, reconcile_expert

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import NvfpPrepError, TargetError
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.results import make_index

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_like_pooled
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.gate_up_scales import reconcile_expert
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert

@@ -10,7 +10,7 @@ from typing import Any
 
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert

@@ -18,8 +18,9 @@ from nvfp4_prep.checkpoint.filenames import (
     restored_shards,
 )
 from nvfp4_prep.checkpoint.index import CheckpointIndex
-from nvfp4_prep.checkpoint.safetensors_header import DTYPE_BITS, TensorRecord, TensorSpec, encode_header
+from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
+from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, TensorRecord, TensorSpec
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_VALUES
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import SourceError
 
 __all__ = ["MAX_MADE_NBYTES", "check_header", "check_made_files"]

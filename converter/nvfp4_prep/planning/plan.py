@@ -15,8 +15,8 @@ from functools import cached_property
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.index import CheckpointIndex
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.source import SourceFile
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import LayerWithLayout, MoeLayer

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep.checkpoint.safetensors_header import tensor_nbytes
+from nvfp4_prep.checkpoint.tensors import tensor_nbytes
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor, Projection

@@ -21,8 +21,9 @@ import torch
 
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.html import make_page
-from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
+from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import MoeActivation, PreparedExperts

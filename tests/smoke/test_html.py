@@ -10,16 +10,9 @@ import pytest
 
 from nvfp4_prep.output.report_file import REPORT_MARKER
 from nvfp4_prep.smoke.chart import error_chart
+from nvfp4_prep.smoke.figures import CaseFigures, ErrorFigures, ExpertFigures, NoiseFloor
 from nvfp4_prep.smoke.html import make_page
-from nvfp4_prep.smoke.report import (
-    BackendFacts,
-    CaseFigures,
-    ErrorFigures,
-    ExpertFigures,
-    LayerReport,
-    NoiseFloor,
-    SmokeReport,
-)
+from nvfp4_prep.smoke.report import BackendFacts, LayerReport, SmokeReport
 
 ERRORS = ErrorFigures(0.999999, 1e-6, 1e-3, 0.5, 1e-5, 0, 1.0)
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nvfp4_prep.smoke.compare import compare
-from nvfp4_prep.smoke.layer import LayerUnderTest, SmokeSettings, run_layer
+from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport
 from nvfp4_prep.smoke.tokens import random_tokens, routings
+from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTokens, MoeTrace, PreparedExperts
 from nvfp4_prep_kernels.torch_moe import TorchMoe

@@ -19,8 +19,8 @@ from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.smoke import SmokeReport, SmokeSettings, run_smoke
 from nvfp4_prep.smoke import inputs as reading
+from nvfp4_prep.smoke.figures import ErrorFigures
 from nvfp4_prep.smoke.html import make_page
-from nvfp4_prep.smoke.report import ErrorFigures
 from nvfp4_prep.smoke.run import spread
 
 pytestmark = pytest.mark.slow

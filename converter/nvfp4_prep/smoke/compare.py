@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from nvfp4_prep.smoke.report import ErrorFigures
+from nvfp4_prep.smoke.figures import ErrorFigures
 
 __all__ = ["compare", "in_tolerances"]
 

@@ -24,7 +24,7 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
-from nvfp4_prep.smoke.layer import LayerUnderTest
+from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import PreparedExperts

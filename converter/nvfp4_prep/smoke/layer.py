@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from nvfp4_prep._util.arguments import COUNT, check_fields, integer
 from nvfp4_prep.smoke.compare import compare, in_tolerances
-from nvfp4_prep.smoke.report import (
-    CaseFigures,
-    ErrorFigures,
-    ExpertFigures,
-    LayerReport,
-    NoiseFloor,
-    StageFigures,
-)
+from nvfp4_prep.smoke.figures import CaseFigures, ErrorFigures, ExpertFigures, NoiseFloor, StageFigures
+from nvfp4_prep.smoke.report import LayerReport
 from nvfp4_prep.smoke.tokens import Routing, pack_tokens, random_tokens, routed_tokens, routings
-from nvfp4_prep_kernels import UP_SCALE_VECTOR, PreparedTensor
+from nvfp4_prep.smoke.under_test import LayerUnderTest, dirty_padding, wrong_scalars
 from nvfp4_prep_kernels.moe_reference import Evaluation, SourceExpert, evaluate, evaluate_down
-from nvfp4_prep_kernels.moe_types import MoeActivation, MoeBackend, MoeTrace, PreparedExperts
+from nvfp4_prep_kernels.moe_types import MoeBackend, MoeTrace, PreparedExperts
 from nvfp4_prep_kernels.nvfp4 import E2M1_MAX, E4M3_MAX
 
-__all__ = ["LayerUnderTest", "SmokeSettings", "run_layer"]
+__all__ = ["SmokeSettings", "run_layer"]
 
 _BF16_HALF_STEP = 2.0**-9
 
@@ -49,39 +42,8 @@ class SmokeSettings:
         check_fields(self, per_expert=COUNT, routed=COUNT, noise_experts=integer(0), seed=integer(0, 2**63 - 1))
 
 
-@dataclass(frozen=True)
-class LayerUnderTest:
-    """One layer, twice.
-
-    Attributes:
-        name, index: module path of the experts and the model's layer number.
-        experts: numbers of the experts that ``prepared`` holds.
-        experts_total: of the whole layer.
-        prepared: the bytes under test.
-        source: position in ``experts`` to the expert's source tensors, on the device of ``prepared``.
-        activation, top_k: of the model.
-        input_scale, fc2_input_scale: the source's, largest over the whole layer.
-        w13_scale_2, w2_scale_2: the source's global scales of ``experts``.
-        w13_scale_2_up: up's where the kernel takes it beside gate's.
-    """
-
-    name: str
-    index: int
-    experts: tuple[int, ...]
-    experts_total: int
-    prepared: PreparedExperts
-    source: Callable[[int], SourceExpert]
-    activation: MoeActivation
-    top_k: int
-    input_scale: float
-    fc2_input_scale: float
-    w13_scale_2: tuple[float, ...]
-    w2_scale_2: tuple[float, ...]
-    w13_scale_2_up: tuple[float, ...] | None = None
-
-
 def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSettings | None = None) -> LayerReport:
-    """Run and judges one layer.
+    """Run and judge one layer.
 
     Peak memory beside the layer: the backend's, and one expert decoded to float32 (about nine times its bytes).
     """
@@ -124,8 +86,8 @@ def run_layer(layer: LayerUnderTest, backend: MoeBackend, settings: SmokeSetting
         figures=tuple(figures),
         noise=NoiseFloor(len(noise), max(item[0] for item in noise), max(item[1] for item in noise)),
         padded_outputs_not_zero=stray,
-        dirty_padding=_dirty_padding(layer.prepared),
-        wrong_scalars=tuple(_wrong_scalars(layer)),
+        dirty_padding=dirty_padding(layer.prepared),
+        wrong_scalars=tuple(wrong_scalars(layer)),
     )
 
 
@@ -278,39 +240,3 @@ def _case_figures(case: Routing, experts: int, errors: ErrorFigures) -> CaseFigu
     return CaseFigures(
         case.name, case.expert_ids.shape[1], case.tokens, int(load.max()), int((load == 0).sum()), errors
     )
-
-
-def _dirty_padding(prepared: PreparedExperts) -> int:
-    """Count the padding bytes that are not zero, over the four tensors."""
-    layout, dims = prepared.layout, prepared.dims
-    dirty = 0
-    for tensor in PreparedTensor:
-        source = torch.ones(layout.source_shape(tensor, dims), dtype=torch.uint8, device=prepared.w13_weight.device)
-        real = layout.apply(tensor, *[source for _ in layout.projections(tensor)])
-        padding = (real == 0).nonzero(as_tuple=True)
-        if len(padding[0]):
-            stored: torch.Tensor = getattr(prepared, tensor.value)
-            dirty += sum(int((expert[padding] != 0).sum()) for expert in stored)
-    return dirty
-
-
-def _wrong_scalars(layer: LayerUnderTest) -> Iterator[str]:
-    """Return the scalars of the prepared file that are not, bit for bit, what the source says."""
-    prepared = layer.prepared
-    up = [] if layer.w13_scale_2_up is None else [(UP_SCALE_VECTOR, layer.w13_scale_2_up)]
-    for name, wanted in (
-        *up,
-        ("w13_weight_scale_2", layer.w13_scale_2),
-        ("w2_weight_scale_2", layer.w2_scale_2),
-        ("w13_input_scale", [layer.input_scale] * len(layer.experts)),
-        ("w2_input_scale", [layer.fc2_input_scale] * len(layer.experts)),
-    ):
-        found = getattr(prepared, name).cpu()
-        expected = torch.tensor(wanted, dtype=torch.float32)
-        wrong = (found != expected).nonzero().flatten()
-        if len(wrong):
-            first = int(wrong[0])
-            yield (
-                f"{name} of {len(wrong)} experts, expert {layer.experts[first]}: {float(found[first])!r} instead of"
-                f" {float(expected[first])!r}"
-            )

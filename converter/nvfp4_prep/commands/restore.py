@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import Progress
-from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
-from nvfp4_prep.checkpoint.safetensors_header import encode_header
-from nvfp4_prep.checkpoint.source import SourceFile
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.commands.preflight import check_apart
+from nvfp4_prep.commands.restored_files import (
+    RestoredFile,
+    is_restored,
+    plan_restored_files,
+    restored_side_files,
+    restored_texts,
+)
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
-from nvfp4_prep.output.finished_output import has_files, remove_finished_work
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
-from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.inverse import source_bytes, source_parts
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.structure import require_sound
 from nvfp4_prep_kernels import PreparedTensor
@@ -46,18 +51,6 @@ class RestoreResult:
     written_nbytes: int
     resumed: bool
     already_complete: bool = False
-
-
-@dataclass(frozen=True)
-class _RestoredFile:
-    """A layer's file, or the copy of a file of passed-through tensors."""
-
-    name: str
-    header: bytes
-    records: tuple[TensorRecord, ...]
-    nbytes: int
-    layer: LayerRecord | None
-    copy_of: str
 
 
 @checked(checkpoint=PATH, target=PATH, restart=FLAG, **RUNNING)
@@ -94,23 +87,23 @@ def restore(
         check_apart(opened.files, path)
         require_sound(opened)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
-        files = _plan_files(opened)
-        if _is_restored(opened, files, path):
+        files = plan_restored_files(opened)
+        if is_restored(opened, files, path):
             remove_finished_work(path)
             return RestoreResult(
                 path, sum(len(file.records) for file in files), 0, resumed=False, already_complete=True
             )
         identity = {"command": "restore", "manifest": digest}
-        with Target(path, identity, restart=restart, need_sha256=False) as place:
-            return _Restoration(opened, files, place).run(Running(threads, memory_nbytes, progress))
+        with Target(path, identity, restart=restart, need_sha256=False) as new_target:
+            return _Restoration(opened, files, new_target).run(Running(threads, memory_nbytes, progress))
 
 
 class _Restoration:
-    def __init__(self, checkpoint: PreparedCheckpoint, files: list[_RestoredFile], target: Target) -> None:
+    def __init__(self, checkpoint: PreparedCheckpoint, files: list[RestoredFile], target: Target) -> None:
         self._checkpoint = checkpoint
         self._target = target
         self._files = files
-        self._side = _side_files(checkpoint)
+        self._side = restored_side_files(checkpoint)
 
     def run(self, running: Running) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
@@ -123,7 +116,7 @@ class _Restoration:
         needed = write_outputs("restore", target, outputs, [*texts, INDEX], running)
         self._check_digests()
         target.check_files()
-        for name, text in _texts(self._checkpoint, self._files).items():
+        for name, text in restored_texts(self._checkpoint, self._files).items():
             if name == CONFIG:
                 target.check_files()
             target.write_file(name, text)
@@ -169,14 +162,14 @@ class _Restoration:
                         next_step=_DAMAGED,
                     )
 
-    def _job(self, file: _RestoredFile) -> FileJob:
+    def _job(self, file: RestoredFile) -> FileJob:
         if file.layer is None:
             whole = ByteRange(file.copy_of, 0, file.nbytes, file.copy_of)
             return FileJob(file.name, file.nbytes, b"", lambda: copy_units(self._checkpoint.files, [whole], 0))
         units = partial(self._layer_units, file, file.layer)
         return FileJob(file.name, file.nbytes, file.header, units, digest=False)
 
-    def _layer_units(self, file: _RestoredFile, layer: LayerRecord) -> Iterator[Unit]:
+    def _layer_units(self, file: RestoredFile, layer: LayerRecord) -> Iterator[Unit]:
         places = {record.name: record for record in file.records}
         for tensor in PreparedTensor:
             nbytes = layer.layout.expert_nbytes(tensor, layer.dims)
@@ -195,13 +188,13 @@ class _Restoration:
                 next_step=_DAMAGED,
             )
         try:
-            parts = self._checkpoint.source_parts(layer, tensor, chunk, prepared)
+            parts = source_parts(self._checkpoint, layer, tensor, chunk, prepared)
         except ValueError as error:
             raise VerificationError(
                 f"{layer.prepared_name(tensor.value)}: {error}", where=self._path_of(layer, tensor), next_step=_DAMAGED
             ) from error
         result = UnitResult()
-        for group, raw in self._checkpoint.source_bytes(layer, tensor, parts):
+        for group, raw in source_bytes(layer, tensor, parts):
             data = byte_view(raw)
             result.pieces += _places(group, chunk, data, layer.dims.experts, places)
             result.digests.append((group.key, data))
@@ -225,64 +218,6 @@ class _Restoration:
         return result
 
 
-def _side_files(checkpoint: PreparedCheckpoint) -> dict[str, SourceFile]:
-    records = checkpoint.manifest.files
-    return {
-        file.name: file
-        for file in checkpoint.files.files()
-        if (record := records.get(file.name)) is not None and record.kind == "side"
-    }
-
-
-def _texts(checkpoint: PreparedCheckpoint, files: list[_RestoredFile]) -> dict[str, bytes]:
-    """Return the small files in the order of writing: the config is the last."""
-    texts = checkpoint.manifest.texts
-    index = make_index(record for file in files for record in file.records)
-    return {
-        INDEX: index,
-        **{name: texts[name] for name in sorted(texts.keys() - {INDEX, CONFIG})},
-        CONFIG: texts[CONFIG],
-    }
-
-
-def _is_restored(checkpoint: PreparedCheckpoint, files: list[_RestoredFile], path: Path) -> bool:
-    """Return whether a directory is the finished output already: every file by its bytes, and nothing else beside them.
-    So a run that was stopped in its very last steps ends well when repeated."""
-    if Target.has_journal(path) or not (path / CONFIG).is_file():
-        return False
-    begins = _texts(checkpoint, files) | {file.name: file.header for file in files}
-    sizes = {name: len(text) for name, text in begins.items()} | {file.name: file.nbytes for file in files}
-    sizes |= {name: file.nbytes for name, file in _side_files(checkpoint).items()}
-    return has_files(path, sizes, begins) and _has_bytes(checkpoint, files, path)
-
-
-def _has_bytes(checkpoint: PreparedCheckpoint, files: list[_RestoredFile], path: Path) -> bool:
-    """Return whether a directory's files have the bytes of this checkpoint's source, all of which are read: another
-    checkpoint of the same model differs in nothing else.
-    """
-    wanted = {file.name: file.copy_of for file in files if file.copy_of} | {
-        name: name for name in _side_files(checkpoint)
-    }
-    for name, original in wanted.items():
-        with (path / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != checkpoint.manifest.files[original].sha256:
-                return False
-    return all(_has_layer(file, file.layer, path) for file in files if file.layer is not None)
-
-
-def _has_layer(file: _RestoredFile, layer: LayerRecord, path: Path) -> bool:
-    places = {record.name: record for record in file.records}
-    with (path / file.name).open("rb") as stream:
-        for group in layer.groups:
-            digest = hashlib.sha256()
-            for spec in group.specs(layer.dims.experts):
-                stream.seek(places[spec.name].offset_bytes)
-                digest.update(stream.read(places[spec.name].nbytes))
-            if digest.hexdigest() != layer.source_sha256[group.key]:
-                return False
-    return True
-
-
 def _places(
     group: TensorGroup, chunk: range, data: memoryview, experts: int, places: dict[str, TensorRecord]
 ) -> list[tuple[int, memoryview]]:
@@ -294,21 +229,3 @@ def _places(
         (places[group.name(expert)].offset_bytes, data[row * nbytes : (row + 1) * nbytes])
         for row, expert in enumerate(chunk)
     ]
-
-
-def _plan_files(checkpoint: PreparedCheckpoint) -> list[_RestoredFile]:
-    passed = checkpoint.names(FileKind.PASSTHROUGH)
-    layers = checkpoint.manifest.layers
-    count = len(passed) + len(layers)
-    files = []
-    for number, name in enumerate(passed, 1):
-        header = checkpoint.headers[name]
-        records = tuple(replace(record, file=restored_shard(number, count)) for record in header.tensors)
-        files.append(_RestoredFile(restored_shard(number, count), b"", records, header.file_nbytes, None, name))
-    for number, layer in enumerate(layers, len(passed) + 1):
-        groups = sorted(layer.groups, key=lambda group: group.leaf.is_scalar)
-        specs = [spec for group in groups for spec in group.specs(layer.dims.experts)]
-        header_bytes, records = encode_header(restored_shard(number, count), specs, {"format": "pt"})
-        nbytes = len(header_bytes) + sum(spec.nbytes for spec in specs)
-        files.append(_RestoredFile(restored_shard(number, count), header_bytes, records, nbytes, layer, ""))
-    return files

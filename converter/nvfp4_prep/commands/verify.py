@@ -32,6 +32,7 @@ from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, JobResult, Unit, UnitResult
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.inverse import original_block_scales, source_bytes, source_parts
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problems
@@ -217,13 +218,13 @@ class _Verification:
             self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
         result = UnitResult(pieces=[(0, byte_view(prepared))])
         try:
-            parts = checkpoint.source_parts(layer, tensor, chunk, prepared)
+            parts = source_parts(checkpoint, layer, tensor, chunk, prepared)
             if tensor is PreparedTensor.W13_WEIGHT_SCALE:
                 self._check_rescaled(layer, chunk, prepared)
         except (ValueError, CheckpointError, UnsupportedCheckpointError) as error:
             self._problems.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
             return result
-        for group, raw in checkpoint.source_bytes(layer, tensor, parts):
+        for group, raw in source_bytes(layer, tensor, parts):
             result.digests.append((group.key, byte_view(raw)))
             if self._comparison is not None:
                 self._comparison.compare_experts(layer, group, chunk, raw)
@@ -241,7 +242,7 @@ class _Verification:
         )
         scalars = self._checkpoint.scalars(layer)
         for expert, side in affected:
-            original = self._checkpoint.original_block_scales(layer, expert)
+            original = original_block_scales(self._checkpoint, layer, expert)
             gate, up = (scalars.gate_scale_2 or scalars.up_scale_2)[expert], scalars.up_scale_2[expert]
             own, other = (gate, up) if side == Projection.GATE.value else (up, gate)
             again = None if original is None else rescale(original[1], own, other)

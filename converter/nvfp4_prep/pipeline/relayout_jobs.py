@@ -22,6 +22,7 @@ from nvfp4_prep.pipeline.expert_jobs import expert_chunks, prepare_and_prove, pr
 from nvfp4_prep.pipeline.jobs import FileJob, Unit, UnitResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.inverse import source_bytes, with_original_scales
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.tile_relayout import can_relayout, keeps_tiles, relayout_tiles
@@ -83,7 +84,7 @@ class LayerRelayout:
             prove(new.layout, tensor, new.dims, served, prepared, where)
         else:
             prepared = prepare_and_prove(new.layout, tensor, new.dims, served, where)
-        raws = self.checkpoint.source_bytes(self.old, tensor, source)
+        raws = source_bytes(self.old, tensor, source)
         begin = record.offset_bytes + chunk.start * new.layout.expert_nbytes(tensor, new.dims)
         return UnitResult(
             pieces=[(begin, byte_view(prepared))],
@@ -102,7 +103,7 @@ class LayerRelayout:
             raise damaged(f"bytes of expert {expert} differ from what was written", where)
         try:
             served = old.layout.invert(tensor, stored, old.dims, empty_like_pooled)
-            return stored, served, self.checkpoint.with_original_scales(old, tensor, chunk, served)
+            return stored, served, with_original_scales(self.checkpoint, old, tensor, chunk, served)
         except ValueError as error:
             raise damaged(str(error), where) from error
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from nvfp4_prep._util.buffers import byte_view, contiguous, crc32_each, empty_bytes, empty_like_pooled
+from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, WORK_FOLDER, FileKind
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
@@ -19,11 +19,10 @@ from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.checkpoint.source import LocalSource, Source
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import CheckpointError, SourceError
-from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep_kernels import PreparedTensor, Projection
+from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["PreparedCheckpoint", "source_configs"]
 
@@ -239,60 +238,6 @@ class PreparedCheckpoint:
                 )
             raw[group.key] = bytes(byte_view(self.read(record)))
         return interpret_scalars(layer.source, raw)
-
-    def original_block_scales(self, layer: LayerRecord, expert: int) -> tuple[Projection, torch.Tensor] | None:
-        """For an expert whose block scales were rescaled: which side, and its source scales ``uint8 [I, H/16]``."""
-        found = [(row, side) for row, (number, side) in enumerate(layer.gate_up.reconciled) if number == expert]
-        if not found:
-            return None
-        position, side = found[0]
-        record = self.record(layer.prepared_name("source_block_scale"))
-        shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.dims)
-        if record.shape != (len(layer.gate_up.reconciled), *shape):
-            raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=str(self.path / record.file))
-        nbytes = shape[0] * shape[1]
-        return Projection(side), self.read(record, position * nbytes, nbytes).view(shape)
-
-    def source_parts(
-        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Prepared bytes back to canonical source matrices, one ``uint8 [n, rows, bytes per row]`` for each projection.
-
-        Raises:
-            ValueError: if a padding byte is not zero.
-        """
-        parts = layer.layout.invert(tensor, prepared, layer.dims, empty_like_pooled)
-        return self.with_original_scales(layer, tensor, chunk, parts)
-
-    def with_original_scales(
-        self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, parts: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """Return inverted parts with the source's block scales in place of those that were rescaled."""
-        if tensor is not PreparedTensor.W13_WEIGHT_SCALE or not layer.gate_up.reconciled:
-            return parts
-        restored = {
-            projection: part.clone() for projection, part in zip(layer.layout.projections(tensor), parts, strict=True)
-        }
-        for row, expert in enumerate(chunk):
-            original = self.original_block_scales(layer, expert)
-            if original is not None:
-                restored[original[0]][row] = original[1]
-        return tuple(restored.values())
-
-    def source_bytes(
-        self, layer: LayerRecord, tensor: PreparedTensor, parts: tuple[torch.Tensor, ...]
-    ) -> list[tuple[TensorGroup, torch.Tensor]]:
-        """Canonical matrices to the source's own arrangement: for each group ``uint8 [n, nbytes of one expert]``."""
-        by_projection = dict(zip(layer.layout.projections(tensor), parts, strict=True))
-        found = []
-        for group in layer.groups_for(tensor):
-            mine = [by_projection[projection] for projection in group.projections]
-            if len(mine) == 1 and not group.transposed:
-                raw = contiguous(mine[0]).view(mine[0].shape[0], -1)
-            else:
-                raw = torch.stack([group.disarrange(matrices) for matrices in zip(*mine, strict=True)])
-            found.append((group, raw))
-        return found
 
     def source_tensor_names(self) -> Iterator[str]:
         """Yield the names of all tensors of the source that this checkpoint says it holds; none should come twice."""

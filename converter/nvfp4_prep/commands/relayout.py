@@ -18,14 +18,13 @@ from typing import Any
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
-from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, FileKind
-from nvfp4_prep.commands.finished_conversion import read_manifest
+from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.commands.preflight import check_apart
-from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, plan_layers
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions, LayoutName
 from nvfp4_prep.output.experts_fact import ReconciledExpert
-from nvfp4_prep.output.finished_output import has_files, remove_finished_work
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
@@ -33,14 +32,13 @@ from nvfp4_prep.pipeline.jobs import FileJob, JobResult
 from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
 from nvfp4_prep.pipeline.relayout_jobs import LayerRelayout, damaged
 from nvfp4_prep.pipeline.results import gate_up_record
-from nvfp4_prep.planning.builder import check_batched, layer_files, scale_files
+from nvfp4_prep.planning.output_files import layer_files, scale_files
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
-from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep.prepared.structure import require_sound
-from nvfp4_prep_kernels import LayoutError, PreparedTensor
+from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RelayoutResult", "relayout"]
 
@@ -99,84 +97,17 @@ def relayout(
     path = Path(target)
     with PreparedCheckpoint(checkpoint) as opened:
         check_apart(opened.files, path)
-        options = _new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))
+        options = new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))
         require_sound(opened)
-        made = _plan(opened, options)
+        plans = plan_layers(opened, options)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
-        finished = _find_finished(opened.manifest, options, made, path)
+        finished = find_finished_relayout(opened.manifest, options, plans, path)
         if finished is not None:
             remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
-        with Target(path, identity, restart=restart) as place:
-            return _Relayout(opened, options, made, place).run(Running(threads, memory_nbytes, progress))
-
-
-def _new_options(
-    old: ConvertOptions, layout: LayoutName | None, gate_up_block: int | None, moe_tp: int | None, where: str
-) -> ConvertOptions:
-    chosen = old.layout if layout is None else layout
-    inherited = old.gate_up_block if chosen is LayoutName.CUTEDSL else ConvertOptions().gate_up_block
-    options = replace(
-        old,
-        layout=chosen,
-        gate_up_block=inherited if gate_up_block is None else gate_up_block,
-        moe_tp=old.moe_tp if moe_tp is None else moe_tp,
-    )
-    if options == old:
-        raise UsageError(
-            "has this layout already",
-            where=where,
-            next_step="Say what shall change: --layout, --gate-up-block or --moe-tp.",
-        )
-    return options
-
-
-def _plan(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[LayerPlan, ...]:
-    """Return the layers in the new layout; their groups have no records, because the source is not here."""
-    plans = []
-    for record in checkpoint.manifest.layers:
-        layer = record.source
-        check_batched(layer, record.activation, options)
-        try:
-            layout = options.layout_for(gated=layer.gated)
-            layout.check(layer.dims)
-        except (LayoutError, UsageError) as error:
-            raise UnsupportedCheckpointError(
-                str(error), where=layer.experts_path, next_step="Give another --layout or --moe-tp."
-            ) from error
-        scalars = checkpoint.scalars(record)
-        plans.append(LayerPlan(layer, layout, record.activation, scalars, options.reconciled(scalars.differing)))
-    return tuple(plans)
-
-
-def _find_finished(old: Manifest, options: ConvertOptions, plans: tuple[LayerPlan, ...], path: Path) -> Manifest | None:
-    """The target's manifest, if the directory is the finished output already; ``None`` if it is anything else. So a run
-    that was stopped in its very last steps ends well when repeated.
-    """
-    if Target.has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
-        return None
-    try:
-        found = read_manifest(path)
-    except NvfpPrepError:
-        return None  # not ours: the target is refused
-    expected = replace(
-        old,
-        tool_version=found.tool_version,
-        options=options,
-        layers=found.layers,
-        files=found.files,
-        verified=found.verified,
-    )
-    if found.to_bytes() != expected.to_bytes() or len(found.layers) != len(plans):
-        return None
-    for record, before, plan in zip(found.layers, old.layers, plans, strict=True):
-        same = replace(before, layout=plan.layout, files=record.files, expert_crc32=record.expert_crc32)
-        if record != same:
-            return None
-    sizes = {name: record.nbytes for name, record in found.files.items()}
-    sizes[MANIFEST] = len(found.to_bytes())
-    return found if has_files(path, sizes, {CONFIG: expected_config(found)}) else None
+        with Target(path, identity, restart=restart) as new_target:
+            return _Relayout(opened, options, plans, new_target).run(Running(threads, memory_nbytes, progress))
 
 
 class _Relayout:

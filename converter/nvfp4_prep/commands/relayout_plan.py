@@ -1,0 +1,92 @@
+"""Plan of a relayout: the new options, the layers in the new layout, and whether a directory is the result already."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
+from nvfp4_prep.commands.finished_conversion import read_manifest
+from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.output.finished_output import has_files
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.planning.builder import check_batched
+from nvfp4_prep.planning.plan import LayerPlan
+from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.served_config import expected_config
+from nvfp4_prep_kernels import LayoutError
+
+__all__ = ["find_finished_relayout", "new_options", "plan_layers"]
+
+
+def new_options(
+    old: ConvertOptions, layout: LayoutName | None, gate_up_block: int | None, moe_tp: int | None, where: str
+) -> ConvertOptions:
+    """Return the checkpoint's options with what shall change; raise :class:`UsageError` if nothing does."""
+    chosen = old.layout if layout is None else layout
+    inherited = old.gate_up_block if chosen is LayoutName.CUTEDSL else ConvertOptions().gate_up_block
+    options = replace(
+        old,
+        layout=chosen,
+        gate_up_block=inherited if gate_up_block is None else gate_up_block,
+        moe_tp=old.moe_tp if moe_tp is None else moe_tp,
+    )
+    if options == old:
+        raise UsageError(
+            "has this layout already",
+            where=where,
+            next_step="Say what shall change: --layout, --gate-up-block or --moe-tp.",
+        )
+    return options
+
+
+def plan_layers(checkpoint: PreparedCheckpoint, options: ConvertOptions) -> tuple[LayerPlan, ...]:
+    """Return the layers in the new layout; their groups have no records, because the source is not here."""
+    plans = []
+    for record in checkpoint.manifest.layers:
+        layer = record.source
+        check_batched(layer, record.activation, options)
+        try:
+            layout = options.layout_for(gated=layer.gated)
+            layout.check(layer.dims)
+        except (LayoutError, UsageError) as error:
+            raise UnsupportedCheckpointError(
+                str(error), where=layer.experts_path, next_step="Give another --layout or --moe-tp."
+            ) from error
+        scalars = checkpoint.scalars(record)
+        plans.append(LayerPlan(layer, layout, record.activation, scalars, options.reconciled(scalars.differing)))
+    return tuple(plans)
+
+
+def find_finished_relayout(
+    old: Manifest, options: ConvertOptions, plans: tuple[LayerPlan, ...], path: Path
+) -> Manifest | None:
+    """Return the target's manifest if the directory is the finished output already; ``None`` if it is anything else.
+
+    So a run that was stopped in its very last steps ends well when repeated.
+    """
+    if Target.has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
+        return None
+    try:
+        found = read_manifest(path)
+    except NvfpPrepError:
+        return None  # not ours: the target is refused
+    expected = replace(
+        old,
+        tool_version=found.tool_version,
+        options=options,
+        layers=found.layers,
+        files=found.files,
+        verified=found.verified,
+    )
+    if found.to_bytes() != expected.to_bytes() or len(found.layers) != len(plans):
+        return None
+    for record, before, plan in zip(found.layers, old.layers, plans, strict=True):
+        same = replace(before, layout=plan.layout, files=record.files, expert_crc32=record.expert_crc32)
+        if record != same:
+            return None
+    sizes = {name: record.nbytes for name, record in found.files.items()}
+    sizes[MANIFEST] = len(found.to_bytes())
+    return found if has_files(path, sizes, {CONFIG: expected_config(found)}) else None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import NoProgress, Progress
-from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README, quoted
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
-from nvfp4_prep.errors import TargetError, UsageError, VerificationError
+from nvfp4_prep.errors import UsageError, VerificationError
 from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
-from nvfp4_prep.hub.download import Downloader
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.publish.foreign_files import refuse_foreign, refuse_strange
 from nvfp4_prep.publish.repository import RemoteRepository
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ __all__ = [
     "publication_title",
     "publish",
     "push",
-    "refuse_foreign",
     "summary",
     "withdrawal",
 ]
@@ -246,7 +244,7 @@ class _Publication:
     def _check(self, state: Snapshot, old: frozenset[str]) -> None:
         """Raise unless what the stamp would be committed onto is this checkpoint, and nothing else is beside it."""
         self._compare(state, self._files)
-        _refuse_strange(self._remote, state, self._all.keys() | old)
+        refuse_strange(self._remote, state, self._all.keys() | old)
 
     def _compare(self, state: Snapshot, files: Mapping[str, LocalFile]) -> None:
         for name, file in files.items():
@@ -270,48 +268,6 @@ def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callab
         return [*stamped, *sorted(surplus)] if stamped and changes else []
 
     return stale
-
-
-def refuse_foreign(remote: RemoteRepository, state: Snapshot, ours: Mapping[str, object]) -> frozenset[str]:
-    """Raise unless the branch is empty, ours unfinished, or an older prepared checkpoint.
-
-    Returns:
-        the older checkpoint's files, by its manifest; empty if there is none.
-
-    Raises:
-        TargetError: if it holds another model's weights or config, or other files that ``verify`` would call foreign.
-    """
-    old: frozenset[str] = frozenset()
-    if MANIFEST in state.files:
-        reader = Downloader(remote.api, state, remote.patience, threading.Event())
-        old = frozenset(Manifest.from_bytes(reader.read_whole(state.files[MANIFEST]), MANIFEST).files)
-    _refuse_strange(remote, state, ours.keys() | old)
-    return old
-
-
-def _refuse_strange(remote: RemoteRepository, state: Snapshot, known: Collection[str]) -> None:
-    """Raise :class:`TargetError` if a branch has what ``verify`` would call foreign: servers may load it."""
-    where = f"{state.repo_id}@{remote.revision}"
-    strange = [name for name in state.visible if name not in known and name != MANIFEST]
-    model = [name for name in strange if name.endswith(WEIGHT_SUFFIXES)]
-    if CONFIG in state.files and MANIFEST not in state.files:
-        model.append(CONFIG)
-    if model:
-        raise TargetError(
-            f"holds another model ({_some(model)})",
-            where=where,
-            next_step="Push to a new repository, or to a new branch of an empty one.",
-        )
-    if strange:
-        raise TargetError(
-            f"holds files that do not belong to this checkpoint ({_some(strange)}): whoever serves it may load them",
-            where=where,
-            next_step="Delete them there, or push to a new repository. Nothing was published.",
-        )
-
-
-def _some(names: list[str]) -> str:
-    return quoted(names[0]) + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def summary(batch: Mapping[str, LocalFile]) -> str:

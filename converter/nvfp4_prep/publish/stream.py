@@ -22,15 +22,8 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.sink import FILES_AT_ONCE, PublishedFiles, stream_room_nbytes
 from nvfp4_prep.pipeline.device import DEVICES
-from nvfp4_prep.publish.push import (
-    BATCH_FILES,
-    PushResult,
-    publication_title,
-    publish,
-    refuse_foreign,
-    summary,
-    withdrawal,
-)
+from nvfp4_prep.publish.foreign_files import refuse_foreign
+from nvfp4_prep.publish.push import BATCH_FILES, PushResult, publication_title, publish, summary, withdrawal
 from nvfp4_prep.publish.repository import RemoteRepository
 from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 

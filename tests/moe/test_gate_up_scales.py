@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvfp4_prep.moe.gate_up_scales import PolicyErrors, Reconciled, measure, reconcile, rescale
+from nvfp4_prep.moe.gate_up_scales import Reconciled, measure, reconcile, rescale
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep_kernels import Projection
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

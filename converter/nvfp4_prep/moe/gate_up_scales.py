@@ -12,16 +12,16 @@ block took 1.6 s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep_kernels import BLOCK_COLS, Projection
 from nvfp4_prep_kernels.nvfp4 import E4M3_MAX, decode_codes
 
-__all__ = ["PolicyErrors", "Reconciled", "measure", "reconcile", "reconcile_expert", "rescale"]
+__all__ = ["Reconciled", "measure", "reconcile", "reconcile_expert", "rescale"]
 
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).nan_to_num(0.0)
 """Value of each e4m3 byte; the two NaN bytes, which no quantizer writes, count as 0."""
@@ -137,42 +137,6 @@ def _judge(counts: torch.Tensor, table: torch.Tensor, own: float, other: float) 
         int(counts[lost].sum()),
         float(relative.max()) if relative.numel() else 0.0,
     )
-
-
-@dataclass(frozen=True)
-class PolicyErrors:
-    """Distances of dequantized gate and up weights from the source's under each policy; sums over experts add up.
-
-    Attributes:
-        source: sum of the squares of the source's dequantized weights, gate and up.
-        reconcile, vllm: sum of the squared differences to them under that policy.
-    """
-
-    source: float
-    reconcile: float
-    vllm: float
-
-    @classmethod
-    def total(cls, parts: Iterable[PolicyErrors]) -> PolicyErrors:
-        """Return the sum over experts, the same in whatever order they come."""
-        found = list(parts)
-        return cls(
-            math.fsum(part.source for part in found),
-            math.fsum(part.reconcile for part in found),
-            math.fsum(part.vllm for part in found),
-        )
-
-    def relative(self) -> dict[str, float]:
-        """Return relative error ``|W - W_source| / |W_source|`` (Frobenius norm) by policy, to six digits.
-
-        ``source`` is the error of serving gate and up with their own scales, which the kernel cannot: 0 by definition.
-        """
-        size = self.source or 1.0
-        return {
-            "source": 0.0,
-            "reconcile": float(f"{math.sqrt(self.reconcile / size):.6g}"),
-            "vllm": float(f"{math.sqrt(self.vllm / size):.6g}"),
-        }
 
 
 def measure(

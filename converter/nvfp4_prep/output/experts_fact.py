@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, Self, TypeGuard
 
-from nvfp4_prep.moe.gate_up_scales import PolicyErrors
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["ExpertsFact", "ReconciledExpert"]

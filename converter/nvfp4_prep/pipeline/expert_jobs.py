@@ -17,8 +17,9 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.expert_bytes import arrange_groups, read_experts
-from nvfp4_prep.moe.gate_up_scales import PolicyErrors, measure, reconcile_expert
+from nvfp4_prep.moe.gate_up_scales import measure, reconcile_expert
 from nvfp4_prep.moe.layers import TensorGroup
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.device import apply_layout
 from nvfp4_prep.pipeline.jobs import UNIT_NBYTES, FileJob, Unit, UnitResult

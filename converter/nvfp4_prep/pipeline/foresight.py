@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README, Fil
 from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import CheckpointError, SourceError
-from nvfp4_prep.moe.gate_up_scales import PolicyErrors
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.pipeline.results import draft_manifest, make_index

@@ -11,8 +11,8 @@ from typing import Any
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.tensors import TensorRecord
-from nvfp4_prep.moe.gate_up_scales import PolicyErrors
 from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nvfp4_prep import inspect
 from nvfp4_prep.checkpoint.index import read_index
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import SourceError
 from support.tiny_checkpoints import TinyLayer, config, write
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import SourceError
 from support.tiny_checkpoints import TinyLayer, config, merged, others, write
 

@@ -13,7 +13,7 @@ import pytest
 
 from nvfp4_prep import convert
 from nvfp4_prep.checkpoint.local_files import MAX_FOLDER_DEPTH
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import OpenFilesError, ResumeConflictError, SourceError
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.planning.builder import make_plan

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import ConvertOptions, SampleModel, convert, plan, relayout, restore, verify, write_sample
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import (
     BusyError,
     ConversionInterrupted,

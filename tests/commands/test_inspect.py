@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from nvfp4_prep import convert, convert_part, inspect, plan, relayout
 from nvfp4_prep._util.text import count, spans
-from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.render import inspection_text, plan_text
 from nvfp4_prep.errors import CheckpointError, SourceError

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from nvfp4_prep import relayout, restore
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.convert_parts import convert_part, join_parts

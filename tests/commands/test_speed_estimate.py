@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from nvfp4_prep import SampleModel, plan, write_sample
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands import speed_estimate
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from nvfp4_prep import SampleModel, convert, inspect, restore, verify, write_sample
 from nvfp4_prep.checkpoint.index import read_index
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.safetensors_header import read_header
-from nvfp4_prep.checkpoint.source import LocalSource
 from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, UsageError, VerificationError
 
 LAYER = "experts-layer-00001.safetensors"

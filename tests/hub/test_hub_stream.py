@@ -258,7 +258,7 @@ def test_a_failed_conversion_does_not_wait_for_uploads(
                 raise HubError("gone", where=file)
             self.inner.read_into(file, offset_bytes, buffer)
 
-    from nvfp4_prep.checkpoint.source import LocalSource
+    from nvfp4_prep.checkpoint.local_source import LocalSource
 
     began = time.monotonic()
     with pytest.raises(HubError, match="gone"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvfp4_prep.checkpoint.index import read_index
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.config_fit import classify_layers
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup

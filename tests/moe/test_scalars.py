@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from nvfp4_prep.checkpoint.index import read_index
-from nvfp4_prep.checkpoint.source import LocalSource
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.config_fit import classify_layers
-from nvfp4_prep.moe.scalars import LayerScalars, expert_scale_vectors, read_scalars
+from nvfp4_prep.moe.scalar_reader import read_scalars
+from nvfp4_prep.moe.scalars import LayerScalars, expert_scale_vectors
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep_kernels import MoeLayout
 from support.tiny_checkpoints import Tensors, TinyLayer, config, merged, write

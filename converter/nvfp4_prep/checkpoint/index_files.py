@@ -8,8 +8,8 @@ from pathlib import PurePosixPath
 
 from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
-from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
 from nvfp4_prep.checkpoint.source import SourceFile
+from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.errors import SourceError
 
 __all__ = ["SECOND_COPY", "WEIGHT_SUFFIXES", "check_weight_map", "split_files", "top_shards", "without_second_copy"]

@@ -21,6 +21,7 @@ __all__ = [
     "check_state",
     "list_files",
     "open_listed",
+    "read_exactly",
     "regular_descriptor",
 ]
 
@@ -216,3 +217,30 @@ def check_state(listed: FileState, status: os.stat_result, place: str) -> None:
         raise SourceError(
             "changed while it was converted", where=place, expected=listed, actual=now, next_step=_CHANGED
         )
+
+
+def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from a file descriptor.
+
+    Raises:
+        SourceError: on an I/O error, or if the file ends before the buffer is full.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset_bytes + done)
+        except OSError as error:
+            raise SourceError(
+                f"read failed at byte {offset_bytes + done} ({error.strerror})",
+                where=where,
+                next_step="Check the disk; the same command continues.",
+            ) from error
+        if count == 0:
+            raise SourceError(
+                "file ended while it was read",
+                where=where,
+                expected=f"{len(buffer)} bytes at {offset_bytes}",
+                actual=f"{done} bytes",
+                next_step="It was truncated meanwhile: restore it and run the same command again.",
+            )
+        done += count

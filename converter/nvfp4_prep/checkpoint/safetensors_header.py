@@ -11,7 +11,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from nvfp4_prep._util.collector import collector_paused
@@ -20,7 +19,7 @@ from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH, JsonBounds, che
 from nvfp4_prep.checkpoint.filenames import is_text, quoted
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAGIC, LFS_NEXT_STEP
 from nvfp4_prep.checkpoint.local_files import regular_descriptor
-from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, TensorRecord, TensorSpec, tensor_nbytes
+from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, ShardHeader, TensorRecord, TensorSpec, tensor_nbytes
 from nvfp4_prep.errors import SourceError
 
 __all__ = [
@@ -48,27 +47,6 @@ _OTHER_FORMATS: Mapping[bytes, tuple[str, str]] = {
     ),
 }
 """First bytes that no safetensors file has: each would be the length of a header beyond the format's limit."""
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """A parsed header.
-
-    Attributes:
-        file: file name relative to the checkpoint.
-        file_nbytes: size of the whole file.
-        data_start: first byte of the data section.
-        sha256: digest of the length prefix and the header, which identifies the shard's structure.
-        metadata: the ``__metadata__`` entry.
-        tensors: records in the order of their offsets.
-    """
-
-    file: str
-    file_nbytes: int
-    data_start: int
-    sha256: str
-    metadata: Mapping[str, str]
-    tensors: tuple[TensorRecord, ...]
 
 
 def read_header(path: Path, file: str | None = None) -> ShardHeader:

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as plain values: dtype, shape, and the byte range where one lies."""
+"""Tensors and shards of a checkpoint as plain values: dtype, shape, and the byte range where a tensor lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["DTYPE_BITS", "TensorRecord", "TensorSpec", "tensor_nbytes"]
+__all__ = ["DTYPE_BITS", "ShardHeader", "TensorRecord", "TensorSpec", "tensor_nbytes"]
 
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4,
@@ -58,6 +58,27 @@ class TensorRecord:
     file: str
     offset_bytes: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """The parsed header of a shard.
+
+    Attributes:
+        file: file name relative to the checkpoint.
+        file_nbytes: size of the whole file.
+        data_start: first byte of the data section.
+        sha256: digest of the length prefix and the header, which identifies the shard's structure.
+        metadata: the ``__metadata__`` entry.
+        tensors: records in the order of their offsets.
+    """
+
+    file: str
+    file_nbytes: int
+    data_start: int
+    sha256: str
+    metadata: Mapping[str, str]
+    tensors: tuple[TensorRecord, ...]
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:

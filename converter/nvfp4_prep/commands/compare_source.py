@@ -12,7 +12,8 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import MANIFEST, FileKind
 from nvfp4_prep.checkpoint.index import read_index
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError
 from nvfp4_prep.moe.config_fit import classify_layers

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Self
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, one_of, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._util.system import check_linux
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.preflight import check_place, preflight
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.options import ConvertOptions

@@ -9,12 +9,13 @@ from typing import Any
 from nvfp4_prep._util.arguments import SOURCE, checked
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep.moe.scalars import read_scalars
+from nvfp4_prep.moe.scalar_reader import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import make_plan

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
-from nvfp4_prep.checkpoint.source import Source, place_of
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.finished_conversion import find_complete
 from nvfp4_prep.commands.part_checks import (
     check_not_divided,
@@ -128,7 +128,7 @@ def look_ahead(
         if outlook.complete is not None:
             outlook.state = TargetState.COMPLETE
             return outlook
-        check_readable(plan, place_of(source))
+        check_readable(plan, source.place())
         folder, identity = target, plan.identity()
         if selection is not None:
             Target.check_ours(target)

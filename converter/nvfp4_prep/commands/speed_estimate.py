@@ -20,7 +20,8 @@ import torch
 
 from nvfp4_prep._util.system import start_thread
 from nvfp4_prep._util.torch_threads import one_torch_thread
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.smoke.gate import CPU_EXPERTS, cpu_layers
 

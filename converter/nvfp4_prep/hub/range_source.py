@@ -10,8 +10,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.system import start_thread
-from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, header_nbytes, parse_header
-from nvfp4_prep.checkpoint.source import SourceFile, read_exactly
+from nvfp4_prep.checkpoint.local_files import read_exactly
+from nvfp4_prep.checkpoint.safetensors_header import header_nbytes, parse_header
+from nvfp4_prep.checkpoint.source import SourceFile
+from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.download import Downloader
@@ -70,6 +72,10 @@ class RangeSource:
     def received_nbytes(self) -> int:
         """Bytes that came over the network so far (plain transfers only; Xet does not tell)."""
         return self.downloader.received_nbytes
+
+    def place(self, file: str = "") -> str:
+        """See :class:`nvfp4_prep.checkpoint.source.Source`."""
+        return f"{self.label}/{file}" if file else self.label
 
     def files(self) -> tuple[SourceFile, ...]:
         """Return all files, sorted by name; hidden ones left out."""

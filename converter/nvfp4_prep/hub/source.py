@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.system import open_files_error, start_thread
-from nvfp4_prep.checkpoint.source import read_exactly
+from nvfp4_prep.checkpoint.local_files import read_exactly
 from nvfp4_prep.errors import HubError, SourceError, TargetError
 from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience

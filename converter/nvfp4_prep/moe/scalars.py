@@ -1,4 +1,4 @@
-"""The per-expert scalars of a layer: reading them, and the four float32 vectors that the kernel gets."""
+"""The per-expert scalars of a layer: what they mean, and the float32 vectors that the kernel gets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.formats import Leaf, QuantFormat, formats
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeLayout, Projection
 
-__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "known_format", "read_scalars"]
-
-_MERGE_GAP_NBYTES = 1 << 16
-_MERGE_LIMIT_NBYTES = 1 << 24
+__all__ = ["LayerScalars", "expert_scale_vectors", "interpret_scalars", "known_format"]
 
 
 @dataclass(frozen=True)
@@ -56,29 +51,12 @@ class LayerScalars:
         return max((max(pair) / min(pair) for pair in pairs if min(pair) > 0), default=1.0)
 
 
-def read_scalars(source: Source, layers: Sequence[MoeLayer]) -> list[LayerScalars]:
-    """Read the scalars of all layers with few, merged reads.
+def known_format(layer: MoeLayer) -> QuantFormat:
+    """Return the format of a layer, which a prepared checkpoint has by name.
 
     Raises:
-        UnsupportedCheckpointError: if a scale is negative, infinite or not a number, or all input scales of a layer
-            are 0.
+        UnsupportedCheckpointError: if the package that provides it is not installed.
     """
-    wanted = [record for layer in layers for group in layer.groups if group.leaf.is_scalar for record in group.records]
-    data = _peek_merged(source, wanted)
-    found = []
-    for layer in layers:
-        raw = {
-            group.key: b"".join(data[record.name] for record in group.records)
-            for group in layer.groups
-            if group.leaf.is_scalar
-        }
-        found.append(interpret_scalars(layer, raw))
-    return found
-
-
-def known_format(layer: MoeLayer) -> QuantFormat:
-    """The format of a layer, which a prepared checkpoint has by name; raises :class:`UnsupportedCheckpointError` where
-    the package that provides it is not installed."""
     try:
         return formats()[layer.format]
     except KeyError:
@@ -140,7 +118,12 @@ def _float32_bytes(values: Sequence[float]) -> bytes:
 
 
 def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars:
-    """Return the multipliers of a layer from the source's scalars; raises as :func:`read_scalars`."""
+    """Return the multipliers of a layer from the source's scalars.
+
+    Raises:
+        UnsupportedCheckpointError: if a scale is negative, infinite or not a number, or all input scales of a layer
+            are 0.
+    """
 
     def values(leaf: Leaf, projection: Projection) -> torch.Tensor:
         found = _multipliers(layer, raw, leaf, projection)
@@ -178,32 +161,3 @@ def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars
         w13_input_scale=input_scale(*w13),
         w2_input_scale=input_scale(Projection.DOWN),
     )
-
-
-def _peek_merged(source: Source, records: Sequence[TensorRecord]) -> dict[str, bytes]:
-    """Return bytes by tensor name; records that lie close together are read at once."""
-    found: dict[str, bytes] = {}
-    run: list[TensorRecord] = []
-
-    def flush() -> None:
-        if not run:
-            return
-        begin, end = run[0].offset_bytes, run[-1].offset_bytes + run[-1].nbytes
-        data = source.peek(run[0].file, begin, end - begin)
-        for record in run:
-            at = record.offset_bytes - begin
-            found[record.name] = data[at : at + record.nbytes]
-        run.clear()
-
-    for record in sorted(records, key=lambda record: (record.file, record.offset_bytes)):
-        if run:
-            end = run[-1].offset_bytes + run[-1].nbytes
-            apart = record.file != run[0].file or record.offset_bytes - end > _MERGE_GAP_NBYTES
-            if apart or record.offset_bytes - run[0].offset_bytes > _MERGE_LIMIT_NBYTES:
-                done = run[0].file
-                flush()
-                if record.file != done:
-                    source.release(done)  # a checkpoint may have more shards than a process may open
-        run.append(record)
-    flush()
-    return found

@@ -15,12 +15,13 @@ from nvfp4_prep.checkpoint.filenames import (
     restored_shards,
 )
 from nvfp4_prep.checkpoint.index import CheckpointIndex
-from nvfp4_prep.checkpoint.source import Source, SourceFile, place_of
+from nvfp4_prep.checkpoint.source import Source, SourceFile
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
-from nvfp4_prep.moe.scalars import LayerScalars, read_scalars
+from nvfp4_prep.moe.scalar_reader import read_scalars
+from nvfp4_prep.moe.scalars import LayerScalars
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files
 from nvfp4_prep.planning.output_files import in_shard_order, layer_files, passthrough_files, scale_files
@@ -48,7 +49,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
     options = options or ConvertOptions()
     surveyed = surveyed or survey(source)
     index, found = surveyed.index, surveyed.found
-    _check_supported(place_of(source), index, found)
+    _check_supported(source.place(), index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
         _plan_layer(layer, values, options, found.activations[layer.experts_path])
@@ -57,7 +58,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
     files = (*in_shard_order([*layer_files(layers), *passthrough_files(index, layers)]), *scale_files(layers))
     _check_names(files, index.side_files)
     served = (record for file in files if file.served for record in file.records)
-    check_made_files(place_of(source), served, index.texts)
+    check_made_files(source.place(), served, index.texts)
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,

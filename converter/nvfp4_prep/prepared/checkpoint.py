@@ -14,10 +14,10 @@ import torch
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, WORK_FOLDER, FileKind
-from nvfp4_prep.checkpoint.safetensors_header import ShardHeader
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
-from nvfp4_prep.checkpoint.source import LocalSource, Source
-from nvfp4_prep.checkpoint.tensors import TensorRecord
+from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.checkpoint.tensors import ShardHeader, TensorRecord
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
 from nvfp4_prep.output.target_checks import has_journal

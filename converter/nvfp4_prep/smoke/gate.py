@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, integer, one_of, optional, sequence
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest

@@ -12,7 +12,8 @@ import torch
 
 from nvfp4_prep._util.arguments import CALLABLE, COUNT, PATH, SOURCE, TEXT, checked, either, instance, one_of, optional
 from nvfp4_prep._util.torch_threads import one_torch_thread
-from nvfp4_prep.checkpoint.source import LocalSource, Source
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.hub import open_ranges
 from nvfp4_prep.output.layer_selection import LayerSelection

@@ -31,7 +31,7 @@ LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), integer(16, 64), integer(1, 
 
 
 class GateUpPolicy(enum.StrEnum):
-    """What to do where an expert's gate and up projections have different global scales.
+    """Treatment of experts whose gate and up projections have different global scales.
 
     The CuteDSL kernels have one scale for both. ``reconcile`` rescales one side's block scales, ``vllm`` takes gate's
     scale for both as vLLM does, ``error`` refuses. The TRTLLM-gen kernels have one for each, so that ``reconcile`` has

@@ -152,7 +152,7 @@ class FlashInferMoe:
 
     @staticmethod
     def check() -> str:
-        """The version, if it can be used; raises :class:`FlashInferUnavailableError` before any work otherwise."""
+        """Return the version, or raise :class:`FlashInferUnavailableError` before any work if it cannot be used."""
         return find_entry_point()[0]
 
     def __call__(

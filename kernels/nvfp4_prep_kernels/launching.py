@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs."""
+"""The device of a Triton launch."""
 
 from __future__ import annotations
 

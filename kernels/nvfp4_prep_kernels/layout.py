@@ -80,9 +80,9 @@ class MoeLayout:
 
     @classmethod
     def cutedsl_batched(cls, *, moe_tp: int = 1) -> MoeLayout:
-        """The layout of the batched kernel (vLLM's FLASHINFER_CUTEDSL_BATCHED backend): gated, nothing interleaved.
+        """Return the batched kernel's layout (vLLM's FLASHINFER_CUTEDSL_BATCHED backend): gated, nothing interleaved.
 
-        The kernel pads nothing: :meth:`check` refuses I that is no multiple of 64 and H that is no multiple of 128.
+        The kernel pads nothing: :meth:`check` refuses I that 64 does not divide and H that 128 does not divide.
         """
         return cls(HalfRows(), hidden_alignment=128, moe_tp=moe_tp)
 
@@ -240,7 +240,7 @@ class MoeLayout:
 
         Raises:
             LayoutError: if the number of parts is wrong or a part cannot be split over ``moe_tp`` ranks.
-            ValueError: if the parts' shapes differ or are no multiple of what the layout needs.
+            ValueError: if the parts' shapes differ or are not multiples of what the layout needs.
         """
         names = self.projections(tensor)
         if len(parts) != len(names):

@@ -1,4 +1,4 @@
-"""Where the matrices of all experts lie, as a kernel takes it: two numbers a stack, or a table of addresses."""
+"""Addresses of the matrices of all experts, as a kernel takes them: two numbers a stack, or a table."""
 
 from __future__ import annotations
 

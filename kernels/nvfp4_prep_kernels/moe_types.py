@@ -1,4 +1,4 @@
-"""What the fused-MoE implementations share: a prepared layer, activations and routed, quantized tokens."""
+"""Types of the fused-MoE implementations: a prepared layer, activations and routed, quantized tokens."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class MoeTokens:
 
 @dataclass(frozen=True)
 class MoeTrace:
-    """What lies between the two GEMMs, where an implementation can show it; ``[T * k, Ip]``, pair ``t * k + slot``.
+    """Values between the two GEMMs, where an implementation can show them; ``[T * k, Ip]``, pair ``t * k + slot``.
 
     Attributes:
         hidden: ``float32``, the activation's output.

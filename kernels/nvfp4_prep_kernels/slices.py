@@ -1,4 +1,4 @@
-"""Which bytes of a prepared layer one rank needs: index arithmetic, no data.
+"""Byte ranges of a prepared layer that one rank needs: index arithmetic, no data.
 
 A prepared tensor is expert-major, so an expert-parallel rank takes whole experts. Within one expert the share of a
 tensor-parallel rank is a regular run pattern:

@@ -119,7 +119,7 @@ def relayout_tiles(
 
 
 def _atom_words(order: tuple[int, ...]) -> tuple[int, ...]:
-    """The same permutation of the 128 words of a scale atom, where row ``m`` is word ``(m % 32) * 4 + m // 32``."""
+    """Return the same permutation of a scale atom's 128 words, where row ``m`` is word ``(m % 32) * 4 + m // 32``."""
     return tuple(_word(order[word % 4 * 32 + word // 4]) for word in range(ROW_TILE))
 
 

@@ -55,7 +55,7 @@ class TorchMoe:
 
 
 def _row_order(experts: PreparedExperts, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prepared rows of the up and gate channels: in blocks of B rows or TRTLLM-gen's order, up first, or halves."""
+    """Return the prepared rows of the up and the gate channels: in blocks of B rows, TRTLLM-gen's order, or halves."""
     inter, layout = experts.padded_intermediate, experts.layout
     channel = torch.arange(inter, device=device)
     if not layout.gated:

@@ -60,7 +60,7 @@ class _Tiles:
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What the kernels write.
+    """Memory that the kernels write.
 
     Attributes:
         hidden: ``float32 [T * k, Ip]``, the activation's output.
@@ -74,7 +74,7 @@ class _Scratch:
 
     @classmethod
     def allocate(cls, pairs: int, experts: PreparedExperts, device: torch.device) -> _Scratch:
-        """Filled with NaN, so that what a kernel leaves out is seen."""
+        """Return memory filled with NaN, so that what a kernel leaves out is seen."""
 
         def nan(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.full((pairs, *shape), torch.nan, dtype=dtype, device=device)

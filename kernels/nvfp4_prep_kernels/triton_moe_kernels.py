@@ -61,13 +61,13 @@ def _swizzled(row, col, COLS: tl.constexpr):
 
 @triton.jit
 def _spread(scales, GROUPS: tl.constexpr, N: tl.constexpr):
-    """``[GROUPS, N]`` block scales to ``[8 * GROUPS, N]``: one for each byte of two codes."""
+    """Spread ``[GROUPS, N]`` block scales to ``[8 * GROUPS, N]``: one for each byte of two codes."""
     return tl.reshape(tl.broadcast_to(scales[:, None, :], (GROUPS, 8, N)), (GROUPS * 8, N))
 
 
 @triton.jit
 def _tile_pairs(sorted_pairs, block_experts, BM: tl.constexpr):
-    """This program's tile of ``sort_pairs``: (expert, pairs ``[BM]``, which of them are real; the others are 0)."""
+    """Return this program's tile of ``sort_pairs``: expert, pairs ``[BM]``, and which are real; the others are 0."""
     pair = tl.load(sorted_pairs + tl.program_id(0) * BM + tl.arange(0, BM))
     expert = tl.load(block_experts + tl.program_id(0)).to(tl.int64)
     real = pair >= 0

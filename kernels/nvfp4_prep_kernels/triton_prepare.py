@@ -187,7 +187,7 @@ def _check_prepared(name: str, prepared: torch.Tensor, shape: tuple[int, int, in
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched: its compile-time constants, programs for each expert, and warps of a program."""
+    """Launch of one kernel: its compile-time constants, programs for each expert, and warps of a program."""
 
     constants: dict[str, int | bool]
     programs: int

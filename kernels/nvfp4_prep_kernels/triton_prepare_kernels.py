@@ -23,7 +23,7 @@ __all__ = ["codes", "scales"]
 
 @triton.jit
 def _tile(ROW_TILES: tl.constexpr, COL_TILES: tl.constexpr):
-    """What this program moves: (expert, row of tiles, column of tiles)."""
+    """Return what this program moves: (expert, row of tiles, column of tiles)."""
     pid = tl.program_id(0)
     expert = (pid // (ROW_TILES * COL_TILES)).to(tl.int64)
     tile = pid % (ROW_TILES * COL_TILES)
@@ -47,7 +47,7 @@ def _source_row(
     ROW_PAD: tl.constexpr,
     ROW_SRC: tl.constexpr,
 ):
-    """Prepared row -> (column of the address table, source row, has a source)."""
+    """Return (column of the address table, source row, has a source) of a prepared row."""
     if SHUFFLED:
         n = n // 32 * 32 + n % 8 * 4 + n % 32 // 8
     if BLOCK > 0:

@@ -58,7 +58,7 @@ class _UnfitError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """What an argument must be.
+    """Rule for one argument: the values it takes and how an error names them.
 
     Attributes:
         expected: for the error.

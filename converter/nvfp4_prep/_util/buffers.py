@@ -170,7 +170,7 @@ def crc32_each(experts: torch.Tensor) -> list[int]:
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two ``uint8`` tensors of one shape are equal; by words where it can, which is several times faster."""
+    """Return whether two ``uint8`` tensors of one shape are equal; by words where possible, several times faster."""
     if a.shape != b.shape:
         return False
     if a.is_contiguous() and b.is_contiguous():

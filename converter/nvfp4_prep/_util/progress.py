@@ -20,7 +20,7 @@ class Progress(Protocol):
     """Told how a job of known size goes on. Called from several threads."""
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
-        """A job begins; ``done_nbytes`` of it were done by an earlier run."""
+        """Begin a job, of which an earlier run did ``done_nbytes``."""
         ...
 
     def advance(self, nbytes: int, label: str) -> None:
@@ -28,7 +28,7 @@ class Progress(Protocol):
         ...
 
     def close(self) -> None:
-        """The job ended, well or not."""
+        """End the job, well or not."""
         ...
 
 
@@ -36,13 +36,13 @@ class NoProgress:
     """Says nothing."""
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, nbytes: int, label: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class _HarmlessStream:

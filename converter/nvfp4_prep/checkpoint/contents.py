@@ -1,4 +1,4 @@
-"""What a directory holds that is not a Hugging Face checkpoint in safetensors files, told by the names of its files."""
+"""Recognition of directories that are not Hugging Face checkpoints in safetensors files, by the files' names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _NO_WEIGHTS = ("training_args.", "optimizer", "scheduler", "rng_state", "scaler.
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory holds instead: the end of a sentence that begins with what is missing, and the next step."""
+    """Other contents of a directory: the end of a sentence that begins with what is missing, and the next step."""
 
     what: str
     next_step: str

@@ -80,8 +80,7 @@ def is_text(name: str) -> bool:
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a relative name, with forward slashes, is valid text and cannot lead out of the directory that it belongs
-    to."""
+    """Return whether a relative name, with forward slashes, is valid text and cannot lead out of its directory."""
     if not is_text(name):
         return False  # from a name that is not UTF-8: no JSON file could carry it
     return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name and "\0" not in name

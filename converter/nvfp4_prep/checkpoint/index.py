@@ -47,7 +47,7 @@ TEXT_MAX_NBYTES = {
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """What a checkpoint consists of.
+    """Contents of a checkpoint: tensors, configs and other files.
 
     Attributes:
         headers: shard name to header, in the order of the names.
@@ -56,7 +56,7 @@ class CheckpointIndex:
         hf_quant_config: ``hf_quant_config.json`` where it exists.
         texts: the bytes of the small files that a prepared checkpoint replaces, by name.
         side_files: everything that is copied unchanged (tokenizer, code, licence).
-        left_out: files that are no part of the model, so that serving ignores them, and why: weights that the index
+        left_out: files that are not part of the model, so that serving ignores them, and why: weights that the index
             does not mention or that are not safetensors, and all files of another checkpoint in a subfolder.
         warnings: what is wrong with the checkpoint and does not keep it from being served or converted.
     """

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint are its shards, which are copied, and which are no part of the model."""
+"""Division of a checkpoint's files into shards, files that are copied, and files that are not part of the model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def without_second_copy(where: str, headers: Mapping[str, ShardHeader]) -> dict[
 
 
 def _is_second_copy(copies: Iterable[ShardHeader], shards: Iterable[ShardHeader]) -> bool:
-    """Whether files hold what others hold too: under Mistral's names, or under the same ones."""
+    """Return whether files hold tensors that others hold too: under Mistral's names, or under the same ones."""
     known = {record.name for header in shards for record in header.tensors}
     names = {record.name for header in copies for record in header.tensors}
     return names <= known or any(_MISTRALS_NAMES.fullmatch(name) for name in names - known)
@@ -96,7 +96,7 @@ def check_weight_map(where: str, weight_map: object, names: Iterable[str]) -> Ma
         names: of the files that are there.
 
     Raises:
-        SourceError: if it is no such map, or names files that are not beside the index.
+        SourceError: if it is not such a map, or names files that are not beside the index.
     """
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(

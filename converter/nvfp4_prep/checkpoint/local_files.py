@@ -32,7 +32,7 @@ _CHANGED = "Let nothing write there while a command runs; a conversion has to be
 
 @dataclass(frozen=True)
 class FileState:
-    """What tells a file from another one, or from itself after a change, within one run on one machine.
+    """State that tells a file from another one, or from itself after a change, within one run on one machine.
 
     The change time and the inode show what size and modification time do not: those can be set back. The device number
     differs between machines and between boots, so it stays out of everything that is stored.
@@ -111,7 +111,7 @@ def _walk(root: Path, shown: Path, link_roots: Sequence[Path]) -> Iterator[Liste
 
 
 def _names(folder: Path, place: Path) -> Iterator[str]:
-    """Names in a folder but hidden ones: .git, .cache, .gitattributes are the repository's, not the checkpoint's."""
+    """Return the names in a folder, hidden ones left out: .git, .cache, .gitattributes belong to the repository."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries)

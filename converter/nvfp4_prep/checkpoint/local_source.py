@@ -74,10 +74,10 @@ class LocalSource:
         return bytes(buffer)
 
     def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
-        """Nothing to fetch: the files are here."""
+        """Do nothing: the files are here."""
 
     def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
-        """None: the files are here."""
+        """Return 0: the files are here."""
         return 0
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
@@ -123,7 +123,7 @@ class LocalSource:
             check_state(file.state, status, place)
 
     def interrupt(self) -> None:
-        """Nothing waits here."""
+        """Do nothing: no read waits here."""
 
     def close(self) -> None:
         """Close all descriptors."""

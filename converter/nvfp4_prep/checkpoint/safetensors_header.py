@@ -239,7 +239,7 @@ def encode_header(
         tensor goes.
 
     Raises:
-        ValueError: if a name stands twice or the header would pass the format's limit.
+        ValueError: if a name is a duplicate or the header would pass the format's limit.
     """
     entries: dict[str, object] = {}
     if metadata:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: the protocol that all sources follow.
+"""The protocol of sources: the files of a checkpoint, on this disk or on the Hub.
 
 Everything after planning asks a source for byte ranges of named files; only the source knows whether they are on disk
 or must be downloaded first.
@@ -68,7 +68,7 @@ class Source(Protocol):
         ...
 
     def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
-        """Disk room beside the target's files that a schedule with the same arguments takes."""
+        """Return the disk space, beside the target's files, that a schedule with the same arguments takes."""
         ...
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
@@ -76,7 +76,7 @@ class Source(Protocol):
         ...
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
-        """A hint that a range will be read soon; does not wait and does not fail."""
+        """Hint that a range will be read soon; never waits and never fails."""
         ...
 
     def release(self, shard: str) -> None:

@@ -50,7 +50,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Where one tensor lies: ``nbytes`` bytes of ``file`` from ``offset_bytes``, counted from the file's first byte."""
+    """Place of one tensor: ``nbytes`` bytes of ``file`` from ``offset_bytes``, counted from the file's first byte."""
 
     name: str
     dtype: str

@@ -96,8 +96,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _comes_after_the_result() -> bool:
-    """Whether the result was just printed, or is being printed to a reader that takes it: one that does not may be
-    waited for in vain.
+    """Return whether the result was just printed, or is being printed to a reader that takes it.
+
+    A reader that does not take it may be waited for in vain.
     """
     since_s = time.monotonic() - _result_printed_s[-1] if _result_printed_s else math.inf
     if since_s > -math.inf:
@@ -110,7 +111,7 @@ def _interrupted() -> ConversionInterrupted:
 
 
 def _end(error: NvfpPrepError) -> NoReturn:
-    """The line and exit code of an error, without anything that still had to be imported or cleaned up."""
+    """Print the line of an error and return its exit code, with nothing left to import or clean up."""
     _forget_unread_result()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
@@ -124,14 +125,14 @@ def _end(error: NvfpPrepError) -> NoReturn:
 
 
 def _show_what_cannot_be_encoded() -> None:
-    """A character that the terminal's encoding lacks becomes an escape, in help and progress too."""
+    """Escape characters that the terminal's encoding lacks, in help and progress too."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _forget_unwritten_log() -> None:
-    """What stderr did not take (a log on a full disk) goes nowhere, or Python's own end makes it exit code 120."""
+    """Discard what stderr did not take (a log on a full disk); else Python's own shutdown makes it exit code 120."""
     try:
         sys.stderr.flush()
     except OSError:
@@ -139,7 +140,7 @@ def _forget_unwritten_log() -> None:
 
 
 def _keep_standard_descriptors() -> None:
-    """Started with a closed stdin, stdout or stderr: no file that is opened later may take its number."""
+    """Open /dev/null for a closed stdin, stdout or stderr: no file that is opened later may take its number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -55,7 +55,7 @@ class _Commands(click.Group):
         return command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
-        """As click's, but for the errors; always ends with :class:`SystemExit`."""
+        """Run the command line as click does, with our errors; always ends with :class:`SystemExit`."""
         words = sys.argv[1:] if args is None else list(args)
         with report_errors("--json" in words):
             _check_surroundings(words)

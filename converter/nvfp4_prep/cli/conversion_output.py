@@ -178,7 +178,7 @@ def _gate_up_lines(manifest: Manifest) -> list[str]:
 
 
 def _warn_of_policy(manifest: Manifest) -> None:
-    """On stderr, if scales were given up."""
+    """Warn on stderr if scales were given up."""
     if manifest.options.gate_up_scales == GateUpPolicy.VLLM and any(
         layer.gate_up.differing for layer in manifest.layers
     ):

@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, the rest on stderr, errors as one line, exit codes."""
+"""Output of the commands: results on stdout, the rest on stderr, errors as one line, exit codes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _exhausted(error: MemoryError | RuntimeError) -> NvfpPrepError | None:
 
 @contextlib.contextmanager
 def tell_leftovers(target: Path) -> Iterator[None]:
-    """Where damage of what is read ends a command: the error also says what is left in the target."""
+    """Add what is left in the target to an error about damaged input."""
     try:
         yield
     except VerificationError as error:
@@ -186,12 +186,12 @@ def _quoted(word: str) -> str:
 
 
 def say_next(*words: object) -> None:
-    """The command that comes next, on stderr."""
+    """Print the command that comes next, on stderr."""
     hint(f"next: {shell_line(*words)}")
 
 
 def to_json(value: object) -> str:
-    """Return one line of strict JSON: what is no finite number (a broken source's NaN) becomes ``null``."""
+    """Return one line of strict JSON: what is not a finite number (a broken source's NaN) becomes ``null``."""
     return json.dumps(_finite(value), allow_nan=False)
 
 

@@ -124,7 +124,7 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
 
 
 def left_out_lines(reasons: Mapping[str, str]) -> Iterable[str]:
-    """Return the source's files that are no part of the model: one line for each, or for a whole subfolder."""
+    """Return the source's files that are not part of the model: one line for each, or for a whole subfolder."""
     for folder, run in groupby(reasons, key=lambda name: name.split("/")[0] if "/" in name else ""):
         inside = list(run)
         if folder:
@@ -145,7 +145,7 @@ def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
 
 
 def outlook_value(outlook: Outlook) -> dict[str, Any]:
-    """What would happen at the target, for ``--json``."""
+    """Return the outlook on a target for ``--json``."""
     return {
         "path": str(outlook.path),
         "state": outlook.state.value,
@@ -157,7 +157,7 @@ def outlook_value(outlook: Outlook) -> dict[str, Any]:
 
 
 def outlook_text(outlook: Outlook) -> str:
-    """What would happen at the target, in one line for people."""
+    """Return the outlook on a target in one line for people."""
     if outlook.refusal is not None:
         return printable(f"target   refused with exit code {outlook.refusal.exit_code}: {outlook.refusal}")
     if outlook.state == "complete":
@@ -200,8 +200,8 @@ def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
 
 
 def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "convert") -> Iterable[str]:
-    """Which tensor-parallel sizes a file with these layers serves, which it does not, and what would, with this
-    command."""
+    """Return lines about tensor-parallel sizes: those that a file with these layers serves, those that it does not, and
+    how to serve them, with this command."""
     known = list(dict.fromkeys(layers))
     served = set.intersection(*(set(layout.tp_sizes(dims)) for layout, dims in known))
     yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}; expert parallelism always"
@@ -215,7 +215,7 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "conver
 
 
 def quantization_lines(configs: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """What is missing from a source's quantization configs before vLLM can serve source or output."""
+    """Return lines about what a source's quantization configs lack before vLLM can serve source or output."""
     keys = {key for config in configs for part in (config, config.get("quantization")) for key in _mapping(part)}
     if not keys & {"quant_method", "quant_algo"}:
         yield "cannot serve: neither config.json nor hf_quant_config.json names a quantization method for vLLM"

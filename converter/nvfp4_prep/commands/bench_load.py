@@ -112,7 +112,7 @@ def bench_load(
 
 
 def _measure(ranks: RankProcesses, files: Sequence[Path], cold: bool, repeats: int) -> LoadFigures:
-    """All turns of one kind; one that warms up comes first where the files shall be in the page cache."""
+    """Measure all turns of one kind, after one that warms up where the files shall be in the page cache."""
     if not cold:
         ranks.turn()
     turns: list[tuple[float, tuple[RankTurn, ...]]] = []

@@ -18,7 +18,7 @@ _MOSTLY = 0.75
 
 
 class Limit(enum.StrEnum):
-    """What a load waited for."""
+    """The resource that a load waited for."""
 
     STORAGE = "storage"
     CORES = "cores"
@@ -77,7 +77,7 @@ class LoadFigures:
 
 @dataclass(frozen=True)
 class LoadBench:
-    """What a host's ranks took to load some layers.
+    """Times of a host's ranks for loading some layers.
 
     Attributes:
         path: the prepared checkpoint.
@@ -107,7 +107,7 @@ class LoadBench:
     figures: tuple[LoadFigures, ...]
 
     def gb_per_s(self, figures: LoadFigures) -> float:
-        """Stored bytes of the layers in 10^9 a second of the host."""
+        """Return the host's rate over the layers' stored bytes, in 10^9 bytes a second."""
         return self.nbytes / figures.median_s / 1e9 if figures.median_s else 0.0
 
     def whole_model_s(self, figures: LoadFigures) -> float:

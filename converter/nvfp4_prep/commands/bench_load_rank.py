@@ -36,7 +36,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class RankJob:
-    """What one rank loads.
+    """The share of one rank, and how it loads it.
 
     Attributes:
         path: the prepared checkpoint.
@@ -145,7 +145,7 @@ class _Rank:
         self._group, self._waiting = self._make_groups() if job.together else (None, None)
 
     def _make_groups(self) -> tuple[CooperativeGroup | None, Ranks | None]:
-        """Every process makes all groups, in the same order; keep this rank's."""
+        """Make all groups, in the same order in every process, and return this rank's."""
         (_, size), (mine, count) = self._job.tp, self._job.ep
         device, kept = self._loader.device, None
         if device.type == "cuda":

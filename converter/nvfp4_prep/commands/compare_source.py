@@ -77,7 +77,7 @@ class SourceComparison:
             )
 
     def check_names(self) -> None:
-        """Same tensors, same scalars, same texts and the same list of side files."""
+        """Compare the names of tensors, the scalars, the texts and the list of side files."""
         have, want = self._checkpoint.source_names(), set(self._index.tensors)
         for name in want - have:
             self._problems.add(name, "is in the source, but not in the prepared checkpoint")
@@ -108,8 +108,11 @@ class SourceComparison:
                     self._differing |= {record.name for record in source.records}
 
     def _check_side_files(self) -> None:
-        """The same files beside the weights. A checkpoint with one more is not the source's: code, a chat template or
-        a tokenizer changes what the model answers."""
+        """Compare the files beside the weights.
+
+        A checkpoint with one more is not the source's: code, a chat template or a tokenizer changes what the model
+        answers.
+        """
         wanted = {file.name: file.nbytes for file in self._index.side_files}
         listed = self._checkpoint.manifest.files
         for name in sorted(name for name, file in listed.items() if file.kind == SIDE and name not in wanted):
@@ -151,7 +154,7 @@ class SourceComparison:
         try:
             records = self._checkpoint.records
         except CheckpointError:
-            return jobs  # a tensor stands twice: a problem already, and nobody knows which one is meant
+            return jobs  # a duplicate tensor: a problem already, and unclear which one is meant
         for name in self._checkpoint.names(FileKind.PASSTHROUGH):
             if name not in self._checkpoint.headers:
                 continue  # a problem already

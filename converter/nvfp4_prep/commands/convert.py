@@ -39,7 +39,7 @@ SINK = offering("a sink of files", "sequential", "begin", "holds", "room_nbytes"
 
 @dataclass(frozen=True)
 class ConvertResult:
-    """What a conversion left.
+    """Result of a conversion.
 
     Attributes:
         path: the prepared checkpoint.
@@ -152,7 +152,7 @@ def convert(
         options: what the output's bytes depend on.
         threads: workers; does not change the output.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         restart: discard an unfinished earlier run instead of continuing it.
         sink: takes every finished file, also those that an earlier run finished.
         device: ``cpu`` or ``cuda``: where the layout is applied; does not change the output.
@@ -163,7 +163,7 @@ def convert(
         UsageError: if an argument is not what it must be, or the smoke run cannot be made; nothing was written.
         SourceError, UnsupportedCheckpointError: as :func:`plan`.
         TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
-        VerificationError: if a prepared byte does not turn back into the source's.
+        VerificationError: if a prepared byte cannot be inverted to the source's.
         SmokeFailedError: if the smoke run failed; the same call runs it again, and no config is there until it passes.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """

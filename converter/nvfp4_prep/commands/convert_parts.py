@@ -41,7 +41,7 @@ _MADE_ANEW = "The same command runs it again. To convert anew, remove the direct
 
 @dataclass(frozen=True)
 class PartResult:
-    """What a part of a conversion left.
+    """Result of a part of a conversion.
 
     Attributes:
         path: the part's folder; nothing in it is to be used before the join.
@@ -97,7 +97,7 @@ def convert_part(
         options: the same for all parts.
         threads: workers; does not change the output.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         restart: discard this part's unfinished earlier run.
 
     Raises:
@@ -140,7 +140,7 @@ def join_parts(
         target: the output directory that was given for the parts.
         threads: workers.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         smoke: as for :func:`~nvfp4_prep.commands.convert.convert`.
 
     Raises:

@@ -17,7 +17,7 @@ __all__ = ["ConvertRequest"]
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What ``nvfp4-prep convert`` is asked for.
+    """Arguments of ``nvfp4-prep convert``, checked.
 
     Attributes:
         source: a directory or a Hub id.

@@ -70,7 +70,7 @@ class DiskSpeed:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found.
+    """Findings of :func:`diagnose`.
 
     Attributes:
         versions: of this tool, Python and the packages; empty where a package is not installed.
@@ -96,7 +96,7 @@ class Diagnosis:
         return self.abilities[0].works
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the JSON value."""
         return {"ok": self.ok, **asdict(self)}
 
 

@@ -62,7 +62,7 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is.
+    """Description of a checkpoint.
 
     Attributes:
         path: as given.
@@ -71,7 +71,7 @@ class Inspection:
         quantization: the quantization config that counts, without long lists.
         layers: MoE layers.
         tensors, shards, nbytes: of the whole checkpoint.
-        left_out: files that are no part of the model.
+        left_out: files that are not part of the model.
         left_out_reasons: why each of them is not, by name.
         warnings: what is wrong with the checkpoint and does not keep it from being converted.
         refusal: what convert would say instead of converting; empty if it would convert.
@@ -229,7 +229,7 @@ def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
 
 
 def _facts(index: CheckpointIndex) -> dict[str, Any]:
-    """What is read in the same way of every checkpoint."""
+    """Return the facts that are read in the same way of every checkpoint."""
     architectures = index.config.get("architectures")
     return {
         "model_type": str(index.config.get("model_type", "")),

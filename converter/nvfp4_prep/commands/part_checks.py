@@ -35,7 +35,7 @@ def choose_part(made: Plan, selection: LayerSelection) -> Plan:
 
 
 def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
-    """What a part's resumed run must find again."""
+    """Return the identity of a part's run, which a resumed run must find again."""
     return {**made.identity(), "tool": __version__, "layers": selection.text}
 
 

@@ -41,7 +41,7 @@ __all__ = ["Outlook", "TargetState", "check_apart", "check_place", "look_ahead",
 
 
 class TargetState(enum.StrEnum):
-    """What a target is for a conversion."""
+    """State of a target, as a conversion sees it."""
 
     NEW = "new"
     CONTINUES = "continues"
@@ -51,7 +51,7 @@ class TargetState(enum.StrEnum):
 
 @dataclass
 class Outlook:
-    """What would happen at a target.
+    """Outlook on a target: the state it is in, and how a run would end there.
 
     Attributes:
         path: the target.
@@ -73,7 +73,7 @@ class Outlook:
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
-        """What is raised here is the refusal."""
+        """Keep the error that is raised inside as the refusal."""
         try:
             yield
         except NvfpPrepError as error:
@@ -233,7 +233,7 @@ def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
 
 
 def _freed_nbytes(path: Path, *, restart: bool) -> int:
-    """What the run would delete before it asks for room: half files of a killed run, all of it with ``restart``."""
+    """Return the bytes that a run would delete before it asks for disk space: half files, or all with ``restart``."""
     freed = 0
     for file in path.rglob("*"):
         places = file.relative_to(path).parts

@@ -45,7 +45,7 @@ __all__ = ["RelayoutResult", "relayout"]
 
 @dataclass(frozen=True)
 class RelayoutResult:
-    """What a relayout left: the directory, its manifest and the bytes written by this run."""
+    """Result of a relayout: the directory, its manifest and the bytes written by this run."""
 
     path: Path
     manifest: Manifest
@@ -78,7 +78,7 @@ def relayout(
     """Write a prepared checkpoint in another layout.
 
     Streams as ``convert`` does, with the same peak memory; can be killed and continued; every expert's stored bytes are
-    checked before they are used, and every source tensor that they turn back to after.
+    checked before they are used, and every source tensor that they are inverted to after.
 
     Args:
         checkpoint: a prepared checkpoint.
@@ -86,7 +86,7 @@ def relayout(
         layout, gate_up_block, moe_tp: what shall change, see :class:`ConvertOptions`; the checkpoint's own by default.
         threads: workers; does not change the output.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         restart: discard an unfinished earlier run.
 
     Raises:

@@ -42,8 +42,9 @@ _DAMAGED = "The prepared checkpoint is damaged: run nvfp4-prep verify. Once it i
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """What a restore left: the directory, its number of tensors and the bytes written by this run; 0 where it was
-    complete already.
+    """Result of a restore: the directory, its number of tensors and the bytes written by this run.
+
+    ``written_nbytes`` is 0 where the directory was complete already.
     """
 
     path: Path
@@ -75,7 +76,7 @@ def restore(
         target: output directory.
         threads: workers.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         restart: discard an unfinished earlier run.
 
     Raises:
@@ -135,7 +136,7 @@ class _Restoration:
             )
 
     def _check_digests(self) -> None:
-        """The restored tensors are the source's; else nothing that looks whole is left."""
+        """Check that the restored tensors are the source's; else leave nothing that looks whole."""
         copied = {file.name: file.copy_of for file in self._files if file.copy_of} | {name: name for name in self._side}
         for name, original in copied.items():
             want = self._checkpoint.manifest.files[original].sha256

@@ -1,4 +1,4 @@
-"""How long a conversion takes at least, from a short probe: the source's disk, one core's rates, the planning.
+"""Lower bounds on the time of a conversion, from a short probe: the source's disk, one core's rates, the planning.
 
 Nothing is written, so the target's disk is not measured; the estimate is the largest of four lower bounds. The smoke
 test at the end is estimated beside it.
@@ -122,7 +122,7 @@ def _flop_rate() -> float:
 
 
 def _sha256_rate() -> float:
-    """Bytes a second of one core."""
+    """Return the bytes a second of one core."""
     data = memoryview(bytes(8 * _BLOCK_NBYTES))
     begun = time.perf_counter()
     hashlib.sha256(data)
@@ -143,7 +143,7 @@ def _blocks(root: Path, plan: Plan) -> list[tuple[str, int]]:
 
 
 def _read_rate(blocks: Sequence[tuple[str, int]]) -> float | None:
-    """Bytes a second of several readers with direct I/O; ``None`` where that does not work or there is too little."""
+    """Return the bytes a second of several readers with direct I/O; ``None`` if that fails or there is too little."""
     waiting, done, failed = list(reversed(blocks)), [], threading.Event()
     end = time.perf_counter() + _PROBE_S
 

@@ -1,4 +1,4 @@
-"""Verify: is a prepared checkpoint what its manifest says, and does it turn back into its source?
+"""Verify: is a prepared checkpoint what its manifest says, and can it be inverted to its source?
 
 Three depths. *quick*: manifest, stamp, file list, sizes, headers, index. *full* (the default): also every byte, that
 is file digests, the inverse transform of every expert against the digests of the source's tensors, padding, scale
@@ -66,11 +66,11 @@ def verify(
         quick: leave out everything that reads tensors' bytes.
         threads: workers, if tensors' bytes are read.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
 
     Raises:
         UsageError: if an argument is not what it must be, or would do nothing.
-        CheckpointError: if the directory is no prepared checkpoint at all; anything else that is wrong is in the
+        CheckpointError: if the directory is not a prepared checkpoint at all; anything else that is wrong is in the
         report.
         SourceError: if the source that was given cannot be read.
         UnsupportedCheckpointError: if the checkpoint's source was in a format of a package that is not here.

@@ -69,7 +69,7 @@ class VerifyReport:
         return f"<VerifyReport of {str(self.path)!r}: {state}, {self.depth}, {self.checked_nbytes} bytes read>"
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the JSON value."""
         return {
             "path": str(self.path),
             "ok": self.ok,

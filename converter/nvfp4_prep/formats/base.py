@@ -1,4 +1,4 @@
-"""What a quantization format and a tensor naming are: two small protocols that keep family knowledge out of the core.
+"""Protocols of quantization formats and tensor namings, which keep the knowledge of model families out of the core.
 
 A *naming* reads tensor names: which layer, which expert, which projections, which leaf. A *format* knows what the
 leaves are called and how global scales are meant. Detection looks at the tensors that are there, never at ignore lists:
@@ -64,7 +64,7 @@ class ExpertNaming(Protocol):
     name: str
 
     def parse(self, tensor: str) -> ExpertTensorName | None:
-        """Return the parts of a name, or ``None`` if it is no tensor of a routed expert in this naming."""
+        """Return the parts of a name, or ``None`` if it is not a tensor of a routed expert in this naming."""
         ...
 
 
@@ -80,7 +80,7 @@ class QuantFormat(Protocol):
     leaves: Mapping[str, Leaf]
 
     def global_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """Stored weight global scales to multipliers (weight = code * block scale * multiplier).
+        """Return the multipliers of stored weight global scales (weight = code * block scale * multiplier).
 
         Args:
             stored: ``float32``, any shape.
@@ -91,5 +91,5 @@ class QuantFormat(Protocol):
         ...
 
     def input_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """Stored activation global scales to multipliers; same shapes as above."""
+        """Return the multipliers of stored activation global scales; same shapes as above."""
         ...

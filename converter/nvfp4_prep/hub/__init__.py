@@ -67,7 +67,7 @@ def open_ranges(text: str) -> str | RangeSource:
 
 @contextmanager
 def _naming_directory(text: str) -> Iterator[None]:
-    """Where an id that is not on the Hub may be a mistyped path, have the error say what is here."""
+    """Add this directory's contents to the error about an id that is not on the Hub: it may be a mistyped path."""
     path = Path(text)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the official client raises, told apart: what passes by itself, and what the user must act on."""
+"""Errors of the official client, told apart: those that pass by themselves, and those that need the user."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Patience:
     is_first_contact: bool = False
 
     def at_first_contact(self) -> Patience:
-        """Where nothing has worked yet, a wrong name or a missing network is likelier than a bad night."""
+        """Return a shorter patience for the first request: a wrong name or no network is likelier than an outage."""
         return replace(self, give_up_after_s=min(self.give_up_after_s, _FIRST_CONTACT_S), is_first_contact=True)
 
 

@@ -1,4 +1,4 @@
-"""What the Hub says about a repository's files: sizes and hashes, at one commit."""
+"""The Hub's listing of a repository's files: sizes and hashes, at one commit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class LocalFile:
     sha256: str
 
     def difference(self, remote: RemoteFile | None) -> str | None:
-        """What keeps a published file from being this one; None if nothing does.
+        """Return the difference of a published file from this one; ``None`` if there is none.
 
         Files that the Hub keeps in git (small ones) have only git's hash there, so they are read here.
         """

@@ -12,7 +12,7 @@ __all__ = ["PublishOptions", "check_repository"]
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """How to publish.
+    """Options of publishing: repository, branch or pull request, and visibility.
 
     Attributes:
         private: create the repository as a private one.

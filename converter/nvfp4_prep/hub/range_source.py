@@ -158,10 +158,10 @@ class RangeSource:
             raise SourceError("no such file at this commit", where=f"{self.label}/{file}") from None
 
     def schedule(self, shards: Sequence[str], at_once_nbytes: int = 0) -> None:
-        """Nothing is fetched ahead."""
+        """Do nothing: no file is fetched ahead."""
 
     def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
-        """None."""
+        """Return 0: no file is stored."""
         return 0
 
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
@@ -173,13 +173,13 @@ class RangeSource:
             buffer[:] = self._read_remote(remote, offset_bytes, len(buffer))
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
-        """Nothing is fetched ahead."""
+        """Do nothing: no file is fetched ahead."""
 
     def release(self, shard: str) -> None:
-        """Nothing is held."""
+        """Do nothing: no file is held."""
 
     def check_unchanged(self) -> None:
-        """Nothing to check: the revision is a commit, which nobody can change."""
+        """Do nothing: the revision is a commit, which cannot change."""
 
     def interrupt(self) -> None:
         """See :class:`nvfp4_prep.checkpoint.source.Source`."""

@@ -158,7 +158,7 @@ def _content_matches(file: RemoteFile, content: bytes) -> bool:
 
 
 def _silent_bar(count: Callable[[int], None]) -> type[Any]:
-    """A progress bar for the client that draws nothing (several at once garble the terminal) and reports bytes."""
+    """Return a bar for the client that counts bytes and draws nothing: several at once garble the terminal."""
     from tqdm import tqdm
 
     class SilentBar(tqdm):  # type: ignore[type-arg]

@@ -106,7 +106,7 @@ class HubSource(RangeSource):
             self._pump()
 
     def room_nbytes(self, shards: Sequence[str], at_once_nbytes: int) -> int:
-        """Disk room that the downloads take at most; 0 where they go to the user's cache."""
+        """Return the disk space that downloads take at most; 0 where they go to the user's cache."""
         return 0 if self.keep_source else self._room_for(shards, at_once_nbytes)
 
     def _room_for(self, shards: Sequence[str], at_once_nbytes: int) -> int:
@@ -220,7 +220,7 @@ class HubSource(RangeSource):
         read_exactly(descriptor, file, offset_bytes, buffer)
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
-        """Nothing: shards are downloaded ahead as a whole, and lie in the page cache then."""
+        """Do nothing: shards are downloaded ahead as a whole, and are in the page cache then."""
 
     def release(self, shard: str) -> None:
         """Delete the shard, unless it lies in the user's cache. Reading it again downloads it again."""
@@ -243,7 +243,7 @@ class HubSource(RangeSource):
                 folder.unlink(shard.path.name)
 
     def check_unchanged(self) -> None:
-        """Nothing to check: the revision is a commit, which nobody can change."""
+        """Do nothing: the revision is a commit, which cannot change."""
 
     def interrupt(self) -> None:
         """See :class:`nvfp4_prep.checkpoint.source.Source`."""

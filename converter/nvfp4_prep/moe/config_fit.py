@@ -1,4 +1,4 @@
-"""What the config says about the MoE layers that their tensors cannot: activation and number of experts."""
+"""Facts about MoE layers that the config has and their tensors lack: activation and number of experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the quantization config says that the experts are, against what their tensors are: NVFP4, W4A4.
+"""The experts' kind that the quantization config declares, against the kind of their tensors: NVFP4, W4A4.
 
 Tensors alone do not tell all: a server chooses its method by the config, and prepared experts are not in the form that
 another method reads. What vLLM 0.33 makes of each config was read in its modelopt.py, compressed_tensors.py and
@@ -23,7 +23,7 @@ _INSTEAD = (
     "Serve the source as it is; or, if the tensors are right and the config is not, correct the config of a copy."
 )
 _ATTENTION = ("attn", "attention", "q_proj", "k_proj", "v_proj", "o_proj", "lm_head", "embed")
-"""Targets of transforms with one of these words are no experts."""
+"""Targets of transforms with one of these words are not experts."""
 _ONLINE = ("input", "output")
 """Locations of transforms that a server computes; those of weights are in the weights already."""
 _OTHER_METHODS = frozenset(
@@ -174,7 +174,7 @@ def _transform_warnings(place: str, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _excluded_warnings(place: str, config: Mapping[str, Any], layers: Sequence[MoeLayer]) -> Iterator[str]:
-    """Exporters write wrong lists, so that they decide nothing here; but a server goes by them."""
+    """Yield warnings about excluded layers: wrong lists of exporters decide nothing here, but a server goes by them."""
     inner = _inner(config)
     patterns = [
         pattern

@@ -36,7 +36,7 @@ __all__ = ["FoundLayers", "LayerFinding", "find_layers"]
 
 @dataclass(frozen=True)
 class LayerFinding:
-    """Why a layer is not prepared.
+    """The reason why a layer is not prepared.
 
     Attributes:
         experts_path: module path of the layer's experts.

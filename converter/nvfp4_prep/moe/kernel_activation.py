@@ -19,7 +19,7 @@ _SWIGLUOAI_LIMIT = 7.0
 
 
 def moe_activation(activation: Activation, config: Mapping[str, Any], *, where: str) -> MoeActivation:
-    """Function and parameters as the kernel gets them.
+    """Return function and parameters as the kernel gets them.
 
     Args:
         activation: of the layer.

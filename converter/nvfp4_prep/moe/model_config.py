@@ -41,13 +41,13 @@ def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str
 
 
 def positive(value: object) -> float | None:
-    """Return a number of a config as a float; ``None`` for what is no number, 0, negative, NaN or beyond float64."""
+    """Return a number of a config as a float; ``None`` for what is not a number, 0, negative, NaN or beyond float64."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 < value <= sys.float_info.max else None  # type: ignore[operator,arg-type]
 
 
 def find_number(config: Mapping[str, Any], keys: Iterable[str]) -> float | None:
-    """The first :func:`positive` value of these keys in the order of :func:`text_configs`; ``None`` if there is none.
+    """Return the first :func:`positive` value of these keys, in the order of :func:`text_configs`; ``None`` for none.
 
     So a 0 says nothing, as a missing key.
     """

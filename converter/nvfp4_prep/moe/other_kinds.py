@@ -120,7 +120,7 @@ def check_one_kind(
 def _kind_beside(
     tensors: Sequence[tuple[str, TensorRecord]], format_: QuantFormat, formats: Mapping[str, QuantFormat]
 ) -> str | None:
-    """The kind of one expert's projection that is not of the layer's format; ``None`` if it is, or is damaged."""
+    """Return the kind of an expert's projection that is not of the layer's format; ``None`` if it is, or is damaged."""
     spelled = {leaf for leaf, _ in tensors}
     if _spelling(format_, Leaf.GLOBAL_SCALE) in spelled:
         return None
@@ -180,7 +180,7 @@ def _shapes(records: Collection[TensorRecord]) -> dict[str, set[tuple[int, ...]]
 def _have_scales(
     shapes: Mapping[str, set[tuple[int, ...]]], weights: Collection[str], scales: Collection[str], ratio: int
 ) -> bool:
-    """Whether some scale's shape is that of a weight with its rows or its columns (transposed) divided by ``ratio``."""
+    """Return whether a scale has the shape of a weight whose rows or columns (transposed) are divided by ``ratio``."""
     wanted = set()
     for dtype in weights:
         for *experts, rows, cols in shapes.get(dtype, ()):

@@ -1,4 +1,4 @@
-"""What a group of expert tensors must fulfil to be an NVFP4 layer that the layout can hold.
+"""Checks that a group of expert tensors is an NVFP4 layer that the layout can hold.
 
 Each check raises :class:`NotPrepared` with what was found and what would work; :mod:`nvfp4_prep.moe.discovery` turns it
 into a finding.
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class NotPrepared(Exception):
-    """Why a layer is not prepared: see :class:`~nvfp4_prep.moe.discovery.LayerFinding`."""
+    """The reason why a layer is not prepared; see :class:`~nvfp4_prep.moe.discovery.LayerFinding`."""
 
     def __init__(self, kind: str, reason: str, instead: str, *, refused: bool) -> None:
         super().__init__(reason)
@@ -113,9 +113,9 @@ def check_numbers(group: TensorGroup, experts: list[int | None]) -> None:
 
 
 def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, format_: QuantFormat) -> None:
-    """Every projection of every expert has its four leaves; names those that are missing.
+    """Check that every projection of every expert has its four leaves, and name those that are missing.
 
-    A layer without any input scale is no damaged one: it is weight-only NVFP4 and passes through.
+    A layer without any input scale is not damaged: it is weight-only NVFP4 and passes through.
     """
     wanted = (Projection.GATE, Projection.UP, Projection.DOWN) if gated else (Projection.UP, Projection.DOWN)
     have = {(projection, group.leaf): group for group in groups for projection in group.projections}

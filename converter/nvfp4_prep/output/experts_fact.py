@@ -17,7 +17,7 @@ _SIDES = {side.value: side for side in (Projection.GATE, Projection.UP)}
 
 @dataclass(frozen=True)
 class ReconciledExpert:
-    """What the rescaling of one side's block scales did to an expert.
+    """Effect of rescaling one side's block scales on an expert.
 
     Attributes:
         expert: its number in the layer.
@@ -53,7 +53,7 @@ class ReconciledExpert:
 
 @dataclass(frozen=True)
 class ExpertsFact:
-    """What is known of some experts' bytes in one prepared tensor, in the experts' order.
+    """Facts about some experts' bytes in one prepared tensor, in the experts' order.
 
     Attributes:
         tensor: which one.

@@ -27,8 +27,9 @@ _DIGESTS = ("headers", "output")
 
 
 def read_lines(root: TargetRoot) -> list[dict[str, Any]]:
-    """All lines of a target's journal, none if there is no journal; a line that a kill cut off, or that is damaged,
-    does not count.
+    """Return all lines of a target's journal, none if there is no journal.
+
+    A line that a kill cut off, or that is damaged, does not count.
 
     Raises:
         TargetError: if it is a link, another kind of file or too large.
@@ -49,7 +50,7 @@ def read_lines(root: TargetRoot) -> list[dict[str, Any]]:
 
 
 def named_files(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names that a run gave or was about to give to files of its own, finished or not, whatever they are now."""
+    """Return the names that a run gave, or was about to give, to files of its own, finished or not."""
     found = (line.get("file", line.get("made")) for line in lines)
     return [name for name in found if isinstance(name, str) and _is_ours(name)]
 
@@ -107,7 +108,7 @@ def _without_files(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rank(key: str) -> tuple[int, str]:
-    """What was asked for comes before what follows from it."""
+    """Return a sort key: what was asked for comes before what follows from it."""
     return (_ASKED_FOR.index(key) if key in _ASKED_FOR else len(_ASKED_FOR) + (key in _ABOUT_FILES), key)
 
 

@@ -27,7 +27,7 @@ class JournalFile:
         self._lock = threading.Lock()
 
     def empty(self) -> None:
-        """Emptied, never removed: what lies beside a work folder without a journal is not ours."""
+        """Empty the journal; it is never removed, because files beside a work folder without one are not ours."""
         try:
             descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             with contextlib.closing(os.fdopen(descriptor, "wb")):

@@ -1,4 +1,4 @@
-"""Which layers a part of a conversion takes, and where it works: ``TARGET/.nvfp4_prep/parts/NAME``."""
+"""Selection of a part's layers, and the folder in which the part works: ``TARGET/.nvfp4_prep/parts/NAME``."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LayerSelection:
         return cls.parse(text.replace("-of-", "/") if kind == "share" else text if kind == "layers" else name)
 
     def choose(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """Those of the model's MoE layers that are selected, in rising order. Shares differ by one layer at most."""
+        """Return the selected ones of the model's MoE layers, in rising order; shares differ by one layer at most."""
         present = sorted(set(layers))
         if self.share is not None:
             number, count = self.share
@@ -88,7 +88,7 @@ class LayerSelection:
         return tuple(layer for layer in present if any(first <= layer <= last for first, last in self.ranges))
 
     def choose_present(self, layers: Iterable[int]) -> tuple[int, ...]:
-        """As :meth:`choose`; raises :class:`UsageError` where a number is no layer or nothing is selected."""
+        """Choose as :meth:`choose`; raise :class:`UsageError` if a number is not a layer or nothing is selected."""
         present = sorted(set(layers))
         chosen = self.choose(present)
         for first, last in self.ranges:

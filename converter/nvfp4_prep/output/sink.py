@@ -1,4 +1,4 @@
-"""Where finished files go beyond the target directory."""
+"""Sinks: where finished files go beyond the target directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FileSink(Protocol):
     sequential: bool
 
     def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
-        """The conversion is planned: ``sizes`` are those of all files that it will write.
+        """Take note of the planned files: ``sizes`` are those of all that the conversion will write.
 
         Raises:
             NvfpPrepError: if the files could not be taken.
@@ -33,7 +33,7 @@ class FileSink(Protocol):
         ...
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """Whether a file that was written before need not be in the directory, because it was taken from there."""
+        """Return whether a file that was written before was taken from the directory, and so need not be there."""
         ...
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
@@ -41,11 +41,11 @@ class FileSink(Protocol):
         ...
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
-        """A file is about to be created; waits until there is room for it, or ``stop`` is set."""
+        """Wait until there is space for a file that is about to be created, or ``stop`` is set."""
         ...
 
     def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
-        """A file stands under its final name."""
+        """Take over a file that has its final name now."""
         ...
 
     def drain(self) -> None:
@@ -57,7 +57,7 @@ class FileSink(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """The conversion has failed: nobody may wait any longer."""
+        """End all waiting: the conversion has failed."""
         ...
 
 
@@ -70,7 +70,7 @@ class KeepFiles:
         """Anything goes."""
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """Never: the files are in the directory."""
+        """Return ``False``: the files are in the directory."""
         return False
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:
@@ -78,13 +78,13 @@ class KeepFiles:
         return sum(sizes.values())
 
     def before_file(self, name: str, nbytes: int, stop: threading.Event) -> None:
-        """The space was checked."""
+        """Do nothing: the space was checked."""
 
     def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
-        """It stays."""
+        """Do nothing: the file stays."""
 
     def drain(self) -> None:
-        """Nothing waits."""
+        """Do nothing: no file waits."""
 
     def interrupt(self) -> None:
         """Nobody waits."""

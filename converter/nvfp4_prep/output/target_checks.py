@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 LAST_FILES = (CONFIG, MANIFEST)
-"""Without these a directory is no checkpoint: every command writes them last."""
+"""Without these a directory is not a checkpoint: every command writes them last."""
 SOURCE_FOLDER = "source"
 """In the work folder: shards that a source downloads; the source itself looks after it."""
 PARTS_FOLDER = "parts"
@@ -61,7 +61,7 @@ def check_ours(path: Path) -> None:
 def check_names(path: Path, known: Collection[str]) -> None:
     """Raise :class:`TargetError` if the directory holds anything outside its work folder that is not known.
 
-    A link, a FIFO, a socket or a device is never known: no command makes one. A folder is no finding by itself.
+    A link, a FIFO, a socket or a device is never known: no command makes one. A folder by itself is not a finding.
     """
     for there in sorted(path.rglob("*")):
         name = there.relative_to(path).as_posix()

@@ -1,6 +1,6 @@
-"""Where prepared bytes are made: on the CPU by the torch reference, or on a GPU by the Triton kernels.
+"""The device that makes prepared bytes: the CPU by the torch reference, or a GPU by the Triton kernels.
 
-The bytes are the same. Whatever made them, the CPU's inverse turns them back before they are written, so a GPU's
+The bytes are the same. Whatever made them, the CPU inverts them before they are written, so a GPU's
 result is checked by other code on other hardware.
 """
 

@@ -45,7 +45,7 @@ def files_at_once(threads: int) -> int:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a caller of :func:`run_jobs` does on the way.
+    """Callbacks of the caller of :func:`run_jobs`.
 
     Attributes:
         on_done: called with every finished job, from a worker thread, after the file stands under its final name.

@@ -18,7 +18,7 @@ from nvfp4_prep.prepared.served_config import expected_config
 __all__ = ["MADE_FILES", "write_made_files"]
 
 MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
-"""In the order of writing: without the last two a directory is no checkpoint."""
+"""In the order of writing: without the last two a directory is not a checkpoint."""
 
 
 def write_made_files(

@@ -17,7 +17,7 @@ UNIT_NBYTES = 16 * 2**20
 
 @dataclass
 class UnitResult:
-    """What a unit made.
+    """Result of a unit: the pieces to write, digests and facts.
 
     Attributes:
         pieces: bytes to write, with their offset in the file. In the file's order and without gaps where the job wants
@@ -73,7 +73,7 @@ class JobResult:
     facts: tuple[ExpertsFact, ...]
 
     def to_entry(self) -> dict[str, Any]:
-        """For the journal."""
+        """Return the journal's entry."""
         return {"sha256": self.sha256, "digests": self.digests, "facts": [fact.to_json() for fact in self.facts]}
 
     @classmethod

@@ -19,12 +19,12 @@ _NO_HOOKS = Hooks()
 
 @dataclass(frozen=True)
 class Running:
-    """How a command runs; none of it changes a byte.
+    """Resources of a run: workers, memory, progress. None of them changes a byte.
 
     Attributes:
         threads: workers; by default as the engine chooses.
         memory_nbytes: budget of the buffers; by default as the engine chooses.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
     """
 
     threads: int | None = None

@@ -93,7 +93,7 @@ class LayerRelayout:
         )
 
     def _read(self, tensor: PreparedTensor, chunk: range) -> tuple[torch.Tensor, Parts, Parts]:
-        """Stored bytes of some experts, the projections that they stand for, and those of the source.
+        """Return the stored bytes of some experts, the projections that they stand for, and those of the source.
 
         The two differ in block scales that were rescaled.
         """
@@ -108,8 +108,10 @@ class LayerRelayout:
             raise damaged(str(error), where) from error
 
     def _stays_in_tiles(self, tensor: PreparedTensor) -> bool:
-        """Whether bytes only move inside tiles, and moving them there is the fastest way: not for scales, which the
-        layout's own functions move three times as fast, unless nothing moves at all."""
+        """Return whether bytes only move inside tiles, and moving them there is the fastest way.
+
+        It is not for scales, which the layout's own functions move three times as fast, unless nothing moves at all.
+        """
         old, new, dims = self.old.layout, self.new.layout, self.new.dims
         if old.stored_shape(tensor, dims) != new.stored_shape(tensor, dims) or not can_relayout(old, new, tensor):
             return False

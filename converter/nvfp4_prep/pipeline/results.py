@@ -86,7 +86,7 @@ def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) ->
 
 
 def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
-    """For each reconciled expert of a layer the side whose block scales changed."""
+    """Return, for each reconciled expert of a layer, the side whose block scales changed."""
     facts = _facts(made, position, results)
     return {item.expert: item.side.value for fact in facts for item in fact.reconciled}
 

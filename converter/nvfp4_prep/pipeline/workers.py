@@ -62,7 +62,7 @@ class WorkerThreads:
                 pass
 
     def wait_through_interrupts(self) -> None:
-        """The same, whatever a second Ctrl-C wants: workers end with the unit that they have in hand."""
+        """Wait as :meth:`wait` does, and ignore further Ctrl-C: each worker finishes its current unit."""
         while True:
             try:
                 self.wait()

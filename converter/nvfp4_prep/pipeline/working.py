@@ -1,4 +1,4 @@
-"""What every command that runs the engine does around it."""
+"""Surroundings of every command that runs the engine: its progress, and one thread for torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ __all__ = ["working"]
 
 @contextmanager
 def working(progress: Progress, title: str, total_nbytes: int, done_nbytes: int = 0) -> Iterator[None]:
-    """Start and close the progress, and keep torch to one thread meanwhile: the engine's workers are the
-    parallelism.
+    """Start and close the progress, and keep torch to one thread meanwhile: the engine's workers run in parallel.
 
     Args:
         progress: told of the start and of the end, however it comes.

@@ -1,4 +1,4 @@
-"""How much disk room a run takes: one sum for the plan's figure, the check before the first byte, and the outlook."""
+"""Disk space of a run: one sum for the plan's figure, the check before the first byte, and the outlook."""
 
 from __future__ import annotations
 

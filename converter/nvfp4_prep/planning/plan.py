@@ -1,4 +1,4 @@
-"""What a plan is made of: frozen values that say which bytes go where.
+"""Plan of a conversion: frozen values that say which bytes go where.
 
 ``--dry-run`` prints a plan, the engine executes it, resume compares it. Two plans of the same source and options are
 equal in everything but the source files' identities, on any machine.
@@ -83,7 +83,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do.
+    """Plan of a conversion: its layers, the files it writes and the files it reads.
 
     Attributes:
         source_label, source_revision: what the manifest calls the source.
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The source's files that are no part of the model: see ``CheckpointIndex``."""
+        """The source's files that are not part of the model: see ``CheckpointIndex``."""
         return tuple(self.index.left_out)
 
     @property
@@ -140,7 +140,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, object]:
-        """What a resumed conversion must find again: version, options, shard structures, files and their identities."""
+        """Return what a resumed conversion must find again: version, options, shard structures, files' identities."""
         return {
             "tool": __version__,
             "options": self.options.to_dict(),

@@ -45,7 +45,7 @@ class PreparedCheckpoint:
             in_work: whether the run that writes it may still be at work: its last step looks at the rest.
 
         Raises:
-            CheckpointError: if it is no complete prepared checkpoint.
+            CheckpointError: if it is not a complete prepared checkpoint.
             SourceError: if it does not exist or cannot be read.
         """
         self.path = Path(path)
@@ -211,8 +211,14 @@ class PreparedCheckpoint:
     def damaged_experts(
         self, layer: LayerRecord, tensor: PreparedTensor, chunk: range, prepared: torch.Tensor
     ) -> list[int]:
-        """Those of some experts whose stored bytes, ``uint8 [len(chunk), rows, bytes per row]``, have another CRC-32
-        than when they were written."""
+        """Return the experts whose stored bytes have another CRC-32 than when they were written.
+
+        Args:
+            layer: the layer.
+            tensor: the prepared tensor.
+            chunk: numbers of the experts.
+            prepared: their bytes, ``uint8 [len(chunk), rows, bytes per row]``.
+        """
         wanted = layer.expert_crc32[tensor.value][chunk.start : chunk.stop]
         found = crc32_each(prepared)
         return [expert for expert, want, have in zip(chunk, wanted, found, strict=True) if want != have]

@@ -26,7 +26,7 @@ _OPENING = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n")
 
 @dataclass(frozen=True)
 class FrontMatter:
-    """What a card says of its model.
+    """Model facts of a card's front matter.
 
     Attributes:
         values: key to value; empty where there is nothing that can be read.

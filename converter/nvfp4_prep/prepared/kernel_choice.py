@@ -1,4 +1,4 @@
-"""Which kernel a layout is for, and which one servers choose by themselves, in words for people.
+"""Names of kernels for people: the one that a layout is for, and the one that servers choose by themselves.
 
 What is said of vLLM and SGLang was read in the code of vLLM 0.33 and SGLang 0.5.23; docs/which-kernel.md has the
 whole story.

@@ -1,4 +1,4 @@
-"""What the manifest's record of a layer must fulfil before anything is done with it: a manifest may be a stranger's."""
+"""Checks of the manifest's record of a layer before anything is done with it: a manifest may be a stranger's."""
 
 from __future__ import annotations
 

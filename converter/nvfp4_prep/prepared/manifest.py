@@ -111,7 +111,7 @@ class Manifest:
         """Parse and checks.
 
         Raises:
-            CheckpointError: if it is no manifest, of another format version, or inconsistent.
+            CheckpointError: if it is not a manifest, of another format version, or inconsistent.
         """
         value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH, next_step=_DAMAGED)
         version = value.get("format_version") if isinstance(value, dict) else None

@@ -1,6 +1,6 @@
-"""What a manifest says twice must agree: values that follow from others, from the kept configs and from the scalars.
+"""Cross-checks of a manifest's redundant fields: against each other, the kept configs and the scalars.
 
-A manifest is no signature: whoever can write it can write matching digests. What follows from headers, configs and
+A manifest is not a signature: whoever can write it can write matching digests. What follows from headers, configs and
 scalars is worked out again, bytes are compared by ``verify --source``. The figures of rescaled block scales (how many
 were rounded, the relative errors) are a record of the conversion and are not worked out again.
 """

@@ -9,7 +9,7 @@ from nvfp4_prep._util.printable import printable
 __all__ = ["MAX_CHARACTERS", "code_span", "plain_text"]
 
 MAX_CHARACTERS = 1000
-"""Longest text that is shown; a card is no place for more."""
+"""Longest text that is shown; a card is not the place for more."""
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~$!{}^]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-]|^(?P<number>\d+)(?=[.)](?:\s|$))")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}

@@ -41,8 +41,11 @@ _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_schem
 
 
 def _counting_config(configs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config that a server builds its methods from: the first, except for mixed precision without its list of
-    layers, which vLLM then reads from ``hf_quant_config.json`` (a prepared checkpoint does not have that file)."""
+    """Return the config that a server builds its methods from.
+
+    It is the first, except for mixed precision without its list of layers, which vLLM then reads from
+    ``hf_quant_config.json`` (a prepared checkpoint does not have that file).
+    """
     first: Mapping[str, Any] = next(iter(configs.values()), {})
     legacy = configs.get(HF_QUANT_CONFIG)
     if str(first.get("quant_algo", "")).upper() != "MIXED_PRECISION" or "quantized_layers" in first:

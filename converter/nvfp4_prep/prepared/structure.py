@@ -40,7 +40,7 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_
         with_config: look at ``config.json`` too.
 
     Raises:
-        UnsupportedCheckpointError: if its source's format is of a package that is not here, which is no damage.
+        UnsupportedCheckpointError: if its source's format is of a package that is not installed, which is not damage.
     """
     for layer in checkpoint.manifest.layers:
         known_format(layer.source)
@@ -125,7 +125,7 @@ def _check_made(checkpoint: PreparedCheckpoint, name: str, sha256: str, problems
 
 
 def _check_kinds(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    """Each file of tensors is of the kind that its layer or its name says, so that all of them are looked into."""
+    """Check that each file of tensors is of the kind that its layer or its name says, so that none is passed over."""
     manifest = checkpoint.manifest
     experts = Counter(name for layer in manifest.layers for name in layer.files)
     if set(experts) != set(checkpoint.names(FileKind.EXPERTS)) or any(times > 1 for times in experts.values()):
@@ -136,7 +136,7 @@ def _check_kinds(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
 
 
 def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
-    """Files of the experts hold their tensors and no others: a server would load whatever the index names.
+    """Check that files of the experts hold their tensors and no others: a server would load whatever the index names.
 
     And no two tensors of the source have one name, or restore would write only one of them.
     """

@@ -46,7 +46,7 @@ BATCH_FILES = 50
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was published.
+    """Result of a push.
 
     Attributes:
         repo_id: where.
@@ -68,12 +68,12 @@ class PushResult:
     already_there: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the JSON value."""
         return dict(vars(self))
 
 
 def publication_title(source: str, revision: str | None, options: ConvertOptions) -> str:
-    """Title of commits and pull requests: the same for the same conversion, so that a second run finds the first's."""
+    """Return the title of commits and pull requests: one for each conversion, so that a rerun finds the first's."""
     kind = hashlib.sha256(json.dumps([source, revision, options.to_dict()], sort_keys=True).encode()).hexdigest()[:8]
     at = f"@{revision[:12]}" if revision else ""
     return printable(f"nvfp4-prep {kind}: {source}{at}")[:150]
@@ -110,7 +110,7 @@ def push(
             compared with the manifest in any case, before the stamp).
         api: the official client; by default with the user's endpoint and token.
         patience: how long network failures are endured.
-        progress: told how it goes.
+        progress: receives the counts of bytes.
         threads: workers of the verification, if it is ``full``.
 
     Raises:
@@ -143,7 +143,7 @@ def publish(
     progress: Progress | None = None,
     remote: RemoteRepository | None = None,
 ) -> PushResult:
-    """The uploading half of :func:`push`; with ``remote`` it finishes what a conversion sent there file by file."""
+    """Upload a verified checkpoint; with ``remote``, finish what a conversion sent there file by file."""
     raw = (directory / MANIFEST).read_bytes()
     manifest = Manifest.from_bytes(raw, str(directory / MANIFEST))
     remote = remote or RemoteRepository(
@@ -258,8 +258,9 @@ class _Publication:
 
 
 def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callable[[Snapshot], list[str]]:
-    """What the commit that changes an older checkpoint's first file must delete: its stamp, so that no state with files
-    of both can be loaded, and its surplus files.
+    """Return a function from a state to the names that the first commit onto an older checkpoint must delete.
+
+    They are its stamp, so that no state with files of both can be loaded, and its surplus files.
     """
 
     def stale(state: Snapshot) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a server's ranks load prepared experts: each by itself, or the tensor-parallel ranks of a host together."""
+"""Loading of prepared experts by a server's ranks: each by itself, or the tensor-parallel ranks of a host together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ServerRanks:
 
 @dataclass(frozen=True)
 class Alone:
-    """Why each rank loads by itself."""
+    """The reason why each rank loads by itself."""
 
     reason: str
 
@@ -58,7 +58,7 @@ def server_ranks(coordinator: Any, server: str) -> ServerRanks | Alone:
 
 @dataclass(frozen=True)
 class Cooperation:
-    """Whether and how the ranks of a host load together.
+    """The user's choice about loading together.
 
     Attributes:
         wanted: off where the user said so.

@@ -1,4 +1,4 @@
-"""Which part of a prepared layer one rank holds, and how it gets into the rank's parameters. Needs torch alone."""
+"""Placement of a rank's part of a prepared layer in the rank's parameters. Needs torch alone."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
 
 
 def _threads() -> int:
-    """For this process's part of the machine's cores: ranks of one host load at one time."""
+    """Return the threads for this process's part of the cores: ranks of one host load at one time."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()

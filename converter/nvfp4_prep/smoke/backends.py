@@ -1,4 +1,4 @@
-"""Which implementation runs, and why not a better one."""
+"""Choice of the implementation that runs, and the reason why it is not a better one."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws, in the units of the SVG's view box."""
+    """Chart for the template, in the units of the SVG's view box."""
 
     grid: tuple[GridLine, ...]
     bars: tuple[Bar, ...]

@@ -19,7 +19,7 @@ def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> E
     known = torch.where(out.isfinite() & defined, out, 0.0)
     # products below the smallest normal float32 are rounded or flushed as each backend likes
     tolerance = torch.where(defined, tolerance, 0.0) + torch.finfo(torch.float32).tiny
-    # a tolerance that overflowed on the way is no bound, and the figures say so
+    # a tolerance that overflowed on the way bounds nothing, and the figures say so
     tolerance = torch.where(tolerance.isnan(), math.inf, tolerance)
     error = (known - want).abs()
     worst = torch.where(finite, in_tolerances(error, tolerance), math.inf)
@@ -40,12 +40,12 @@ def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> E
 
 
 def in_tolerances(error: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
-    """Error in units of the tolerance; no error is no violation even where nothing is tolerated."""
+    """Error in units of the tolerance; an error of 0 passes even where nothing is tolerated."""
     return torch.where(error == 0, 0.0, error / tolerance)
 
 
 def _cosine(outputs: torch.Tensor, reference: torch.Tensor) -> float:
-    """At most 1, which float32 rounding may pass, or NaN; 1 where both are exactly zero (experts with scales of 0)."""
+    """Return the cosine, at most 1 though float32 rounding may pass it, or NaN; 1 where both are exactly zero."""
     if not bool(outputs.any()) and not bool(reference.any()):
         return 1.0
     return float(

@@ -83,7 +83,7 @@ class ErrorFigures:
 
 @dataclass(frozen=True)
 class StageFigures:
-    """What happens between tokens and outputs, where a backend shows it. No rounding is in doubt here.
+    """Figures between tokens and outputs, where a backend shows them. No rounding is in doubt here.
 
     Attributes:
         first: the first GEMM and the activation, before quantization.

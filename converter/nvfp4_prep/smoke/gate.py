@@ -1,4 +1,4 @@
-"""The smoke run that a conversion must pass before its ``config.json`` appears, without which it is no checkpoint."""
+"""The smoke run that a conversion must pass before its ``config.json``, which makes it a checkpoint, appears."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU_EXPERTS = 4
 
 @dataclass(frozen=True)
 class SmokePolicy:
-    """What the smoke run at the end of a conversion runs; does not change the output's bytes.
+    """Scope of the smoke run at the end of a conversion; does not change the output's bytes.
 
     Attributes:
         layers: numbers of the layers; by default all on a GPU, and the first, middle and last on a CPU.

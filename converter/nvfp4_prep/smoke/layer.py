@@ -24,7 +24,7 @@ _BF16_HALF_STEP = 2.0**-9
 
 @dataclass(frozen=True)
 class SmokeSettings:
-    """How much is run.
+    """Size of a smoke run: tokens, experts and seed.
 
     Attributes:
         per_expert: tokens that go to each expert alone.

@@ -104,7 +104,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """What ran.
+    """The implementation that ran, and where.
 
     Attributes:
         name: ``flashinfer``, ``triton`` or ``torch``.

@@ -64,7 +64,7 @@ def run_smoke(
         on_layer: told of each finished layer, with its number and how many there are.
 
     Raises:
-        CheckpointError, SourceError: if ``prepared`` is no complete prepared checkpoint, or a file cannot be read.
+        CheckpointError, SourceError: if ``prepared`` is not a complete prepared checkpoint, or a file cannot be read.
         UsageError: if a layer does not exist or the backend cannot run here.
     """
     reports = []
@@ -97,7 +97,7 @@ def run_smoke(
 
 
 def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> list[LayerRecord]:
-    """The layers with these numbers, all without; raises :class:`UsageError` for a number that does not exist."""
+    """Return the layers with these numbers, by default all; raise :class:`UsageError` if one does not exist."""
     if layers is None:
         return list(manifest.layers)
     there = {record.index for record in manifest.layers}

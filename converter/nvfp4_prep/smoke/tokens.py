@@ -21,7 +21,7 @@ _PADDING_SCALE = 0x40
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts the tokens of one case go to.
+    """Routing of one case's tokens to experts.
 
     Attributes:
         name: what is special about it.

@@ -1,4 +1,4 @@
-"""Which MoE backend serves a prepared checkpoint: the one that it was made for, or the other one by an explicit flag.
+"""Choice of the MoE backend for a prepared checkpoint: its own, or the other one by an explicit flag.
 
 vLLM 0.33 reads no environment variable for the NVFP4 MoE backend; ``--moe-backend`` is the only choice there is.
 Backends that want weights in another form (CUTLASS, Marlin, b12x …) are refused: restoring the source's order and

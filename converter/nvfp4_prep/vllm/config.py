@@ -106,7 +106,7 @@ PREPARED_CONFIGS: dict[str, type[WithPreparedExperts]] = {
 
 
 class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
-    """What stands behind the name in the stamp: it only finds the source's method."""
+    """Quantization config behind the name in the stamp; it only finds the source's method."""
 
     @classmethod
     def override_quantization_method(
@@ -128,7 +128,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """As ModelOpt NVFP4."""
+        """Return the dtypes of ModelOpt NVFP4."""
         return [torch.bfloat16, torch.half]
 
     @classmethod
@@ -138,7 +138,7 @@ class Nvfp4PrepConfig(QuantizationConfig):  # type: ignore[misc]
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: the stamp is in config.json."""
+        """Return no names: the stamp is in config.json."""
         return []
 
     @classmethod

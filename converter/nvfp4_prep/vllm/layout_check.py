@@ -1,4 +1,4 @@
-"""Which layout the installed vLLM prepares: its own code, run on small fixed layers, against ours.
+"""Check of the layout that the installed vLLM prepares: its own code, run on small fixed layers, against ours.
 
 A kernel that reads other bytes than the file holds gives garbage and no error. So before the first prepared layer is
 created, the installed vLLM prepares the fingerprint's layer and a smaller one that needs padding, and the results must

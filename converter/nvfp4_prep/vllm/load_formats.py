@@ -22,7 +22,7 @@ _PEER_TO_PEER = ("modelexpress", "mx")
 
 
 class Completeness(enum.Enum):
-    """What ``process_weights_after_loading`` demands of a prepared layer."""
+    """Condition that ``process_weights_after_loading`` demands of a prepared layer."""
 
     ALL = "all"
     """Every tensor arrived."""

@@ -198,7 +198,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         )
 
     def _relayout(self, placement: Placement) -> RelayoutAtLoad | None:
-        """What is to be done to the loaded weights: nothing, unless the kernel reads another layout than the file's."""
+        """Return the relayout of the loaded weights; none unless the kernel reads another layout than the file's."""
         stored, moe = placement.layout, placement.dims
         padded = (stored.padded_hidden(moe.hidden), stored.padded_intermediate(moe.intermediate))
         wanted = check_installed_layout(

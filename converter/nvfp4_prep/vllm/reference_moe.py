@@ -147,11 +147,11 @@ class ReferenceExperts(FlashInferCuteDSLExperts):  # type: ignore[misc]
         return True
 
     def workspace_shapes(self, M: int, *_: Any, **__: Any) -> tuple[tuple[int, ...], ...]:
-        """No workspace, and the output."""
+        """Return no workspace, and the shape of the output."""
         return (0,), (0,), (M, self.hidden_dim)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """As vLLM's, and remember the layout of the loaded bytes."""
+        """Process as vLLM does, and remember the layout of the loaded bytes."""
         super().process_weights_after_loading(layer)
         method: Any = layer.quant_method
         layout = method.stamp.moe_layout(gated=method.moe.is_act_and_mul)

@@ -1,4 +1,4 @@
-"""What is registered in a vLLM that the plugin was not tested with: a clear message for prepared checkpoints alone."""
+"""Refusal for a vLLM that the plugin was not tested with: a clear message, for prepared checkpoints alone."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _WITHOUT_TAGS = (0, 1)
 
 
 class Support(enum.Enum):
-    """How the plugin treats a version of vLLM."""
+    """Treatment of a version of vLLM by the plugin."""
 
     TESTED = "tested"
     UNTESTED = "untested"

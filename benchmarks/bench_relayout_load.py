@@ -22,7 +22,7 @@ from load_sides import LAYOUT, Parameters
 from measuring import Side, compare
 
 from nvfp4_prep.load import ExpertLoader, LoadReport
-from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
+from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.triton_prepare import prepare, unprepare
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
+from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +58,7 @@ def test_any_rank_from_any_layout(source: str, target: str, dims: MoeDims, moe_t
         layer, expected = loaded(old, dims, rank, size), loaded(new, dims, rank, size)
         places = {name: param.data_ptr() for name, param in layer.named_parameters()}
         conversion = RelayoutAtLoad.of_share(old, new, dims, size)
-        conversion.check("layer")
+        conversion.check("layer", "--moe-backend")
         conversion.convert(layer)
         for name, param in layer.named_parameters():
             assert param.data_ptr() == places[name]
@@ -70,7 +70,7 @@ def test_any_rank_from_any_layout(source: str, target: str, dims: MoeDims, moe_t
 def test_what_the_batched_kernel_does_not_take_is_refused(dims: MoeDims) -> None:
     conversion = RelayoutAtLoad.of_share(KINDS["trtllm"](True, 1), KINDS["batched"](True, 1), dims, 1)
     with pytest.raises(ServingError, match="cannot be rearranged"):
-        conversion.check("layer")
+        conversion.check("layer", "--moe-backend")
 
 
 def test_experts_without_gate() -> None:

@@ -17,6 +17,7 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.serving.placement import Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
+from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
@@ -24,7 +25,6 @@ from nvfp4_prep.vllm.compat import activation_override
 from nvfp4_prep.vllm.layout_check import check_installed_layout
 from nvfp4_prep.vllm.load_formats import Completeness, check_load_format, publish_kernel_scales
 from nvfp4_prep.vllm.proof import prove_untested_version
-from nvfp4_prep.vllm.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
 from nvfp4_prep.vllm.weight_loaders import load_into
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeDims, MoeLayout
@@ -209,7 +209,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         if self._same_kernel(stored, wanted):
             self._check_block_heights(stored, wanted)
         relayout = RelayoutAtLoad.of_share(stored, wanted, moe, placement.tp_size)
-        relayout.check(self.layer_name)
+        relayout.check(self.layer_name, "--moe-backend")
         if not self._same_kernel(stored, wanted):
             logger.warning_once(
                 "The checkpoint was prepared for another kernel (%s): its weights are rearranged on the device for %s"

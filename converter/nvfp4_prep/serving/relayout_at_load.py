@@ -40,8 +40,13 @@ class RelayoutAtLoad:
         share = MoeDims(dims.experts, dims.intermediate // tp_size, dims.hidden)
         return cls(source.for_moe_tp(1), target.for_moe_tp(1), share)
 
-    def check(self, where: str) -> None:
-        """Raise :class:`ServingError` unless both layouts hold the share in the same sizes."""
+    def check(self, where: str, flag: str) -> None:
+        """Raise :class:`ServingError` unless both layouts hold the share in the same sizes.
+
+        Args:
+            where: the layer's name.
+            flag: the server's option for the kernel.
+        """
         try:
             self.target.check(self.dims)
             problem = "the two kernels pad these sizes differently"
@@ -56,7 +61,7 @@ class RelayoutAtLoad:
         raise ServingError(
             f"weights prepared for one kernel cannot be rearranged for the other while they load: {problem}",
             where=where,
-            next_step="Leave --moe-backend out, or write a checkpoint for that kernel with `nvfp4-prep relayout`.",
+            next_step=f"Leave {flag} out, or write a checkpoint for that kernel with `nvfp4-prep relayout`.",
         )
 
     def convert(self, layer: torch.nn.Module) -> None:

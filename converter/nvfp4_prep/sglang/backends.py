@@ -14,6 +14,7 @@ __all__ = ["backend_of", "choose_backend", "wanted_layout"]
 
 _TRTLLM = ("flashinfer_trtllm", "flashinfer_trtllm_routed")
 _CUTEDSL = "flashinfer_cutedsl"
+_EVERY_START = f", or give --moe-runner-backend {_CUTEDSL} to rearrange the weights at every start."
 _CHOICES = f"{_CUTEDSL}, {' or '.join(_TRTLLM)}"
 
 
@@ -50,10 +51,14 @@ def choose_backend(server_args: Any) -> None:
 def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
     """Return the layout that this process's backend reads.
 
+    Between the batched layout and the others every expert is prepared anew, so that is done only if the backend was
+    asked for.
+
     Raises:
         ServingError: if the backend reads no layout that the file can be brought into.
     """
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend, is_flashinfer_cutedsl_v1_path
+    from sglang.srt.runtime_context import get_server_args
 
     backend = get_moe_runner_backend()
     if get_moe_a2a_backend().is_megamoe():
@@ -62,7 +67,7 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
     masked = is_flashinfer_cutedsl_v1_path()
     if not trtllm and not backend.is_flashinfer_cutedsl():
         raise _other_backend(backend.value, where)
-    if masked == stamp.batched:
+    if masked == stamp.batched or (gated and get_server_args().moe_runner_backend != "auto"):
         if masked:
             return MoeLayout.cutedsl_batched(moe_tp=stamp.moe_tp)
         make = MoeLayout.trtllm if trtllm else MoeLayout.cutedsl
@@ -74,9 +79,10 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
         where=where,
         next_step=(
             "Serve with --moe-a2a-backend deepep and --moe-runner-backend flashinfer_cutedsl, or convert the source"
-            " again with --layout cutedsl."
+            f" again with --layout cutedsl{_EVERY_START}"
             if stamp.batched
-            else "Leave --moe-a2a-backend deepep out, or convert the source again with --layout cutedsl-batched."
+            else "Leave --moe-a2a-backend deepep out, or convert the source again with --layout cutedsl-batched"
+            f"{_EVERY_START}"
         ),
     )
 

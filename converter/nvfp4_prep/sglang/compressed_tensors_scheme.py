@@ -9,12 +9,13 @@ from sglang.srt.layers.quantization.compressed_tensors.schemes import Compressed
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.serving.placement import STORED_TENSORS
+from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
 from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, placement_of
 from nvfp4_prep.sglang.methods import finish
-from nvfp4_prep.sglang.relayout import bring_into
+from nvfp4_prep.sglang.relayout import bring_into, relayout_of
 
 __all__ = ["PreparedScheme"]
 
@@ -39,6 +40,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         self.stamp = stamp
         self.layer_name = layer_name
         self.target = wanted_layout(stamp, gated=True, where=layer_name)
+        self.relayout: RelayoutAtLoad | None = None
 
     def create_weights(
         self,
@@ -64,6 +66,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         placement = placement_of(layer, self.stamp, self.layer_name, hidden_size, intermediate_size_per_partition)
         placement.check()
         check_padding(placement, self.target, trtllm=False)  # this scheme pads nothing
+        self.relayout = relayout_of(placement, self.target)
         layer.params_dtype = params_dtype
         layer.intermediate_size_per_partition = intermediate_size_per_partition
         layer.nvfp4_prep = LayerWeights(placement, layer)
@@ -82,7 +85,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         weights: LayerWeights = layer.nvfp4_prep
         finish(weights)
         weights.check_scales(two=False)
-        bring_into(layer, weights.placement.layout, self.target)
+        bring_into(layer, self.relayout)
         gate = layer.w13_weight_scale_2[:, 0].contiguous()
         w13_input, w2_input = layer.w13_input_scale.max(), layer.w2_input_scale.max()
         local = gate.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,10 @@ from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
 from nvfp4_prep.serving.placement import STORED_TENSORS, Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.stamped import Stamp
-from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
-__all__ = ["LayerWeights", "big_tensors", "check_padding", "placement_of"]
+__all__ = ["LayerWeights", "check_padding", "placement_of", "set_loader"]
 
 _INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
 _W13_SCALE = "w13_weight_scale_2"
@@ -72,8 +73,7 @@ class LayerWeights(PreparedWeights):
                 shape = self.placement.local_shape(name)
                 if tuple(param.shape) != shape:
                     param.data = torch.empty(shape, dtype=param.dtype, device=param.device)
-            # SGLang's own parameter classes have weight_loader as a property of this attribute.
-            setattr(param, "_weight_loader" if hasattr(param, "_weight_loader") else "weight_loader", self.loader(name))
+            set_loader(param, self.loader(name))
         if self.placement.layout.takes_two_w13_scales:
             up = torch.nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
             up.weight_loader = self.loader(UP_SCALE_VECTOR)  # type: ignore[attr-defined]
@@ -94,6 +94,11 @@ class LayerWeights(PreparedWeights):
                 next_step="Serve with --moe-runner-backend flashinfer_trtllm, or convert the source again with"
                 " --layout cutedsl.",
             )
+
+
+def set_loader(param: torch.nn.Parameter, loader: Callable[..., None]) -> None:
+    """Give a parameter this loader; SGLang's own parameter classes have weight_loader as a property of another name."""
+    setattr(param, "_weight_loader" if hasattr(param, "_weight_loader") else "weight_loader", loader)
 
 
 def placement_of(layer: Any, stamp: Stamp, name: str, hidden: int, intermediate_per_rank: int) -> Placement:
@@ -141,11 +146,6 @@ def check_padding(placement: Placement, target: MoeLayout, *, trtllm: bool) -> N
         if not can_drop_hidden_padding(dims.hidden)
         else "Serve with --moe-runner-backend flashinfer_trtllm, which pads the intermediate size as the file does.",
     )
-
-
-def big_tensors(layer: Any) -> list[tuple[PreparedTensor, torch.Tensor]]:
-    """Return the four big parameters of a layer as bytes."""
-    return [(tensor, getattr(layer, tensor.value).data.view(torch.uint8)) for tensor in PreparedTensor]
 
 
 def _metadata(layer: Any) -> Any:

@@ -14,13 +14,13 @@ from sglang.srt.layers.quantization import modelopt_quant, utils
 from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, ModelOptNvFp4FusedMoEMethod
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
 from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, placement_of
 from nvfp4_prep.sglang.methods import finish
-from nvfp4_prep.sglang.relayout import bring_into
-from nvfp4_prep_kernels import MoeLayout
+from nvfp4_prep.sglang.relayout import bring_into, relayout_of
 
 __all__ = ["PreparedModelOptMethod"]
 
@@ -32,7 +32,7 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
         super().__init__(quant_config)
         self.stamp = stamp
         self.layer_name = layer_name
-        self.target: MoeLayout | None = None
+        self.relayout: RelayoutAtLoad | None = None
 
     def create_weights(
         self,
@@ -45,12 +45,13 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
     ) -> None:
         """Register the parameters in the sizes that the kernel reads, with loaders of their own."""
         gated = bool(layer.moe_runner_config.is_gated)
-        self.target = wanted_layout(self.stamp, gated=gated, where=self.layer_name)
+        target = wanted_layout(self.stamp, gated=gated, where=self.layer_name)
         self.stamp.check_fingerprint(gated=gated)
-        check_installed_layout(self.target)
+        check_installed_layout(target)
         placement = placement_of(layer, self.stamp, self.layer_name, hidden_size, intermediate_size_per_partition)
         placement.check()
-        check_padding(placement, self.target, trtllm=self.enable_flashinfer_trtllm_moe)
+        check_padding(placement, target, trtllm=self.enable_flashinfer_trtllm_moe)
+        self.relayout = relayout_of(placement, target)
         self._check_options(layer, hidden_size)
         with _prepared_already():
             super().create_weights(
@@ -61,13 +62,11 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every tensor arrived and let SGLang derive its scales; rows move only for another backend."""
-        if self.target is None:
-            raise RuntimeError("create_weights was not called")
         weights: LayerWeights = layer.nvfp4_prep
         finish(weights)
         weights.check_scales(two=self.enable_flashinfer_trtllm_moe)
         self._check_clamp(layer)
-        bring_into(layer, weights.placement.layout, self.target)
+        bring_into(layer, self.relayout)
         with _prepared_already():
             super().process_weights_after_loading(layer)
 

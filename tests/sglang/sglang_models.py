@@ -12,10 +12,10 @@ import torch
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeDims
-from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.families import COMPRESSED, FAMILIES, MTP
 from support.serving.tiny_models import TinyModel
 
-__all__ = ["COMPRESSED_QWEN", "MODELS", "Checkpoints", "Model", "dims_of"]
+__all__ = ["COMPRESSED_MTP", "COMPRESSED_QWEN", "DRAFTED", "MODELS", "Checkpoints", "Model", "dims_of"]
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,55 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+_KIMI = FAMILIES["kimi_k25"]
+KIMI_K25 = model(
+    _KIMI,
+    config={
+        **_KIMI.config,
+        "text_config": {**_KIMI.config["text_config"], "rope_scaling": _YARN},
+        # as in the real config.json: SGLang's projector reads both
+        "vision_config": {**_KIMI.config["vision_config"], "vt_hidden_size": 64, "text_hidden_size": 256},
+    },
+    others={
+        **_KIMI.others,
+        "vision_tower.encoder.final_layernorm.weight": (64,),
+        "mm_projector.pre_norm.weight": (64,),
+        "mm_projector.proj.0.weight": (256, 256),
+    },
+)
 MODELS = {
     # SGLang's MLA on a CPU wants scaled positions, as real checkpoints of this family have them.
     "deepseek_v3": model(DEEPSEEK, config={**DEEPSEEK.config, "rope_scaling": _YARN}),
     **{name: model(FAMILIES[name]) for name in ("qwen3_moe", "mixtral", "glm4_moe", "minimax_m2", "nemotron_h")},
+    "kimi_k25": KIMI_K25,
     # SGLang's loader of stacked Llama-4 experts does not know NVFP4's scales: the same weights, one by one.
     "llama4": model(FAMILIES["llama4"], stacked=False, one_scalar=True),
 }
 COMPRESSED_QWEN = model(COMPRESSED)
+DRAFTED = {
+    "deepseek_v3": model(MTP, config={**MTP.config, "rope_scaling": _YARN}),
+    "glm4_moe": model(
+        FAMILIES["glm4_moe"],
+        family="glm4_moe_mtp",
+        config={**FAMILIES["glm4_moe"].config, "num_nextn_predict_layers": 1},
+        layers=MTP.layers,
+        others={
+            **FAMILIES["glm4_moe"].others,
+            **{k: v for k, v in MTP.others.items() if k.startswith("model.layers.3.")},
+        },
+        ignore=MTP.ignore,
+    ),
+}
+"""Models with a layer for multi-token prediction, all experts in NVFP4."""
+COMPRESSED_MTP = replace(
+    DRAFTED["deepseek_v3"],
+    quant="compressed-tensors",
+    ignore=(
+        "lm_head",
+        *(f"re:.*{part}.*" for part in ("self_attn", "layers.0", "shared_experts", "eh_proj", "shared_head")),
+        "re:.*mlp.gate$",
+    ),
+)
 
 
 @dataclass

@@ -27,7 +27,7 @@ def bring_up() -> None:
 
     Replaced: the answers about the platform (sm_100), ``Tensor.cuda`` (identity: SGLang's swizzle of linear layers ends
     in it), FlashInfer's CUDA function ``nvfp4_block_scale_interleave`` (written out below), and modules that are not
-    installed (IPython, torchvision, gguf, vLLM's rotary embedding), by empty ones.
+    installed (IPython, torchvision, gguf, soundfile, vLLM's rotary embedding), by empty ones.
     """
     from transformers.utils import import_utils
 
@@ -57,10 +57,12 @@ def interleave_block_scales(scales: torch.Tensor) -> torch.Tensor:
 class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Modules that SGLang imports and that loading does not need, empty; last in the path, so real ones win."""
 
-    roots = ("IPython", "torchvision", "gguf", "vllm")
+    roots = ("IPython", "torchvision", "gguf", "soundfile", "vllm")
+    vllm = ("vllm", "vllm._custom_ops")  # of its other modules SGLang asks whether they are there
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in self.roots:
+        root = name.partition(".")[0]
+        if root not in self.roots or (root == "vllm" and name not in self.vllm):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -133,8 +135,13 @@ def meeting_point() -> str:
     return tempfile.mktemp(prefix="nvfp4-prep-ranks-")
 
 
-def load_model(args: Any, **load: Any) -> Any:
-    """SGLang's own loader from files on disk: construction, load_weights, process_weights_after_loading."""
+def load_model(args: Any, *, draft: bool = False, **load: Any) -> Any:
+    """SGLang's own loader from files on disk: construction, load_weights, process_weights_after_loading.
+
+    Args:
+        draft: the checkpoint's own draft model instead, as speculative decoding loads it.
+        load: LoadConfig fields.
+    """
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -145,7 +152,7 @@ def load_model(args: Any, **load: Any) -> Any:
     from sglang.srt.model_loader.loader import get_model_loader
     from sglang.srt.runtime_context import get_parallel
 
-    model_config = ModelConfig.from_server_args(args)
+    model_config = ModelConfig.from_server_args(args, model_path=args.model_path, is_draft_model=draft)
     locations = compute_initial_expert_location_metadata(model_config, moe_ep_rank=get_parallel().moe_ep_rank)
     set_global_expert_location_metadata(locations, allow_overwrite=True)  # as its model runner does
     loader = get_model_loader(LoadConfig(**load), model_config)

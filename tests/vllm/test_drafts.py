@@ -10,27 +10,11 @@ from typing import Any
 import pytest
 
 from support.serving.compare import Counts, counting
-from support.serving.families import COMPRESSED, FAMILIES
+from support.serving.families import COMPRESSED, MTP
 from support.serving.results import Checkpoints
 from support.serving.states import differences, experts_state
 from support.serving.vllm_on_cpu import load_model, make_vllm_config, rank_of, routed_experts
 
-DEEPSEEK = FAMILIES["deepseek_v3"]
-MTP = replace(
-    DEEPSEEK,
-    family="deepseek_v3_mtp",
-    config={**DEEPSEEK.config, "num_nextn_predict_layers": 1},
-    layers=(1, 2, 3),
-    others={
-        **DEEPSEEK.others,
-        "model.layers.3.enorm.weight": ("H",),
-        "model.layers.3.hnorm.weight": ("H",),
-        "model.layers.3.embed_tokens.weight": (64, "H"),
-        "model.layers.3.shared_head.norm.weight": ("H",),
-        "model.layers.3.shared_head.head.weight": (64, "H"),
-    },
-    ignore=(*DEEPSEEK.ignore, "*eh_proj*", "*shared_head*", "*.head"),
-)
 pytestmark = pytest.mark.usefixtures("plugin")
 
 

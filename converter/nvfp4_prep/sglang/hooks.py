@@ -97,6 +97,14 @@ def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return check_model(original(*args, **kwargs), kwargs["model_config"])
 
 
+def all_weights(original: Callable[..., Any], loader: Any, model_config: Any, model: Any, **kwargs: Any) -> Any:
+    """Have layers that SGLang does not hold in NVFP4 refuse prepared tensors, before any is read."""
+    from nvfp4_prep.sglang.methods import guard_stock_layers
+
+    guard_stock_layers(model, model_config)
+    return original(loader, model_config, model, **kwargs)
+
+
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _LOADER = "sglang.srt.model_loader.loader"
 _CONFIGS = (
@@ -111,6 +119,8 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     ("sglang.srt.model_loader.weight_utils.get_quant_config", get_quant_config, "AFTER"),
     (f"{_LOADER}.DefaultModelLoader._get_weights_iterator", rename, "AROUND"),
     (f"{_LOADER}.RunaiModelStreamerLoader._get_weights_iterator", rename, "AROUND"),
+    (f"{_LOADER}.DefaultModelLoader._get_all_weights", all_weights, "AROUND"),
+    (f"{_LOADER}.RunaiModelStreamerLoader._get_all_weights", all_weights, "AROUND"),
     (f"{_LOADER}.DefaultModelLoader.load_model", load_model, "AROUND"),
     (f"{_LOADER}.RunaiModelStreamerLoader.load_model", load_model, "AROUND"),
     (f"{_LOADER}.DummyModelLoader.load_model", dummy_load, "AROUND"),

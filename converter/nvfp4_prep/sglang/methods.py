@@ -11,7 +11,15 @@ from nvfp4_prep.errors import ServingError
 from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
-__all__ = ["check_model", "check_stamp_was_taken", "config_with_stamp", "dummy_weights", "finish", "prepared_method"]
+__all__ = [
+    "check_model",
+    "check_stamp_was_taken",
+    "config_with_stamp",
+    "dummy_weights",
+    "finish",
+    "guard_stock_layers",
+    "prepared_method",
+]
 
 _STAMP = "nvfp4_prep_stamp"
 _dummy: contextvars.ContextVar[bool] = contextvars.ContextVar("nvfp4_prep_dummy_weights", default=False)
@@ -60,6 +68,37 @@ def prepared_method(method: Any, config: Any, layer: Any, *args: Any, **kwargs: 
 
         layer.scheme = PreparedScheme(stamp, prefix)
     return method
+
+
+def guard_stock_layers(model: Any, model_config: Any) -> None:
+    """Have the stock expert layers of a stamped checkpoint's model refuse prepared tensors, by name.
+
+    SGLang keeps the experts of most draft models unquantized, whatever the checkpoint says. Original tensors, which
+    are loaded with the number of their expert, pass.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    from nvfp4_prep.sglang.layer_weights import set_loader
+
+    if adopted_stamp(model_config.hf_config) is None:
+        return
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, FusedMoE) and not hasattr(layer, "nvfp4_prep"):
+            for name, param in layer.named_parameters():
+                set_loader(param, _only_originals(param.weight_loader, f"{layer_name}.{name}"))
+
+
+def _only_originals(loader: Callable[..., Any], where: str) -> Callable[..., Any]:
+    def weight_loader(param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return loader(param, loaded_weight, *args, **kwargs)
+        raise ServingError(
+            "prepared experts came for a layer that SGLang's model class does not hold in NVFP4",
+            where=where,
+            next_step="Leave speculative decoding with this checkpoint's own draft layer out, or serve with vLLM.",
+        )
+
+    return weight_loader
 
 
 def check_model(model: Any, model_config: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from support.serving.tiny_models import TinyModel
 
-__all__ = ["COMPRESSED", "FAMILIES"]
+__all__ = ["COMPRESSED", "FAMILIES", "MTP"]
 
 VOCAB = 64
 
@@ -289,3 +289,20 @@ FAMILIES = {
 
 COMPRESSED = replace(QWEN3_MOE, quant="compressed-tensors", ignore=("lm_head", "re:.*self_attn.*", "re:.*mlp.gate$"))
 """Qwen3-MoE as llm-compressor writes it."""
+
+MTP = replace(
+    DEEPSEEK_V3,
+    family="deepseek_v3_mtp",
+    config={**_DEEPSEEK, "num_nextn_predict_layers": 1},
+    layers=(1, 2, 3),
+    others={
+        **DEEPSEEK_V3.others,
+        "model.layers.3.enorm.weight": ("H",),
+        "model.layers.3.hnorm.weight": ("H",),
+        "model.layers.3.embed_tokens.weight": (VOCAB, "H"),
+        "model.layers.3.shared_head.norm.weight": ("H",),
+        "model.layers.3.shared_head.head.weight": (VOCAB, "H"),
+    },
+    ignore=(*DEEPSEEK_V3.ignore, "*eh_proj*", "*shared_head*", "*.head"),
+)
+"""DeepSeek-V3 with a layer for multi-token prediction, whose experts are in NVFP4, too."""

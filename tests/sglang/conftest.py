@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Any]:
-    """Two processes with the plugin; started when a test needs them."""
+def ranks_of() -> Iterator[Callable[[int], Any]]:
+    """As many processes with the plugin as are asked for; started when a test needs them."""
     from sglang_ranks import Ranks
 
-    processes = Ranks()
-    yield processes
-    processes.close()
+    started: dict[int, Any] = {}
+
+    def get(world: int) -> Any:
+        if world not in started:
+            started[world] = Ranks(world)
+        return started[world]
+
+    yield get
+    for processes in started.values():
+        processes.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(ranks_of: Callable[[int], Any]) -> Any:
+    """Two processes with the plugin."""
+    return ranks_of(2)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of models and configurations, and the refusals with their messages."""
     if not HAVE_SGLANG:
         return
-    from sglang_results import REFUSALS, TABLE, table_lines
+    from sglang_results import REFUSALS, SERVERS, TABLE, table_lines
 
     if TABLE:
         terminalreporter.section("prepared against source, through SGLang's own code")
@@ -68,5 +81,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("refusals")
         for what, message in REFUSALS:
             terminalreporter.write_line(f"{what}: {message}")
+    if SERVERS:
+        terminalreporter.section("server processes")
+        for what, result in SERVERS:
+            terminalreporter.write_line(f"{what}: {result}")
     if path := os.environ.get("NVFP4_PREP_SGLANG_RESULTS"):
-        Path(path).write_text(json.dumps({"table": TABLE, "refusals": REFUSALS}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"table": TABLE, "refusals": REFUSALS, "servers": SERVERS}, indent=1) + "\n")

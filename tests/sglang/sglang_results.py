@@ -8,6 +8,8 @@ TABLE: list[dict[str, Any]] = []
 """Rows of test_sglang_models.py."""
 REFUSALS: list[tuple[str, str]] = []
 """What was refused, and the message."""
+SERVERS: list[tuple[str, str]] = []
+"""Server processes, and what became of them."""
 
 
 def table_lines() -> list[str]:

@@ -1,17 +1,10 @@
-"""Load formats, dummy weights, reloads, the batched layout, and stock SGLang without the plugin."""
+"""Load formats, dummy weights, and reloads."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tomllib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +14,6 @@ from sglang_on_cpu import load_model, make_server_args, rank_of
 from sglang_ranks import Ranks
 from sglang_states import differences, expert_layers, experts_state, storage_of
 
-from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 CUTEDSL, TRTLLM = "flashinfer_cutedsl", "flashinfer_trtllm"
@@ -171,23 +163,6 @@ def test_reload_twice(checkpoints: Checkpoints, backend: str, trtllm: bool) -> N
         assert differences(first, experts_state(model)) == []
 
 
-def test_batched_layout_for_deepep(checkpoints: Checkpoints) -> None:
-    """The masked kernel of DeepEP low latency; DeepEP itself is not installed, its dispatcher is a stand-in.
-
-    The kernel takes an input scale for each expert's down projection; a prepared checkpoint has the layer's maximum.
-    """
-    from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
-
-    model = replace(QWEN, one_input_scale=True)
-    source, prepared = checkpoints.get(model, ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
-    options = {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"}
-    dispatcher = SimpleNamespace(set_quant_config=lambda config: None)
-    with mock.patch.object(fused_moe, "MaybeTboDeepEPDispatcher", lambda **_: dispatcher):
-        outcome = run(Job(str(source), str(prepared), CUTEDSL, options=options))
-    assert (outcome.unsupported, outcome.differences) == (None, [])
-    assert outcome.prepared.calls == 16
-
-
 def test_redundant_experts_move_in_place(checkpoints: Checkpoints) -> None:
     """The parameters that EPLB moves are SGLang's own set, expert by expert."""
     states = []
@@ -201,68 +176,3 @@ def test_redundant_experts_move_in_place(checkpoints: Checkpoints) -> None:
             }
             states.append(names)
     assert states[0] == states[1]
-
-
-LAUNCH = """
-import sys; sys.path[:0] = sys.argv[2:]
-from sglang_on_cpu import bring_up
-from sglang_ranks import Ranks
-bring_up()
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-arguments = ["--model-path", sys.argv[1], "--device", "cpu", "--skip-tokenizer-init", "--load-format", "nvfp4_prep"]
-args = prepare_server_args(arguments)
-args.resolve_once()
-from sglang.srt.arg_groups.model_override_base import resolving_view
-view = resolving_view(args)
-print("RESOLVED", view.moe_runner_backend, view.quantization, view.load_format)
-"""
-
-
-@pytest.fixture
-def launch(checkpoints: Checkpoints, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """A process that does what `sglang.launch_server` does first: plugins by entry point, command line, resolution.
-
-    The entry point is that of pyproject.toml, in a distribution made for this test: the tree need not be installed.
-    """
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    points = project["entry-points"]["sglang.srt.plugins"]
-    installed = tmp_path / "nvfp4_prep_under_test-1.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: nvfp4-prep-under-test\nVersion: 1\n")
-    lines = ["[sglang.srt.plugins]", *(f"{name} = {value}" for name, value in points.items())]
-    (installed / "entry_points.txt").write_text("\n".join(lines))
-
-    def run_it(**environment: str) -> subprocess.CompletedProcess[str]:
-        _, prepared = checkpoints.get(QWEN, trtllm=True)
-        command = [sys.executable, "-W", "ignore", "-c", LAUNCH, str(prepared), str(tmp_path), *sys.path]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
-
-    return run_it
-
-
-def test_launch_with_the_plugin(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = launch()
-    assert "RESOLVED flashinfer_trtllm modelopt_fp4 nvfp4_prep" in done.stdout, done.stderr[-2000:]
-
-
-def test_launch_without_the_plugin(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """SGLANG_PLUGINS leaves it out: then even the load format is unknown."""
-    done = launch(SGLANG_PLUGINS="other")
-    assert done.returncode != 0
-    assert "nvfp4_prep" in done.stderr
-
-
-def test_stock_sglang_refuses_a_prepared_checkpoint(checkpoints: Checkpoints) -> None:
-    """Without the plugin the stamp's method name is unknown: nothing is served."""
-    _, prepared = checkpoints.get(QWEN)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from sglang_on_cpu import bring_up, make_server_args\n"
-        "bring_up()\n"
-        "make_server_args(sys.argv[1], moe_runner_backend='flashinfer_cutedsl')\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(prepared), *sys.path], capture_output=True)
-    assert done.returncode != 0
-    assert b"Unknown quantization method: nvfp4_prep" in done.stderr

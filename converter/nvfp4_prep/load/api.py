@@ -157,8 +157,7 @@ def load_layers(
 ) -> tuple[list[LoadedLayer], LoadReport]:
     """Load one rank's share of several layers with one loader; with a ``group`` together with its other ranks.
 
-    Raises:
-        As :func:`load_layer`.
+    Raises what :func:`load_layer` raises.
     """
     return _load_layers(catalog, layers, share, loader, _together(group, loader))
 

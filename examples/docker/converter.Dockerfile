@@ -1,6 +1,6 @@
 # The converter on a CPU: convert, verify, restore, relayout, push.
 #
-#     docker build -f examples/docker/converter.Dockerfile -t nvfp4-prep:0.1.0 .
+#     docker build -f examples/docker/converter.Dockerfile -t nvfp4-prep:0.2.0 .
 FROM python:3.13-slim
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11"
 # What pyproject.toml requires, without flashinfer-python: nothing here calls a GPU kernel.

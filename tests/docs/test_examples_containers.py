@@ -13,14 +13,14 @@ import click
 import pytest
 import yaml
 
-from nvfp4_prep import errors
+from nvfp4_prep import __version__, errors
 from nvfp4_prep.cli import cli
 from support.command_line import COMMANDS
 from support.paths import ROOT
 
 DOCKER = ROOT / "examples" / "docker"
 MANIFESTS = sorted((ROOT / "examples" / "kubernetes").glob("*.yaml"))
-IMAGE = "nvfp4-prep:0.1.0"
+IMAGE = f"nvfp4-prep:{__version__}"
 
 
 def parse(arguments: list[str]) -> None:

@@ -87,6 +87,60 @@ def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
     assert (out / "config.json").exists() and not (out / ".nvfp4_prep").exists()
 
 
+@pytest.mark.parametrize(
+    "narrower", [SmokePolicy(layers=(2,), sample=1), SmokePolicy(layers=(2,)), SmokePolicy(sample=1)]
+)
+def test_a_wrong_verdict_stays_whatever_a_later_run_looks_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrower: SmokePolicy
+) -> None:
+    """The layer that failed is run again with the experts that failed, also where the new scope leaves them out."""
+    write_sample(tmp_path / "source", SampleModel(layers=3, experts=6))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil=True)
+        with pytest.raises(ConversionInterrupted):
+            convert(tmp_path / "source", out)
+    with pytest.raises(SmokeFailedError):
+        convert(tmp_path / "source", out, smoke=SmokePolicy(layers=(1,), sample=6))
+    with pytest.raises(SmokeFailedError) as failed:
+        convert(tmp_path / "source", out, smoke=narrower)
+    assert 1 in {layer.index for layer in failed.value.report.layers if layer.experts == 6}
+    assert not (out / "config.json").exists()
+
+
+def test_a_verdict_of_an_older_journal_means_everything(source: Path, tmp_path: Path) -> None:
+    scope = smoke_gate.FailedScope.parse({"verdict": "wrong"})
+    assert scope == smoke_gate.FailedScope(None, None)
+    assert smoke_gate.FailedScope.parse({"layers": ["1"], "sample": True}) == scope
+    some = smoke_gate.FailedScope((1, 4), 3)
+    assert smoke_gate.FailedScope.parse({**some.to_json(), "verdict": "wrong"}) == some
+
+
+@pytest.mark.parametrize("what", ["padding", "header", "scalars"])
+def test_damage_is_damage_without_the_source_too(tmp_path: Path, what: str) -> None:
+    """The reference comes from the prepared bytes then: nothing is said of a source."""
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=2, hidden=192, intermediate=96))
+    out = tmp_path / "out"
+    convert(tmp_path / "source", out, smoke=None)
+    path = out / ("source-scales.safetensors" if what == "scalars" else "experts-layer-00001.safetensors")
+    header = read_header(path)
+    with path.open("r+b") as stream:
+        if what == "header":
+            stream.seek(9)
+            stream.write(b"!!!!")
+        elif what == "scalars":
+            stream.seek(header.data_start)
+            stream.write(b"\0\0\xc0\x7f" * ((header.file_nbytes - header.data_start) // 4))
+        else:
+            scales = next(record for record in header.tensors if record.name.endswith(".w2_weight_scale"))
+            stream.seek(scales.offset_bytes)
+            stream.write(b"\x38" * scales.nbytes)
+    with pytest.raises(CheckpointError, match=r"is damaged.*nvfp4-prep verify") as failed:
+        run_smoke(out)
+    assert failed.value.exit_code == 6
+    assert run("verify", out, "--smoke", "-q") == 6
+
+
 def test_no_smoke_finishes_what_waits_for_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -13,8 +13,7 @@ from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._util.system import check_linux
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.preflight import check_place, preflight
-from nvfp4_prep.errors import ResumeConflictError
+from nvfp4_prep.commands.preflight import check_place, judged_wrong, preflight
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
@@ -212,12 +211,8 @@ def execute(
     Raises:
         ResumeConflictError: without a smoke run, where an earlier one found the finished files wrong.
     """
-    if smoke is None and target.judged_wrong:
-        raise ResumeConflictError(
-            "the smoke run of these files failed, and without one nobody would know",
-            where=str(target.path),
-            next_step="Run the same command without --no-smoke, or --restart to convert anew.",
-        )
+    if smoke is None and target.verdicts:
+        raise judged_wrong(target.path)
     written = execution.write(running)
     manifest, report = execution.finish(smoke)
     return ConvertResult.of(made, target.path, manifest, report, run=target, written_nbytes=written)

@@ -24,6 +24,7 @@ from nvfp4_prep.commands.convert import (
 )
 from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.commands.preflight import check_place, preflight
+from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
@@ -37,6 +38,7 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokeFailedError, SmokePolicy
 __all__ = ["PartResult", "convert_part", "join_parts"]
 
 _MADE_ANEW = "The same command runs it again. To convert anew, remove the directory and make its parts again."
+_JUDGED_FIRST = "Run the same command without --no-smoke, or remove the directory and make its parts again."
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ def join_parts(
         execution = Execution(made, opened, place, KeepFiles())
         try:
             return execute(execution, made, place, Running(threads, memory_nbytes, progress), smoke)
-        except SmokeFailedError as error:  # whose advice is --restart, which a join does not have
-            error.next_step = _MADE_ANEW
+        except (SmokeFailedError, ResumeConflictError) as error:  # whose advice is --restart, which a join has not
+            error.next_step = _MADE_ANEW if smoke is not None else _JUDGED_FIRST
             raise
 
 

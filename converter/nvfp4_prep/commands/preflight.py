@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.places import overlaps
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.finished_conversion import find_complete
@@ -21,15 +21,22 @@ from nvfp4_prep.commands.part_checks import (
     finished_entries,
     part_identity,
 )
-from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, TargetError
+from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, ResumeConflictError, TargetError
 from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
 from nvfp4_prep.output.finished_output import remove_finished_work
-from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
+from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines, wrong_verdicts
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, check_space
+from nvfp4_prep.output.target_checks import (
+    PARTS_FOLDER,
+    SOURCE_FOLDER,
+    check_names,
+    check_reachable,
+    check_space,
+    check_writable,
+)
 from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.pipeline.foresight import check_readable
@@ -37,7 +44,16 @@ from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
 
-__all__ = ["Outlook", "TargetState", "check_apart", "check_place", "look_ahead", "preflight"]
+__all__ = [
+    "Outlook",
+    "TargetState",
+    "check_apart",
+    "check_place",
+    "check_reachable",
+    "judged_wrong",
+    "look_ahead",
+    "preflight",
+]
 
 
 class TargetState(enum.StrEnum):
@@ -91,9 +107,10 @@ def check_place(
     """Check what needs no plan, and so comes before one is made; arguments as for :func:`preflight`.
 
     Raises:
-        TargetError: if source and target are not apart.
+        TargetError: if source and target are not apart, or the target cannot be reached.
         ResumeConflictError: if parts work in a target that is to be converted as a whole.
     """
+    check_reachable(target)
     check_apart(source, target)
     if not (restart or join or selection):
         check_not_divided(target)
@@ -108,6 +125,7 @@ def look_ahead(
     selection: LayerSelection | None = None,
     join: bool = False,
     restart: bool = False,
+    smoke: bool = True,
 ) -> Outlook:
     """Check all that must hold before the first byte is written; only look.
 
@@ -119,6 +137,7 @@ def look_ahead(
         selection: for a part: its layers.
         join: whether parts are to be joined.
         restart: whether an unfinished run is to be discarded.
+        smoke: whether the run would end with a smoke run.
     """
     outlook = Outlook(target)
     with outlook.refusing():
@@ -128,6 +147,7 @@ def look_ahead(
         if outlook.complete is not None:
             outlook.state = TargetState.COMPLETE
             return outlook
+        check_writable(target)
         check_readable(plan, source.place())
         folder, identity = target, plan.identity()
         if selection is not None:
@@ -139,6 +159,8 @@ def look_ahead(
                 Target.check_idle(begun)
         joined = _look_at_parts(plan, target) if join else {}
         done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
+        if not smoke and selection is None and not restart:
+            _check_not_judged_wrong(folder)
         if Target.has_journal(folder) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
@@ -186,8 +208,7 @@ def check_apart(source: Source, target: Path) -> None:
     root = getattr(source, "root", None)
     if not isinstance(root, Path):
         return
-    resolved = Path(os.path.realpath(target))
-    if resolved == root or resolved.is_relative_to(root) or root.is_relative_to(resolved):
+    if overlaps(target, root):
         raise TargetError(
             "target and source are the same directory or one lies in the other",
             where=str(target),
@@ -222,6 +243,22 @@ def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
     if not Target.has_journal(target):
         check_whole(plan, entries, target)
     return entries
+
+
+def _check_not_judged_wrong(path: Path) -> None:
+    if Target.has_journal(path):
+        with TargetRoot(path) as root:
+            if wrong_verdicts(read_lines(root)):
+                raise judged_wrong(path)
+
+
+def judged_wrong(path: Path) -> ResumeConflictError:
+    """Return the refusal to finish, without a smoke run, what an earlier one found wrong."""
+    return ResumeConflictError(
+        "the smoke run of these files failed, and without one nobody would know",
+        where=str(path),
+        next_step="Convert with a smoke run, which --no-smoke and --stream-out leave out, or anew by --restart.",
+    )
 
 
 def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:

@@ -10,7 +10,7 @@ from nvfp4_prep._util.arguments import SOURCE, checked, instance, optional
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert import open_source
 from nvfp4_prep.commands.convert_request import ConvertRequest
-from nvfp4_prep.commands.preflight import Outlook, look_ahead
+from nvfp4_prep.commands.preflight import Outlook, TargetState, look_ahead
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
 from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
 from nvfp4_prep.planning.builder import make_plan
@@ -65,8 +65,10 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
             selection=request.selection,
             join=request.join,
             restart=request.restart,
+            smoke=request.smoke and not request.stream_out,
         )
-        speed = estimate_speed(plan, opened, planning_s)
+        runs = outlook.state in (TargetState.NEW, TargetState.CONTINUES)
+        speed = estimate_speed(plan, opened, planning_s) if runs else None
     finally:
         opened.close()
     return Preview(plan, room, outlook, speed)

@@ -19,7 +19,7 @@ from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["check_identity", "finished_files", "named_files", "read_lines"]
+__all__ = ["check_identity", "finished_files", "named_files", "read_lines", "wrong_verdict", "wrong_verdicts"]
 
 _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
@@ -140,3 +140,13 @@ def _same(old: object, new: object) -> bool:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def wrong_verdict(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line which says that the finished files were found wrong, and where."""
+    return {**scope, "verdict": "wrong"}
+
+
+def wrong_verdicts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of :func:`wrong_verdict`."""
+    return [dict(line) for line in lines if line.get("verdict") == "wrong"]

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from nvfp4_prep._util.places import overlaps
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, WORK_FOLDER
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.output.exclusive_rename import rename_new
@@ -45,7 +46,7 @@ def _check_path(path: Path, directories: Iterable[str | Path | None]) -> None:
     if _is_checkpoint(path.parent):
         raise _refused(path, "lies in a checkpoint, to which nothing is added")
     for directory in directories:
-        if directory is not None and _overlaps(path, Path(directory)):
+        if directory is not None and overlaps(path, Path(directory)):
             raise _refused(path, f"is part of {directory}, to which nothing is added")
     if not _is_free(path) and not _is_report(path):
         raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
@@ -131,17 +132,6 @@ def _is_report(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return head.startswith(_BEGINNING) and (REPORT_MARKER.encode() in head or head.startswith(_OLDER_BEGINNING))
-
-
-def _overlaps(path: Path, directory: Path) -> bool:
-    """Return whether a path is or lies in a directory, or would be above it, by name or through links and mounts."""
-    place, root = path.parent.resolve() / path.name, directory.resolve()
-    if place.is_relative_to(root) or root.is_relative_to(place):
-        return True
-    with contextlib.suppress(OSError):
-        known = directory.stat()
-        return any(os.path.samestat(known, folder.stat()) for folder in place.parents)
-    return False
 
 
 def _refused(path: Path, what: str) -> UsageError:

@@ -20,7 +20,14 @@ from typing import Any, Self
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, translate_os_error
-from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines
+from nvfp4_prep.output.journal import (
+    check_identity,
+    finished_files,
+    named_files,
+    read_lines,
+    wrong_verdict,
+    wrong_verdicts,
+)
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.journal_file import JOURNAL_PATH, JournalFile
 from nvfp4_prep.output.target_checks import (
@@ -48,7 +55,7 @@ class Target:
         work: its ``.nvfp4_prep`` folder.
         done: journal entries of finished files by name.
         resumed: whether an earlier run's work was found.
-        judged_wrong: whether an earlier run found the finished files wrong, by :meth:`note_wrong`.
+        verdicts: what :meth:`note_wrong` was told, in this run and earlier ones.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class Target:
         self.path = path
         self.work = path / WORK_FOLDER
         self.done: dict[str, JournalEntry] = {}
-        self.judged_wrong = False
+        self.verdicts: list[dict[str, Any]] = []
         self._identity = json.loads(json.dumps(identity))
         self._elsewhere = elsewhere
         self._need_sha256 = need_sha256
@@ -174,7 +181,7 @@ class Target:
                 return False
             check_identity(self.path, lines[0].get("identity"), self._identity)
             self._journal.repair_tail()
-            self.judged_wrong = any(line.get("verdict") == "wrong" for line in lines)
+            self.verdicts = wrong_verdicts(lines)
             self.done = finished_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256)
             for name in named_files(lines):
                 status = self._root.status(name)
@@ -190,10 +197,11 @@ class Target:
         """Append one line to the journal and flush it to disk."""
         self._journal.append(entry, self.done)
 
-    def note_wrong(self) -> None:
-        """Note that the finished files were found wrong, so that no later run passes over that verdict."""
-        self.note({"verdict": "wrong"})
-        self.judged_wrong = True
+    def note_wrong(self, scope: Mapping[str, Any]) -> None:
+        """Note that the finished files were found wrong, and where, so that no later run passes over that verdict."""
+        verdict = wrong_verdict(scope)
+        self.note(verdict)
+        self.verdicts.append(verdict)
 
     def check_names(self, expected: Iterable[str]) -> None:
         """Raise :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""

@@ -20,7 +20,9 @@ __all__ = [
     "SOURCE_FOLDER",
     "check_names",
     "check_ours",
+    "check_reachable",
     "check_space",
+    "check_writable",
     "file_change",
     "foreign_file",
     "has_journal",
@@ -78,6 +80,31 @@ def check_names(path: Path, known: Collection[str]) -> None:
 def foreign_file(path: Path) -> TargetError:
     """Return the error for a file that is not ours."""
     return TargetError("holds a file of something else", where=str(path), next_step="Move it away and run again.")
+
+
+def check_reachable(path: Path) -> None:
+    """Raise :class:`TargetError` if a directory above the path may not be entered; only look."""
+    try:
+        path.lstat()
+    except PermissionError as error:
+        raise _not_writable(path, f"cannot be reached ({error.strerror})") from error
+    except OSError:
+        return  # it is not there, or cannot be: whoever makes it says why
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`TargetError` if nothing may be made in a directory, or where it will be; only look."""
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _not_writable(existing, "cannot be written")
+
+
+def _not_writable(path: Path, what: str) -> TargetError:
+    return TargetError(
+        what,
+        where=str(path),
+        next_step="Check the directory's permissions and the disk, or give another target.",
+    )
 
 
 def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target import Target
@@ -24,7 +25,7 @@ from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.smoke.gate import SmokeFailedError, SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import FailedScope, SmokeFailedError, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
@@ -135,9 +136,13 @@ class Execution:
             if smoke is None:
                 return
             try:
-                reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke))
-            except SmokeFailedError:
-                self._target.note_wrong()
+                due = [FailedScope.parse(verdict) for verdict in self._target.verdicts]
+                reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
+            except SmokeFailedError as error:
+                self._target.note_wrong(FailedScope.of(error.report).to_json())
+                raise
+            except CheckpointError:
+                self._target.note_wrong(FailedScope(None, None).to_json())
                 raise
 
         manifest = write_made_files(self._target, draft_manifest(made, self._results), served, accept)

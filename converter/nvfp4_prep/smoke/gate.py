@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, integer, one_of, optional, sequence
 from nvfp4_prep.checkpoint.local_source import LocalSource
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from nvfp4_prep.smoke import LayerReport, SmokeReport
     from nvfp4_prep_kernels import MoeLayout
 
-__all__ = ["DEFAULT_SMOKE", "LAYER_NUMBERS", "SmokeFailedError", "SmokePolicy", "check_layers", "pass_smoke_run"]
+__all__ = [
+    "DEFAULT_SMOKE",
+    "LAYER_NUMBERS",
+    "FailedScope",
+    "SmokeFailedError",
+    "SmokePolicy",
+    "check_layers",
+    "pass_smoke_run",
+]
 
 LAYER_NUMBERS = sequence(integer(0), "numbers of layers")
 
@@ -100,13 +108,48 @@ class SmokeFailedError(VerificationError):
         )
 
 
+@dataclass(frozen=True)
+class FailedScope:
+    """Layers that a smoke run found wrong: a later one passes only if it runs at least these, with these experts.
+
+    Attributes:
+        layers: their numbers; ``None`` means every layer.
+        sample: how many experts of each were run; ``None`` means all.
+    """
+
+    layers: tuple[int, ...] | None
+    sample: int | None
+
+    @classmethod
+    def of(cls, report: SmokeReport) -> FailedScope:
+        """Return the scope of a report that did not pass."""
+        failed = [layer for layer in report.layers if not layer.passed]
+        whole = any(layer.experts == layer.experts_total for layer in failed)
+        sample = None if whole else max((layer.experts for layer in failed), default=None)
+        return cls(tuple(layer.index for layer in failed) or None, sample)
+
+    @classmethod
+    def parse(cls, verdict: Mapping[str, Any]) -> FailedScope:
+        """Read :meth:`to_json`; what is missing or of another type means everything."""
+        layers, sample = verdict.get("layers"), verdict.get("sample")
+        if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+            return cls(None, None)
+        return cls(tuple(layers), sample if type(sample) is int and sample > 0 else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields for the journal."""
+        return {"layers": None if self.layers is None else list(self.layers), "sample": self.sample}
+
+
 def cpu_layers(numbers: Collection[int]) -> tuple[int, ...]:
     """Return the layers that are run where no GPU is: the first, the last and the one in the middle."""
     there = sorted(numbers)
     return tuple(sorted({there[0], there[(len(there) - 1) // 2], there[-1]}))
 
 
-def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy: SmokePolicy) -> SmokeReport:
+def pass_smoke_run(
+    path: Path, manifest: Manifest, source: Source | None, policy: SmokePolicy, due: Sequence[FailedScope] = ()
+) -> SmokeReport:
     """Run it on a directory that has everything but perhaps ``config.json``.
 
     Args:
@@ -114,26 +157,22 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
         manifest: what it holds.
         source: compared with if its bytes are on this machine; else the prepared tensors are inverted.
         policy: what is run.
+        due: what earlier runs found wrong: run too, whatever the policy says.
 
     Raises:
         SmokeFailedError: if anything is wrong.
         ConversionInterrupted: on Ctrl-C; the run stays due.
     """
     from nvfp4_prep.smoke import run_smoke
-    from nvfp4_prep.smoke.backends import choose_backend
 
-    on_cpu = choose_backend(policy.backend, {layer.layout for layer in manifest.layers}).device.type == "cpu"
-    layers, sample = policy.layers, policy.sample
-    if on_cpu:
-        layers = layers or cpu_layers({record.index for record in manifest.layers})
-        sample = sample or CPU_EXPERTS
+    layers, samples = _scope(manifest, policy, due)
     local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
     try:
         report = run_smoke(
             PreparedCheckpoint(path, in_work=True),
             local,
             layers=layers,
-            sample=sample,
+            sample=samples,
             backend=policy.backend,
             on_layer=policy.on_layer,
         )
@@ -146,3 +185,22 @@ def pass_smoke_run(path: Path, manifest: Manifest, source: Source | None, policy
     if not report.passed:
         raise SmokeFailedError(path, report, manifest)
     return report
+
+
+def _scope(
+    manifest: Manifest, policy: SmokePolicy, due: Sequence[FailedScope]
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Return numbers of layers, and sizes of samples whose experts are all run; ``None`` means all."""
+    from nvfp4_prep.smoke.backends import choose_backend
+
+    on_cpu = choose_backend(policy.backend, {layer.layout for layer in manifest.layers}).device.type == "cpu"
+    layers, sample = policy.layers, policy.sample
+    if on_cpu:
+        layers = layers or cpu_layers({record.index for record in manifest.layers})
+        sample = sample or CPU_EXPERTS
+    wanted = [layers, *(scope.layers for scope in due)]
+    sizes = [sample, *(scope.sample for scope in due)]
+    return (
+        None if None in wanted else tuple(sorted({number for numbers in wanted for number in numbers or ()})),
+        None if None in sizes else tuple(sorted({size for size in sizes if size is not None})),
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, SOURCE_SCALES
 from nvfp4_prep.checkpoint.index import read_json_file
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.errors import CheckpointError
+from nvfp4_prep.errors import CheckpointError, NvfpPrepError, SourceError, UnsupportedCheckpointError
 from nvfp4_prep.moe.expert_bytes import arrange_experts, read_experts
 from nvfp4_prep.moe.gate_up_scales import reconcile_expert
 from nvfp4_prep.moe.kernel_activation import moe_activation
@@ -68,15 +69,17 @@ class CheckpointReader:
             experts: numbers of the experts to take, ascending.
 
         Raises:
-            CheckpointError: if a tensor is missing or of another size than the manifest says.
-            SourceError: if one of the layer's files is missing, truncated or malformed.
+            CheckpointError: if one of the layer's files or tensors is missing, of another size, or damaged.
+            SourceError: if a file of the source cannot be read.
         """
         for file in (*record.files, EXPERT_SCALES, SOURCE_SCALES):
             if file in self._checkpoint.header_errors:
-                raise self._checkpoint.header_errors[file]  # its tensors are not missing
+                with _as_damage(str(self._checkpoint.path / file)):
+                    raise self._checkpoint.header_errors[file]  # its tensors are not missing
         layer, chosen = record.source, tuple(experts)
         prepared = self._prepared(record, chosen)
-        scalars = self._checkpoint.scalars(record)
+        with _as_damage(f"{self._checkpoint.path}, {layer.experts_path}"):
+            scalars = self._checkpoint.scalars(record)
         plan = self._plans.get(layer.experts_path)
         if self._source is not None and plan is None:
             raise CheckpointError("the source has no such layer", where=layer.experts_path)
@@ -84,7 +87,9 @@ class CheckpointReader:
         def source(position: int) -> SourceExpert:
             if plan is None:
                 w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
-                return _restored_expert(record, prepared, w13, scalars.w2_scale_2[chosen[position]], position)
+                w2 = scalars.w2_scale_2[chosen[position]]
+                with _as_damage(f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"):
+                    return _restored_expert(record, prepared, w13, w2, position)
             return self._source_expert(plan, chosen[position])
 
         w13_scales = [_w13_scale_2(record, self._policy, scalars, expert) for expert in chosen]
@@ -164,6 +169,18 @@ class CheckpointReader:
             parts = arrange_experts(group, raw)
             found |= {name: part[0].contiguous() for name, part in zip(group.projections, parts, strict=True)}
         return found
+
+
+@contextlib.contextmanager
+def _as_damage(where: str) -> Iterator[None]:
+    """Say of what a prepared checkpoint itself holds that the checkpoint is damaged, not its source."""
+    try:
+        yield
+    except (SourceError, UnsupportedCheckpointError, ValueError) as error:
+        what = error.what if isinstance(error, NvfpPrepError) else str(error)
+        raise CheckpointError(
+            f"is damaged: {what}", where=where, next_step="Run `nvfp4-prep verify` on the directory."
+        ) from error
 
 
 def _w13_scale_2(record: LayerRecord, policy: GateUpPolicy, scalars: LayerScalars, expert: int) -> tuple[float, float]:

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import torch
 
-from nvfp4_prep._util.arguments import CALLABLE, COUNT, PATH, SOURCE, TEXT, checked, either, instance, one_of, optional
+from nvfp4_prep._util.arguments import (
+    CALLABLE,
+    COUNT,
+    PATH,
+    SOURCE,
+    TEXT,
+    checked,
+    either,
+    instance,
+    one_of,
+    optional,
+    sequence,
+)
 from nvfp4_prep._util.torch_threads import one_torch_thread
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
@@ -35,7 +47,7 @@ CPU_SAMPLE = 8
     prepared=either(PATH, instance(PreparedCheckpoint)),
     source=optional(SOURCE),
     layers=optional(either(LAYER_NUMBERS, TEXT)),
-    sample=optional(COUNT),
+    sample=optional(either(COUNT, sequence(COUNT, "sizes of samples"))),
     backend=one_of(*BACKENDS),
     settings=optional(instance(SmokeSettings)),
     on_layer=optional(CALLABLE),
@@ -45,7 +57,7 @@ def run_smoke(
     source: str | Path | Source | None = None,
     *,
     layers: Sequence[int] | str | None = None,
-    sample: int | None = None,
+    sample: int | Sequence[int] | None = None,
     backend: str = "auto",
     settings: SmokeSettings | None = None,
     on_layer: Callable[[LayerReport, int, int], None] | None = None,
@@ -58,7 +70,8 @@ def run_smoke(
             which the report says; that still proves the kernel's view of the bytes, but not that they came from
             the source.
         layers: numbers of the layers to run, or a text of them (``1,4-6``, ``2/8``); all by default.
-        sample: experts of each layer, evenly spread; by default all on a GPU and 8 on a CPU.
+        sample: experts of each layer, evenly spread; by default all on a GPU and 8 on a CPU. Of several sizes, the
+            experts of every one.
         backend: ``auto``, ``flashinfer``, ``triton`` or ``torch``.
         settings: numbers of tokens.
         on_layer: told of each finished layer, with its number and how many there are.
@@ -82,8 +95,9 @@ def run_smoke(
         reader = CheckpointReader(checkpoint, opened, chosen.device)
         if sample is None and chosen.device.type == "cpu":
             sample = CPU_SAMPLE
+        sizes = (sample,) if sample is None or isinstance(sample, int) else tuple(sample)
         for number, record in enumerate(records, 1):
-            report = _run_one(reader, record, chosen, sample, settings)
+            report = _run_one(reader, record, chosen, sizes, settings)
             reports.append(report)
             if on_layer is not None:
                 on_layer(report, number, len(records))
@@ -122,14 +136,15 @@ def _run_one(
     reader: CheckpointReader,
     record: LayerRecord,
     chosen: ChosenBackend,
-    sample: int | None,
+    sizes: Sequence[int | None],
     settings: SmokeSettings | None,
 ) -> LayerReport:
     on_gpu = chosen.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    layer = reader.layer(record, spread(record.dims.experts, sample))
+    experts = {expert for size in sizes for expert in spread(record.dims.experts, size)}
+    layer = reader.layer(record, sorted(experts))
     report = run_layer(layer, chosen.backend, settings)
     if on_gpu:
         torch.cuda.synchronize()

@@ -1,12 +1,13 @@
-"""GSM8K accuracy of a prepared checkpoint against its source, both served by vLLM with the same kernel.
+"""GSM8K accuracy of a prepared checkpoint against its source, both served by vLLM with the prepared file's kernel.
 
     python examples/gsm8k.py SOURCE PREPARED -- --tensor-parallel-size 8
 
-Serves the source with --moe-backend flashinfer_cutedsl, runs lm-eval's gsm8k (five-shot, greedy, through the
-completions endpoint, as vLLM's own accuracy tests do), stops the server, does the same with the prepared checkpoint and
-compares. The weights in the kernel are bit-equal (where gate and up share their scales, see the manifest), so the two
-scores differ only by the run-to-run noise of batched greedy decoding: the check fails if they differ by more than
---tolerance (default 0.02, about two standard errors of 1,319 questions at 90 %). It also says how many answers differ.
+Serves the source with the --moe-backend that the prepared layout is for (of a Hub id: flashinfer_cutedsl), runs
+lm-eval's gsm8k (five-shot, greedy, through the completions endpoint, as vLLM's own accuracy tests do), stops the
+server, does the same with the prepared checkpoint and compares. The weights in the kernel are bit-equal (where gate and
+up share their scales, see the manifest), so the two scores differ only by the run-to-run noise of batched greedy
+decoding: the check fails if they differ by more than --tolerance (default 0.02, about two standard errors of 1,319
+questions at 90 %). It also says how many answers differ.
 
 Needs GPUs of compute capability 10.0 or 10.3, and (in a clone): pip install . vllm==0.33.0 "lm-eval[api]"
 --dry-run prints the commands. Exit code 1: accuracy lost. It has not been run on such a GPU yet; with a small model, a
@@ -30,7 +31,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KERNEL = ("--moe-backend", "flashinfer_cutedsl")
 FILTER = "strict-match"
 INSTALL = 'Run in a clone: pip install . vllm==0.33.0 "lm-eval[api]"'
 
@@ -85,9 +85,18 @@ class Score:
         return sum(self.answers.get(number) != other.answers.get(number) for number in numbers)
 
 
-def serve_command(serve: str, model: str, port: int, extra: Sequence[str], *, prepared: bool) -> list[str]:
-    """Return the server's command; a prepared checkpoint needs no backend flag."""
-    return [*shlex.split(serve), model, "--port", str(port), *(() if prepared else KERNEL), *extra]
+def backend_of(prepared: Path) -> str:
+    """Return vLLM's --moe-backend for the layout of a prepared checkpoint: CuteDSL where it is not a local one."""
+    file = prepared / "config.json"
+    if not file.is_file():
+        return "flashinfer_cutedsl"
+    return str(json.loads(file.read_text())["quantization_config"]["layout"]["name"]).removesuffix("_batched")
+
+
+def serve_command(serve: str, model: str, port: int, extra: Sequence[str], *, backend: str | None) -> list[str]:
+    """Return the server's command; a prepared checkpoint needs no backend."""
+    chosen = () if backend is None else ("--moe-backend", backend)
+    return [*shlex.split(serve), model, "--port", str(port), *chosen, *extra]
 
 
 @contextlib.contextmanager
@@ -196,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, model in (("source", args.source), ("prepared", args.prepared)):
             prepared, output = name == "prepared", (args.output or Path(thrown_away)) / name
             command = args.serve if prepared else args.serve_source or args.serve
-            serve = serve_command(command, model, args.port, args.vllm, prepared=prepared)
+            backend = None if prepared else backend_of(Path(args.prepared))
+            serve = serve_command(command, model, args.port, args.vllm, backend=backend)
             print(f"$ {shlex.join(serve)} &", file=sys.stderr)
             print(f"$ {shlex.join(evaluation.command(model, args.port, output))}", file=sys.stderr)
             if args.dry_run:

@@ -6,7 +6,7 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep._util.arguments import check_fields, integer, member
+from nvfp4_prep._util.arguments import check_fields, integer, member, one_number_of
 from nvfp4_prep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LayoutName(enum.StrEnum):
     TRTLLM = "trtllm"
 
 
-LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), integer(16, 64), integer(1, MAX_MOE_TP)
+LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), one_number_of(16, 32, 64), integer(1, MAX_MOE_TP)
 """Kinds of the options that say which layout; ``relayout`` takes them one by one."""
 
 

@@ -54,8 +54,8 @@ def rank_slice(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, rank: i
     if size not in layout.tp_sizes(dims, limit=size):
         sizes = ", ".join(map(str, layout.tp_sizes(dims)))
         raise LayoutError(
-            f"prepared for tensor-parallel size {layout.moe_tp}, cannot serve {size}: the padding of intermediate size"
-            f" {dims.intermediate} differs; it serves {sizes}; convert again with --moe-tp {size}"
+            f"cannot serve {size} tensor-parallel ranks: intermediate size {dims.intermediate} is padded for"
+            f" {layout.moe_tp}; it serves {sizes}; convert again with --moe-tp {size}"
         )
     rows, row_nbytes = layout.expert_shape(tensor, dims)
     if tensor.is_w13:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nvfp4_prep
@@ -141,3 +142,36 @@ def test_patience_is_taken() -> None:
     """An optional argument of a class passes, and what is said then is about the next one."""
     with pytest.raises(UsageError, match="argument repo_id is wrong"):
         nvfp4_prep.push("a", 5, patience=Patience())  # type: ignore[arg-type]
+
+
+class Count(int):
+    """A whole number of a class of its own."""
+
+
+@pytest.mark.parametrize("two", [Count(2), np.int64(2), np.uint8(2)], ids=lambda value: type(value).__name__)
+def test_whole_numbers_of_other_classes_are_whole_numbers(two: Any, sample_source: Path, tmp_path: Path) -> None:
+    options = nvfp4_prep.ConvertOptions(moe_tp=two)
+    assert type(options.moe_tp) is int and options == nvfp4_prep.ConvertOptions(moe_tp=2)
+    policy = nvfp4_prep.SmokePolicy(layers={two, 1}, sample=two)  # type: ignore[arg-type]
+    assert policy.layers == (1, 2) and type(policy.sample) is int
+    out = nvfp4_prep.convert(sample_source, tmp_path / "out", smoke=None, threads=two, memory_nbytes=10**9)
+    assert nvfp4_prep.verify(out.path, threads=two).ok
+
+
+class Unprintable:
+    """An object whose own code fails when it is shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("value", [10**5000, Unprintable()], ids=["many digits", "unprintable"])
+def test_a_value_that_cannot_be_printed_is_refused_like_any_other(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"threads.*cannot be printed"):
+        nvfp4_prep.verify(tmp_path, threads=value)
+
+
+@pytest.mark.parametrize("block", ["64", 65, 17, True])
+def test_the_allowed_block_sizes_are_named(block: Any) -> None:
+    with pytest.raises(UsageError, match="expected 16 or 32 or 64"):
+        nvfp4_prep.ConvertOptions(gate_up_block=block)

@@ -34,6 +34,7 @@ from nvfp4_prep.errors import (
     TargetError,
     UnsupportedCheckpointError,
     UsageError,
+    VerificationError,
 )
 from nvfp4_prep.output.sink import KeepFiles
 from support import layout_oracle
@@ -342,10 +343,10 @@ def test_a_finished_conversion_without_one_of_its_files(sample_source: Path, tmp
     victim = next(out.glob("experts-layer-*.safetensors"))
     nbytes = victim.stat().st_size
     os.truncate(victim, nbytes - 1)
-    with pytest.raises(TargetError, match=rf"{victim.name}.*expected {nbytes} bytes, found {nbytes - 1} bytes.*verify"):
+    with pytest.raises(VerificationError, match=rf"{victim.name}.*found {nbytes - 1} bytes.*verify"):
         convert(sample_source, out)
     victim.unlink()
-    with pytest.raises(TargetError, match=f"{victim.name}.*missing or damaged.*found nothing"):
+    with pytest.raises(VerificationError, match=f"{victim.name}.*but is damaged.*found nothing"):
         convert(sample_source, out)
 
 

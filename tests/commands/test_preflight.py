@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,7 +24,7 @@ from nvfp4_prep.cli import cli
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.commands.preflight import look_ahead
-from nvfp4_prep.errors import TargetError
+from nvfp4_prep.errors import TargetError, UnsupportedCheckpointError
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.planning.builder import make_plan
@@ -232,3 +234,104 @@ def test_a_lock_that_fails_only_when_it_is_taken_leaves_nothing(
     with pytest.raises(TargetError, match="has no locks"):
         convert(sample_source, tmp_path / "a" / "out")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_target_that_cannot_be_written_is_foreseen(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system, or no permission: root may write anywhere, so the system's answer is played."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    assert "exit code 8" in same_as_the_run(sample_source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_target_may_be_read_only(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(sample_source, tmp_path / "out", smoke=None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert convert(sample_source, tmp_path / "out", smoke=None).already_complete
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (8, "convert SOURCE CLOSED"),
+        (8, "convert SOURCE CLOSED --dry-run"),
+        (8, "restore PREPARED CLOSED"),
+        (8, "relayout PREPARED CLOSED --layout trtllm"),
+        (3, "convert CLOSED OUT"),
+        (3, "verify CLOSED"),
+        (3, "inspect CLOSED"),
+        (3, "restore CLOSED OUT"),
+    ],
+)
+def test_a_place_that_may_not_be_entered(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, line: str
+) -> None:
+    convert(sample_source, tmp_path / "prepared", smoke=None)
+    closed = tmp_path / "closed"
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+
+        def refuse(path: Any, *rest: Any, real: Any = real, **options: Any) -> Any:
+            if isinstance(path, str | Path) and Path(path).is_relative_to(closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *rest, **options)
+
+        monkeypatch.setattr(os, name, refuse)
+    places = {"SOURCE": sample_source, "PREPARED": tmp_path / "prepared", "CLOSED": closed / "x", "OUT": tmp_path / "o"}
+    done = run(*(places.get(word, word) for word in line.split()), "-q")
+    assert done.exit_code == code, done.output
+    assert "Permission denied" in done.output
+
+
+def test_nothing_is_written_into_a_source_that_is_mounted_twice(tmp_path: Path, sample_source: Path) -> None:
+    source = Path(shutil.copytree(sample_source, tmp_path / "real" / "source"))
+    again = tmp_path / "again"
+    again.mkdir()
+    mount = subprocess.run(["mount", "--bind", source.parent, again], capture_output=True)
+    if mount.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        before = sorted(source.rglob("*"))
+        with pytest.raises(TargetError, match="one lies in the other"):
+            convert(source, again / "source" / "out")
+        with pytest.raises(TargetError, match="one lies in the other"):
+            convert(again / "source", source.parent)
+        assert sorted(source.rglob("*")) == before
+    finally:
+        subprocess.run(["umount", again], check=True)
+
+
+def test_a_source_with_the_manifests_name_in_it_is_refused(sample_source: Path, tmp_path: Path) -> None:
+    """What convert takes, ``verify --source`` must take; this one it would call a prepared checkpoint."""
+    source = Path(shutil.copytree(sample_source, tmp_path / "source"))
+    (source / "nvfp4_prep.json").write_text("{}")
+    with pytest.raises(UnsupportedCheckpointError, match="rename that file"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("state", ["complete", "refused"])
+def test_no_time_is_told_where_nothing_would_be_done(sample_source: Path, tmp_path: Path, state: str) -> None:
+    out = tmp_path / "out"
+    if state == "complete":
+        convert(sample_source, out, smoke=None)
+    else:
+        out.mkdir()
+        (out / "mine").write_text("x")
+    said = run("convert", sample_source, out, "--dry-run").stdout
+    assert "\ntime " not in said and "\ntarget   " in said
+
+
+def test_a_failed_smoke_run_is_foreseen(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    begin(sample_source, out)
+    with (out / WORK_FOLDER / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps({"verdict": "wrong", "layers": [1], "sample": None}) + "\n")
+    done = run("convert", sample_source, out, "--dry-run", "--no-smoke")
+    assert done.exit_code == 7 and "smoke run of these files failed" in done.stderr
+    assert run("convert", sample_source, out, "--dry-run").exit_code == 0
+    assert run("convert", sample_source, out, "--no-smoke").exit_code == 7

@@ -339,3 +339,25 @@ def test_command(copy: Path) -> None:
     verified = CliRunner().invoke(cli, ["verify", str(copy), "--quick"])
     assert verified.exit_code == 0
     assert "edited since the conversion, as the manifest records: eos_token_id" in verified.output
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("n_routed_experts", 400, "was edited against the tensors"),
+        ("hidden_act", "gelu", "another activation"),
+        ("swiglu_limit", 7.0, "another activation.*clamped at 7"),
+    ],
+)
+def test_an_edit_that_contradicts_the_tensors_is_not_recorded(
+    sample_source: Path, tmp_path: Path, key: str, value: object, words: str
+) -> None:
+    """Convert refuses a source with such a config, so nothing may make a prepared checkpoint of one."""
+    out = tmp_path / "out"
+    convert(sample_source, out, smoke=None)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(VerificationError, match=words):
+        restamp(out)
+    (out / "config.json").write_text(json.dumps({**config, "hidden_act": "silu", "max_position_embeddings": 7}))
+    assert restamp(out).written

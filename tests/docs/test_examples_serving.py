@@ -15,6 +15,7 @@ import pytest
 import nvfp4_prep
 from data.synthetic_layers import SyntheticLayer
 from data.synthetic_torch import to_torch
+from nvfp4_prep import ConvertOptions, LayoutName, convert
 from support.paths import ROOT
 from support.tiny_checkpoints import write
 
@@ -38,8 +39,8 @@ def gsm8k() -> ModuleType:
 
 def test_only_the_source_needs_a_backend_flag(gsm8k: ModuleType) -> None:
     extra = ["--tensor-parallel-size", "8"]
-    source = gsm8k.serve_command("vllm serve", "s", 1, extra, prepared=False)
-    prepared = gsm8k.serve_command("vllm serve", "p", 1, extra, prepared=True)
+    source = gsm8k.serve_command("vllm serve", "s", 1, extra, backend="flashinfer_cutedsl")
+    prepared = gsm8k.serve_command("vllm serve", "p", 1, extra, backend=None)
     assert source == ["vllm", "serve", "s", "--port", "1", "--moe-backend", "flashinfer_cutedsl", *extra]
     assert prepared == ["vllm", "serve", "p", "--port", "1", *extra]
 
@@ -53,6 +54,21 @@ def test_dry_run_prints_both_servers_and_both_evaluations(
     assert all("--enable-expert-parallel" in line for line in lines[::2])
     assert all("--tasks gsm8k --num_fewshot 5" in line and "--limit 50" in line for line in lines[1::2])
     assert all("num_concurrent=64" in line for line in lines[1::2])
+
+
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [
+        (LayoutName.CUTEDSL, "flashinfer_cutedsl"),
+        (LayoutName.TRTLLM, "flashinfer_trtllm"),
+    ],
+)
+def test_the_source_is_served_by_the_kernel_of_the_prepared_layout(
+    gsm8k: ModuleType, sample_source: Path, tmp_path: Path, layout: LayoutName, backend: str
+) -> None:
+    convert(sample_source, tmp_path / "out", ConvertOptions(layout=layout))
+    assert gsm8k.backend_of(tmp_path / "out") == backend
+    assert gsm8k.backend_of(Path("ORG/NAME-on-the-hub")) == "flashinfer_cutedsl"
 
 
 def test_another_task_and_other_servers(gsm8k: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,7 +155,7 @@ def test_gate_and_up_exchanged_are_told_apart_by_the_score(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     port, evaluation = free_port(), example.Evaluation(TASK, concurrency=1, include_path=str(task))
-    serve = example.serve_command(SERVE, str(tmp_path / "wrong"), port, SERVER_OPTIONS, prepared=True)
+    serve = example.serve_command(SERVE, str(tmp_path / "wrong"), port, SERVER_OPTIONS, backend=None)
     wrong = example.accuracy(serve, evaluation, str(tmp_path / "wrong"), port, 600, tmp_path / "results")
     good, text = example.verdict(compared.source, wrong, TOLERANCE)
     accuracy_table.append(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from nvfp4_prep import convert, relayout, restore
+from nvfp4_prep import convert, relayout, restore, verify
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.commands.convert import convert as convert_command
 from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output import exclusive_rename as rename_module
 from nvfp4_prep.output.journal_file import JournalFile
 from nvfp4_prep.output.layer_selection import LayerSelection, discard_parts, list_parts, part_folder
+from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_root import TargetRoot
 
@@ -242,3 +245,26 @@ def test_a_target_that_is_a_dangling_link_is_refused_when_looked_at(tmp_path: Pa
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(TargetError, match="is not a directory"):
         Target.check_ours(tmp_path / "out")
+
+
+class _StopAtFirst(KeepFiles):
+    def file_done(self, name: str, path: Path, nbytes: int, sha256: str | None) -> None:
+        raise InterruptedError
+
+
+def test_the_advice_on_a_second_name_can_be_followed(sample_source: Path, tmp_path: Path) -> None:
+    """``cp -al`` of an unfinished target is somebody's backup; following the advice costs no finished file."""
+    out = tmp_path / "an out"
+    with pytest.raises(InterruptedError):
+        convert_command(sample_source, out, sink=_StopAtFirst(), threads=1)
+    subprocess.run(["cp", "-al", out, tmp_path / "backup"], check=True)
+    for _ in range(10):
+        try:
+            assert convert(sample_source, out, smoke=None).resumed
+            break
+        except TargetError as error:
+            assert "hard links" in str(error) and error.next_step is not None
+            command = error.next_step.partition("(")[2].partition("), or give")[0]
+            subprocess.run(command, shell=True, check=True)
+    assert verify(out).ok
+    assert (tmp_path / "backup" / ".nvfp4_prep" / "journal.jsonl").is_file()

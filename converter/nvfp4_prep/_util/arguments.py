@@ -10,8 +10,9 @@ import enum
 import errno
 import functools
 import inspect
+import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -154,12 +155,22 @@ def offering(what: str, *members: str) -> Kind:
 
 
 def integer(least: int, most: int | None = None) -> Kind:
-    """Return the kind of whole numbers within bounds; True is not one of them."""
-    expected = f"a whole number from {least} {'on' if most is None else f'to {most}'}"
-    return Kind(
-        expected,
-        lambda value: _require(type(value) is int and value >= least and (most is None or value <= most), value),
-    )
+    """Return the kind of whole numbers within bounds, numpy's too, which become ``int``; True is not one of them."""
+
+    def take(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError
+        number = int(value)
+        _require(number >= least and (most is None or number <= most), value)
+        return number
+
+    return Kind(f"a whole number from {least} {'on' if most is None else f'to {most}'}", take)
+
+
+def one_number_of(*choices: int) -> Kind:
+    """Return the kind of some whole numbers."""
+    inner = integer(min(choices), max(choices))
+    return Kind(" or ".join(map(str, choices)), lambda value: _require(inner.take(value) in choices, int(value)))
 
 
 def member(kind: type[enum.StrEnum]) -> Kind:
@@ -174,12 +185,13 @@ def one_of(*choices: str) -> Kind:
 
 
 def sequence(kind: Kind, what: str, *, least: int = 1) -> Kind:
-    """Return the kind of sequences of at least so many, which become tuples."""
+    """Return the kind of collections of at least so many, which become tuples; sets in ascending order."""
 
     def take(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str | bytes) or not isinstance(value, Sequence) or len(value) < least:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection) or len(value) < least:
             raise TypeError
-        return tuple(kind.take(item) for item in value)
+        items = tuple(kind.take(item) for item in value)
+        return tuple(sorted(items)) if isinstance(value, Set) else items
 
     return Kind(what, take)
 
@@ -224,7 +236,10 @@ def _check_text(text: str) -> None:
 
 
 def _shown(value: object) -> str:
-    return repr(value)[:80]
+    try:
+        return repr(value)[:80]
+    except Exception:  # a number of more digits than Python prints, or an object whose own code fails
+        return f"a value of type {type(value).__name__} that cannot be printed"
 
 
 ANYTHING = Kind("anything", lambda value: value)

@@ -121,7 +121,7 @@ def parse_header(file: str, raw: bytes, file_nbytes: int, *, where: str | None =
     if len(raw) < 8 + length:
         raise SourceError("header is cut off", where=place, expected=8 + length, actual=len(raw))
     entries = _decode(place, raw[8 : 8 + length])
-    metadata = _metadata(place, entries.pop("__metadata__", {}))
+    metadata = _metadata(place, entries.pop("__metadata__", None))
     data_start = 8 + length
     records = []
     while entries:  # taken out one by one, so that the decoded entries and the records are never all in memory
@@ -164,6 +164,8 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
 
 
 def _metadata(file: str, value: object) -> dict[str, str]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise SourceError("__metadata__ must map strings to strings", where=file)
     return dict(value)

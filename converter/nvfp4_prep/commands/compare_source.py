@@ -10,7 +10,7 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep._util.text import count
-from nvfp4_prep.checkpoint.filenames import MANIFEST, FileKind
+from nvfp4_prep.checkpoint.filenames import MANIFEST, FileKind, quoted
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
@@ -68,7 +68,8 @@ class SourceComparison:
                 self._name,
                 f"is not the source of {self._checkpoint.path}: {len(self._differing)} of {count(known, 'tensor')}"
                 f" differ or are missing; the first: {first}",
-                next_step=f"Give the source that the manifest names: {self._checkpoint.manifest.source}.",
+                next_step=f"Give the source that the manifest names, {quoted(self._checkpoint.manifest.source)}."
+                " If this is it, the checkpoint is not what it claims to be.",
             )
             return
         for problem in self._problems.found:

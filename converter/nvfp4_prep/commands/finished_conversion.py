@@ -110,15 +110,15 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_size(path: Path, nbytes: int) -> None:
-    """Raise :class:`TargetError` if a file of a finished output is missing or has another size."""
+    """Raise :class:`VerificationError` if a file of a finished output is missing or has another size."""
     try:
         status = path.lstat()
         found = status.st_size if stat.S_ISREG(status.st_mode) else None
     except OSError:
         found = None
     if found != nbytes:
-        raise TargetError(
-            "a file of a finished output is missing or damaged",
+        raise VerificationError(
+            "was converted before, but is damaged: a file is missing or of another size",
             where=str(path),
             expected=f"{nbytes} bytes",
             actual="nothing" if found is None else f"{found} bytes",

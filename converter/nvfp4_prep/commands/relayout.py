@@ -19,7 +19,7 @@ from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
-from nvfp4_prep.commands.preflight import check_apart
+from nvfp4_prep.commands.preflight import check_apart, check_reachable
 from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, plan_layers
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions, LayoutName
@@ -96,6 +96,7 @@ def relayout(
     """
     path = Path(target)
     with PreparedCheckpoint(checkpoint) as opened:
+        check_reachable(path)
         check_apart(opened.files, path)
         options = new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))
         require_sound(opened)

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
+from nvfp4_prep.moe.activation import Activation, find_activation
+from nvfp4_prep.moe.config_fit import fit_config
+from nvfp4_prep.moe.discovery import FoundLayers
 from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.target_lock import no_locks_error
 from nvfp4_prep.output.target_root import sync_folder
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.config_edits import edits_to_json
@@ -80,6 +84,9 @@ def restamp(checkpoint: str | Path) -> RestampResult:
         return RestampResult(opened.path, tuple(edit.name for edit in found.edits), written)
 
 
+_PUT_BACK = "Put it back as it was, or convert a source with that config."
+
+
 def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
     """Raise :class:`VerificationError` for anything that recording the edits would not mend."""
     if found.stamp:
@@ -94,6 +101,7 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path / CONFIG),
             next_step=FOREIGN_CODE,
         )
+    _check_fits(checkpoint)
     problems = Problems()
     check_structure(checkpoint, problems, with_config=False)
     if problems.found:
@@ -102,6 +110,39 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path),
             next_step=problems.found[0].next_step or "Run nvfp4-prep verify for all problems.",
         )
+
+
+def _check_fits(checkpoint: PreparedCheckpoint) -> None:
+    """Raise :class:`VerificationError` if the config now says of the experts what their tensors are not."""
+    place = str(checkpoint.path / CONFIG)
+    config = _without_stamp(checkpoint.read_json(CONFIG))
+    layers = tuple(record.source for record in checkpoint.manifest.layers)
+    for record in checkpoint.manifest.layers:
+        now = find_activation(config, gated=record.source.gated, layer=record.source.index)
+        if (now.kind, now.clamp) != (record.activation.kind, record.activation.clamp):
+            raise VerificationError(
+                f"was edited to another activation than the experts of {record.source.experts_path} were prepared for",
+                where=place,
+                expected=_shown(record.activation),
+                actual=_shown(now),
+                next_step=_PUT_BACK,
+            )
+    for finding in fit_config(FoundLayers(layers, ()), config).others:
+        raise VerificationError(f"was edited against the tensors: {finding.reason}", where=place, next_step=_PUT_BACK)
+
+
+def _without_stamp(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says of the model: the stamp is compared by itself."""
+    return {
+        key: _without_stamp(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
+
+
+def _shown(activation: Activation) -> str:
+    limit = "" if activation.clamp is None else f" clamped at {activation.clamp:g}"
+    return f"{activation.spelled or activation.kind.value}{limit}"
 
 
 def _check_readable(checkpoint: PreparedCheckpoint, manifest: bytes) -> None:
@@ -167,6 +208,8 @@ def _new_file(path: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError("another restamp is at work", where=str(path.parent), next_step="Wait for it.") from error
+        except OSError as error:
+            raise no_locks_error(error, path.parent) or error from error
         if not _same(descriptor, new):
             raise BusyError("another restamp has just finished", where=str(path.parent), next_step="Look at it.")
         try:

@@ -13,7 +13,7 @@ from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX
 from nvfp4_prep.checkpoint.tensors import TensorRecord
-from nvfp4_prep.commands.preflight import check_apart
+from nvfp4_prep.commands.preflight import check_apart, check_reachable
 from nvfp4_prep.commands.restored_files import (
     RestoredFile,
     is_restored,
@@ -85,6 +85,7 @@ def restore(
     """
     path = Path(target)
     with PreparedCheckpoint(checkpoint) as opened:
+        check_reachable(path)
         check_apart(opened.files, path)
         require_sound(opened)
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvfp4_prep.errors import UsageError
+from nvfp4_prep.errors import SourceError, UsageError
 
 __all__ = ["HubAddress", "parse_address"]
 
@@ -31,6 +31,17 @@ class HubAddress:
         return self.repo_id + (f"@{self.revision}" if self.revision else "")
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise SourceError(
+            f"cannot be read ({error.strerror})",
+            where=str(path),
+            next_step="Check the permissions of the directories above it.",
+        ) from error
+
+
 def parse_address(text: str) -> HubAddress | None:
     """Read ``ORG/NAME``, ``ORG/NAME@REVISION`` or the same behind ``hf://``.
 
@@ -46,7 +57,7 @@ def parse_address(text: str) -> HubAddress | None:
     body = text.removeprefix(_SCHEME)
     if explicit:
         body = body.removeprefix("models/").rstrip("/")
-    elif Path(text).exists():
+    elif _is_there(Path(text)):
         return None
     match = _ADDRESS.fullmatch(body)
     if match is None or ".." in body or "--" in match["repo"]:

@@ -26,6 +26,10 @@ _SCALES_PER_BYTE = BLOCK_COLS // 2  # bytes of NVFP4 codes for one block scale
 _MXFP4_BYTES, _MXFP8_BYTES = 16, 32
 _SERVE = "Serve the source as it is."
 _ADD = "Add the names with a small plugin (docs/adding-a-format.md), or serve the source as it is."
+_NO_INPUT_SCALES = (
+    "Serve the source as it is: without input scales it is weight-only NVFP4, and the kernel quantizes activations too."
+    " If they have another name, add the names with a small plugin (docs/adding-a-format.md)."
+)
 _EXPERT_WORD = re.compile(r".*?experts?", re.IGNORECASE)
 _NUMBERED = re.compile(r"[._/-]?[0-9]+[._/-]|.*\.[0-9]+\.")
 """What follows the word where experts are numbered: at once after any separator, or as a component of its own."""
@@ -56,11 +60,10 @@ def unknown_nvfp4(records: Collection[TensorRecord]) -> NotPrepared:
     codes = min(record.name for record in matrices if record.dtype in _CODES)
     scales = min((record.name for record in matrices if record.dtype == "F8_E4M3"), default="")
     some = ", ".join(filter(None, [codes, scales])) + (" …" if len(matrices) > 2 else "")
-    return refuse(
-        "unknown names",
-        f"NVFP4 experts under unknown names: packed 4-bit codes with e4m3 scales of {BLOCK_COLS} ({some})",
-        _ADD,
-    )
+    text = f"NVFP4 experts under unknown names: packed 4-bit codes with e4m3 scales of {BLOCK_COLS} ({some})"
+    if not any("input" in record.name.rpartition("experts")[2] for record in records):
+        return refuse("unknown names", f"{text}, and no tensor of theirs is named as an input scale", _NO_INPUT_SCALES)
+    return refuse("unknown names", text, _ADD)
 
 
 def unknown_paths(records: Iterable[TensorRecord]) -> dict[str, list[TensorRecord]]:

@@ -11,7 +11,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import BusyError, TargetError
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["LOCK", "check_idle", "check_locks", "take_lock"]
+__all__ = ["LOCK", "check_idle", "check_locks", "no_locks_error", "take_lock"]
 
 LOCK = "lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -27,8 +27,9 @@ def check_locks(path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            raise _no_locks(path) from error
+        refusal = no_locks_error(error, path)
+        if refusal is not None:
+            raise refusal from error
     finally:
         os.close(descriptor)
 
@@ -46,9 +47,7 @@ def check_idle(path: Path) -> None:
     except BlockingIOError as error:
         raise _busy(path) from error
     except OSError as error:
-        if error.errno in _NO_LOCKS:
-            raise _no_locks(path) from error
-        raise
+        raise no_locks_error(error, path) or error from error
     finally:
         os.close(descriptor)
 
@@ -68,10 +67,11 @@ def take_lock(root: TargetRoot) -> int:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise _busy(root.path) from error
-        if error.errno in _NO_LOCKS:
-            root.unlink(f"{WORK_FOLDER}/{LOCK}")
-            raise _no_locks(root.path) from error
-        raise
+        refusal = no_locks_error(error, root.path)
+        if refusal is None:
+            raise
+        root.unlink(f"{WORK_FOLDER}/{LOCK}")
+        raise refusal from error
     if os.fstat(descriptor).st_nlink == 0:
         os.close(descriptor)
         raise BusyError("another run has just finished this target", where=str(root.path), next_step="Look at it.")
@@ -82,7 +82,10 @@ def _busy(path: Path) -> BusyError:
     return BusyError("another run writes to this target", where=str(path), next_step="Wait for it, or stop it.")
 
 
-def _no_locks(path: Path) -> TargetError:
+def no_locks_error(error: OSError, path: Path) -> TargetError | None:
+    """Return what to say where a file system refused a lock because it has none; None for any other error."""
+    if error.errno not in _NO_LOCKS:
+        return None
     return TargetError(
         "the file system has no locks (flock), so nothing would keep a second run out",
         where=str(path),

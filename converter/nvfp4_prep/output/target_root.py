@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Collection, Iterator
@@ -139,7 +140,12 @@ class TargetRoot:
         if not stat.S_ISREG(status.st_mode):
             raise _wrong_kind(self.path / name, "a regular file", "another kind of file")
         if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
-            raise _wrong_kind(self.path / name, "a file with one name", f"{status.st_nlink} hard links to one file")
+            error = _wrong_kind(self.path / name, "a file with one name", f"{status.st_nlink} hard links to one file")
+            error.next_step = (
+                f"Give it a file of its own (cd {shlex.quote(str(self.path))}; cp -a {name} {name}.own &&"
+                f" mv {name}.own {name}), or give another target: what shares a file with another place is not changed."
+            )
+            raise error
 
     def read(self, name: str, max_nbytes: int) -> bytes:
         """Return the bytes of a regular file of bounded size."""

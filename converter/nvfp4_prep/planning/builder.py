@@ -49,7 +49,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
     options = options or ConvertOptions()
     surveyed = surveyed or survey(source)
     index, found = surveyed.index, surveyed.found
-    _check_supported(source.place(), index, found)
+    _check_supported(source, index, found)
     scalars = read_scalars(source, found.layers)
     layers = tuple(
         _plan_layer(layer, values, options, found.activations[layer.experts_path])
@@ -74,8 +74,10 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
     )
 
 
-def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> None:
+def _check_supported(source: Source, index: CheckpointIndex, found: FoundLayers) -> None:
     """Raise :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
+    label = source.place()
+    whole = any(file.name == MANIFEST for file in source.files())
     nested = [index.config, *(value for value in index.config.values() if isinstance(value, Mapping))]
     stamped = [config.get("quantization_config") for config in nested]
     prepared = next((name for name in index.tensors if name.endswith(".routed_experts.w13_weight")), None)
@@ -83,7 +85,17 @@ def _check_supported(label: str, index: CheckpointIndex, found: FoundLayers) -> 
         raise UnsupportedCheckpointError(
             "is prepared already" + (f" (it holds {prepared})" if prepared else " (config.json is stamped)"),
             where=label,
-            next_step="Serve it, `nvfp4-prep restore` it, or change its layout with `nvfp4-prep relayout`.",
+            next_step=(
+                "Serve it, `nvfp4-prep restore` it, or change its layout with `nvfp4-prep relayout`."
+                if whole
+                else f"Its {MANIFEST} is missing: download the whole checkpoint, or convert its source again."
+            ),
+        )
+    if whole:
+        raise UnsupportedCheckpointError(
+            f"holds {MANIFEST}, which only prepared checkpoints have",
+            where=label,
+            next_step="Give what it was made from, or, if this is a source, rename that file.",
         )
     if found.refused:
         first = found.refused[0]
@@ -120,7 +132,7 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
         raise UnsupportedCheckpointError(
             str(error),
             where=layer.experts_path,
-            next_step="Give another --layout or --moe-tp, or serve the source as it is.",
+            next_step=f"Give another {'--layout' if options.moe_tp == 1 else '--moe-tp'}, or serve the source.",
         ) from error
     differing = scalars.differing
     if differing and options.gate_up_scales is GateUpPolicy.ERROR:

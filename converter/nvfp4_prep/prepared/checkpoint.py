@@ -27,6 +27,9 @@ from nvfp4_prep_kernels import PreparedTensor
 __all__ = ["PreparedCheckpoint", "source_configs"]
 
 
+_MAKE_ONE = "Make one with nvfp4-prep convert, or, if it was one, download the whole checkpoint."
+
+
 class PreparedCheckpoint:
     """A directory that ``convert`` wrote; use as a context manager.
 
@@ -85,7 +88,7 @@ class PreparedCheckpoint:
         elif os.path.lexists(self.path / MANIFEST):
             what, next_step = f"has a {MANIFEST} that is not a regular file", "Remove it, or make it anew with convert."
         elif os.path.lexists(self.path):
-            what, next_step = f"is no prepared checkpoint (no {MANIFEST})", "Make one with nvfp4-prep convert."
+            what, next_step = f"is no prepared checkpoint (no {MANIFEST})", _MAKE_ONE
         else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint
             raise SourceError(
                 "does not exist", where=str(self.path), next_step="Give the directory of a prepared checkpoint."

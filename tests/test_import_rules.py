@@ -26,6 +26,8 @@ CLOSED_TO_SERVING = ("pipeline", "planning", "output", "commands", "hub")
 TOP = ("publish", "cli", "__main__", "__init__")
 """On top: nothing below imports them."""
 TOP_FOLDER_LIMIT = 6
+LEVELS_LIMIT = 10
+"""Packages on the longest chain of imports; of modules it is about twice as long, see benchmarks/house.py."""
 
 
 def module_of(path: Path, root: Path) -> str:
@@ -143,6 +145,20 @@ def test_no_import_cycle() -> None:
 
     for module in modules():
         visit(module, ())
+
+
+def test_packages_stand_on_few_levels() -> None:
+    below: dict[str, set[str]] = {}
+    for module in modules():
+        place = "ground" if place_of(module) in GROUND else place_of(module)
+        targets = {place_of(target) for target in imports_of(module, top_level_only=True)}
+        below.setdefault(place, set()).update("ground" if target in GROUND else target for target in targets)
+
+    @cache
+    def level(place: str) -> int:
+        return 1 + max((level(other) for other in below[place] - {place}), default=0)
+
+    assert max(map(level, below)) <= LEVELS_LIMIT
 
 
 def test_kernels_do_not_import_the_converter() -> None:

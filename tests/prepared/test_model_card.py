@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.commands.sample import SampleModel, write_sample
-from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.model_card import front_matter, make_model_card
 
@@ -108,9 +108,19 @@ def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
         assert f"{check['check']}: {check['result']} (" in text
         assert f"experts {check['experts']}" in text
     assert "nvfp4-prep restore" in text
-    assert "vllm serve" in text
+    sizes = manifest.tp_sizes
+    assert f"vllm serve <this repository> --tensor-parallel-size {sizes[-1]}\n" in text
+    assert f"python -m sglang.launch_server --model-path <this repository> --tp {sizes[-1]}\n" in text
     assert "pip install" not in text  # nothing is published on PyPI
     assert yaml.safe_load(text.split("---")[1])["tags"]
+
+
+def test_the_batched_layout_is_served_with_its_all_to_all(manifest: Manifest) -> None:
+    """Without it both servers refuse the file."""
+    batched = replace(manifest, options=ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
+    text = make_model_card(batched).decode()
+    assert "--enable-expert-parallel --all2all-backend deepep_low_latency\n" in text
+    assert "--moe-a2a-backend deepep\n" in text
 
 
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])

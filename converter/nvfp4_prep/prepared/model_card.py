@@ -210,14 +210,14 @@ def _figures(check: Mapping[str, Any]) -> str:
 
 
 def _use(manifest: Manifest) -> Iterator[str]:
-    sizes = manifest.tp_sizes
+    for_vllm, for_sglang = _server_options(manifest)
     yield from (
         "## Serve",
         "",
         "    # nvfp4-prep must be installed beside vLLM: its plugin reads these files, plain vLLM refuses them",
-        f"    vllm serve <this repository> --tensor-parallel-size {sizes[-1] if sizes else 1}",
+        f"    vllm serve <this repository> {for_vllm}",
         "    # or beside SGLang, which the same installation has a plugin for",
-        f"    python -m sglang.launch_server --model-path <this repository> --tp {sizes[-1] if sizes else 1}",
+        f"    python -m sglang.launch_server --model-path <this repository> {for_sglang}",
         "",
         f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",
         "",
@@ -228,3 +228,17 @@ def _use(manifest: Manifest) -> Iterator[str]:
         "    nvfp4-prep verify prepared                           # every byte",
         "    nvfp4-prep restore prepared source                   # the source, bit for bit",
     )
+
+
+def _server_options(manifest: Manifest) -> tuple[str, str]:
+    """Return the options of vLLM and of SGLang with which the file's own kernel runs on as many GPUs as possible.
+
+    The batched kernel runs behind DeepEP's all-to-all alone: without it both servers would refuse the file.
+    """
+    size = manifest.tp_sizes[-1] if manifest.tp_sizes else 1
+    if manifest.options.layout is LayoutName.CUTEDSL_BATCHED:
+        return (
+            f"--data-parallel-size {size} --enable-expert-parallel --all2all-backend deepep_low_latency",
+            f"--tp {size} --moe-a2a-backend deepep",
+        )
+    return f"--tensor-parallel-size {size}", f"--tp {size}"

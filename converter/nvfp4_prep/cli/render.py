@@ -245,12 +245,13 @@ def inspection_text(found: Inspection) -> str:
         f"quantization: {quantization or 'none in the config'}",
     ]
     if found.prepared:
-        options, made = found.prepared_as["options"], found.prepared_as
+        prepared = found.prepared_as
+        options = prepared["options"]
         lines += [
-            f"prepared by nvfp4-prep {made['tool_version']} from {made['source']}"
-            + (f" at {made['revision']}" if made["revision"] else ""),
+            f"prepared by nvfp4-prep {prepared['tool_version']} from {prepared['source']}"
+            + (f" at {prepared['revision']}" if prepared["revision"] else ""),
             f"layout {layout_text(options, gated=any(layer.gated for layer in found.layers))}",
-            f"serves tensor-parallel sizes {', '.join(map(str, made['tp_sizes'])) or 'none in common'}",
+            f"serves tensor-parallel sizes {', '.join(map(str, prepared['tp_sizes'])) or 'none in common'}",
         ]
     exact = found.prepared and not ConvertOptions.from_dict(found.prepared_as["options"]).gives_scales_up
     lines += [_inspected_line(layer, exact=exact) for layer in found.layers]

@@ -65,7 +65,7 @@ class ConvertResult:
     @classmethod
     def of(
         cls,
-        made: Plan,
+        plan: Plan,
         path: Path,
         manifest: Manifest,
         smoke: SmokeReport | None,
@@ -80,10 +80,10 @@ class ConvertResult:
             resumed=run is not None and run.resumed,
             already_complete=run is None,
             written_nbytes=written_nbytes,
-            left_out=made.left_out,
-            warnings=made.warnings,
+            left_out=plan.left_out,
+            warnings=plan.warnings,
             smoke=smoke,
-            left_out_reasons=made.left_out_reasons,
+            left_out_reasons=plan.left_out_reasons,
         )
 
     def __repr__(self) -> str:
@@ -166,42 +166,42 @@ def convert(
         SmokeFailedError: if the smoke run failed; the same call runs it again, and no config is there until it passes.
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
-    where, path, used = choose_device(device), Path(target), sink or KeepFiles()
+    torch_device, path, used = choose_device(device), Path(target), sink or KeepFiles()
     with contextlib.closing(open_source(source, path)) as opened:
         check_place(opened, path, restart=restart)
-        made = make_plan(opened, options)
-        check_smoke_policy(smoke, made)
-        _announce(made, used)
-        complete = preflight(made, opened, path, used, restart=restart)
+        plan = make_plan(opened, options)
+        check_smoke_policy(smoke, plan)
+        _announce(plan, used)
+        complete = preflight(plan, opened, path, used, restart=restart)
         if complete is not None:
             report = pass_smoke_run(path, complete, opened, smoke) if smoke is not None and smoke_again else None
-            return ConvertResult.of(made, path, complete, report)
-        with _opened(path, made, used, restart=restart) as place:
-            execution = Execution(made, opened, place, used, where)
-            return execute(execution, made, place, Running(threads, memory_nbytes, progress), smoke)
+            return ConvertResult.of(plan, path, complete, report)
+        with _opened(path, plan, used, restart=restart) as new_target:
+            execution = Execution(plan, opened, new_target, used, torch_device)
+            return execute(execution, plan, new_target, Running(threads, memory_nbytes, progress), smoke)
 
 
-def _opened(path: Path, made: Plan, sink: FileSink, *, restart: bool) -> Target:
+def _opened(path: Path, plan: Plan, sink: FileSink, *, restart: bool) -> Target:
     if restart:
         discard_parts(path)
-    return Target(path, made.identity(), restart=restart, elsewhere=sink.holds)
+    return Target(path, plan.identity(), restart=restart, elsewhere=sink.holds)
 
 
-def _announce(made: Plan, sink: FileSink) -> None:
+def _announce(plan: Plan, sink: FileSink) -> None:
     """Tell the sink of all files that will come; the sizes of those made at the end are not known yet."""
-    sizes = {file.name: file.nbytes for file in made.files} | {file.name: file.nbytes for file in made.side_files}
-    sink.begin(made.source_label, made.source_revision, made.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
+    sizes = {file.name: file.nbytes for file in plan.files} | {file.name: file.nbytes for file in plan.side_files}
+    sink.begin(plan.source_label, plan.source_revision, plan.options, {**sizes, **dict.fromkeys(MADE_FILES, 0)})
 
 
-def check_smoke_policy(smoke: SmokePolicy | None, made: Plan) -> None:
+def check_smoke_policy(smoke: SmokePolicy | None, plan: Plan) -> None:
     """Raise :class:`UsageError` for a smoke run that could not be made once everything is written."""
     if smoke is not None:
-        smoke.check({layer.index for layer in made.layers}, {layer.layout for layer in made.layers})
+        smoke.check({layer.index for layer in plan.layers}, {layer.layout for layer in plan.layers})
 
 
 def execute(
     execution: Execution,
-    made: Plan,
+    plan: Plan,
     target: Target,
     running: Running,
     smoke: SmokePolicy | None,
@@ -215,7 +215,7 @@ def execute(
         raise judged_wrong(target.path)
     written = execution.write(running)
     manifest, report = execution.finish(smoke)
-    return ConvertResult.of(made, target.path, manifest, report, run=target, written_nbytes=written)
+    return ConvertResult.of(plan, target.path, manifest, report, run=target, written_nbytes=written)
 
 
 def open_source(source: str | Path | Source, target: Path | None = None) -> Source:

@@ -112,16 +112,16 @@ def convert_part(
     path = Path(target)
     with contextlib.closing(open_source(source, part_folder(path, selection))) as opened:
         check_place(opened, path, selection=selection)
-        made = make_plan(opened, options)
-        part = choose_part(made, selection)
-        chosen = selection.choose(plan.index for plan in made.layers)
+        plan = make_plan(opened, options)
+        part = choose_part(plan, selection)
+        chosen = selection.choose(layer.index for layer in plan.layers)
         folder = part_folder(path, selection)
-        if preflight(made, opened, path, KeepFiles(), selection=selection, restart=restart) is not None:
+        if preflight(plan, opened, path, KeepFiles(), selection=selection, restart=restart) is not None:
             return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
-        with Target(folder, part_identity(made, selection), restart=restart) as place:
+        with Target(folder, part_identity(plan, selection), restart=restart) as new_target:
             running = Running(threads, memory_nbytes, progress)
-            written = Execution(part, opened, place, KeepFiles()).write(running)
-            return PartResult(folder, chosen, len(part.files), place.resumed, joined=False, written_nbytes=written)
+            written = Execution(part, opened, new_target, KeepFiles()).write(running)
+            return PartResult(folder, chosen, len(part.files), new_target.resumed, joined=False, written_nbytes=written)
 
 
 @checked(source=SOURCE, target=PATH, options=OPTIONS, smoke=SMOKE, **RUNNING)
@@ -156,30 +156,30 @@ def join_parts(
     with contextlib.ExitStack() as held:
         opened = held.enter_context(contextlib.closing(open_source(source, path)))
         check_place(opened, path, join=True)
-        made = make_plan(opened, options)
-        check_smoke_policy(smoke, made)
-        complete = preflight(made, opened, path, KeepFiles(), join=True)
+        plan = make_plan(opened, options)
+        check_smoke_policy(smoke, plan)
+        complete = preflight(plan, opened, path, KeepFiles(), join=True)
         if complete is not None:
-            return ConvertResult.of(made, path, complete, None)
-        place = _hold_parts(held, made, path)
-        execution = Execution(made, opened, place, KeepFiles())
+            return ConvertResult.of(plan, path, complete, None)
+        new_target = _hold_parts(held, plan, path)
+        execution = Execution(plan, opened, new_target, KeepFiles())
         try:
-            return execute(execution, made, place, Running(threads, memory_nbytes, progress), smoke)
+            return execute(execution, plan, new_target, Running(threads, memory_nbytes, progress), smoke)
         except (SmokeFailedError, ResumeConflictError) as error:  # whose advice is --restart, which a join has not
             error.next_step = _MADE_ANEW if smoke is not None else _JUDGED_FIRST
             raise
 
 
-def _hold_parts(held: contextlib.ExitStack, made: Plan, path: Path) -> Target:
+def _hold_parts(held: contextlib.ExitStack, plan: Plan, path: Path) -> Target:
     """Return the opened target with the files of all parts; it and they stay locked until ``held`` is closed."""
     parts = [
-        held.enter_context(Target(folder, part_identity(made, LayerSelection.parse(text))))
+        held.enter_context(Target(folder, part_identity(plan, LayerSelection.parse(text))))
         for text, folder in list_parts(path).items()
     ]
     entries = finished_entries({part.path: part.done for part in parts})
     if not Target.has_journal(path):  # else a join was begun, when nothing was missing
-        check_whole(made, entries, path)
-    target = held.enter_context(Target(path, made.identity()))
+        check_whole(plan, entries, path)
+    target = held.enter_context(Target(path, plan.identity()))
     for part in parts:
         for name, entry in part.done.items():
             if name not in target.done:

@@ -20,7 +20,7 @@ from nvfp4_prep.prepared.manifest import Manifest
 __all__ = ["find_complete", "read_manifest"]
 
 
-def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
+def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
     """Return the manifest, if the target is already what the plan would make; ``None`` if it is not finished.
 
     Raises:
@@ -30,14 +30,14 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
     if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
         return None
     manifest = read_manifest(path)
-    differences = _differences(manifest, made)
+    differences = _differences(manifest, plan)
     if differences:
         raise TargetError(
             f"holds a finished conversion of something else or with other options: {'; '.join(differences)}",
             where=str(path),
             next_step="Give another target, or remove it.",
         )
-    changed = _source_changes(manifest, made)
+    changed = _source_changes(manifest, plan)
     if changed:
         raise TargetError(
             "holds a finished conversion of something else: its source had the same name, and differs in"
@@ -46,7 +46,7 @@ def find_complete(path: Path, made: Plan, sink: FileSink) -> Manifest | None:
             next_step="Give another target, or remove it.",
         )
     all_here = True
-    for file in made.files:
+    for file in plan.files:
         there, sha256 = path / file.name, manifest.files[file.name].sha256
         if not sink.holds(file.name, file.nbytes, sha256):
             _check_size(there, file.nbytes)
@@ -69,25 +69,25 @@ def _check_undamaged(path: Path) -> None:
         )
 
 
-def _source_changes(manifest: Manifest, made: Plan) -> list[str]:
+def _source_changes(manifest: Manifest, plan: Plan) -> list[str]:
     """Return the differences between a finished conversion's source and the plan's, one text each.
 
     By configs, files and scalars, which is what was read of the source. Experts that were tuned and quantized anew have
     other scalars; a source that differs in other tensors' values only is not told apart.
     """
-    records = {file.name: manifest.files.get(file.name) for file in made.files}
+    records = {file.name: manifest.files.get(file.name) for file in plan.files}
     sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
     side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
     digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
-    raw = {key: value for layer in made.layers for key, value in layer.scalars.raw.items()}
-    now_side = {file.name: file.nbytes for file in made.side_files}
+    raw = {key: value for layer in plan.layers for key, value in layer.scalars.raw.items()}
+    now_side = {file.name: file.nbytes for file in plan.side_files}
     other_scalars = [key for key, value in raw.items() if digests.get(key) != hashlib.sha256(value).hexdigest()]
-    other_sizes = sizes != {file.name: file.nbytes for file in made.files}
+    other_sizes = sizes != {file.name: file.nbytes for file in plan.files}
     return [
         *_changed_names("added", now_side.keys() - side.keys()),
         *_changed_names("removed", side.keys() - now_side.keys()),
         *_changed_names("size of", {name for name in side.keys() & now_side.keys() if side[name] != now_side[name]}),
-        *_changed_names("bytes of", _other_texts(manifest.texts, made.index.texts)),
+        *_changed_names("bytes of", _other_texts(manifest.texts, plan.index.texts)),
         *(["names or shapes of tensors"] if other_sizes else []),
         *_changed_names("values of", set(other_scalars)),
     ]
@@ -126,8 +126,8 @@ def _check_size(path: Path, nbytes: int) -> None:
         )
 
 
-def _differences(manifest: Manifest, made: Plan) -> list[str]:
+def _differences(manifest: Manifest, plan: Plan) -> list[str]:
     """Return the differences between a finished conversion and what is asked for, one text each."""
     found = {"source": manifest.source, "revision": manifest.revision, **manifest.options.to_dict()}
-    asked = {"source": made.source_label, "revision": made.source_revision, **made.options.to_dict()}
+    asked = {"source": plan.source_label, "revision": plan.source_revision, **plan.options.to_dict()}
     return [f"{key} is {found.get(key)}, requested {asked[key]}" for key in asked if found.get(key) != asked[key]]

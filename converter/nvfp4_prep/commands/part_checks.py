@@ -21,29 +21,29 @@ _DIVISIBLE = (FileKind.EXPERTS, FileKind.SOURCE_BLOCK_SCALES)
 """Files that parts make; all others are small and left to the join."""
 
 
-def choose_part(made: Plan, selection: LayerSelection) -> Plan:
+def choose_part(plan: Plan, selection: LayerSelection) -> Plan:
     """Return the plan with the files of these layers alone; raises :class:`UsageError` if they are none."""
-    present = [plan.index for plan in made.layers]
+    present = [layer.index for layer in plan.layers]
     chosen = selection.choose(present)
     if not chosen:
         raise UsageError(
             f"--layers {selection.text} selects none of the MoE layers",
-            where=made.source_label,
+            where=plan.source_label,
             next_step=f"They are {spans(present)}.",
         )
-    return replace(made, files=tuple(file for file in made.files if _layer_of(made, file) in chosen), side_files=())
+    return replace(plan, files=tuple(file for file in plan.files if _layer_of(plan, file) in chosen), side_files=())
 
 
-def part_identity(made: Plan, selection: LayerSelection) -> dict[str, object]:
+def part_identity(plan: Plan, selection: LayerSelection) -> dict[str, object]:
     """Return the identity of a part's run, which a resumed run must find again."""
-    return {**made.identity(), "tool": __version__, "layers": selection.text}
+    return {**plan.identity(), "tool": __version__, "layers": selection.text}
 
 
-def _layer_of(made: Plan, file: OutputFile) -> int | None:
+def _layer_of(plan: Plan, file: OutputFile) -> int | None:
     """Return the model's number of the layer, for a file that parts make."""
     if file.kind not in _DIVISIBLE or file.layer_position is None:
         return None
-    return made.layers[file.layer_position].index
+    return plan.layers[file.layer_position].index
 
 
 def check_not_divided(path: Path) -> None:
@@ -88,14 +88,14 @@ def finished_entries(parts: Mapping[Path, Mapping[str, JournalEntry]]) -> dict[s
     return found
 
 
-def check_whole(made: Plan, entries: Mapping[str, JournalEntry], path: Path) -> None:
+def check_whole(plan: Plan, entries: Mapping[str, JournalEntry], path: Path) -> None:
     """Raise :class:`PartsMissingError` if layers have files that no part finished."""
     missing = sorted(
-        {layer for file in made.files if (layer := _layer_of(made, file)) is not None and file.name not in entries}
+        {layer for file in plan.files if (layer := _layer_of(plan, file)) is not None and file.name not in entries}
     )
     if missing:
         raise PartsMissingError(
-            f"{len(missing)} of {count(len({plan.index for plan in made.layers}), 'MoE layer')}"
+            f"{len(missing)} of {count(len({layer.index for layer in plan.layers}), 'MoE layer')}"
             f" {'is' if len(missing) == 1 else 'are'} not made yet:"
             f" {spans(missing)}",
             where=str(path),

@@ -41,14 +41,14 @@ def namings() -> tuple[ExpertNaming, ...]:
 
 
 def _plugins(group: str) -> list[Any]:
-    made: list[Any] = []
+    instances: list[Any] = []
     for point in sorted(entry_points(group=group), key=lambda point: point.name):
         try:
-            made.append(point.load()())
+            instances.append(point.load()())
         except (ImportError, AttributeError, TypeError) as error:
             raise UsageError(
                 f"plugin cannot be loaded ({error})",
                 where=f"entry point {group}:{point.name} = {point.value}",
                 next_step="Repair or uninstall the package that provides it.",
             ) from error
-    return made
+    return instances

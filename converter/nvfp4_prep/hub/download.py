@@ -149,14 +149,14 @@ class Downloader(SnapshotReader):
 
         if _nbytes(folder, partial) > 0:
             return False  # a plain transfer stopped here: going on is cheaper than starting over
-        place = Path(partial).with_suffix(_XET).name
+        xet_folder = Path(partial).with_suffix(_XET).name
         try:
             self._check_etag(file)
             found = hf_hub_download(
                 self.snapshot.repo_id,
                 file.name,
                 revision=self.snapshot.commit,
-                local_dir=folder.held_path / place,
+                local_dir=folder.held_path / xet_folder,
                 endpoint=self.api.endpoint,
                 token=self.api.token,
                 tqdm_class=self.bar,
@@ -173,7 +173,7 @@ class Downloader(SnapshotReader):
             return False
         finally:
             with contextlib.suppress(OSError):
-                folder.remove_tree(place)
+                folder.remove_tree(xet_folder)
         return True
 
 

@@ -20,8 +20,8 @@ def read_experts(source: Source, group: TensorGroup, chunk: range, experts: int)
     raw = empty_bytes(len(chunk) * nbytes)
     view = byte_view(raw)
     for row, expert in enumerate(chunk):
-        place = group.expert_range(expert, experts)
-        source.read_into(place.file, place.offset_bytes, view[row * nbytes : (row + 1) * nbytes])
+        byte_range = group.expert_range(expert, experts)
+        source.read_into(byte_range.file, byte_range.offset_bytes, view[row * nbytes : (row + 1) * nbytes])
     return raw.view(len(chunk), nbytes)
 
 

@@ -111,8 +111,8 @@ def experts_job(plan: LayerPlan, file: OutputFile, source: Source, device: torch
 def _read_ahead(source: Source, groups: Sequence[TensorGroup], chunk: range, experts: int) -> None:
     for group in groups:
         for expert in chunk:
-            place = group.expert_range(expert, experts)
-            source.will_read(place.file, place.offset_bytes, place.nbytes)
+            byte_range = group.expert_range(expert, experts)
+            source.will_read(byte_range.file, byte_range.offset_bytes, byte_range.nbytes)
 
 
 def _prepare(

@@ -46,8 +46,8 @@ def check_readable(plan: Plan, where: str) -> None:
         SourceError: if one of them would exceed a bound of its readers.
     """
     draft = draft_manifest(plan, {result.name: result for result in _results(plan)})
-    made = {name: FileRecord(TEXT_MAX_NBYTES.get(name, 0), _DIGEST, MADE) for name in (INDEX, README, CONFIG)}
-    manifest = Manifest(**{**vars(draft), "files": {**draft.files, **made}})
+    metadata = {name: FileRecord(TEXT_MAX_NBYTES.get(name, 0), _DIGEST, MADE) for name in (INDEX, README, CONFIG)}
+    manifest = Manifest(**{**vars(draft), "files": {**draft.files, **metadata}})
     try:
         name, limit = CONFIG, TEXT_MAX_NBYTES[CONFIG]
         check_bounds(dump_json(converted_config(manifest), limit, indent=2, ensure_ascii=False), MAX_DEPTH)

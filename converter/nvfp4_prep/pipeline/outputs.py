@@ -53,7 +53,7 @@ def write_outputs(
     title: str,
     target: Target,
     outputs: Sequence[Output],
-    made: Iterable[str],
+    metadata_files: Iterable[str],
     running: Running,
     *,
     needed_nbytes: int | None = None,
@@ -68,7 +68,7 @@ def write_outputs(
         title: of the progress.
         target: where they go.
         outputs: all files that jobs make, in the order of their start.
-        made: names of the files that come after them.
+        metadata_files: names of the files that come after them.
         running: how.
         needed_nbytes: room in the target; by default what the missing files take.
         files, hooks: see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
@@ -81,7 +81,7 @@ def write_outputs(
         TargetError, NoSpaceError: if the target holds something else, or has no room.
         NvfpPrepError: as :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
     """
-    target.check_names([*(output.name for output in outputs), *made])
+    target.check_names([*(output.name for output in outputs), *metadata_files])
     pending = [output for output in outputs if output.name not in target.done]
     missing_nbytes = sum(output.nbytes for output in pending)
     target.check_space(Room(missing_nbytes).needed_nbytes if needed_nbytes is None else needed_nbytes)

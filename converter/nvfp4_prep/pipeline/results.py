@@ -24,24 +24,24 @@ from nvfp4_prep_kernels import PreparedTensor
 __all__ = ["draft_manifest", "gate_up_record", "layer_record", "make_index", "reconciled_sides"]
 
 
-def draft_manifest(made: Plan, results: Mapping[str, JobResult]) -> Manifest:
+def draft_manifest(plan: Plan, results: Mapping[str, JobResult]) -> Manifest:
     """Return the manifest of a conversion, without the files that are made at its end.
 
     Args:
-        made: the whole plan.
+        plan: the whole plan.
         results: of all its files, by name.
     """
-    kinds = {file.name: file.kind.value for file in made.files}
-    rescaled = any(plan.reconciled for plan in made.layers)
+    kinds = {file.name: file.kind.value for file in plan.files}
+    rescaled = any(layer.reconciled for layer in plan.layers)
     return Manifest(
         tool_version=__version__,
-        options=made.options,
-        source=made.source_label,
-        revision=made.source_revision,
-        texts=made.index.texts,
-        quantization=quantization_configs(made.index.config, made.index.hf_quant_config),
-        layers=tuple(layer_record(made, position, results) for position in range(len(made.layers))),
-        passed={finding.experts_path: finding.reason for finding in made.others},
+        options=plan.options,
+        source=plan.source_label,
+        revision=plan.source_revision,
+        texts=plan.index.texts,
+        quantization=quantization_configs(plan.index.config, plan.index.hf_quant_config),
+        layers=tuple(layer_record(plan, position, results) for position in range(len(plan.layers))),
+        passed={finding.experts_path: finding.reason for finding in plan.others},
         files={
             name: FileRecord(result.nbytes, result.sha256 or "", kinds.get(name, SIDE))
             for name, result in sorted(results.items())
@@ -51,52 +51,52 @@ def draft_manifest(made: Plan, results: Mapping[str, JobResult]) -> Manifest:
                 "check": "inverse transform while converting",
                 "result": "every prepared byte turned back into the source's byte before it was written"
                 + (", rescaled block scales into the rescaled ones" if rescaled else ""),
-                "experts": sum(plan.dims.experts for plan in made.layers),
-                "nbytes": sum(plan.prepared_nbytes for plan in made.layers),
+                "experts": sum(layer.dims.experts for layer in plan.layers),
+                "nbytes": sum(layer.prepared_nbytes for layer in plan.layers),
             },
         ),
     )
 
 
-def layer_record(made: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:
+def layer_record(plan: Plan, position: int, results: Mapping[str, JobResult]) -> LayerRecord:
     """Return the manifest's record of a layer.
 
     Args:
-        made: the plan.
+        plan: the plan.
         position: of the layer in it.
         results: finished jobs by file name; the layer's files must be there.
     """
-    plan = made.layers[position]
-    files = _layer_files(made, position)
-    facts = _facts(made, position, results)
+    layer = plan.layers[position]
+    files = _layer_files(plan, position)
+    facts = _facts(plan, position, results)
     crc32: dict[str, list[int]] = {tensor.value: [] for tensor in PreparedTensor}
     for fact in facts:
         crc32[fact.tensor.value] += fact.crc32
     digests = {key: digest for file in files for key, digest in results[file.name].digests.items()}
-    digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in plan.scalars.raw.items()}
+    digests |= {key: hashlib.sha256(raw).hexdigest() for key, raw in layer.scalars.raw.items()}
     return LayerRecord(
-        source=_without_records(plan),
-        layout=plan.layout,
-        activation=plan.activation,
+        source=_without_records(layer),
+        layout=layer.layout,
+        activation=layer.activation,
         files=tuple(file.name for file in files),
-        gate_up=_gate_up_of_facts(plan, facts),
+        gate_up=_gate_up_of_facts(layer, facts),
         source_sha256=digests,
         expert_crc32={name: tuple(values) for name, values in crc32.items()},
     )
 
 
-def reconciled_sides(made: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
+def reconciled_sides(plan: Plan, position: int, results: Mapping[str, JobResult]) -> dict[int, str]:
     """Return, for each reconciled expert of a layer, the side whose block scales changed."""
-    facts = _facts(made, position, results)
+    facts = _facts(plan, position, results)
     return {item.expert: item.side.value for fact in facts for item in fact.reconciled}
 
 
-def _layer_files(made: Plan, position: int) -> list[OutputFile]:
-    return [file for file in made.files if file.kind is FileKind.EXPERTS and file.layer_position == position]
+def _layer_files(plan: Plan, position: int) -> list[OutputFile]:
+    return [file for file in plan.files if file.kind is FileKind.EXPERTS and file.layer_position == position]
 
 
-def _facts(made: Plan, position: int, results: Mapping[str, JobResult]) -> list[ExpertsFact]:
-    return [fact for file in _layer_files(made, position) for fact in results[file.name].facts]
+def _facts(plan: Plan, position: int, results: Mapping[str, JobResult]) -> list[ExpertsFact]:
+    return [fact for file in _layer_files(plan, position) for fact in results[file.name].facts]
 
 
 def _without_records(plan: LayerPlan) -> MoeLayer:

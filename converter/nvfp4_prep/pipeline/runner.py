@@ -38,27 +38,27 @@ _CPU = torch.device("cpu")
 class Execution:
     """One run of a plan, or of a part of it, on a target."""
 
-    def __init__(self, made: Plan, source: Source, target: Target, sink: FileSink, device: torch.device = _CPU) -> None:
-        """``made`` may be a plan with fewer files than the whole: then :meth:`write` is all there is to do."""
-        self._plan = made
+    def __init__(self, plan: Plan, source: Source, target: Target, sink: FileSink, device: torch.device = _CPU) -> None:
+        """``plan`` may be a plan with fewer files than the whole: then :meth:`write` is all there is to do."""
+        self._plan = plan
         self._source = source
         self._target = target
         self._sink = sink
         self._device = device
         self._results = {name: JobResult.from_entry(entry) for name, entry in target.done.items()}
         self._shards = _ShardUse(source)
-        self._files = {file.name: file for file in made.files}
+        self._files = {file.name: file for file in plan.files}
 
     def write(self, running: Running) -> int:
         """Write the files that the journal does not have; returns their bytes."""
-        made = self._plan
-        scales = [file for file in made.files if file.kind is FileKind.EXPERT_SCALES]
-        first = [file for file in made.files if file.kind is not FileKind.EXPERT_SCALES]
+        plan = self._plan
+        scales = [file for file in plan.files if file.kind is FileKind.EXPERT_SCALES]
+        first = [file for file in plan.files if file.kind is not FileKind.EXPERT_SCALES]
         pending = [file for file in first if file.name not in self._results]
-        self._shards.expect(made.shard_order(pending), made.peak_shards_nbytes, pending)
+        self._shards.expect(plan.shard_order(pending), plan.peak_shards_nbytes, pending)
         outputs = [
             *(Output(file.name, file.nbytes, partial(self._job, file)) for file in first),
-            *(Output(file.name, file.nbytes, partial(side_file_job, file, self._source)) for file in made.side_files),
+            *(Output(file.name, file.nbytes, partial(side_file_job, file, self._source)) for file in plan.side_files),
             *(Output(file.name, file.nbytes, partial(self._job, file), last=True) for file in scales),
         ]
         return write_outputs(
@@ -67,7 +67,7 @@ class Execution:
             outputs,
             MADE_FILES,
             running,
-            needed_nbytes=room_for(made, self._results, self._source, self._sink).needed_nbytes,
+            needed_nbytes=room_for(plan, self._results, self._source, self._sink).needed_nbytes,
             files=1 if self._source.sequential or self._sink.sequential else None,
             hooks=Hooks(
                 on_done=self._done,
@@ -108,7 +108,7 @@ class Execution:
                 values |= expert_scale_vectors(layer.source, layer.layout, policy, layer.scalars, sides)
             return values_job(file, values)
         if file.kind is FileKind.SOURCE_SCALES:
-            return values_job(file, {key: raw for plan in self._plan.layers for key, raw in plan.scalars.raw.items()})
+            return values_job(file, {key: raw for layer in self._plan.layers for key, raw in layer.scalars.raw.items()})
         layer = self._plan.layers[file.layer_position or 0]
         if file.kind is FileKind.EXPERTS:
             return experts_job(layer, file, self._source, self._device)
@@ -128,8 +128,8 @@ class Execution:
             SmokeFailedError: if the smoke run failed; no config is left then.
         """
         self._source.check_unchanged()
-        made = self._plan
-        served = (record for file in made.files if file.served for record in file.records)
+        plan = self._plan
+        served = (record for file in plan.files if file.served for record in file.records)
         reports: list[SmokeReport] = []
 
         def accept(manifest: Manifest) -> None:
@@ -145,7 +145,7 @@ class Execution:
                 self._target.note_wrong(FailedScope(None, None).to_json())
                 raise
 
-        manifest = write_made_files(self._target, draft_manifest(made, self._results), served, accept)
+        manifest = write_made_files(self._target, draft_manifest(plan, self._results), served, accept)
         return manifest, next(iter(reports), None)
 
 

@@ -37,10 +37,10 @@ class Room:
         return self.output_nbytes + self.download_nbytes + SMALL_FILES_NBYTES
 
 
-def room_for(made: Plan, done: Collection[str], source: Source, sink: FileSink) -> Room:
+def room_for(plan: Plan, done: Collection[str], source: Source, sink: FileSink) -> Room:
     """Return the room for the files of a plan, or of a part of it, that are not ``done``."""
-    pending = [file for file in made.files if file.name not in done]
+    pending = [file for file in plan.files if file.name not in done]
     sizes = {file.name: file.nbytes for file in pending}
-    sizes |= {file.name: file.nbytes for file in made.side_files if file.name not in done}
-    order = made.shard_order(file for file in pending if file.kind is not FileKind.EXPERT_SCALES)
-    return Room(sink.room_nbytes(sizes), source.room_nbytes(order, made.peak_shards_nbytes))
+    sizes |= {file.name: file.nbytes for file in plan.side_files if file.name not in done}
+    order = plan.shard_order(file for file in pending if file.kind is not FileKind.EXPERT_SCALES)
+    return Room(sink.room_nbytes(sizes), source.room_nbytes(order, plan.peak_shards_nbytes))

@@ -81,8 +81,8 @@ class RemoteRepository:
         if options.create_pr:
             self.pull_request = self._find_pull_request()
             if self.pull_request is None:
-                made = self.api.create_pull_request(self.repo_id, title=self.title)
-                self.pull_request = made.num
+                opened = self.api.create_pull_request(self.repo_id, title=self.title)
+                self.pull_request = opened.num
             return f"refs/pr/{self.pull_request}"
         if options.revision is None or options.revision == _MAIN:
             return _MAIN

@@ -72,9 +72,9 @@ class Stamp:
             )
             if not isinstance(stamp.source.get("quant_method", ""), str):
                 raise TypeError("the source's quant_method is no text")
-            made = stamp.moe_layout(gated=True)
+            moe_layout = stamp.moe_layout(gated=True)
             known = stamp.layout_name in (STANDARD, BATCHED, TRTLLM) and layout["scale_swizzle"] == _SWIZZLE
-            known = known and stamp.hidden_alignment == made.hidden_alignment
+            known = known and stamp.hidden_alignment == moe_layout.hidden_alignment
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ServingError(
                 f"stamp is incomplete or damaged ({type(error).__name__}: {error})",
@@ -85,7 +85,7 @@ class Stamp:
             raise ServingError(
                 "unknown layout in the stamp",
                 where="config.json, quantization_config.layout",
-                expected=f"name {STANDARD}, {BATCHED} or {TRTLLM}, hidden_alignment {made.hidden_alignment},"
+                expected=f"name {STANDARD}, {BATCHED} or {TRTLLM}, hidden_alignment {moe_layout.hidden_alignment},"
                 f" scale_swizzle {_SWIZZLE}",
                 actual=dict(layout),
                 next_step="Install the version of nvfp4-prep that wrote the checkpoint.",

@@ -40,6 +40,7 @@ class Job:
         meetings: where the ranks meet, one for each load.
         left_out: endings of names that are not compared.
         load: LoadConfig fields for the prepared checkpoint.
+        draft: whether the checkpoint's draft model is loaded in the place of its target.
         failing: how rank 1 fails when it loads the prepared checkpoint; a key of ``FAILURES``.
     """
 
@@ -51,6 +52,7 @@ class Job:
     meetings: tuple[str, str] | None = None
     left_out: tuple[str, ...] = ()
     load: dict[str, Any] = field(default_factory=dict)
+    draft: bool = False
     failing: str = ""
 
 
@@ -172,7 +174,7 @@ class Comparison:
             asked = {"moe_runner_backend": job.backend, "quantization": source_method(Path(job.source))}
             args = make_server_args(Path(job.source), **asked, **job.options)
             with rank_of(args, self.rank, meeting), counting(self.outcome.source):
-                self._expected = snapshot(load_model(args))
+                self._expected = snapshot(load_model(args, draft=job.draft))
         except SGLANG_REASONS as error:
             return f"{type(error).__name__}: {str(error).strip()}"[:300]
         return None
@@ -183,7 +185,7 @@ class Comparison:
         args = make_server_args(Path(job.prepared), moe_runner_backend=job.asked, **job.options)
         failure = failing(job.failing if self.rank == 1 else "")
         with rank_of(args, self.rank, meeting), counting(outcome.prepared), failure:
-            model = load_model(args, **job.load)
+            model = load_model(args, draft=job.draft, **job.load)
             actual = snapshot(model)
             outcome.layers = len(expert_layers(model))
         expected, actual = (

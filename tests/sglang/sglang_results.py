@@ -1,8 +1,11 @@
-"""The rows that are printed at the end."""
+"""The rows that are printed at the end, and as docs/serving-sglang.md shows them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from support.paths import ROOT
 
 TABLE: list[dict[str, Any]] = []
 """Rows of test_sglang_models.py."""
@@ -10,14 +13,45 @@ REFUSALS: list[tuple[str, str]] = []
 """What was refused, and the message."""
 SERVERS: list[tuple[str, str]] = []
 """Server processes, and what became of them."""
+WHOLE = {"table": 0, "servers": 0}
+"""How many rows a whole run gives; the modules that make them say it."""
+PAGE: Path = ROOT / "docs" / "serving-sglang.md"
+_BEGIN, _END = "<!-- written by make test-sglang: {} -->\n", "<!-- end of {} -->\n"
+_BACKEND = "flashinfer_"
 
 
 def table_lines() -> list[str]:
-    """One line a row, as Markdown."""
-    head = "| model | file | parallel | backend | result | compared | tensors read | expert loader calls |"
+    """One line a row, as Markdown; backends and layouts without the prefix that all of them have."""
+    head = "| model | file | parallel | backend | result | values compared | tensors read | expert loader calls |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for row in TABLE:
         read, calls = (f"{row['source'][key]} → {row['prepared'][key]}" for key in ("tensors", "calls"))
         values = (row[key] for key in ("model", "file", "parallel", "backend", "result", "compared"))
-        lines.append(f"| {' | '.join((*values, read, calls))} |")
+        lines.append(f"| {' | '.join((*values, read, calls))} |".replace(_BACKEND, ""))
     return lines
+
+
+def server_lines() -> list[str]:
+    """The server processes as Markdown."""
+    return ["| server process with | result |", "|---|---|", *(f"| {what} | {result} |" for what, result in SERVERS)]
+
+
+def parts() -> dict[str, list[str]]:
+    """The parts of the page that tests write."""
+    return {"table": table_lines(), "servers": server_lines()}
+
+
+def is_whole() -> bool:
+    """Whether every row was made: the page cannot be written from a part of the tests."""
+    return {"table": len(TABLE), "servers": len(SERVERS)} == WHOLE and all(WHOLE.values())
+
+
+def written(page: str) -> str:
+    """Return the page with the rows of this run."""
+    for name, lines in parts().items():
+        begin, end = _BEGIN.format(name), _END.format(name)
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        assert before and after, f"{PAGE} has no place for {name}"
+        page = f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{end}{after}"
+    return page

@@ -1,4 +1,7 @@
-"""A checkpoint's own draft layer (multi-token prediction), loaded as speculative decoding loads it."""
+"""A ModelOpt checkpoint's own draft layer (multi-token prediction), loaded as speculative decoding loads it.
+
+Those of compressed-tensors are served: test_sglang_models.py has them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_compare import RAW_COMPRESSED
-from sglang_models import COMPRESSED_MTP, DRAFTED, Checkpoints
+from sglang_models import DRAFTED, Checkpoints
 from sglang_on_cpu import load_model, make_server_args, rank_of
 from sglang_results import REFUSALS
 from sglang_states import differences, experts_state
@@ -22,20 +24,6 @@ def experts_of(directory: Path, backend: str, *, draft: bool) -> dict[str, Any]:
     args = make_server_args(directory, moe_runner_backend=backend)
     with rank_of(args):
         return experts_state(load_model(args, draft=draft))
-
-
-@pytest.mark.parametrize("draft", [False, True], ids=["target", "draft"])
-def test_compressed_tensors(checkpoints: Checkpoints, draft: bool) -> None:
-    source, prepared = checkpoints.get(COMPRESSED_MTP, trtllm=True)
-    expected, actual = experts_of(source, TRTLLM, draft=draft), experts_of(prepared, "auto", draft=draft)
-    layers = {name.partition("/")[0] for name in expected}
-    numbers = ("1", "2")
-    assert layers == {"model.decoder.mlp.experts"} if draft else {f"model.layers.{n}.mlp.experts" for n in numbers}
-    kept = [
-        {name: value for name, value in state.items() if not name.endswith(RAW_COMPRESSED)}
-        for state in (expected, actual)
-    ]
-    assert differences(*kept) == []
 
 
 @pytest.mark.parametrize("family", DRAFTED)

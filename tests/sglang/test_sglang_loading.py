@@ -14,6 +14,7 @@ from sglang_on_cpu import load_model, make_server_args, rank_of
 from sglang_ranks import Ranks
 from sglang_states import differences, expert_layers, experts_state, storage_of
 
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 CUTEDSL, TRTLLM = "flashinfer_cutedsl", "flashinfer_trtllm"
@@ -81,6 +82,24 @@ def tensor_parallel_job(
     load = {"load_format": "nvfp4_prep", "model_loader_extra_config": {"direct_io": "never", **extra}}
     backend = TRTLLM if asked == "auto" else asked
     return Job(str(source), str(prepared), backend, asked, options=parallel, load=load, failing=failing)
+
+
+def test_a_file_padded_for_two_ranks(checkpoints: Checkpoints, ranks: Any) -> None:
+    """`--moe-tp 2` serves I 192 at TP2, each rank 96 of it, where SGLang gives rank 0 the first 128 of the source.
+
+    So the ranks' weights differ from the source's, and nothing else.
+    """
+    options = ConvertOptions(moe_tp=2)
+    source, prepared = checkpoints.get(
+        replace(QWEN, one_input_scale=True).with_sizes(4, 256, 192), options, trtllm=True
+    )
+    for outcome in ranks.run(Job(str(source), str(prepared), TRTLLM, options=TP2)):
+        assert outcome.unsupported is None
+        assert outcome.prepared.calls == 9 * outcome.layers
+        weights = {tensor.value for tensor in PreparedTensor}
+        aliases = {"w13_blockscale_swizzled", "w2_blockscale_swizzled"}
+        assert {name.rpartition("/")[2] for name in outcome.differences} <= weights | aliases
+        assert outcome.differences
 
 
 def test_a_rank_that_cannot_read_ends_all(checkpoints: Checkpoints, ranks: Any) -> None:

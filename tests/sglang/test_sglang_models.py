@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 from sglang_compare import RAW_COMPRESSED, RAW_SCALES, UNPADDED, UNREAD, Job, Outcome, run
-from sglang_models import COMPRESSED_QWEN, MODELS, Checkpoints, Model
-from sglang_results import TABLE
+from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, MODELS, Checkpoints, Model
+from sglang_results import TABLE, WHOLE
 
 from nvfp4_prep.options import ConvertOptions, LayoutName
 
@@ -47,11 +47,21 @@ PARALLEL: dict[str, dict[str, Any]] = {
             {"physical_to_logical_map": [[3, 7, 7, 0, 1, 2, 6, 5, 4, 3], [0, 1, 2, 3, 4, 5, 6, 7, 1, 0]]}
         ),
     },
-    DEEPEP: {"moe_a2a_backend": "deepep", "deepep_mode": "low_latency"},
+    DEEPEP: {"moe_a2a_backend": "deepep"},
     "DP attention 2, EP2": {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True, "ep_size": 2},
 }
 
 
+NAMES = {
+    "deepseek_v3": "DeepSeek-V3",
+    "deepseek_v3_mtp": "DeepSeek-V3",
+    "qwen3_moe": "Qwen3-MoE",
+    "glm4_moe": "GLM-4",
+    "minimax_m2": "MiniMax-M2",
+    "nemotron_h": "Nemotron-H",
+    "kimi_k25": "Kimi-K2.5",
+    "llama4": "Llama-4",
+}
 LAYOUTS = {
     CUTEDSL: LayoutName.CUTEDSL,
     TRTLLM: LayoutName.TRTLLM,
@@ -71,6 +81,7 @@ class Case:
         note: what is special, for the table.
         options: of the conversion.
         left_out: endings of names that are not compared.
+        draft: whether the draft model is loaded.
     """
 
     model: Model
@@ -80,10 +91,11 @@ class Case:
     note: str = ""
     options: ConvertOptions = field(default_factory=ConvertOptions)
     left_out: tuple[str, ...] = RAW_SCALES
+    draft: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.model.family}{f' ({self.note})' if self.note else ''}"
+        return f"{NAMES[self.model.family]}{f' ({self.note})' if self.note else ''}"
 
     @property
     def asked(self) -> str:
@@ -105,7 +117,6 @@ QWEN, DEEPSEEK, GLM = MODELS["qwen3_moe"], MODELS["deepseek_v3"], MODELS["glm4_m
 QWEN_ONE = replace(QWEN, one_input_scale=True)
 DEEPSEEK_ONE = replace(DEEPSEEK, one_input_scale=True)
 TWO_SCALES = replace(QWEN, equal_gate_up=False)
-FUSED = [name for name in MODELS if name != "mixtral"]  # quantized Mixtral has one module an expert in SGLang
 WIDE = QWEN.with_sizes(4, 384, 128)
 NANO = MODELS["nemotron_h"].with_sizes(4, 384, 192)
 H384 = "H 384 padded in the file"
@@ -160,8 +171,13 @@ CASES = [
     case(replace(DEEPSEEK, quant="modelopt_legacy"), TRTLLM, "TP1", TRTLLM, "hf_quant_config.json"),
     case(COMPRESSED_QWEN, TRTLLM, "TP1", TRTLLM, "compressed-tensors"),
     case(COMPRESSED_QWEN.with_sizes(8, 256, 256), TRTLLM, "TP2", TRTLLM, "compressed-tensors"),
+    *(
+        case(COMPRESSED_MTP, file, "TP1", TRTLLM, f"compressed-tensors, {what}", draft=what == "draft model")
+        for file, what in ((TRTLLM, "target of a draft model"), (TRTLLM, "draft model"), (CUTEDSL, "draft model"))
+    ),
     case(replace(COMPRESSED_QWEN, one_input_scale=True), CUTEDSL, "TP2 with EP2", TRTLLM, f"compressed-tensors, {ONE}"),
 ]
+WHOLE["table"] = len(CASES)
 
 
 @pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row.name}-{row.file}-{row.parallel}-{row.backend}")
@@ -172,7 +188,9 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
     source, prepared = checkpoints.get(row.model, replace(row.options, layout=LAYOUTS[row.file]))
     parallel = PARALLEL[row.parallel]
     options = {**parallel, **({"disable_radix_cache": True} if row.model.family == "nemotron_h" else {})}
-    job = Job(str(source), str(prepared), row.backend, row.asked, options=options, left_out=row.left_out)
+    job = Job(
+        str(source), str(prepared), row.backend, row.asked, options=options, left_out=row.left_out, draft=row.draft
+    )
     dispatcher = SimpleNamespace(set_quant_config=lambda config: None)
     stand_in = mock.patch.object(fused_moe, "MaybeTboDeepEPDispatcher", lambda **_: dispatcher)
     world = parallel.get("tp_size", 1) * parallel.get("pp_size", 1)
@@ -183,7 +201,7 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
     for outcome in outcomes:
         assert outcome.unsupported is None
         assert outcome.differences == []
-        assert outcome.layers == 2 // parallel.get("pp_size", 1)
+        assert outcome.layers == (1 if row.draft else 2 // parallel.get("pp_size", 1))
         assert outcome.compared >= 14 * outcome.layers
         # One loader call a tensor, whatever the number of experts.
         assert outcome.prepared.calls == tensors * outcome.layers

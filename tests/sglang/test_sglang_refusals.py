@@ -24,6 +24,7 @@ from nvfp4_prep.options import ConvertOptions, LayoutName
 
 QWEN = MODELS["qwen3_moe"]
 INDEX = "model.safetensors.index.json"
+EXPERTS = "model.layers.0.mlp.experts"
 pytestmark = pytest.mark.usefixtures("plugin")
 
 
@@ -55,10 +56,12 @@ def edit_stamp(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def edit_experts(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors of the file that holds layer 0's experts, and the index with them."""
+def edit_experts(
+    directory: Path, edit: Callable[[dict[str, torch.Tensor]], object], holding: str = "w13_weight"
+) -> None:
+    """Change the tensors of the file that holds this one of layer 0's experts, and the index with them."""
     index = json.loads((directory / INDEX).read_text())
-    file = index["weight_map"]["model.layers.0.mlp.experts.routed_experts.w13_weight"]
+    file = index["weight_map"][f"{EXPERTS}.routed_experts.{holding}"]
     tensors = load_file(directory / file)
     edit(tensors)
     save_file(tensors, directory / file)
@@ -84,7 +87,6 @@ def test_stamps(copy: Callable[..., Path], what: str) -> None:
     assert words in refusal(directory, what)
 
 
-EXPERTS = "model.layers.0.mlp.experts"
 FILES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "missing tensor": (lambda t: t.pop(f"{EXPERTS}.routed_experts.w2_weight"), "1 of 8 tensors"),
     "misspelled tensor": (
@@ -118,7 +120,15 @@ def test_files(copy: Callable[..., Path], what: str) -> None:
     assert words in refusal(directory, what)
 
 
-@pytest.mark.parametrize("backend", ["flashinfer_cutlass", "triton", "marlin"])
+def test_the_scales_of_up_are_missing(copy: Callable[..., Path]) -> None:
+    """A TRTLLM file has nine tensors a layer: without the ninth, up would be multiplied by gate's scale."""
+    directory = copy(replace(QWEN, equal_gate_up=False), trtllm=True)
+    lost = "w13_weight_scale_2_up"
+    edit_experts(directory, lambda tensors: tensors.pop(f"{EXPERTS}.routed_experts.{lost}"), holding=lost)
+    assert "1 of 9 tensors" in refusal(directory, "missing scales of up")
+
+
+@pytest.mark.parametrize("backend", ["flashinfer_cutlass", "triton", "marlin", "experimental_sgl_trtllm"])
 def test_other_backends(copy: Callable[..., Path], backend: str) -> None:
     assert "another MoE runner backend" in refusal(
         copy(), f"--moe-runner-backend {backend}", moe_runner_backend=backend
@@ -228,6 +238,21 @@ def test_a_config_object_without_the_stamp(copy: Callable[..., Path]) -> None:
     with pytest.raises(ServingError, match="on top of prepared experts") as caught:
         check_stamp_was_taken(object(), config)
     REFUSALS.append(("another config object", str(caught.value)))
+
+
+@pytest.mark.parametrize("trtllm", [False, True], ids=["cutedsl", "trtllm"])
+def test_lora_on_experts(checkpoints: Checkpoints, trtllm: bool) -> None:
+    """SGLang itself has no LoRA for these kernels, and its LoRA backends are other MoE runner backends."""
+    from sglang.srt.lora.layers import FusedMoEWithLoRA
+    from sglang_states import expert_layers
+
+    _, prepared = checkpoints.get(QWEN, trtllm=trtllm)
+    args = make_server_args(prepared)
+    with rank_of(args):
+        layer = next(iter(expert_layers(load_model(args)).values()))
+        with pytest.raises(NotImplementedError, match="does not expose quant info") as caught:
+            FusedMoEWithLoRA(layer, SimpleNamespace(name="csgmv", is_moe_lora=False))
+    REFUSALS.append(("LoRA on experts (SGLang's own)", str(caught.value)))
 
 
 @pytest.mark.parametrize("load_format", ["sharded_state", "presharded"])

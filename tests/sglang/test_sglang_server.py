@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from sglang_results import SERVERS
+from sglang_results import SERVERS, WHOLE
 from sglang_server import Server, launched
 
 from nvfp4_prep.commands.convert import convert
 from support.engine.whole_models import QWEN3_MOE
 
+WHOLE["servers"] = 5
 PROMPTS = [[5, 6, 7, 8], [200, 3, 77], [9, 9, 9, 9, 9, 9, 100]]
 UNPREPARED = ("--quantization", "modelopt_fp4", "--moe-runner-backend", "flashinfer_cutedsl")
 

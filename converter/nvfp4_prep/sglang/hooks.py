@@ -16,11 +16,12 @@ from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
 from nvfp4_prep.serving.placement import STORED_TENSORS
 from nvfp4_prep.sglang.source_config import adopt_source, stamped_configs
+from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
 __all__ = ["HOOKS", "parameter_name", "register_hooks"]
 
 _CONFIG = "sglang.srt.utils.hf_transformers.config.get_config"
-_SPELLED = tuple(f".experts.routed_experts.{name}" for name in (*STORED_TENSORS, "w13_weight_scale_2_up"))
+_SPELLED = tuple(f".experts.routed_experts.{name}" for name in (*STORED_TENSORS, UP_SCALE_VECTOR))
 _refusal: str | None = None
 
 

@@ -12,6 +12,7 @@
 # make try-vllm VLLM=0.34.0  try a version that the plugin was not tested with, and print what broke
 # make test-sglang  the same with the real SGLang
 # make docs    the documentation site, build/docs/site, in an environment of its own (.venv-docs); broken links fail
+# make dist    sdist and wheel in dist/, checked by twine (.venv-dist)
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
@@ -35,13 +36,15 @@ STAMP_ENGINE := $(VENV_ENGINE)/.installed
 ENV_VLLM = $(if $(filter $(NEWEST_VLLM),$(VLLM)),$(VENV_VLLM),$(VENV_VLLM)-$(VLLM))
 VENV_DOCS ?= .venv-docs
 STAMP_DOCS := $(VENV_DOCS)/.installed
+VENV_DIST ?= .venv-dist
+STAMP_DIST := $(VENV_DIST)/.installed
 VENV_SGLANG ?= .venv-sglang
 STAMP_SGLANG := $(VENV_SGLANG)/.installed
 PIP_SGLANG := $(VENV_SGLANG)/bin/python -m pip install -q --disable-pip-version-check
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-sglang test-faults fuzz check \
-	docs bench figures clean
+	docs dist bench figures clean
 
 setup: $(STAMP)
 
@@ -147,6 +150,16 @@ $(STAMP_DOCS): docs/site/requirements.txt
 docs: $(STAMP_DOCS)
 	$(VENV_DOCS)/bin/python docs/site/build.py
 
+$(STAMP_DIST): .ci/requirements-dist.txt
+	test -x $(VENV_DIST)/bin/python || $(PYTHON) -m venv $(VENV_DIST)
+	$(VENV_DIST)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r .ci/requirements-dist.txt
+	touch $@
+
+dist: $(STAMP_DIST)
+	rm -rf dist
+	$(VENV_DIST)/bin/python -m build --no-isolation --outdir dist
+	$(VENV_DIST)/bin/python -m twine check --strict dist/*
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
@@ -154,4 +167,4 @@ figures: $(STAMP)
 	$(BIN)/python benchmarks/quote.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(VENV_SGLANG) $(VENV_DOCS) $(DEMO) build dist
+	rm -rf $(VENV) $(VENV)-python3* $(VENV1) $(VENV_VLLM) $(VENV_VLLM)-* $(VENV_ENGINE) $(VENV_SGLANG) $(VENV_DOCS) $(VENV_DIST) $(DEMO) build dist

@@ -1,4 +1,4 @@
-"""Wheel and sdist, used outside the tree: typed, and importable without a card and without what is optional."""
+"""Wheel and sdist, used outside the tree: typed, and importable without a GPU and without what is optional."""
 
 from __future__ import annotations
 
@@ -44,18 +44,8 @@ def python(built: Path) -> Path:
     venv.create(folder, with_pip=False)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     wheel = next(built.glob("*.whl"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(site),
-        str(wheel),
-    ]
+    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "-q", "--no-deps"]
+    command = [*install, "--no-index", str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin" / "python"
@@ -112,7 +102,11 @@ def test_sdist_is_complete(built: Path) -> None:
         "docs/layout.md",
         "tests/kernels/test_layout.py",
         "examples/demo.py",
+        "examples/notebook.ipynb",
+        "docs/site/zensical.toml",
+        "tests/data/prepared/0.1.0/nvfp4_prep.json",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
     ):
         assert name in names
 
@@ -128,6 +122,26 @@ nvfp4_prep.convert("source", "out")
 print(nvfp4_prep.verify("out", source="source").ok, nvfp4_prep.__version__)
 """
     assert run(python, script, tmp_path).split() == ["True", nvfp4_prep.__version__]
+
+
+@needs_build
+def test_commands_of_an_installed_wheel(python: Path, tmp_path: Path) -> None:
+    """The program that pip puts beside the interpreter: sample, convert with its smoke test and report, verify."""
+    program = python.parent / "nvfp4-prep"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for words in (
+        ["--version"],
+        ["sample", "source", "--layers", "2", "--experts", "2"],
+        ["convert", "source", "out", "--quiet"],
+        ["verify", "out", "--source", "source", "--smoke", "--report", "page.html"],
+    ):
+        done = subprocess.run(
+            [program, *words], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if words == ["--version"]:
+            assert nvfp4_prep.__version__ in done.stdout
+    assert "</html>" in (tmp_path / "page.html").read_text()  # the wheel has the page's template
 
 
 @needs_build

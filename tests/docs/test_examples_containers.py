@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,16 @@ def test_docker_command_lines() -> None:
     assert IMAGE in built and IMAGE in run
     used = {container["image"] for path in MANIFESTS for _, container in containers(path)}
     assert used == built
+
+
+def test_images_get_what_the_build_needs_and_no_environments() -> None:
+    """``COPY . /src`` takes everything that .dockerignore does not name; an environment has gigabytes."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    ignored = {line.strip("/") for line in lines if line and not line.startswith("#")}
+    for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines():
+        name = line.strip("/")
+        assert any(fnmatch(name, pattern.removeprefix("**/")) for pattern in ignored) or name == "*.egg-info", name
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    needed = {"pyproject.toml", "README.md", "LICENSE", *(package.split("/")[0] for package in wheel)}
+    assert not [name for name in needed if any(fnmatch(name, pattern) for pattern in ignored)]

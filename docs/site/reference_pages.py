@@ -54,7 +54,7 @@ def api_page(root: Path) -> str:
 
 
 def command_line_page(root: Path) -> str:
-    """Return the page with the help text of every command, as the program prints it at 100 columns."""
+    """Return the page with the help text of every command, as the program prints it at 80 columns."""
     text = _help(root)
     commands = re.findall(r"^  ([a-z][a-z-]+)  ", text, re.MULTILINE)
     parts = ["# Command line", f"```text\n{text}\n```"]
@@ -64,7 +64,7 @@ def command_line_page(root: Path) -> str:
 
 
 def _help(root: Path, *command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(root / "converter"), "COLUMNS": "100", "NO_COLOR": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root / "converter"), "COLUMNS": "80", "NO_COLOR": "1"}
     script = "from nvfp4_prep.cli import main; import sys; sys.argv[0] = 'nvfp4-prep'; main()"
     words = [sys.executable, "-c", script, *command, "--help"]
     return subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout.rstrip()

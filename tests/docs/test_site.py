@@ -16,6 +16,7 @@ import pytest
 
 import nvfp4_prep
 import nvfp4_prep.errors
+from support.command_line import COMMANDS
 from support.paths import ROOT
 
 SITE = ROOT / "docs" / "site"
@@ -145,3 +146,9 @@ def test_notebook_outputs_stand_under_their_cells() -> None:
         "```text\nprinted\n```",
         '<div class="notebook-output">\n<svg/>\n</div>\n',
     ]
+
+
+def test_the_command_line_page_has_every_command() -> None:
+    text = load("reference_pages").command_line_page(ROOT)
+    assert set(re.findall(r"^## (\S+)$", text, re.MULTILINE)) == set(COMMANDS)
+    assert text.count("Usage: nvfp4-prep ") == 1 + len(COMMANDS)

@@ -71,7 +71,7 @@ def verify(
     Raises:
         UsageError: if an argument is not what it must be, or would do nothing.
         CheckpointError: if the directory is not a prepared checkpoint at all; anything else that is wrong is in the
-        report.
+            report.
         SourceError: if the source that was given cannot be read.
         UnsupportedCheckpointError: if the checkpoint's source was in a format of a package that is not here.
     """

@@ -72,7 +72,7 @@ echo 42
 
 SCRIPTS = sorted(
     [
-        *EXAMPLES.glob("*.py"),
+        *(path for path in EXAMPLES.glob("*.py") if path.name != "expert_pictures.py"),  # a module of the notebook
         EXAMPLES / "serve_sglang.sh",
         EXAMPLES / "serve_vllm.sh",
         EXAMPLES / "slurm" / "convert.sbatch",

@@ -17,11 +17,13 @@ import pytest
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+from nvfp4_prep.vllm.versions import TESTED, installed_version
 from support.checkpoint_files import IN_REPOSITORY, WHOLE
 from support.serving.compare import Counts, Job, Outcome, run
 from support.serving.families import COMPRESSED, FAMILIES
 from support.serving.installed import PADS
 from support.serving.results import TABLE, Checkpoints
+from support.serving.table_by_version import documented
 from support.serving.tiny_models import TinyModel
 
 EP = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
@@ -196,6 +198,7 @@ def test_both_kernels_from_either_file(
         assert outcome.prepared.calls == (9 if two_scales else 8) * outcome.layers
 
 
+REAL_QUANTIZER = "TP1, real quantizer"
 QUANTIZED = {  # written by real quantizers; with what vLLM needs beside the files
     "modelopt-qwen3_moe-sharded": {},
     "modelopt041-mixtral-default": {},
@@ -217,8 +220,22 @@ def test_checkpoints_of_real_quantizers(name: str, tmp_path: Path) -> None:
     outcome = run(job)
     assert (outcome.unsupported, outcome.differences) == (None, [])
     assert outcome.layers == 2
-    row = {"model": name, "configuration": "TP1, real quantizer", "result": "bit-equal", "compared": outcome.compared}
+    row = {"model": name, "configuration": REAL_QUANTIZER, "result": "bit-equal", "compared": outcome.compared}
     TABLE.append({**row, "source": asdict(outcome.source), "prepared": asdict(outcome.prepared)})
+
+
+def test_the_table_by_version_says_what_was_seen() -> None:
+    """docs/vllm-models.md, the column of the installed version, for all rows that ran before this test."""
+    minor = ".".join(installed_version().split(".")[:2])
+    if minor not in TESTED:
+        pytest.skip(f"no column for vLLM {minor}")
+    page = documented()
+    seen = {(row["model"], row["configuration"]): row["result"] for row in TABLE}
+    for key in seen.keys() - page.keys():
+        assert key[1] == REAL_QUANTIZER, f"{key} is not in the table"  # whose files are not on every machine
+    assert {key: page[key][minor] for key in seen.keys() & page.keys()} == {
+        key: seen[key] for key in seen.keys() & page.keys()
+    }
 
 
 def record(row: Case, outcomes: Sequence[Outcome]) -> None:

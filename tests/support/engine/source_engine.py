@@ -20,7 +20,8 @@ from vllm import LLM, SamplingParams
 def main(source: str, dtype: str, request: Path, answer: Path) -> None:
     """Write tokens and log-probabilities of the request's prompts, greedily decoded."""
     wanted = json.loads(request.read_text())
-    engine = LLM(source, enforce_eager=True, max_model_len=128, dtype=dtype, max_num_seqs=1)
+    options = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 1, "enable_prefix_caching": False}
+    engine = LLM(source, dtype=dtype, **options)
     sampling = SamplingParams(temperature=0, max_tokens=wanted["max_tokens"], logprobs=1, ignore_eos=True)
     prompts = [{"prompt_token_ids": tokens} for tokens in wanted["prompts"]]
     found = [one.outputs[0] for one in engine.generate(prompts, sampling)]

@@ -14,6 +14,7 @@ from unittest import mock
 os.environ |= {"VLLM_PLUGINS": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 import torch
+import ungated_experts  # noqa: F401 (for models whose experts are not gated)
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import nvfp4_moe_quant_config
 from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_moe import FlashInferCuteDSLExperts

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from nvfp4_prep_kernels.nvfp4 import encode_codes, quantize
 
-__all__ = ["DEEPSEEK_V3", "INPUT_SCALES", "QWEN3_MOE", "WholeModel"]
+__all__ = ["DEEPSEEK_V3", "INPUT_SCALES", "NEMOTRON_H", "QWEN3_MOE", "WholeModel"]
 
 VOCAB = 256
 _COMMON: dict[str, Any] = {
@@ -42,7 +42,7 @@ INPUT_SCALES = {"gate_proj": 4.137 / (448 * 6), "up_proj": 4.137 / (448 * 6), "d
 Odd numbers, so that no bfloat16 activation falls on the border of two codes, where implementations may differ.
 """
 
-_SCALES = {"embed": 1.0, "o_proj": 0.3, "down_proj": 0.5, "mlp.gate.weight": 3.0, "lm_head": 4.0}
+_SCALES = {"embed": 1.0, "o_proj": 0.3, "down_proj": 0.5, "gate.weight": 3.0, "lm_head": 4.0}
 """Standard deviations by part of the name: of the embedding itself, else times 1 / sqrt(inputs)."""
 
 
@@ -56,6 +56,8 @@ class WholeModel:
         experts: path of the experts of layer ``{n}``.
         layers: MoE layers.
         ignore: modules that are not quantized.
+        prefix: what stands in published checkpoints for the ``model.`` of transformers.
+        gated: whether the experts have a gate.
     """
 
     name: str
@@ -63,6 +65,8 @@ class WholeModel:
     experts: str
     layers: tuple[int, ...]
     ignore: tuple[str, ...]
+    prefix: str = "model."
+    gated: bool = True
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """Return the model with random weights, scaled so that rounding does not decide what comes out.
@@ -86,7 +90,8 @@ class WholeModel:
         Args:
             directory: to create.
             model: its weights, or None for :meth:`build`'s.
-            exchanged: gate under up's name and up under gate's: a model with wrong experts.
+            exchanged: a model with wrong experts: gate under up's name and up under gate's, or, in a model without
+            gate, the rows of up in reverse.
         """
         directory.mkdir(parents=True)
         tensors = dict(self._tensors(model if model is not None else self.build(), exchanged))
@@ -110,24 +115,22 @@ class WholeModel:
         return directory
 
     def _tensors(self, model: PreTrainedModel, exchanged: bool) -> Iterator[tuple[str, torch.Tensor]]:
-        state = model.state_dict()
+        state = {name.replace("model.", self.prefix, 1): value for name, value in model.state_dict().items()}
         paths = [self.experts.format(n=number) for number in self.layers]
         for name, value in state.items():
             if not any(name.startswith(f"{path}.") for path in paths):
                 yield name, value.clone().contiguous()
         for path in paths:
-            gate_up, down = state[f"{path}.gate_up_proj"], state[f"{path}.down_proj"]
-            for expert in range(len(down)):
-                gate, up = gate_up[expert].chunk(2)
-                if exchanged:
-                    gate, up = up, gate
-                shared = float(torch.maximum(gate.abs().max(), up.abs().max())) / (448 * 6)
-                for projection, weight, scale in (
-                    ("gate_proj", gate, shared),
-                    ("up_proj", up, shared),
-                    ("down_proj", down[expert], float(down[expert].abs().max()) / (448 * 6)),
-                ):
-                    yield from _quantized(f"{path}.{expert}.{projection}", weight, scale, INPUT_SCALES[projection])
+            for expert, down in enumerate(state[f"{path}.down_proj"]):
+                if f"{path}.gate_up_proj" in state:
+                    gate, up = state[f"{path}.gate_up_proj"][expert].chunk(2)
+                    first = {"gate_proj": up, "up_proj": gate} if exchanged else {"gate_proj": gate, "up_proj": up}
+                else:
+                    up = state[f"{path}.up_proj"][expert]
+                    first = {"up_proj": up.flip(0) if exchanged else up}
+                shared = max(float(weight.abs().max()) for weight in first.values()) / (448 * 6)
+                yield from _quantized(f"{path}.{expert}", first, shared)
+                yield from _quantized(f"{path}.{expert}", {"down_proj": down}, float(down.abs().max()) / (448 * 6))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -136,12 +139,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="t0")), unk_token="t0")
 
 
-def _quantized(path: str, weight: torch.Tensor, scale: float, input_scale: float) -> Iterator[tuple[str, torch.Tensor]]:
-    codes, scales = quantize(weight.float(), 1 / scale)
-    yield f"{path}.weight", encode_codes(codes)
-    yield f"{path}.weight_scale", scales.to(torch.float8_e4m3fn)
-    yield f"{path}.weight_scale_2", torch.tensor(scale)
-    yield f"{path}.input_scale", torch.tensor(input_scale)
+def _quantized(path: str, weights: dict[str, torch.Tensor], scale: float) -> Iterator[tuple[str, torch.Tensor]]:
+    for projection, weight in weights.items():
+        codes, scales = quantize(weight.float(), 1 / scale)
+        yield f"{path}.{projection}.weight", encode_codes(codes)
+        yield f"{path}.{projection}.weight_scale", scales.to(torch.float8_e4m3fn)
+        yield f"{path}.{projection}.weight_scale_2", torch.tensor(scale)
+        yield f"{path}.{projection}.input_scale", torch.tensor(INPUT_SCALES[projection])
 
 
 QWEN3_MOE = WholeModel(
@@ -194,4 +198,38 @@ DEEPSEEK_V3 = WholeModel(
     "model.layers.{n}.mlp.experts",
     (1, 2),
     ("lm_head", "*self_attn*", "model.layers.0*", "*shared_experts*", "model.layers.*.mlp.gate"),
+)
+NEMOTRON_H = WholeModel(
+    "nemotron_h",
+    {
+        **_COMMON,
+        "model_type": "nemotron_h",
+        "architectures": ["NemotronHForCausalLM"],
+        "num_key_value_heads": 2,
+        "head_dim": 80,  # as above
+        "num_hidden_layers": 4,
+        "hybrid_override_pattern": "*E*E",
+        "n_routed_experts": 8,
+        "intermediate_size": 256,
+        "moe_shared_expert_intermediate_size": 128,
+        "moe_latent_size": None,
+        "mlp_hidden_act": "relu2",
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 2,
+        "ssm_state_size": 32,
+        "conv_kernel": 4,
+        "chunk_size": 32,
+        "layer_norm_epsilon": 1e-5,
+    },
+    "backbone.layers.{n}.mixer.experts",
+    (1, 3),
+    ("lm_head", "backbone.layers.0.*", "backbone.layers.2.*", "*shared_experts*", "backbone.layers.*.mixer.gate"),
+    prefix="backbone.",
+    gated=False,
 )

@@ -329,7 +329,7 @@ def compare_outputs(trees: tuple[Path, Path], checkpoints: Path, work: Path) -> 
         bad = sorted(set(tensors) - set(equal))
         same, files = same + len(equal), files + len(old.keys() | new.keys())
         total = len(old.keys() | new.keys())
-        answer = "yes" if not bad else f"NO: {bad}"
+        answer = f"NO: {bad}" if bad else "yes" if total else "refused by both"
         print(f"| {source.name} | {codes[1]} | {total} | {len(equal)} | {len(tensors)} | {answer} |", flush=True)
     print(
         f"\n{same} of {files} output files are identical by sha256. The commands: {', '.join(n for n, _ in COMMANDS)}."

@@ -38,6 +38,7 @@ def assert_no_process_is_left() -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_group_reads_each_byte_once(written: Written) -> None:
     found = bench_load(written.root, tp=2, ep=2, layers=2, device="cpu", threads=2, repeats=2, cold=False)
     assert (found.layers, found.all_layers, found.tp, found.ep, found.threads) == (2, 3, 2, 2, 2)
@@ -56,6 +57,7 @@ def test_a_group_reads_each_byte_once(written: Written) -> None:
     assert_no_process_is_left()
 
 
+@pytest.mark.slow
 def test_ranks_alone_read_whole_rows(written: Written) -> None:
     found = bench_load(written.root, tp=2, device="cpu", threads=1, repeats=1, cold=False, together=False)
     assert not found.together and found.alone_because == "so asked for"
@@ -74,6 +76,7 @@ def test_the_command(written: Written) -> None:
     assert "all 3 layers at this rate:" in shown.output and "rank 0 (TP 0, EP 0, cpu):" in shown.output
 
 
+@pytest.mark.slow
 def test_json(written: Written) -> None:
     arguments = ["bench-load", str(written.root), "--device", "cpu", "--repeats", "2", "--threads", "1", "--ep", "2"]
     shown = CliRunner().invoke(cli, [*arguments, "--from", "cold", "--json", "-q"])
@@ -112,6 +115,7 @@ def test_what_is_not_prepared(tmp_path: Path) -> None:
         bench_load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, DIMS)
     file = written.file(1)
@@ -129,6 +133,7 @@ def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:
     assert_no_process_is_left()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named(written: Written) -> None:
     turn = bench_load_processes.RankProcesses.turn
 

@@ -225,6 +225,7 @@ def convert_and_kill(source: Path, out: Path, seconds: float) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     """SIGKILL until it has hit twenty conversions at work; in the end the bytes are an uninterrupted run's."""
     source = tmp_path / "source"

@@ -44,6 +44,7 @@ def run(program: str) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_flashinfers_kernels_compile_for_sm_100a_from_prepared_layers() -> None:
     lines = {line[0]: line[1:] for line in run("compile_flashinfer.py")}
     for case in ("gated", "padded", "non-gated", "oai", "situ"):
@@ -55,12 +56,14 @@ def test_flashinfers_kernels_compile_for_sm_100a_from_prepared_layers() -> None:
         assert len(sizes) >= least and min(sizes) > 10_000, (case, sizes)
 
 
+@pytest.mark.slow
 def test_flashinfers_scale_layout_gives_our_bytes() -> None:
     lines = run("flashinfer_scale_layout.py")
     assert len(lines) == 9
     assert all(line[-1] == "equal" for line in lines), lines
 
 
+@pytest.mark.slow
 def test_flashinfers_row_orders_for_trtllm_give_our_bytes() -> None:
     lines = run("flashinfer_row_order.py")
     assert len(lines) == 5 * 4

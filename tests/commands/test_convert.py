@@ -512,6 +512,7 @@ def test_wrong_inverse_is_caught_before_it_is_written(
     assert not list((tmp_path / "out").glob("experts-*"))
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_experts(tmp_path: Path) -> None:
     """Peak resident memory of conversions of 24 and of 64 experts of 3.5 MB, with buffers that both of them fill.
 

@@ -69,6 +69,7 @@ def test_joined_bytes_are_those_of_one_conversion(
     assert file_digests(out) == whole
 
 
+@pytest.mark.slow
 def test_parts_of_several_processes_at_once(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     context = multiprocessing.get_context("spawn")

@@ -208,6 +208,7 @@ def test_a_part_that_fails_leaves_earlier_results(
     assert (tmp_path / "broken.json").read_text() == "earlier"
 
 
+@pytest.mark.slow
 def test_driver_runs_in_small(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "run.py"), "--small", "--only", "convert", "load-host"]
     command += ["--work", str(tmp_path), "--results", str(tmp_path / "results")]

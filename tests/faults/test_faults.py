@@ -19,6 +19,8 @@ from faults.known_failures import finding_of
 from faults.scenarios import ACTIONS, SCENARIOS, Scenario, World
 from faults.settings import EVERY_POINT, SERVERS, require_library, working_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def worlds() -> Iterator[list[World]]:

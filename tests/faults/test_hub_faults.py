@@ -21,6 +21,8 @@ from faults.scenarios import ACTIONS, World
 from faults.settings import EVERY_POINT, require_library, working_folder
 from faults.trees import WORK_FOLDER, Tree, difference, tree_of, without_work
 
+pytestmark = pytest.mark.slow
+
 BRANCH = "alice/prepared main"
 _CONVERT = "convert {source} {out} -q --threads 1 --no-smoke --push-to alice/prepared"
 COMMANDS = {"convert-stream": f"{_CONVERT} --stream-out"} | ({"convert-push": _CONVERT} if EVERY_POINT else {})

@@ -11,6 +11,8 @@ from faults.known_failures import finding_of
 from faults.settings import working_folder
 from fuzz.run import case_names, fuzz
 
+pytestmark = pytest.mark.slow
+
 
 def test_hostile_checkpoints() -> None:
     if (reason := missing_tool()) is not None:

@@ -216,6 +216,7 @@ def start(*arguments: object, **environment: str) -> tuple[int, str, float]:
     return done.returncode, done.stdout + done.stderr, time.monotonic() - begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repository", [REPO, "alice/nothing"])
 def test_a_password_in_the_endpoint_is_never_printed(hub: LoopbackHub, tmp_path: Path, repository: str) -> None:
     hub.store.publish(REPO, make_checkpoint(layers=1, shards=1) | {"config.json": b"{"})
@@ -224,6 +225,7 @@ def test_a_password_in_the_endpoint_is_never_printed(hub: LoopbackHub, tmp_path:
     assert code != 0 and "secret" not in output and "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", ["hf_gehéim", "hf_geh\u2026him"])
 def test_a_token_that_cannot_be_sent(hub: LoopbackHub, tmp_path: Path, token: str) -> None:
     hub.store.publish(REPO, {NAME: shard(1000, 1)})
@@ -232,12 +234,14 @@ def test_a_token_that_cannot_be_sent(hub: LoopbackHub, tmp_path: Path, token: st
     assert "him" not in output and "Traceback" not in output and seconds < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ["ftp://host", "http://[x", "http://a b"])
 def test_an_endpoint_that_is_no_address(tmp_path: Path, endpoint: str) -> None:
     code, output, seconds = start("inspect", REPO, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
     assert code == 10 and "Traceback" not in output and seconds < 20, output
 
 
+@pytest.mark.slow
 def test_a_host_without_address_is_told_at_once(tmp_path: Path) -> None:
     code, output, seconds = start("inspect", REPO, HF_ENDPOINT="http://no.invalid", HF_HOME=str(tmp_path))
     assert code == 10 and seconds < 15, (seconds, output)

@@ -16,6 +16,8 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_root import TargetRoot
 from support.checkpoint_files import file_digests
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[Path], object]
 MUTATING = ("move", "unlink", "remove_tree", "sync")
 COMMANDS = ("convert", "restore", "relayout")

@@ -37,6 +37,7 @@ def source_with(folder: Path, **keys: Any) -> Path:
     return source
 
 
+@pytest.mark.slow
 def test_a_config_that_indentation_makes_too_large(tmp_path: Path) -> None:
     """Two bytes become 200 at 94 levels: half a megabyte would be written as 80 MB, which no reader takes."""
     source, out = source_with(tmp_path / "source", padding=nested(94, [0] * 400_000)), tmp_path / "out"

@@ -95,7 +95,7 @@ def check_reachable(path: Path) -> None:
 def check_writable(path: Path) -> None:
     """Raise :class:`TargetError` if nothing may be made in a directory, or where it will be; only look."""
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):  # a file is refused as one
         raise _not_writable(existing, "cannot be written")
 
 

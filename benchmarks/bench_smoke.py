@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from nvfp4_prep.report.page import Subject, make_page
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
-from nvfp4_prep.smoke.html import make_page
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 from nvfp4_prep.smoke.under_test import LayerUnderTest
@@ -214,7 +214,7 @@ def main() -> None:
         layer, result["layer"] = whole_layer(chosen, arguments.experts, arguments.repeats)
         if arguments.page:
             report = SmokeReport("a random layer at Kimi-K2.5 dimensions", "source", chosen.facts, 1, (layer,))
-            arguments.page.write_text(make_page(report))
+            arguments.page.write_text(make_page(Subject(report.checkpoint, smoke=report)))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     right = all(row["caught"] == (row["mutation"] is not None) for row in rows)

@@ -18,7 +18,19 @@ PACKAGE = "nvfp4_prep"
 
 GROUND = ("_version", "errors", "options", "_util")
 """Modules and packages that everything may import."""
-ORDER = ("checkpoint", "formats", "moe", "output", "hub", "planning", "prepared", "smoke", "pipeline", "commands")
+ORDER = (
+    "checkpoint",
+    "formats",
+    "moe",
+    "output",
+    "hub",
+    "planning",
+    "prepared",
+    "smoke",
+    "pipeline",
+    "commands",
+    "report",
+)
 """A package imports only what stands before it."""
 SERVING = ("load", "serving", "vllm", "sglang")
 """Run inside a server: they read prepared checkpoints and never make one. In this order; no plugin imports another."""

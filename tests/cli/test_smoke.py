@@ -55,7 +55,7 @@ def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
     assert run("verify", sample_prepared, "--smoke", "--layers", "one").exit_code == 2
     assert run("verify", sample_prepared, "--smoke", "--layers", "9").exit_code == 2
     assert run("verify", sample_prepared, "--smoke", "--layers", "0-99999999999").exit_code == 2
-    page = run("verify", sample_prepared, "--smoke", "--report", "nowhere/page.html")
+    page = run("verify", sample_prepared, "--report", "nowhere/page.html")
     assert page.exit_code == 2 and "nowhere/page.html: --report: its directory does not exist" in page.stderr
     if not torch.cuda.is_available():
         refused = run("verify", sample_prepared, "--smoke", "--backend", "flashinfer")
@@ -66,7 +66,9 @@ def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tm
     out = tmp_path / "out"
     convert_function(sample_source, out)
     damage(out)
-    done = run("verify", out, "--smoke", "--source", sample_source)
+    page = tmp_path / "page.html"
+    done = run("verify", out, "--smoke", "--source", sample_source, "--report", page)
+    assert "Not signed off" in page.read_text() and "verification failed" in page.read_text()
     assert done.exit_code == 6 and "no smoke run, because verification failed" in done.stderr
     assert "smoke run" not in done.stdout
     quick = run("verify", out, "--quick", "--smoke", "--source", sample_source, "--layers", "1-1")

@@ -71,7 +71,8 @@ def test_wheel_has_both_packages_and_nothing_else(built: Path) -> None:
         for path in root.rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
-    assert "nvfp4_prep/smoke/report.html.j2" in names
+    pages = {path.name for path in (ROOT / "converter" / "nvfp4_prep" / "report").glob("*.j2")}
+    assert pages and {f"nvfp4_prep/report/{name}" for name in pages} <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

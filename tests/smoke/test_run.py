@@ -17,10 +17,10 @@ from nvfp4_prep import ConvertOptions, GateUpPolicy, SampleModel, convert, write
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.moe.kernel_activation import moe_activation
+from nvfp4_prep.report.page import Subject, make_page
 from nvfp4_prep.smoke import SmokeReport, SmokeSettings, run_smoke
 from nvfp4_prep.smoke import inputs as reading
 from nvfp4_prep.smoke.figures import ErrorFigures
-from nvfp4_prep.smoke.html import make_page
 from nvfp4_prep.smoke.run import spread
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ def test_one_changed_block_in_a_file_is_found(source: Path, tmp_path: Path) -> N
         problem.startswith("second GEMM: 1 of 6 experts wrong, expert 0") for problem in report.layers[1].problems
     )
     assert run_smoke(path, settings=SETTINGS).passed
-    page = make_page(report)
+    page = make_page(Subject("checkpoint", smoke=report))
     assert "Failed" in page and "expert 0" in page
 
 
@@ -140,7 +140,7 @@ def test_layers_and_sample_are_chosen(prepared: Path, source: Path) -> None:
     report = run_smoke(prepared, source, layers=[2], sample=3, settings=SETTINGS)
     assert [layer.index for layer in report.layers] == [2]
     assert [figure.expert for figure in report.layers[0].figures] == [0, 2, 5]
-    assert "a sample of the experts only (3 of" in make_page(report)
+    assert "a sample of the experts only (3 of" in make_page(Subject("checkpoint", smoke=report))
     with pytest.raises(UsageError, match="no prepared layer 0, 7"):
         run_smoke(prepared, layers=[0, 7])
     with pytest.raises(UsageError, match="argument sample is wrong"):
@@ -194,7 +194,7 @@ class Balanced(html.parser.HTMLParser):
 
 
 def page_of(report: SmokeReport) -> str:
-    page = make_page(report)
+    page = make_page(Subject("checkpoint", smoke=report))
     parser = Balanced()
     parser.feed(page)
     assert not parser.open and not parser.wrong, (parser.open, parser.wrong)

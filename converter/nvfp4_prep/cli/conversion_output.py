@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_nbytes
-from nvfp4_prep.cli.output import hint, say, say_next, say_text, shell_line, to_json
+from nvfp4_prep.cli.output import command_line, hint, say, say_next, say_text, shell_line, to_json
 from nvfp4_prep.cli.push import say_pushed
 from nvfp4_prep.cli.render import (
     left_out_lines,
@@ -23,7 +23,7 @@ from nvfp4_prep.cli.render import (
 from nvfp4_prep.cli.smoke import say_smoke
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.prepared.kernel_choice import kernel_lines
-from nvfp4_prep.smoke.html import write_page
+from nvfp4_prep.report.page import Subject, write_page
 
 if TYPE_CHECKING:
     from nvfp4_prep.commands.convert import ConvertResult
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.prepared.manifest import Manifest
     from nvfp4_prep.publish.push import PushResult
     from nvfp4_prep.smoke.gate import SmokeFailedError
+    from nvfp4_prep.smoke.report import SmokeReport
 
 __all__ = ["say_checkpoint", "say_failed_smoke_run", "say_part", "say_preview"]
 
@@ -91,7 +92,7 @@ def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> Non
 def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: ConvertRequest, *, as_json: bool) -> None:
     """Print the result of a conversion, write the page of ``--report``, and say on stderr what comes next."""
     if request.report is not None and result.smoke is not None:
-        write_page(request.report, result.smoke, request.target, request.source)
+        _write_report(request, result.manifest, result.smoke)
     if as_json:
         say(to_json(_value(result, pushed)))
     else:
@@ -107,14 +108,19 @@ def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: Co
 
 def say_failed_smoke_run(error: SmokeFailedError, request: ConvertRequest, *, as_json: bool) -> None:
     """Print a conversion that is whole but for the config, which the failed smoke run keeps back."""
-    if request.report is not None:
-        write_page(request.report, error.report, request.target, request.source)
+    _write_report(request, error.manifest, error.report)
     if as_json:
         failed = nvfp4_prep.ConvertResult(request.target, error.manifest, False, False, 0, smoke=error.report)
         say(to_json(_value(failed, None)))
     else:
         say_smoke(error.report)
     hint(f"error: {request.target} has no config.json, so that nothing serves this checkpoint; {error.next_step}")
+
+
+def _write_report(request: ConvertRequest, manifest: Manifest, smoke: SmokeReport) -> None:
+    if request.report is not None:
+        subject = Subject(str(request.target), manifest, smoke=smoke)
+        write_page(request.report, subject, request.target, request.source, command=command_line())
 
 
 def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:

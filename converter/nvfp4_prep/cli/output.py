@@ -25,6 +25,7 @@ from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError
 from nvfp4_prep.hub.address import parse_address
 
 __all__ = [
+    "command_line",
     "hint",
     "make_progress",
     "on_result",
@@ -175,6 +176,11 @@ def shell_line(*words: object) -> str:
     """Return a command of ours as one types it, whatever is in the paths."""
     texts = [text if _OPTION.fullmatch(text) or text[:1] != "-" else f"./{text}" for text in map(str, words)]
     return " ".join(["nvfp4-prep", *map(_quoted, texts)])
+
+
+def command_line() -> str:
+    """Return what was typed, as a report cites it."""
+    return " ".join(["nvfp4-prep", *map(_quoted, sys.argv[1:])])
 
 
 def _quoted(word: str) -> str:

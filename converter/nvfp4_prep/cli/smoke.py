@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 import nvfp4_prep
-from nvfp4_prep.cli.options import decorated, report_option
+from nvfp4_prep.cli.options import decorated
 from nvfp4_prep.cli.output import hint, say_text
-from nvfp4_prep.smoke.html import write_page
 from nvfp4_prep.smoke.text import layer_line, smoke_text
 
 if TYPE_CHECKING:
@@ -33,21 +31,19 @@ class SmokeOptions:
         layers: as :meth:`~nvfp4_prep.output.layer_selection.LayerSelection.parse` takes it; all without.
         sample: experts of each layer.
         backend: what runs the layers.
-        page: HTML page to write.
     """
 
     layers: str | None = None
     sample: int | None = None
     backend: str = "auto"
-    page: Path | None = None
 
 
 def smoke_options(command: _Command) -> _Command:
     """Add ``--smoke`` and what belongs to it; the command gets ``smoke``, a flag, and one ``smoke_options``."""
 
     @functools.wraps(command)
-    def run(*args: Any, layers: str | None, sample: int | None, backend: str, report: Path | None, **rest: Any) -> None:
-        command(*args, smoke_options=SmokeOptions(layers, sample, backend, report), **rest)
+    def run(*args: Any, layers: str | None, sample: int | None, backend: str, **rest: Any) -> None:
+        command(*args, smoke_options=SmokeOptions(layers, sample, backend), **rest)
 
     decorators = [
         click.option("--smoke", is_flag=True, help="Also run random tokens through the layers, on a GPU if possible."),
@@ -60,14 +56,13 @@ def smoke_options(command: _Command) -> _Command:
             show_default=True,
             help="With --smoke: what runs the layers.",
         ),
-        report_option("With --smoke: write an HTML page."),
     ]
     return decorated(run, decorators)  # type: ignore[return-value]
 
 
 def smoke_run(checkpoint: str, source: str | None, options: SmokeOptions, *, quiet: bool) -> SmokeReport:
-    """Run it, tell of each layer on stderr, and write the page."""
-    report = nvfp4_prep.run_smoke(
+    """Run it, and tell of each layer on stderr."""
+    return nvfp4_prep.run_smoke(
         checkpoint,
         source,
         layers=options.layers,
@@ -75,9 +70,6 @@ def smoke_run(checkpoint: str, source: str | None, options: SmokeOptions, *, qui
         backend=options.backend,
         on_layer=_tell_layer(quiet=quiet),
     )
-    if options.page is not None:
-        write_page(options.page, report, checkpoint, source)
-    return report
 
 
 def smoke_policy(*, quiet: bool) -> SmokePolicy:

@@ -10,13 +10,14 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep.checkpoint.filenames import MANIFEST
-from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, threads_option
-from nvfp4_prep.cli.output import hint, make_progress, say, say_text, tell_address, to_json
+from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, report_option, threads_option
+from nvfp4_prep.cli.output import command_line, hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.render import verify_text
 from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 from nvfp4_prep.hub import parse_address
 from nvfp4_prep.output.report_file import check_report_path
+from nvfp4_prep.report.page import Subject, write_page
 
 if TYPE_CHECKING:
     from nvfp4_prep import SmokeReport, VerifyReport
@@ -33,6 +34,7 @@ __all__ = ["verify"]
     help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.",
 )
 @click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
+@report_option("Write an HTML page: every check with its figures, host, date, command and versions.")
 @smoke_options
 @threads_option
 @memory_option
@@ -43,6 +45,7 @@ def verify(
     quick: bool,
     smoke: bool,
     smoke_options: SmokeOptions,
+    report: Path | None,
     threads: int | None,
     memory_nbytes: int | None,
     as_json: bool,
@@ -62,9 +65,12 @@ def verify(
     nvfp4-prep verify ./out --source ./DeepSeek-NVFP4   and against the source
     nvfp4-prep verify ./out --quick                     structure only, seconds
     nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
+    nvfp4-prep verify ./out --report page.html          and a page for whoever signs it off
     """
     tell_address(checkpoint, quiet=quiet)
     _check_combination(checkpoint, source, smoke_options, smoke=smoke)
+    if report is not None:
+        check_report_path(report, checkpoint, source)
     found = nvfp4_prep.verify(
         checkpoint,
         source=source,
@@ -74,28 +80,29 @@ def verify(
         progress=make_progress(quiet),
     )
     ran = smoke_run(checkpoint, source, smoke_options, quiet=quiet) if smoke and found.ok else None
+    if report is not None:
+        why_no_smoke = "verification failed" if smoke else "not asked for (--smoke)"
+        subject = Subject(checkpoint, found.manifest, found, ran, why_no_smoke)
+        write_page(report, subject, checkpoint, source, command=command_line())
     if as_json:
         say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
     else:
         _say_verified(found, ran)
     if smoke and ran is None:
-        page = "" if smoke_options.page is None else f", and {smoke_options.page} was not written"
-        hint(f"no smoke run, because verification failed{page}")
+        hint("no smoke run, because verification failed")
     if not found.ok or (ran is not None and not ran.passed):
         sys.exit(VerificationError.exit_code)
 
 
 def _check_combination(checkpoint: str, source: str | None, options: SmokeOptions, *, smoke: bool) -> None:
     if not smoke and options != SmokeOptions():
-        raise UsageError("--layers, --sample, --backend and --report belong to --smoke", next_step="Add --smoke.")
+        raise UsageError("--layers, --sample and --backend belong to --smoke", next_step="Add --smoke.")
     if smoke and parse_address(checkpoint) is not None:
         raise UsageError("--smoke needs the bytes of CHECKPOINT", where=checkpoint, next_step="Download it first.")
     if source is not None and (Path(source) / MANIFEST).is_file():
         raise UsageError(
             "--source is a prepared checkpoint", where=source, next_step="Give what CHECKPOINT was made from."
         )
-    if options.page is not None:
-        check_report_path(options.page, checkpoint, source)
 
 
 def _say_verified(found: VerifyReport, ran: SmokeReport | None) -> None:

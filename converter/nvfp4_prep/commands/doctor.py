@@ -21,7 +21,16 @@ from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
 
-__all__ = ["PLUGIN_GROUP", "SGLANG_PLUGIN_GROUP", "Ability", "Diagnosis", "DiskSpeed", "diagnose", "measure_disk"]
+__all__ = [
+    "PLUGIN_GROUP",
+    "SGLANG_PLUGIN_GROUP",
+    "Ability",
+    "Diagnosis",
+    "DiskSpeed",
+    "diagnose",
+    "installed_versions",
+    "measure_disk",
+]
 
 PLUGIN_GROUP = "vllm.general_plugins"
 SGLANG_PLUGIN_GROUP = "sglang.srt.plugins"
@@ -111,16 +120,22 @@ def diagnose(directory: str | Path | None = None) -> Diagnosis:
         UsageError: if the directory cannot be written.
     """
     memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = {name: _version(name) for name in _DISTRIBUTIONS}
+    found = installed_versions()
     cards, no_torch = _cards()
     return Diagnosis(
-        versions={"nvfp4-prep": __version__, "python": platform.python_version(), **found},
+        versions=found,
         machine=f"{len(os.sched_getaffinity(0))} processors, {format_nbytes(memory_nbytes)} memory,"
         f" {platform.system()} {platform.machine()}",
         cards=cards,
         abilities=(*_offline(no_torch), *_vllm(cards, found["vllm"]), *_sglang(cards, found["sglang"])),
         disk=None if directory is None else measure_disk(Path(directory)),
     )
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of this tool, Python and the packages; empty where a package is not installed."""
+    own = {"nvfp4-prep": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in _DISTRIBUTIONS}
 
 
 def _version(distribution: str) -> str:

@@ -87,12 +87,12 @@ def verify(
         _refuse_unused(running, _READS_NONE, str(checkpoint))
     with PreparedCheckpoint(checkpoint) as opened:
         problems = Problems()
-        check_structure(opened, problems)
+        check_structure(opened, problems.of("structure"))
         checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
         depth, nbytes = "quick", 0
         if isinstance(source, str):
             source = open_ranges(source)  # a Hub id is read by ranges and never downloaded
-        comparison = None if source is None else SourceComparison(opened, source, problems)
+        comparison = None if source is None else SourceComparison(opened, source, problems.of("source"))
         try:
             if comparison is not None:
                 comparison.check_names()
@@ -108,7 +108,8 @@ def verify(
         finally:
             if comparison is not None:
                 comparison.close()
-        return VerifyReport(opened.path, opened.manifest, depth, problems.found, tuple(checks), nbytes)
+        found = problems.found
+        return VerifyReport(opened.path, opened.manifest, depth, found, tuple(checks), nbytes, opened.manifest_sha256)
 
 
 def _refuse_unused(given: Mapping[str, object], why: tuple[str, str], where: str) -> None:
@@ -124,7 +125,7 @@ class _Verification:
 
     def __init__(self, checkpoint: PreparedCheckpoint, problems: Problems, comparison: SourceComparison | None) -> None:
         self._checkpoint = checkpoint
-        self._problems = problems
+        self._files, self._inversion, self._scales = map(problems.of, ("files", "experts", "scales"))
         self._comparison = comparison
         self._digests: dict[str, str] = {}
         self._inverted: list[tuple[str, int]] = []
@@ -173,7 +174,7 @@ class _Verification:
         try:
             header = self._checkpoint.files.header(name)
         except NvfpPrepError as error:
-            self._problems.add_error(name, error)
+            self._files.add_error(name, error)
             return None
         raw = self._checkpoint.files.peek(name, 0, header.data_start)
         return FileJob(name, file.nbytes, raw, partial(self._expert_units, name))
@@ -201,7 +202,7 @@ class _Verification:
         except (KeyError, NvfpPrepError):
             known = False
         if layer is None or not known:
-            self._problems.add(name, "does not hold the tensors that the manifest says")
+            self._files.add(name, "does not hold the tensors that the manifest says")
             yield from self._plain_units(name, header.data_start, header.file_nbytes)
             return
         for record in header.tensors:
@@ -215,14 +216,14 @@ class _Verification:
         prepared = checkpoint.read_prepared(layer, tensor, chunk)
         where = layer.prepared_name(tensor.value)
         for expert in checkpoint.damaged_experts(layer, tensor, chunk, prepared):
-            self._problems.add(f"{where}, expert {expert}", "bytes differ from what was written")
+            self._inversion.add(f"{where}, expert {expert}", "bytes differ from what was written")
         result = UnitResult(pieces=[(0, byte_view(prepared))])
         try:
             parts = source_parts(checkpoint, layer, tensor, chunk, prepared)
             if tensor is PreparedTensor.W13_WEIGHT_SCALE:
                 self._check_rescaled(layer, chunk, prepared)
         except (ValueError, CheckpointError, UnsupportedCheckpointError) as error:
-            self._problems.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
+            self._inversion.add(f"{where}, experts {chunk.start} to {chunk.stop - 1}", str(error))
             return result
         for group, raw in source_bytes(layer, tensor, parts):
             result.digests.append((group.key, byte_view(raw)))
@@ -248,7 +249,7 @@ class _Verification:
             again = None if original is None else rescale(original[1], own, other)
             if again is None or not torch.equal(again, stored[Projection(side)][expert - chunk.start]):
                 where = f"{layer.prepared_name(tensor.value)}, expert {expert}"
-                self._problems.add(where, f"rescaled {side} block scales do not follow from the source's")
+                self._inversion.add(where, f"rescaled {side} block scales do not follow from the source's")
 
     def _file_done(self, result: JobResult) -> None:
         self._digests |= result.digests
@@ -256,7 +257,7 @@ class _Verification:
         if file is None or file.kind == MADE:  # check_structure has compared those
             return
         if result.sha256 is not None and result.sha256 != file.sha256:
-            self._problems.add(result.name, "bytes changed", f"sha256 {file.sha256}", result.sha256)
+            self._files.add(result.name, "bytes changed", f"sha256 {file.sha256}", result.sha256)
 
     def _check_digests(self) -> None:
         for layer in self._checkpoint.manifest.layers:
@@ -265,7 +266,7 @@ class _Verification:
                     continue
                 want, have = layer.source_sha256[group.key], self._digests[group.key]
                 if want != have:
-                    self._problems.add(
+                    self._inversion.add(
                         f"{layer.experts_path}, {group.key}",
                         "the inverse transform does not give the source's tensors",
                         f"sha256 {want}",
@@ -278,13 +279,13 @@ class _Verification:
             scalars = self._checkpoint.scalars(layer)
             for key, raw in scalars.raw.items():
                 if hashlib.sha256(raw).hexdigest() != layer.source_sha256[key]:
-                    self._problems.add(key, "the kept source scalars changed")
+                    self._scales.add(key, "the kept source scalars changed")
             sides = dict(layer.gate_up.reconciled)
             policy = self._checkpoint.manifest.options.gate_up_scales
             for name, want in expert_scale_vectors(layer.source, layer.layout, policy, scalars, sides).items():
                 if bytes(byte_view(self._checkpoint.read(self._checkpoint.record(name)))) != want:
-                    self._problems.add(name, "does not follow from the source's scalars")
+                    self._scales.add(name, "does not follow from the source's scalars")
         except NvfpPrepError as error:
-            self._problems.add_error(layer.experts_path, error)
+            self._scales.add_error(layer.experts_path, error)
             return False
         return True

@@ -46,15 +46,23 @@ def verify_published(
     files = RangeSource(HUB_ADDRESS.take(address), patience=patience, api=api)
     with PreparedCheckpoint(Path(str(address)), files) as opened:
         problems = Problems()
-        compared = _compare(files, opened.manifest, problems)
-        check_structure(opened, problems)
+        compared = _compare(files, opened.manifest, problems.of("published"))
+        check_structure(opened, problems.of("structure"))
         checks = (
             f"published: sizes and hashes of {compared} files against the manifest, as the Hub lists them"
             f" at commit {files.snapshot.commit}",
             STRUCTURE,
             *edited_config_lines(opened.manifest),
         )
-        return VerifyReport(opened.path, opened.manifest, "published", problems.found, checks, files.received_nbytes)
+        return VerifyReport(
+            opened.path,
+            opened.manifest,
+            "published",
+            problems.found,
+            checks,
+            files.received_nbytes,
+            opened.manifest_sha256,
+        )
 
 
 def _compare(files: RangeSource, manifest: Manifest, problems: Problems) -> int:

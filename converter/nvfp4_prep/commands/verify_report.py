@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.layer_strip import LayerCell
 from nvfp4_prep._util.text import count
 from nvfp4_prep.errors import VerificationError
-from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.problems import Problem
 
-__all__ = ["STRUCTURE", "VerifyReport", "edited_config_lines"]
+__all__ = ["STRUCTURE", "CheckFinding", "VerifyReport", "edited_config_lines"]
 
 STRUCTURE = "structure: manifest, stamp, file list, sizes, headers, index"
 """What :func:`check_structure` looks at, as reports say it."""
+
+
+_NOT_RUN = {
+    "files": "--quick leaves out the digests of the files",
+    "experts": "--quick leaves out the inversion of every expert",
+    "scales": "--quick leaves out the computation of the scale vectors",
+    "source": "no source was given (--source)",
+}
+"""Checks that a verification may leave out, and why it did."""
+_NOT_RUN_PUBLISHED = {
+    "experts": "needs the bytes: verify a download",
+    "scales": "needs the bytes: verify a download",
+    "source": "needs the bytes: verify a download",
+}
+
+
+@dataclass(frozen=True)
+class CheckFinding:
+    """One check of a verification.
+
+    Attributes:
+        name: ``structure``, ``files``, ``experts``, ``scales``, ``source``, ``published`` or ``config.json``.
+        figures: what was looked at, in words; of a check that was left out, why.
+        problems: how many it found; ``None`` if it was left out.
+    """
+
+    name: str
+    figures: str
+    problems: int | None
+
+    @property
+    def signed_off(self) -> bool:
+        """Whether the check ran and found nothing wrong."""
+        return self.problems == 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +64,7 @@ class VerifyReport:
         problems: what is wrong; empty if all is well.
         checks: what was looked at, one line each.
         checked_nbytes: bytes that were read.
+        manifest_sha256: digest of the manifest's bytes.
     """
 
     path: Path
@@ -36,6 +73,45 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     checks: tuple[str, ...]
     checked_nbytes: int
+    manifest_sha256: str = ""
+
+    @property
+    def findings(self) -> tuple[CheckFinding, ...]:
+        """Every check, those that were left out too."""
+        wrong = Counter(problem.check for problem in self.problems)
+        ran = [line.partition(": ") for line in self.checks]
+        found = [CheckFinding(name, figures, wrong[name]) for name, _, figures in ran]
+        left_out = _NOT_RUN_PUBLISHED if self.depth == "published" else _NOT_RUN
+        names = {finding.name for finding in found}
+        return (*found, *(CheckFinding(name, why, None) for name, why in left_out.items() if name not in names))
+
+    @property
+    def layer_problems(self) -> tuple[tuple[LayerRecord, tuple[Problem, ...]], ...]:
+        """Every prepared layer, with the problems whose place is one of its tensors or files."""
+
+        def concerns(problem: Problem, layer: LayerRecord) -> bool:
+            return layer.experts_path in problem.where or any(name in problem.where for name in layer.files)
+
+        return tuple(
+            (layer, tuple(problem for problem in self.problems if concerns(problem, layer)))
+            for layer in self.manifest.layers
+        )
+
+    def layer_nbytes(self, layer: LayerRecord) -> int:
+        """Return the size of a layer's files."""
+        return sum(self.manifest.files[name].nbytes for name in layer.files if name in self.manifest.files)
+
+    @property
+    def layer_cells(self) -> tuple[LayerCell, ...]:
+        """The picture's cells: one a layer, with its number."""
+        return tuple(
+            LayerCell(
+                str(layer.index),
+                "bad" if problems else "good",
+                f"{layer.experts_path}: {count(len(problems), 'problem') if problems else 'nothing wrong'}",
+            )
+            for layer, problems in self.layer_problems
+        )
 
     @property
     def ok(self) -> bool:
@@ -76,6 +152,7 @@ class VerifyReport:
             "depth": self.depth,
             "checks": list(self.checks),
             "checked_nbytes": self.checked_nbytes,
+            "manifest_sha256": self.manifest_sha256,
             "problems": [problem.to_dict() for problem in self.problems],
             "config_edits": [edit.name for edit in self.manifest.config_edits],
             "next_step": self.next_step,

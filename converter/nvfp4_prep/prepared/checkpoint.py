@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -36,6 +37,7 @@ class PreparedCheckpoint:
     Attributes:
         path: the directory.
         manifest: its manifest.
+        manifest_sha256: digest of the manifest's bytes, which names those of all other files.
         files: its bytes, as a source.
     """
 
@@ -61,7 +63,9 @@ class PreparedCheckpoint:
                 where=str(path),
                 next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
-        self.manifest = Manifest.from_bytes(self.read_file(MANIFEST), str(self.path / MANIFEST))
+        raw = self.read_file(MANIFEST)
+        self.manifest = Manifest.from_bytes(raw, str(self.path / MANIFEST))
+        self.manifest_sha256 = hashlib.sha256(raw).hexdigest()
 
     def _open_directory(self) -> LocalSource:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from nvfp4_prep._util.text import bounded
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
@@ -17,13 +17,14 @@ FOREIGN = "Move away what is not part of the checkpoint."
 @dataclass(frozen=True)
 class Problem:
     """One disagreement: where, what, the two values where there are two, and what helps where converting again would
-    be the wrong advice."""
+    be the wrong advice; and the check that found it, as reports name it."""
 
     where: str
     what: str
     expected: str | None = None
     actual: str | None = None
     next_step: str | None = None
+    check: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}"
@@ -39,17 +40,25 @@ class Problem:
 
 
 class Problems:
-    """Collects problems from several threads."""
+    """Collector of problems from several threads, for one check or for several that share what they found."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: str = "") -> None:
+        self._check = check
         self._found: set[Problem] = set()
         self._lock = threading.Lock()
+
+    def of(self, check: str) -> Problems:
+        """Return the collector of another check, whose problems are found here too."""
+        shared = Problems(check)
+        shared._found, shared._lock = self._found, self._lock
+        return shared
 
     def add(
         self, where: str, what: str, expected: object = None, actual: object = None, next_step: str | None = None
     ) -> None:
         """Note one problem, once."""
-        problem = Problem(bounded(where, 5_000), bounded(what, 2_000), _text(expected), _text(actual), next_step)
+        where, what = bounded(where, 5_000), bounded(what, 2_000)
+        problem = Problem(where, what, _text(expected), _text(actual), next_step, self._check)
         with self._lock:
             self._found.add(problem)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nvfp4_prep.smoke.figures import CaseFigures, ExpertFigures, NoiseFloor
+from nvfp4_prep._util.extremes import least, most
+from nvfp4_prep.smoke.figures import CaseFigures, ErrorFigures, ExpertFigures, NoiseFloor
 
 __all__ = ["BackendFacts", "LayerReport", "SmokeReport"]
 
@@ -97,6 +97,16 @@ class LayerReport:
         return not self.problems
 
     @property
+    def errors(self) -> tuple[ErrorFigures, ...]:
+        """Of the outputs of every expert and every routing."""
+        return (*(figure.errors for figure in self.figures), *(case.errors for case in self.cases))
+
+    @property
+    def worst_of_tolerance(self) -> float:
+        """Largest error of one element in units of its tolerance, over experts, their stages and routings."""
+        return most([*(figure.worst for figure in self.figures), *(case.errors.worst for case in self.cases)])
+
+    @property
     def worst_expert(self) -> ExpertFigures:
         """The expert with the largest error in units of its tolerance."""
         return max(self.figures, key=lambda figure: figure.worst)
@@ -157,9 +167,23 @@ class SmokeReport:
             return "failed"
         return "passed" if any(layer.compared for layer in self.layers) else "inconclusive"
 
+    @property
+    def lowest_cosine(self) -> float:
+        """Over all experts and routings."""
+        return least(errors.cosine for layer in self.layers for errors in layer.errors)
+
+    @property
+    def largest_relative_error(self) -> float:
+        """Over all experts and routings."""
+        return most(errors.relative for layer in self.layers for errors in layer.errors)
+
+    @property
+    def worst_of_tolerance(self) -> float:
+        """Largest error of one element in units of its tolerance, over all experts, their stages and routings."""
+        return most(layer.worst_of_tolerance for layer in self.layers)
+
     def summary(self) -> dict[str, Any]:
         """Return the short form for a manifest: what ran and the worst figures."""
-        experts = [figure.errors for layer in self.layers for figure in layer.figures]
         return {
             "check": "fused-MoE smoke run",
             "result": self.result,
@@ -172,12 +196,10 @@ class SmokeReport:
             "reference": self.reference,
             "layers": len(self.layers),
             "layers_total": self.layers_total,
-            "experts": len(experts),
-            "lowest_cosine": min((figure.cosine for figure in experts), default=math.nan),
-            "largest_relative_error": max((figure.relative for figure in experts), default=math.nan),
-            "worst_element_of_tolerance": max(
-                (figure.worst for layer in self.layers for figure in layer.figures), default=math.nan
-            ),
+            "experts": sum(len(layer.figures) for layer in self.layers),
+            "lowest_cosine": self.lowest_cosine,
+            "largest_relative_error": self.largest_relative_error,
+            "worst_element_of_tolerance": self.worst_of_tolerance,
         }
 
     def to_dict(self) -> dict[str, Any]:

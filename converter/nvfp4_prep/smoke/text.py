@@ -33,8 +33,8 @@ def smoke_text(report: SmokeReport) -> str:
         f" {len(report.layers)} of {count(report.layers_total, 'layer')},"
         f" {len(figures)} of their {count(total, 'expert')}"
         + (
-            f", lowest cosine {min(figure.errors.cosine for figure in figures):.6f}, worst element"
-            f" {max(figure.worst for figure in figures):.4g} of its tolerance"
+            f", lowest cosine {report.lowest_cosine:.6f}, worst element"
+            f" {report.worst_of_tolerance:.4g} of its tolerance"
             if figures
             else ""
         )
@@ -52,5 +52,5 @@ def layer_line(layer: LayerReport, number: int, total: int) -> str:
     state = "WRONG" if not layer.passed else "ok" if layer.compared else "inconclusive"
     return (
         f"smoke run {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, worst element"
-        f" {layer.worst_expert.worst:.4g} of its tolerance, {layer.seconds:.1f} s"
+        f" {layer.worst_of_tolerance:.4g} of its tolerance, {layer.seconds:.1f} s"
     )

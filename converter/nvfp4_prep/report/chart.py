@@ -10,7 +10,8 @@ from nvfp4_prep.smoke.report import LayerReport
 
 __all__ = ["Bar", "Chart", "GridLine", "error_chart"]
 
-_WIDTH, _HEIGHT = 1000, 264
+_WIDEST, _NARROWEST, _HEIGHT = 1000, 360, 264
+_LAYER_WIDTH = 30
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 38
 _LOWEST, _HIGHEST = -9, 1
 """Powers of ten on the axis; 0 and everything below is drawn at the bottom, NaN and infinity at the top."""
@@ -56,22 +57,37 @@ class Chart:
 
     grid: tuple[GridLine, ...]
     bars: tuple[Bar, ...]
-    width: int = _WIDTH
+    width: int
     height: int = _HEIGHT
     left: int = _LEFT
-    right: int = _WIDTH - _RIGHT
+
+    @property
+    def right(self) -> int:
+        """Where the grid ends."""
+        return self.width - _RIGHT
+
+    @property
+    def least_px(self) -> int:
+        """Width on a narrow screen, below which the labels could not be read: it scrolls there."""
+        return round(0.9 * self.width)
+
+    @property
+    def most_px(self) -> int:
+        """Width on a wide screen, above which a chart of few layers would be all frame."""
+        return round(1.3 * self.width)
 
 
 def error_chart(layers: Sequence[LayerReport]) -> Chart:
     """Return the chart of the relative errors over the experts of each layer; the axis is logarithmic."""
-    step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(layers))
+    width = max(_NARROWEST, min(_WIDEST, _LEFT + _RIGHT + _LAYER_WIDTH * len(layers)))
+    step = (width - _LEFT - _RIGHT) / max(1, len(layers))
     every = max(1, math.ceil(len(layers) / _MAX_LABELS))
     grid = tuple(GridLine(_height(10.0**power), f"1e{power}") for power in range(_LOWEST, _HIGHEST + 1, 2))
     bars = tuple(
         _bar(layer, _LEFT + step * (position + 0.5), min(10.0, step * 0.35), labelled=position % every == 0)
         for position, layer in enumerate(layers)
     )
-    return Chart(grid, bars)
+    return Chart(grid, bars, width)
 
 
 def _bar(layer: LayerReport, x: float, half: float, *, labelled: bool) -> Bar:

@@ -1,0 +1,54 @@
+"""The one line that a report begins with: signed off, or not, and by what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nvfp4_prep._util.text import count, format_nbytes
+
+if TYPE_CHECKING:
+    from nvfp4_prep.commands.verify_report import VerifyReport
+    from nvfp4_prep.smoke.report import SmokeReport
+
+__all__ = ["Verdict", "judge"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of all checks that ran.
+
+    Attributes:
+        word: ``Passed``, ``Failed`` or ``Inconclusive``.
+        sentences: what it rests on, and what was left out.
+    """
+
+    word: str
+    sentences: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.word != "Failed"
+
+
+def judge(verification: VerifyReport | None, smoke: SmokeReport | None) -> Verdict:
+    """Return the verdict on a checkpoint: nothing wrong in any of the checks that ran, and what they were."""
+    sentences = []
+    failed = (verification is not None and not verification.ok) or (smoke is not None and not smoke.passed)
+    if verification is not None:
+        ran = [finding for finding in verification.findings if finding.problems is not None]
+        good = sum(finding.signed_off for finding in ran)
+        left_out = [finding.name for finding in verification.findings if finding.problems is None]
+        sentences.append(
+            f"Verification ({verification.depth}): {good} of {count(len(ran), 'check')} signed off,"
+            f" {count(len(verification.problems), 'problem')}, {format_nbytes(verification.checked_nbytes)} read"
+            + (f"; left out: {', '.join(left_out)}." if left_out else ".")
+        )
+    if smoke is not None:
+        sentences.append(f"Smoke run: {smoke.result}.")
+    if failed:
+        return Verdict("Failed", ("Not signed off: do not serve this checkpoint.", *sentences))
+    if smoke is not None and smoke.result == "inconclusive":
+        return Verdict("Inconclusive", tuple(sentences))
+    return Verdict("Passed", tuple(sentences))

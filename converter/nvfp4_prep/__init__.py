@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
     from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
     from nvfp4_prep.planning.plan import Plan
+    from nvfp4_prep.publish.preview import PushPreview, preview_push
     from nvfp4_prep.publish.push import PushResult, push
     from nvfp4_prep.publish.stream import convert_and_publish
     from nvfp4_prep.smoke import SmokeReport, run_smoke
@@ -52,6 +53,7 @@ __all__ = [
     "Plan",
     "Preview",
     "PublishOptions",
+    "PushPreview",
     "PushResult",
     "ReadyLayer",
     "RelayoutResult",
@@ -74,6 +76,7 @@ __all__ = [
     "load_layer",
     "plan",
     "preview_conversion",
+    "preview_push",
     "push",
     "relayout",
     "restamp",
@@ -108,12 +111,14 @@ _HOMES = {
     "SmokeReport": "smoke",
     "VerifyReport": "commands.verify_report",
     "PublishOptions": "hub.publish_options",
+    "PushPreview": "publish.preview",
     "PushResult": "publish.push",
     "bench_load": "commands.bench_load",
     "choose_progress": "_util.progress",
     "convert": "commands.convert",
     "convert_and_publish": "publish.stream",
     "diagnose": "commands.doctor",
+    "preview_push": "publish.preview",
     "push": "publish.push",
     "convert_part": "commands.convert_parts",
     "inspect": "commands.inspect",

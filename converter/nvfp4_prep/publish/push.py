@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BATCH_FILES",
+    "Publication",
     "PushResult",
+    "make_publication",
+    "open_repository",
     "publication_title",
     "publish",
     "push",
     "summary",
+    "verify_before",
     "withdrawal",
 ]
 
@@ -120,6 +124,14 @@ def push(
         TargetError: if the repository holds another model, or files that belong to no push of this tool.
         HubError: if the token may not do this, or the Hub stays away.
     """
+    verify_before(checkpoint, full=full, threads=threads, progress=progress)
+    return publish(
+        Path(checkpoint), repo_id, options or PublishOptions(), api=api, patience=patience, progress=progress
+    )
+
+
+def verify_before(checkpoint: str | Path, *, full: bool, threads: int | None, progress: Progress | None) -> None:
+    """Raise unless ``verify`` finds nothing wrong; arguments and errors as of :func:`push`."""
     from nvfp4_prep.commands.verify import verify
 
     if threads is not None and not full:
@@ -128,9 +140,6 @@ def push(
             next_step="Add --full, or leave --threads out.",
         )
     verify(checkpoint, quick=not full, threads=threads, progress=progress).raise_for_problems()
-    return publish(
-        Path(checkpoint), repo_id, options or PublishOptions(), api=api, patience=patience, progress=progress
-    )
 
 
 def publish(
@@ -144,22 +153,42 @@ def publish(
     remote: RemoteRepository | None = None,
 ) -> PushResult:
     """Upload a verified checkpoint; with ``remote``, finish what a conversion sent there file by file."""
+    if remote is None:
+        remote = open_repository(directory, repo_id, options, api=api, patience=patience).create()
+    return make_publication(directory, remote, progress or NoProgress()).run()
+
+
+def open_repository(
+    directory: Path,
+    repo_id: str,
+    options: PublishOptions,
+    *,
+    api: HfApi | None = None,
+    patience: Patience | None = None,
+) -> RemoteRepository:
+    """Return the repository that a prepared checkpoint is published to; nothing is created or asked."""
+    manifest = Manifest.from_bytes((directory / MANIFEST).read_bytes(), str(directory / MANIFEST))
+    title = publication_title(manifest.source, manifest.revision, manifest.options)
+    return RemoteRepository(repo_id, options, title=title, api=api, patience=patience)
+
+
+def make_publication(directory: Path, remote: RemoteRepository, progress: Progress) -> Publication:
+    """Return the publication of a prepared checkpoint: its files as the manifest has them, and those of the stamp."""
     raw = (directory / MANIFEST).read_bytes()
     manifest = Manifest.from_bytes(raw, str(directory / MANIFEST))
-    remote = remote or RemoteRepository(
-        repo_id,
-        options,
-        title=publication_title(manifest.source, manifest.revision, manifest.options),
-        api=api,
-        patience=patience,
-    )
     files = {name: LocalFile(directory / name, file.nbytes, file.sha256) for name, file in manifest.files.items()}
     stamp = {name: files.pop(name) for name in _WITH_THE_STAMP if name in files}
     stamp[MANIFEST] = LocalFile(directory / MANIFEST, len(raw), _sha256(raw))
-    return _Publication(remote, files, stamp, progress or NoProgress()).run()
+    return Publication(remote, files, stamp, progress)
 
 
-class _Publication:
+class Publication:
+    """One checkpoint on its way to one branch.
+
+    Attributes:
+        files: every file by name, the manifest too.
+    """
+
     def __init__(
         self,
         remote: RemoteRepository,
@@ -168,32 +197,42 @@ class _Publication:
         progress: Progress,
     ) -> None:
         self._remote = remote
-        self._files = files
+        self._before_stamp = files
         self._stamp = stamp
-        self._all = {**files, **stamp}
+        self.files = {**files, **stamp}
         self._progress = progress
 
+    def survey(self, state: Snapshot) -> tuple[frozenset[str], list[str]]:
+        """Return the files of an older checkpoint on the branch, and the names of ours that the branch lacks.
+
+        Raises:
+            TargetError: as :func:`push`.
+            VerificationError: if a file that is missing there is not here as the manifest has it.
+        """
+        old = refuse_foreign(self._remote, state, self.files)
+        missing = self._missing(state)
+        self.check_local(missing)
+        return old, missing
+
     def run(self) -> PushResult:
-        before = self._remote.snapshot()
-        old = refuse_foreign(self._remote, before, self._all)
-        missing = self._missing(before)
-        total = sum(file.nbytes for file in self._all.values())
-        already = total - sum(self._all[name].nbytes for name in missing)
-        self._check_local(missing)
+        """Upload what is missing, the stamp last."""
+        old, missing = self.survey(self._remote.snapshot())
+        total = sum(file.nbytes for file in self.files.values())
+        already = total - sum(self.files[name].nbytes for name in missing)
         self._progress.start("push", total, already)
         try:
             for batch in self._batches(missing):
-                self._remote.commit(summary(batch), add=batch, delete=withdrawal(batch, old - self._all.keys()))
+                self._remote.commit(summary(batch), add=batch, delete=withdrawal(batch, old - self.files.keys()))
                 self._progress.advance(sum(file.nbytes for file in batch.values()), next(iter(batch)))
             # The comparison is made on the very state that the stamp is committed onto.
             after = self._remote.commit(
                 "stamp",
                 add=self._stamp,
-                delete=lambda state: sorted(old - self._all.keys()) if MANIFEST in state.files else [],
+                delete=lambda state: sorted(old - self.files.keys()) if MANIFEST in state.files else [],
                 check=lambda state: self._check(state, old),
             )
-            self._compare(after, self._all)
-            self._progress.advance(sum(self._all[name].nbytes for name in missing if name in self._stamp), CONFIG)
+            self._compare(after, self.files)
+            self._progress.advance(sum(self.files[name].nbytes for name in missing if name in self._stamp), CONFIG)
         finally:
             self._progress.close()
         at = "" if self._remote.revision == "main" else f" --revision {self._remote.revision}"
@@ -203,17 +242,18 @@ class _Publication:
             commit=after.commit,
             page=self._remote.page,
             serve=f"vllm serve {self._remote.repo_id}{at}",
-            files=len(self._all),
+            files=len(self.files),
             nbytes=total,
             already_there=already,
         )
 
     def _missing(self, state: Snapshot) -> list[str]:
-        return [name for name, file in self._all.items() if file.difference(state.files.get(name)) is not None]
+        return [name for name, file in self.files.items() if file.difference(state.files.get(name)) is not None]
 
-    def _check_local(self, missing: list[str]) -> None:
+    def check_local(self, missing: Iterable[str]) -> None:
+        """Raise :class:`VerificationError` unless these files are here as the manifest has them."""
         for name in missing:
-            file = self._all[name]
+            file = self.files[name]
             actual = file.path.stat().st_size if file.path.is_file() else None
             if actual != file.nbytes:
                 raise VerificationError(
@@ -234,7 +274,7 @@ class _Publication:
     def _batches(self, missing: list[str]) -> Iterator[dict[str, LocalFile]]:
         batch: dict[str, LocalFile] = {}
         for name in sorted(set(missing) - self._stamp.keys()):
-            batch[name] = self._files[name]
+            batch[name] = self._before_stamp[name]
             if len(batch) == BATCH_FILES or sum(file.nbytes for file in batch.values()) >= _BATCH_NBYTES:
                 yield batch
                 batch = {}
@@ -243,8 +283,8 @@ class _Publication:
 
     def _check(self, state: Snapshot, old: frozenset[str]) -> None:
         """Raise unless what the stamp would be committed onto is this checkpoint, and nothing else is beside it."""
-        self._compare(state, self._files)
-        refuse_strange(self._remote, state, self._all.keys() | old)
+        self._compare(state, self._before_stamp)
+        refuse_strange(self._remote, state, self.files.keys() | old)
 
     def _compare(self, state: Snapshot, files: Mapping[str, LocalFile]) -> None:
         for name, file in files.items():

@@ -41,7 +41,7 @@ class RemoteRepository:
         patience: Patience | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """Make repository, branch or pull request where they do not exist yet.
+        """Construct the view of a repository that may not exist yet; asks nothing, see :meth:`create`.
 
         Args:
             repo_id: ``USER/NAME``.
@@ -50,10 +50,6 @@ class RemoteRepository:
             api: the official client; by default with the user's endpoint and token.
             patience: how long network failures are endured, from the first answer on.
             stop: set to end all waiting.
-
-        Raises:
-            HubError: if the token may not do this, or the Hub cannot be reached.
-            TargetError: if ``private`` is asked for and the repository is public.
         """
         from huggingface_hub import HfApi
 
@@ -63,14 +59,29 @@ class RemoteRepository:
         self.patience = patience or Patience()
         self.stop = stop or threading.Event()
         self.pull_request: int | None = None
-        with hub_errors(repo_id), well_formed(repo_id):
+        self.revision = options.revision or _MAIN
+        self._options = options
+
+    def create(self) -> RemoteRepository:
+        """Make repository, branch or pull request where they do not exist yet; return this repository.
+
+        Raises:
+            HubError: if the token may not do this, or the Hub cannot be reached.
+            TargetError: if ``private`` is asked for and the repository is public.
+        """
+        with hub_errors(self.repo_id), well_formed(self.repo_id):
             first = self.patience.at_first_contact()
-            self._persist("creating the repository", lambda: self._create(options), first)
-            self.revision = self._persist("preparing the branch", lambda: self._branch(options))
+            self._persist("creating the repository", lambda: self._create(self._options), first)
+            self.revision = self._persist("preparing the branch", lambda: self._branch(self._options))
+        return self
 
     def _create(self, options: PublishOptions) -> None:
         self.api.create_repo(self.repo_id, private=options.private or None, exist_ok=True)
-        if options.private and not self.api.model_info(self.repo_id).private:
+        self.refuse_public()
+
+    def refuse_public(self) -> None:
+        """Raise :class:`TargetError` if ``private`` is asked for and the repository is public."""
+        if self._options.private and not self.api.model_info(self.repo_id).private:
             raise TargetError(
                 "exists and is public, but --private was asked for",
                 where=self.repo_id,
@@ -79,7 +90,7 @@ class RemoteRepository:
 
     def _branch(self, options: PublishOptions) -> str:
         if options.create_pr:
-            self.pull_request = self._find_pull_request()
+            self.pull_request = self.find_pull_request()
             if self.pull_request is None:
                 opened = self.api.create_pull_request(self.repo_id, title=self.title)
                 self.pull_request = opened.num
@@ -89,7 +100,8 @@ class RemoteRepository:
         self.api.create_branch(self.repo_id, branch=options.revision, exist_ok=True)
         return options.revision
 
-    def _find_pull_request(self) -> int | None:
+    def find_pull_request(self) -> int | None:
+        """Return the number of the open pull request that an earlier run made; changes nothing."""
         for item in self.api.get_repo_discussions(self.repo_id):
             if item.is_pull_request and item.title == self.title and item.status in ("open", "draft"):
                 return item.num

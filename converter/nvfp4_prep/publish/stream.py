@@ -86,7 +86,7 @@ class StreamPublisher:
             api=self._api,
             patience=self._patience,
             stop=self._stop,
-        )
+        ).create()
         self._state = self.remote.snapshot()
         self._surplus = refuse_foreign(self.remote, self._state, sizes) - sizes.keys()
         self._limit_nbytes = FILES_AT_ONCE * max(sizes.values(), default=0)

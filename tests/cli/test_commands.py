@@ -397,7 +397,7 @@ def test_options_that_exclude_each_other(sample_source: Path, tmp_path: Path, op
 def test_help_of_every_command_teaches_by_example() -> None:
     for name in COMMANDS:
         text = run(name, "--help").stdout
-        assert f"nvfp4-prep {name} " in text.split("Options:")[0].split("\n", 1)[1], name
+        assert f"nvfp4-prep {name} " in text.split("Output and log:")[0].split("\n", 1)[1], name
 
 
 def test_help_says_what_every_option_is() -> None:

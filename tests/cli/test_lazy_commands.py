@@ -66,10 +66,10 @@ def complete(words: str, folder: Path) -> list[str]:
         ("nvfp4-prep convert --gate-up-s", ["plain,--gate-up-scales"]),
         ("nvfp4-prep convert --layout cutedsl-", ["plain,cutedsl-batched"]),
         ("nvfp4-prep convert --gate-up-block 1", ["plain,16"]),
-        ("nvfp4-prep convert sour", ["file,sour"]),
-        ("nvfp4-prep verify ou", ["file,ou"]),
-        ("nvfp4-prep verify out --source sour", ["file,sour"]),
-        ("nvfp4-prep restore out ba", ["file,ba"]),
+        ("nvfp4-prep convert sour", ["dir,sour"]),
+        ("nvfp4-prep verify ou", ["dir,ou"]),
+        ("nvfp4-prep verify out --source sour", ["dir,sour"]),
+        ("nvfp4-prep restore out ba", ["dir,ba"]),
     ],
 )
 def test_completion(words: str, expected: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_duration, format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
 from nvfp4_prep.cli.output import hint, say, say_text, to_json
 
@@ -21,7 +22,7 @@ __all__ = ["bench_load"]
 _SIZES = click.IntRange(1, 64)
 
 
-@click.command("bench-load")
+@click.command("bench-load", cls=HelpfulCommand)
 @checkpoint_argument()
 @click.option("--tp", type=_SIZES, default=1, show_default=True, help="Tensor-parallel size.")
 @click.option("--ep", type=_SIZES, default=1, show_default=True, help="Expert-parallel size; tp x ep processes.")

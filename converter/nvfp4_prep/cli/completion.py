@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.output import say_text
 
 __all__ = ["completion"]
@@ -12,7 +13,7 @@ __all__ = ["completion"]
 _CLASSES: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("shell", type=click.Choice(list(_CLASSES)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

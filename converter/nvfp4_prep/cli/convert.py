@@ -9,6 +9,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep.cli.conversion_output import say_checkpoint, say_failed_smoke_run, say_part, say_preview
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
     common,
     conversion_options,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @source_argument
 @target_argument
 @click.option("--dry-run", is_flag=True, help="Print the plan, its least time and what is at TARGET; writes nothing.")

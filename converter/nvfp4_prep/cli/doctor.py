@@ -11,6 +11,7 @@ import click
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import DIRECTORY, common
 from nvfp4_prep.cli.output import say, say_text, to_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["doctor"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @click.argument("directory", required=False, type=DIRECTORY)
 @common
 def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import nvfp4_prep
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
 from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
 from nvfp4_prep.cli.render import inspection_text, inspection_value
@@ -12,7 +13,7 @@ from nvfp4_prep.cli.render import inspection_text, inspection_value
 __all__ = ["inspect"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument(on_hub=True)
 @common
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:

@@ -41,8 +41,8 @@ _GATE_UP_BLOCKS = (64, 32, 16)
 class _CheckedPath(click.Path):
     """A path, of which nothing is required but that there can be one; shells complete it."""
 
-    def __init__(self, kind: Kind, *, dir_okay: bool = True) -> None:
-        super().__init__(dir_okay=dir_okay)
+    def __init__(self, kind: Kind, *, directory: bool = True) -> None:
+        super().__init__(dir_okay=directory, file_okay=not directory)
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -56,7 +56,7 @@ ADDRESS = _CheckedPath(arguments.ADDRESS)
 """A directory or a Hub id."""
 DIRECTORY = _CheckedPath(arguments.PATH)
 """A directory on this machine; each command says itself what is wrong with it."""
-REPORT = _CheckedPath(arguments.PATH, dir_okay=False)
+REPORT = _CheckedPath(arguments.PATH, directory=False)
 
 source_argument = click.argument("source", type=ADDRESS)
 target_argument = click.argument("target", type=DIRECTORY)
@@ -135,19 +135,20 @@ def conversion_options(command: _Command) -> _Command:
         command(*args, options=ConvertOptions(layout, gate_up_block, gate_up_scales, moe_tp), **kwargs)
 
     def default(value: object) -> dict[str, Any]:
-        return {"default": value, "show_default": str(value)}
+        return {"default": value, "show_default": not isinstance(value, enum.StrEnum)}  # click shows their names
 
     decorators = [
         layout_option(
             "Kernel to prepare for; vLLM and SGLang choose trtllm by themselves on a B200, cutedsl-batched is for"
-            " DeepEP low latency.",
+            f" DeepEP low latency.  [default: {_DEFAULT.layout}]",
             **default(_DEFAULT.layout),
         ),
         gate_up_block_option(**default(_DEFAULT.gate_up_block)),
         click.option(
             "--gate-up-scales",
             type=EnumChoice(GateUpPolicy),
-            help="Where gate and up have different global scales: rescale one side, take gate's, or refuse.",
+            help="Where gate and up have different global scales: rescale one side, take gate's, or refuse."
+            f"  [default: {_DEFAULT.gate_up_scales}]",
             **default(_DEFAULT.gate_up_scales),
         ),
         moe_tp_option("Tensor-parallel size to pad for, where padding depends on it.", **default(_DEFAULT.moe_tp)),

@@ -10,6 +10,7 @@ import click
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common, publishing_options, threads_option
 from nvfp4_prep.cli.output import make_progress, say, say_next, say_text, to_json
 from nvfp4_prep.hub import quiet_client
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["push", "say_pushed"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument()
 @click.argument("repository", metavar="USER/NAME")
 @publishing_options()

@@ -8,6 +8,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
     checkpoint_argument,
     common,
@@ -27,7 +28,7 @@ from nvfp4_prep.prepared.kernel_choice import kernel_lines
 __all__ = ["relayout"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument()
 @target_argument
 @layout_option("Kernel to prepare for.")

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 import nvfp4_prep
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
 from nvfp4_prep.cli.output import say, say_next, to_json
 
 __all__ = ["restamp"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument()
 @common
 def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:

@@ -8,6 +8,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
     checkpoint_argument,
     common,
@@ -21,7 +22,7 @@ from nvfp4_prep.cli.output import make_progress, say, tell_leftovers, to_json
 __all__ = ["restore"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument()
 @target_argument
 @threads_option

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 import nvfp4_prep
 from nvfp4_prep._util.text import format_nbytes
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import common, target_argument
 from nvfp4_prep.cli.output import say, to_json
 from nvfp4_prep.errors import UsageError
@@ -17,7 +18,7 @@ from nvfp4_prep.errors import UsageError
 __all__ = ["sample"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @target_argument
 @click.option(
     "--layers", type=click.IntRange(2), default=3, show_default=True, help="Decoder layers; the first one is dense."

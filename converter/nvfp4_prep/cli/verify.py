@@ -10,6 +10,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep.checkpoint.filenames import MANIFEST
+from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, report_option, threads_option
 from nvfp4_prep.cli.output import command_line, hint, make_progress, say, say_text, tell_address, to_json
 from nvfp4_prep.cli.render import verify_text
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 
-@click.command()
+@click.command(cls=HelpfulCommand)
 @checkpoint_argument(on_hub=True)
 @click.option(
     "--source",

@@ -1,0 +1,89 @@
+"""The help of a command: its options in groups, the ones that most people need first, and where to read more."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import click
+
+__all__ = ["GROUPS", "PAGES", "HelpfulCommand", "learn_more"]
+
+_RUN = ("Run", "threads memory_nbytes restart")
+_OUTPUT = ("Output and log", "report as_json quiet verbose log_file")
+_PUBLISHING = "private revision create_pr"
+
+GROUPS: dict[str, tuple[tuple[str, str], ...]] = {
+    "bench-load": (("Deployment to measure", "tp ep layers"), ("Measurement", "kind device threads repeats alone")),
+    "completion": (),
+    "convert": (
+        ("Common", "dry_run layout moe_tp"),
+        ("Layout and scales", "gate_up_block gate_up_scales"),
+        ("Run", "threads memory_nbytes device restart no_smoke"),
+        ("Several machines", "layers join"),
+        ("Hugging Face Hub", f"keep_source push_to stream_out {_PUBLISHING}"),
+    ),
+    "doctor": (),
+    "inspect": (),
+    "push": (("Common", "dry_run full"), ("Repository", _PUBLISHING), ("Run", "threads")),
+    "relayout": (("Layout", "layout moe_tp gate_up_block"), _RUN),
+    "restamp": (),
+    "restore": (_RUN,),
+    "sample": (
+        ("Model", "kimi_layer layers experts intermediate hidden vocabulary"),
+        ("Contents", "differing seed shard_mb"),
+    ),
+    "verify": (
+        ("Common", "source quick"),
+        ("Smoke test", "smoke layers sample backend"),
+        ("Run", "threads memory_nbytes"),
+    ),
+}
+"""Groups of options by command, in the order of the help; each ends with the group that all commands share."""
+
+PAGES = {
+    "bench-load": "loading.md",
+    "completion": "first-half-hour.md",
+    "convert": "which-kernel.md",
+    "doctor": "troubleshooting.md",
+    "inspect": "first-half-hour.md",
+    "push": "hub.md",
+    "relayout": "layout.md",
+    "restamp": "runbook.md",
+    "restore": "runbook.md",
+    "sample": "first-half-hour.md",
+    "verify": "runbook.md",
+}
+"""The page of the documentation that says more, by command."""
+
+
+class HelpfulCommand(click.Command):
+    """A command whose help has groups of options, and ends with a link."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the groups in their order, each option in one of them."""
+        known = {option.name: option.get_help_record(ctx) for option in self.get_params(ctx)}
+        records = {name: record for name, record in known.items() if name is not None and record is not None}
+        for title, names in (*GROUPS[self.name or ""], _OUTPUT):
+            rows = [records.pop(name) for name in names.split() if name in records]
+            if title == _OUTPUT[0]:
+                rows += records.values()  # --help, whose name is click's own
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write where to read more."""
+        formatter.write_paragraph()
+        formatter.write_text(f"Learn more: {learn_more(PAGES[self.name or ''])}")
+
+
+def learn_more(page: str) -> str:
+    """Return the address of a page of the documentation: in the repository, if the package names none of its own."""
+    try:
+        links: list[Any] = importlib.metadata.metadata("nvfp4-prep").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        links = []
+    addresses = dict(link.split(", ", 1) for link in links if ", " in link)
+    base = addresses.get("Documentation")
+    return f"docs/{page}" if base is None else f"{base.rstrip('/')}/{page.removesuffix('.md')}/"

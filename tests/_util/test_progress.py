@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nvfp4_prep._util import progress as module
 from nvfp4_prep._util.progress import BarProgress, LogProgress, NoProgress, Progress, RateLog, choose_progress
+from nvfp4_prep.pipeline.jobs import FileJob, progress_labels
 
 HOSTILE = "x\x1b[2J\u202e\r\nerror: forged"
 
@@ -125,3 +126,24 @@ def test_a_stream_that_fails_leaves_no_lock_behind() -> None:
 
     threading.Thread(target=other_bar, daemon=True).start()
     assert started.wait(5)
+
+
+def test_a_bar_has_room_for_the_layer_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (80, 24))
+    stream = Terminal()
+    progress = BarProgress(stream)
+    progress.start("convert", 600_000_000_000)
+    for label in ("layer 60/60", "model-00006-of-00006.safetensors"):
+        progress.advance(1_000_000_000, label)
+        progress._bar.refresh()
+    progress.close()
+    lines = [line.strip() for line in stream.getvalue().split("\r") if line.strip()]
+    assert all(len(line) <= 80 for line in lines), lines
+    assert any("layer 60/60]" in line for line in lines), lines
+    assert any("model-0…" in line and line.endswith("safetensors]") for line in lines), lines
+
+
+def test_experts_of_layers_are_counted_and_other_files_named() -> None:
+    names = ["experts-layer-00007.safetensors", "model-00001-of-00001.safetensors", "experts-layer-00003.safetensors"]
+    jobs = [FileJob(name, 1, b"", lambda: ()) for name in names]
+    assert list(progress_labels(jobs).values()) == ["layer 2/2", "model-00001-of-00001.safetensors", "layer 1/2"]

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["escape_logs", "join_lines", "mask_passwords", "printable", "printable_text"]
+__all__ = ["PrintableFormatter", "escape_logs", "join_lines", "mask_passwords", "printable", "printable_text"]
 
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Control, format (bidirectional overrides, invisible characters), surrogates, line and paragraph separators."""
@@ -60,8 +60,8 @@ def _escape(char: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-class _PrintableFormatter(logging.Formatter):
-    """Log lines of ours and of the Hub's client, which quote what a server said."""
+class PrintableFormatter(logging.Formatter):
+    """Formatter of log lines, ours and those of the Hub's client, which quote what a server said."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_text(mask_passwords(super().format(record)))
@@ -70,4 +70,4 @@ class _PrintableFormatter(logging.Formatter):
 def escape_logs(handlers: list[logging.Handler] | None = None) -> None:
     """Make printable what these log handlers, and the one that takes what nobody else does, write on stderr."""
     for handler in [*(handlers or []), *([logging.lastResort] if logging.lastResort else [])]:
-        handler.setFormatter(_PrintableFormatter())
+        handler.setFormatter(PrintableFormatter())

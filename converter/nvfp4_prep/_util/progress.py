@@ -16,6 +16,9 @@ from nvfp4_prep._util.text import format_duration, format_nbytes
 __all__ = ["BarProgress", "LogProgress", "NoProgress", "Progress", "RateLog", "choose_progress"]
 
 
+_LABEL_COLUMNS = 20
+
+
 class Progress(Protocol):
     """Told how a job of known size goes on. Called from several threads."""
 
@@ -98,7 +101,7 @@ class BarProgress:
         """See :class:`Progress`."""
         with self._lock, contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.set_postfix_str(printable(label), refresh=False)
+                self._bar.set_postfix_str(_shortened(printable(label)), refresh=False)
                 self._bar.update(nbytes)
 
     def close(self) -> None:
@@ -107,6 +110,11 @@ class BarProgress:
             if self._bar is not None:
                 self._bar.close()
                 self._bar = None
+
+
+def _shortened(label: str) -> str:
+    """Return a label that leaves the bar room on 80 columns: its beginning and its end."""
+    return label if len(label) <= _LABEL_COLUMNS else f"{label[:7]}…{label[8 - _LABEL_COLUMNS :]}"
 
 
 class _Rate:

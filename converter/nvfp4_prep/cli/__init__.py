@@ -20,6 +20,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nvfp4_prep.cli.frame import framed
 from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _end(error: NvfpPrepError) -> NoReturn:
             stream.flush()
     with contextlib.suppress(OSError):
         if "--json" in sys.argv:
-            os.write(1, json.dumps(error.to_dict()).encode() + b"\n")
+            os.write(1, json.dumps(framed(error.to_dict())).encode() + b"\n")
     with contextlib.suppress(OSError):
         os.write(2, f"error: {error}\n".encode())
     os._exit(error.exit_code)

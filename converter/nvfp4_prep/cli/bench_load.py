@@ -12,7 +12,7 @@ from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_duration, format_nbytes
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
-from nvfp4_prep.cli.output import hint, say, say_text, to_json
+from nvfp4_prep.cli.output import hint, say_json, say_text
 
 if TYPE_CHECKING:
     from nvfp4_prep import LoadBench, LoadFigures
@@ -78,7 +78,7 @@ def bench_load(
         together=not alone,
     )
     if as_json:
-        say(to_json(found.to_dict()))
+        say_json(found.to_dict())
     else:
         say_text(_text(found))
 

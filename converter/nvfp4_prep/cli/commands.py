@@ -12,6 +12,7 @@ import click
 
 from nvfp4_prep._util.system import check_linux
 from nvfp4_prep._version import __version__
+from nvfp4_prep.cli.frame import start_clock
 from nvfp4_prep.cli.output import report_errors, stdout_failed
 from nvfp4_prep.errors import EXIT_CODES, UsageError
 
@@ -57,6 +58,7 @@ class _Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         """Run the command line as click does, with our errors; always ends with :class:`SystemExit`."""
         words = sys.argv[1:] if args is None else list(args)
+        start_clock()
         with report_errors("--json" in words):
             _check_surroundings(words)
             try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_nbytes
-from nvfp4_prep.cli.output import command_line, hint, say, say_next, say_text, shell_line, to_json
+from nvfp4_prep.cli.output import command_line, hint, say, say_json, say_next, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
 from nvfp4_prep.cli.render import (
     left_out_lines,
@@ -44,7 +44,7 @@ def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
     plan, room, outlook = preview.plan, preview.room, preview.outlook
     if as_json:
         value = plan_value(plan, room, memory_nbytes)
-        say(to_json(value | {"target": outlook_value(outlook), "time": _time_value(preview.speed)}))
+        say_json(value | {"target": outlook_value(outlook), "time": _time_value(preview.speed)})
     else:
         say_text(f"{plan_text(plan, room, memory_nbytes)}\n{outlook_text(outlook)}{_time_text(preview.speed)}")
     if outlook.refusal is not None:
@@ -75,8 +75,14 @@ def _smoke_time_text(speed: SpeedEstimate) -> str:
 def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> None:
     """Print one machine's part."""
     if as_json:
-        value = {"path": str(part.path), "layers": list(part.layers), "files": part.files, "resumed": part.resumed}
-        say(to_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes}))
+        value = {
+            "path": str(part.path),
+            "layers": list(part.layers),
+            "layer_count": len(part.layers),
+            "files": part.files,
+            "resumed": part.resumed,
+        }
+        say_json({**value, "joined": part.joined, "written_nbytes": part.written_nbytes})
         return
     if part.joined:
         say(_complete_text(request))
@@ -94,7 +100,7 @@ def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: Co
     if request.report is not None and result.smoke is not None:
         _write_report(request, result.manifest, result.smoke)
     if as_json:
-        say(to_json(_value(result, pushed)))
+        say_json(_value(result, pushed))
     else:
         _say_result(result, pushed, request)
         say_smoke(result.smoke)
@@ -111,7 +117,7 @@ def say_failed_smoke_run(error: SmokeFailedError, request: ConvertRequest, *, as
     _write_report(request, error.manifest, error.report)
     if as_json:
         failed = nvfp4_prep.ConvertResult(request.target, error.manifest, False, False, 0, smoke=error.report)
-        say(to_json(_value(failed, None)))
+        say_json(_value(failed, None))
     else:
         say_smoke(error.report)
     hint(f"error: {request.target} has no config.json, so that nothing serves this checkpoint; {error.next_step}")
@@ -132,6 +138,7 @@ def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
         "resumed": result.resumed,
         "written_nbytes": result.written_nbytes,
         "layers": len(manifest.layers),
+        "layer_count": len(manifest.layers),
         "tp_sizes": list(manifest.tp_sizes),
         "left_out": list(result.left_out),
         "left_out_reasons": dict(result.left_out_reasons),

@@ -13,7 +13,7 @@ from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import DIRECTORY, common
-from nvfp4_prep.cli.output import say, say_text, to_json
+from nvfp4_prep.cli.output import say_json, say_text
 
 if TYPE_CHECKING:
     from nvfp4_prep import Diagnosis
@@ -35,7 +35,7 @@ def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
     """
     found = nvfp4_prep.diagnose(directory)
     if as_json:
-        say(to_json(found.to_dict()))
+        say_json(found.to_dict())
     else:
         say_text(_text(found))
     if not found.ok:

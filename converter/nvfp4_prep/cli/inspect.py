@@ -7,7 +7,7 @@ import click
 import nvfp4_prep
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
-from nvfp4_prep.cli.output import say, say_text, tell_address, to_json
+from nvfp4_prep.cli.output import say_json, say_text, tell_address
 from nvfp4_prep.cli.render import inspection_text, inspection_value
 
 __all__ = ["inspect"]
@@ -29,6 +29,6 @@ def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
     tell_address(checkpoint, quiet=quiet)
     found = nvfp4_prep.inspect(checkpoint)
     if as_json:
-        say(to_json(inspection_value(found)))
+        say_json(inspection_value(found))
     else:
         say_text(inspection_text(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -96,13 +97,19 @@ def report_option(text: str) -> Callable[[_Command], _Command]:
 
 
 def common(command: _Command) -> _Command:
-    """Add ``--json`` and ``--quiet``, and turn typed errors into one line and an exit code."""
+    """Add ``--json``, ``--quiet``, ``--verbose`` and ``--log-file``, and turn typed errors into one line and an exit
+    code.
+    """
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+    @click.option("-v", "--verbose", is_flag=True, help="Each step with its time on stderr.")
+    @click.option("--log-file", type=REPORT, help="Append each step with its time to this log.")
     @functools.wraps(command)
-    def run(*args: Any, as_json: bool, **kwargs: Any) -> None:
-        with report_errors(as_json):
+    def run(*args: Any, as_json: bool, verbose: bool, log_file: Path | None, **kwargs: Any) -> None:
+        from nvfp4_prep.cli.log import logging_steps
+
+        with report_errors(as_json), logging_steps(verbose=verbose, path=log_file, parameters=kwargs):
             command(*args, as_json=as_json, **kwargs)
 
     return run  # type: ignore[return-value]

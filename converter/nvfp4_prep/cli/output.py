@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +19,9 @@ from nvfp4_prep._util.printable import printable, printable_text
 from nvfp4_prep._util.progress import Progress, choose_progress
 from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
+from nvfp4_prep.cli.colour import coloured, wants_colour
+from nvfp4_prep.cli.frame import framed
+from nvfp4_prep.cli.json_output import command_name, to_json
 from nvfp4_prep.errors import ConversionInterrupted, NoSpaceError, NvfpPrepError, VerificationError
 from nvfp4_prep.hub.address import parse_address
 
@@ -31,13 +32,13 @@ __all__ = [
     "on_result",
     "report_errors",
     "say",
+    "say_json",
     "say_next",
     "say_text",
     "shell_line",
     "stdout_failed",
     "tell_address",
     "tell_leftovers",
-    "to_json",
 ]
 
 _OPTION = re.compile("--[a-z-]+")
@@ -116,7 +117,7 @@ def _unforeseen(error: OSError) -> NvfpPrepError:
 def _fail(error: NvfpPrepError, *, as_json: bool) -> NoReturn:
     if as_json:
         with contextlib.suppress(NvfpPrepError):  # the exit code and stderr still say what happened
-            say(to_json(error.to_dict()))
+            say_json(error.to_dict())
     hint(f"error: {error}")
     _tell_result_hooks(True)
     sys.exit(error.exit_code)
@@ -142,6 +143,11 @@ def say_text(text: str) -> None:
     _tell_result_hooks(True)
 
 
+def say_json(value: Mapping[str, Any]) -> None:
+    """Print the result of ``--json``: one line, in the frame that all commands share."""
+    say(to_json(framed(value, command_name())))
+
+
 def _tell_result_hooks(printed: bool) -> None:
     for hook in _result_hooks:
         hook(printed)
@@ -154,8 +160,10 @@ def on_result(hook: Callable[[bool], None]) -> None:
 
 def _echo(text: str, *, err: bool) -> None:
     """Print on a stream whatever its encoding: what it lacks becomes an escape, so that no success ends in an error."""
-    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    stream = sys.stderr if err else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
+    click.echo(coloured(shown) if wants_colour(stream) else shown, err=err)
 
 
 def stdout_failed(error: OSError) -> None:
@@ -194,19 +202,6 @@ def _quoted(word: str) -> str:
 def say_next(*words: object) -> None:
     """Print the command that comes next, on stderr."""
     hint(f"next: {shell_line(*words)}")
-
-
-def to_json(value: object) -> str:
-    """Return one line of strict JSON: what is not a finite number (a broken source's NaN) becomes ``null``."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def tell_address(text: str, *, quiet: bool) -> None:

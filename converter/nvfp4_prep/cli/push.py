@@ -12,7 +12,7 @@ from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_nbytes
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common, publishing_options, threads_option
-from nvfp4_prep.cli.output import make_progress, say, say_next, say_text, to_json
+from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, say_text
 from nvfp4_prep.hub import quiet_client
 from nvfp4_prep.hub.publish_options import PublishOptions, check_repository
 
@@ -56,13 +56,16 @@ def push(
         preview = nvfp4_prep.preview_push(
             checkpoint, repository, publish_options, full=full, threads=threads, progress=make_progress(quiet)
         )
-        say_text(to_json(preview.to_dict()) if as_json else preview_text(preview))
+        if as_json:
+            say_json(preview.to_dict())
+        else:
+            say_text(preview_text(preview))
         return
     pushed = nvfp4_prep.push(
         checkpoint, repository, publish_options, full=full, threads=threads, progress=make_progress(quiet)
     )
     if as_json:
-        say(to_json(pushed.to_dict()))
+        say_json(pushed.to_dict())
         return
     say_pushed(pushed)
     revision = publish_options.revision

@@ -20,7 +20,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, say, say_next, tell_leftovers, to_json
+from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, tell_leftovers
 from nvfp4_prep.cli.render import layout_text, tp_lines
 from nvfp4_prep.options import LayoutName
 from nvfp4_prep.prepared.kernel_choice import kernel_lines
@@ -73,7 +73,7 @@ def relayout(
     layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
-        say(to_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed}))
+        say_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed})
         return
     say(
         f"{result.path}: {count(len(layers), 'MoE layer')} in layout"

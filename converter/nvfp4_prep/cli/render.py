@@ -68,6 +68,7 @@ def plan_value(plan: Plan, room: Room | None = None, memory_nbytes: int | None =
             }
             for item in plan.layers
         ],
+        "layer_count": len(plan.layers),
         "passed_through_experts": {item.experts_path: item.reason for item in plan.others},
         "files": [{"name": file.name, "kind": file.kind.value, "nbytes": file.nbytes} for file in plan.files],
         "side_files": [file.name for file in plan.side_files],
@@ -232,7 +233,7 @@ def _layers(numbers: Iterable[int]) -> str:
 
 def inspection_value(found: Inspection) -> dict[str, Any]:
     """Return an inspection for ``--json``."""
-    return asdict(found)
+    return {**asdict(found), "layer_count": len(found.layers)}
 
 
 def inspection_text(found: Inspection) -> str:

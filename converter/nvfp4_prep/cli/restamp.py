@@ -9,7 +9,7 @@ import click
 import nvfp4_prep
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import checkpoint_argument, common
-from nvfp4_prep.cli.output import say, say_next, to_json
+from nvfp4_prep.cli.output import say, say_json, say_next
 
 __all__ = ["restamp"]
 
@@ -29,7 +29,7 @@ def restamp(checkpoint: Path, as_json: bool, quiet: bool) -> None:
     """
     result = nvfp4_prep.restamp(checkpoint)
     if as_json:
-        say(to_json({"path": str(result.path), "config_edits": list(result.edits), "written": result.written}))
+        say_json({"path": str(result.path), "config_edits": list(result.edits), "written": result.written})
         return
     differing = f"differs from what was converted in {', '.join(result.edits)}"
     edits = differing if result.edits else "has no edits, formatting aside"

@@ -17,7 +17,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, say, tell_leftovers, to_json
+from nvfp4_prep.cli.output import make_progress, say, say_json, tell_leftovers
 
 __all__ = ["restore"]
 
@@ -57,7 +57,7 @@ def restore(
         )
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
-        say(to_json({**value, "resumed": result.resumed}))
+        say_json({**value, "resumed": result.resumed})
         return
     say(
         f"{result.path}: {count(result.tensors, 'tensor')} restored, {format_nbytes(result.written_nbytes)} written"

@@ -12,7 +12,7 @@ import nvfp4_prep
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import common, target_argument
-from nvfp4_prep.cli.output import say, to_json
+from nvfp4_prep.cli.output import say, say_json
 from nvfp4_prep.errors import UsageError
 
 __all__ = ["sample"]
@@ -75,7 +75,10 @@ def sample(
     else:
         model = nvfp4_prep.SampleModel(layers, experts, intermediate, hidden, vocabulary, nbytes, differing, seed)
     written = nvfp4_prep.write_sample(target, model)
-    say(to_json({"path": str(target), "nbytes": written}) if as_json else f"{target}: {format_nbytes(written)}")
+    if as_json:
+        say_json({"path": str(target), "nbytes": written})
+    else:
+        say(f"{target}: {format_nbytes(written)}")
 
 
 def _check_none_given(*names: str) -> None:

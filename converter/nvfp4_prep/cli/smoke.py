@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 import nvfp4_prep
+from nvfp4_prep._util.text import format_duration
 from nvfp4_prep.cli.options import decorated
 from nvfp4_prep.cli.output import hint, say_text
 from nvfp4_prep.smoke.text import layer_line, smoke_text
@@ -78,7 +79,15 @@ def smoke_policy(*, quiet: bool) -> SmokePolicy:
 
 
 def _tell_layer(*, quiet: bool) -> Callable[[LayerReport, int, int], None] | None:
-    return None if quiet else lambda *layer: hint(layer_line(*layer))
+    """Return what prints a line for each layer, with the time that the others will take if they are alike."""
+    spent_s: list[float] = []
+
+    def tell(layer: LayerReport, number: int, total: int) -> None:
+        spent_s.append(layer.seconds)
+        left_s = sum(spent_s) / len(spent_s) * (total - number)
+        hint(layer_line(layer, number, total) + (f", about {format_duration(left_s)} left" if number < total else ""))
+
+    return None if quiet else tell
 
 
 def say_smoke(report: SmokeReport | None) -> None:

@@ -12,7 +12,7 @@ import nvfp4_prep
 from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, report_option, threads_option
-from nvfp4_prep.cli.output import command_line, hint, make_progress, say, say_text, tell_address, to_json
+from nvfp4_prep.cli.output import command_line, hint, make_progress, say_json, say_text, tell_address
 from nvfp4_prep.cli.render import verify_text
 from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
@@ -86,7 +86,7 @@ def verify(
         subject = Subject(checkpoint, found.manifest, found, ran, why_no_smoke)
         write_page(report, subject, checkpoint, source, command=command_line())
     if as_json:
-        say(to_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {})))
+        say_json(found.to_dict() | ({"smoke": ran and ran.to_dict()} if smoke else {}))
     else:
         _say_verified(found, ran)
     if smoke and ran is None:

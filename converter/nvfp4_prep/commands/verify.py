@@ -18,6 +18,7 @@ import torch
 from nvfp4_prep._util.arguments import ADDRESS, FLAG, RUNNING, SOURCE, checked, optional
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.steps import step
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
@@ -87,7 +88,8 @@ def verify(
         _refuse_unused(running, _READS_NONE, str(checkpoint))
     with PreparedCheckpoint(checkpoint) as opened:
         problems = Problems()
-        check_structure(opened, problems.of("structure"))
+        with step("check of the structure"):
+            check_structure(opened, problems.of("structure"))
         checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
         depth, nbytes = "quick", 0
         if isinstance(source, str):

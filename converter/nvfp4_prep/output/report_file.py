@@ -14,7 +14,7 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, WORK_FOLDER
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.output.exclusive_rename import rename_new
 
-__all__ = ["REPORT_MARKER", "check_report_path", "write_report"]
+__all__ = ["REPORT_MARKER", "check_place", "check_report_path", "write_report"]
 
 REPORT_MARKER = "<meta name='generator' content='nvfp4-prep report'>"
 """Stands at the beginning of every report: a file with it may be replaced by the next report."""
@@ -40,14 +40,28 @@ def check_report_path(path: Path, *directories: str | Path | None) -> None:
         raise _refused(path, f"cannot be written ({error.strerror})") from error
 
 
-def _check_path(path: Path, directories: Iterable[str | Path | None]) -> None:
+def check_place(path: Path, directories: Iterable[str | Path | None], option: str) -> None:
+    """Refuse a path that no file may be added at, whatever is there; arguments as for :func:`check_report_path`.
+
+    Args:
+        path, directories: see there.
+        option: that named the path.
+
+    Raises:
+        UsageError: if it lies in a checkpoint or a directory that does not exist.
+        OSError: if the system does not let one look.
+    """
     if not path.parent.is_dir():
-        raise _refused(path, "its directory does not exist")
+        raise _refused(path, "its directory does not exist", option)
     if _is_checkpoint(path.parent):
-        raise _refused(path, "lies in a checkpoint, to which nothing is added")
+        raise _refused(path, "lies in a checkpoint, to which nothing is added", option)
     for directory in directories:
         if directory is not None and overlaps(path, Path(directory)):
-            raise _refused(path, f"is part of {directory}, to which nothing is added")
+            raise _refused(path, f"is part of {directory}, to which nothing is added", option)
+
+
+def _check_path(path: Path, directories: Iterable[str | Path | None]) -> None:
+    check_place(path, directories, "--report")
     if not _is_free(path) and not _is_report(path):
         raise _refused(path, "exists and is not a report of nvfp4-prep: nothing is overwritten")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -134,5 +148,5 @@ def _is_report(path: Path) -> bool:
     return head.startswith(_BEGINNING) and (REPORT_MARKER.encode() in head or head.startswith(_OLDER_BEGINNING))
 
 
-def _refused(path: Path, what: str) -> UsageError:
-    return UsageError(f"--report: {what}", where=str(path), next_step="Give another path.")
+def _refused(path: Path, what: str, option: str = "--report") -> UsageError:
+    return UsageError(f"{option}: {what}", where=str(path), next_step="Give another path.")

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from nvfp4_prep._util.arguments import COUNT, THREADS
 from nvfp4_prep._util.buffers import buffers_kept
 from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.steps import note
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import ConversionInterrupted, NvfpPrepError, UsageError
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.file_run import DigestLane, FileRun, HeldUnit
-from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
+from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult, progress_labels
 from nvfp4_prep.pipeline.workers import WorkerThreads, default_memory_nbytes, default_threads
 
 __all__ = ["Hooks", "files_at_once", "run_jobs"]
@@ -85,6 +87,7 @@ class _Run:
         self._memory_nbytes = memory_nbytes
         self._held_nbytes = 0
         self._jobs = deque(jobs)
+        self._labels = progress_labels(jobs)
         self._opening = 0
         self._open_runs: list[FileRun] = []
         self._lanes: deque[DigestLane] = deque()
@@ -210,13 +213,14 @@ class _Run:
         for held in units:
             self._held_nbytes -= _FOOTPRINT * held.unit.nbytes
             nbytes, last = held.run.count(held.unit)
-            self._progress.advance(nbytes, held.run.job.name)
+            self._progress.advance(nbytes, self._labels[held.run.job.name])
             if last:
                 self._complete.append(held.run)
 
     def _commit(self, run: FileRun) -> None:
         result = run.commit()
         self._hooks.on_done(result)
+        note("%s: %s done", result.name, format_nbytes(result.nbytes))
         with self._changed:
             self._open_runs.remove(run)
             self._changed.notify_all()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvfp4_prep.checkpoint.filenames import EXPERTS_PREFIX
 from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.journal_entry import JournalEntry
 
-__all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult"]
+__all__ = ["UNIT_NBYTES", "FileJob", "JobResult", "Unit", "UnitResult", "progress_labels"]
 
 UNIT_NBYTES = 16 * 2**20
 """Source bytes that a unit aims at: large enough for sequential disk rates, small enough to stay in the budget."""
@@ -80,3 +81,10 @@ class JobResult:
     def from_entry(cls, entry: JournalEntry) -> JobResult:
         """Return the result that a journal entry noted."""
         return cls(entry.file, entry.nbytes, entry.sha256, entry.digests, entry.facts)
+
+
+def progress_labels(jobs: Sequence[FileJob]) -> dict[str, str]:
+    """Return what a progress bar calls each job's file: ``layer 3/60`` for the experts of a layer, else its name."""
+    layers = sorted({job.name for job in jobs if job.name.startswith(EXPERTS_PREFIX)})
+    numbers = {name: number for number, name in enumerate(layers, 1)}
+    return {job.name: f"layer {numbers[job.name]}/{len(layers)}" if job.name in numbers else job.name for job in jobs}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nvfp4_prep._util.steps import step
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import CheckpointError
@@ -137,7 +138,8 @@ class Execution:
                 return
             try:
                 due = [FailedScope.parse(verdict) for verdict in self._target.verdicts]
-                reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
+                with step("smoke run"):
+                    reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
             except SmokeFailedError as error:
                 self._target.note_wrong(FailedScope.of(error.report).to_json())
                 raise

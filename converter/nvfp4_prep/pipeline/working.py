@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nvfp4_prep._util.progress import Progress
+from nvfp4_prep._util.steps import step
+from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep._util.torch_threads import one_torch_thread
 
 __all__ = ["working"]
@@ -19,7 +21,7 @@ def working(progress: Progress, title: str, total_nbytes: int, done_nbytes: int 
         progress: told of the start and of the end, however it comes.
         title, total_nbytes, done_nbytes: see :meth:`Progress.start`.
     """
-    with one_torch_thread():
+    with step(f"{title} ({format_nbytes(total_nbytes)})"), one_torch_thread():
         progress.start(title, total_nbytes, done_nbytes)
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nvfp4_prep._util.collector import collector_paused
+from nvfp4_prep._util.steps import step
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import (
     CONFIG,
@@ -47,7 +48,8 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
         UsageError: if the options do not fit the checkpoint.
     """
     options = options or ConvertOptions()
-    surveyed = surveyed or survey(source)
+    with step("survey of the source"):
+        surveyed = surveyed or survey(source)
     index, found = surveyed.index, surveyed.found
     _check_supported(source, index, found)
     scalars = read_scalars(source, found.layers)

@@ -16,6 +16,7 @@ from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.render import inspection_text, plan_text
+from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
 from nvfp4_prep.errors import CheckpointError, SourceError
 from support import tiny_checkpoints as tiny
 
@@ -164,3 +165,24 @@ def test_hub_cache_snapshot(sample_source: Path, tmp_path: Path) -> None:
     (snapshot / "evil.json").symlink_to("/etc/hostname")
     with pytest.raises(SourceError, match="leaves the source"):
         inspect(snapshot)
+
+
+def test_layers_that_differ_in_their_number_alone_share_a_line() -> None:
+    def layer(path: str, experts: int = 8) -> InspectedLayer:
+        return InspectedLayer(path, "can be prepared", "", experts, 128, 256, True, "modelopt", "silu", 0, (1, 2))
+
+    paths = [f"model.layers.{number}.mlp.experts" for number in (1, 2, 3)]
+    layers = (*map(layer, paths), layer("model.layers.4.mlp.experts", 9), layer("model.layers.6.mlp.experts"))
+    more = (layer("experts"), layer("more"), layer("mtp.0.mlp.experts"), layer("model.layers.007.x"))
+    found = Inspection("x", False, "", (), {}, (*layers, *more), 1, 1, 1)
+    lines = [line for line in inspection_text(found).splitlines() if "can be prepared" in line]
+    assert [line.split(": ")[0] for line in lines] == [
+        "model.layers.1-3.mlp.experts",
+        "model.layers.4.mlp.experts",
+        "model.layers.6.mlp.experts",
+        "experts",
+        "more",
+        "mtp.0.mlp.experts",
+        "model.layers.007.x",
+    ]
+    assert "3 layers, each: can be prepared, E 8, I 128" in lines[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -40,6 +41,7 @@ __all__ = [
     "tp_lines",
     "verify_text",
 ]
+_NUMBER = re.compile(r"(\D*)(0|[1-9]\d{0,8})(\D.*|)", re.DOTALL)
 _LINE_LIMIT = 5_000
 """Characters of a line that describes a checkpoint: a config says what is in it."""
 
@@ -255,7 +257,7 @@ def inspection_text(found: Inspection) -> str:
             f"serves tensor-parallel sizes {', '.join(map(str, prepared['tp_sizes'])) or 'none in common'}",
         ]
     exact = found.prepared and not ConvertOptions.from_dict(found.prepared_as["options"]).gives_scales_up
-    lines += [_inspected_line(layer, exact=exact) for layer in found.layers]
+    lines += _inspected_lines(found.layers, exact=exact)
     lines += [f"not part of the model: {line}" for line in left_out_lines(found.left_out_reasons)]
     lines += [f"warning: {warning}" for warning in found.warnings]
     if found.layers:
@@ -265,8 +267,29 @@ def inspection_text(found: Inspection) -> str:
     return join_lines(bounded(line, _LINE_LIMIT) for line in lines)
 
 
-def _inspected_line(layer: InspectedLayer, *, exact: bool) -> str:
-    text = f"{layer.experts_path}: {layer.status}"
+def _inspected_lines(layers: Iterable[InspectedLayer], *, exact: bool) -> Iterable[str]:
+    """Return one line for each run of layers that differ in their number alone."""
+
+    def alike(layer: InspectedLayer) -> tuple[str, str, str]:
+        before, _, after = _parted(layer.experts_path)
+        return before, after, _inspected_text(layer, exact=exact)
+
+    for (before, after, text), run in groupby(layers, key=alike):
+        numbers = [_parted(layer.experts_path)[1] for layer in run]
+        if len(numbers) == 1:
+            yield f"{before}{numbers[0]}{after}: {text}"
+        else:
+            yield f"{before}{spans(map(int, numbers))}{after}: {len(numbers)} layers, each: {text}"
+
+
+def _parted(path: str) -> tuple[str, str, str]:
+    """Return a module path around its first number, which is the layer's."""
+    found = _NUMBER.fullmatch(path)
+    return (found[1], found[2], found[3]) if found else (path, "", "")
+
+
+def _inspected_text(layer: InspectedLayer, *, exact: bool) -> str:
+    text = layer.status
     if layer.experts is not None:
         text += f", E {layer.experts}, I {layer.intermediate}, H {layer.hidden}, {layer.format}"
         text += f", {'gated' if layer.gated else 'not gated'} {layer.activation}"

@@ -24,7 +24,14 @@ from recorded import RESULTS, Recorded
 
 ROOT = Path(__file__).parents[1]
 TEXTS = Path(__file__).parent / "quotes"
-PAGES = ("README.md", "docs/loading.md", "docs/gpu-proof.md", "docs/troubleshooting.md", "docs/which-kernel.md")
+PAGES = (
+    "README.md",
+    "docs/loading.md",
+    "docs/start-of-a-server.md",
+    "docs/gpu-proof.md",
+    "docs/troubleshooting.md",
+    "docs/which-kernel.md",
+)
 PICTURE = "docs/pictures/loading.svg"
 VALUES = values_loading.VALUES | values_kernels.VALUES | values_scaling.VALUES
 _MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n*)(.*?)(\n*<!-- /figures -->)", re.DOTALL)

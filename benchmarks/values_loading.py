@@ -285,6 +285,42 @@ def load_ranks(recorded: Recorded) -> Row:
     return {**recorded.about("load-ranks"), "table": table(head, lines)}
 
 
+KIMI_LAYERS, KIMI_EXPERTS, KIMI_GB = 60, 384, 591
+
+
+def start(recorded: Recorded) -> Row:
+    """The start of a model by every loader, and what one tensor of the original costs."""
+    figures = recorded["start"]
+    rows = [row for row in figures["rows"] if "failed" not in row]
+    first, last = rows[0], rows[-1]
+    lines = []
+    for row in rows:
+        times = [f"{row[name]['median']:.2f}" for name in ("construct", "load", "prepare")]
+        cells = [_vllm_name(row), *times, spread(row["total"], 2)]
+        cells.append(f"{first['total']['median'] / row['total']['median']:.1f} {TIMES}")
+        lines.append(bold(cells) if row is last else cells)
+    tensors, kimi = figures["tensors"], KIMI_LAYERS * KIMI_EXPERTS * 12
+    each = first["load"]["median"] / tensors["original"]
+    return {
+        **recorded.about("start"),
+        "layers": figures["layers"],
+        "experts": figures["experts"],
+        "gb": gb(figures["nbytes"]),
+        "expert_gb": gb(figures["expert_nbytes"]),
+        "original": tensors["original"],
+        "prepared": tensors["prepared"],
+        "equal": "bit-equal" if not any(figures["different"].values()) else "**not equal**",
+        "table": table(["", "construct s", "load s", "prepare s", "total s", "of the first's rate"], lines),
+        "each_ms": 1e3 * each,
+        "kimi_tensors": kimi,
+        "kimi_s": kimi * each,
+        "rate": figures["nbytes"] / last["load"]["median"] / 1e9,
+        "kimi_ours_s": KIMI_GB / (figures["nbytes"] / last["load"]["median"] / 1e9),
+        "kimi_gb": KIMI_GB,
+        "disk_s": KIMI_GB / 10,
+    }
+
+
 def slow_storage(recorded: Recorded) -> Row:
     """Eight ranks and one on storage with a delay, each side beside vLLM's default loader."""
     figures = recorded["slow-storage"]
@@ -321,6 +357,7 @@ def slow_storage(recorded: Recorded) -> Row:
 
 
 VALUES = {
+    "start": start,
     "slow-storage": slow_storage,
     "load-ranks": load_ranks,
     "load": load,

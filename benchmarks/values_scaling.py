@@ -7,6 +7,10 @@ from typing import Any
 from recorded import Recorded, table
 
 Row = dict[str, Any]
+ONE_FILE = (
+    "One layer is one file of experts, and its sha256 is taken in order: that one core is the limit, whatever there are"
+    " more. Several layers are several files, whose digests run side by side."
+)
 AWAITED = "No run is on file yet; `python benchmarks/run.py --only scaling` makes one."
 
 
@@ -23,6 +27,8 @@ def scaling(recorded: Recorded) -> Row:
     ]
     for known in figures["sets"]:
         lines += [_about(known), _table(figures, known["name"])]
+        if known["name"] == "layer":
+            lines.append(ONE_FILE)
     return {"text": "\n\n".join(lines)}
 
 

@@ -301,7 +301,8 @@ def test_another_source(copy: Path, tmp_path: Path) -> None:
     tensors = len(read_index(LocalSource(tmp_path / "other")).tensors)
     assert report.problems[0].where == str(tmp_path / "other")
     assert report.problems[0].what.startswith(f"is not the source of {copy}: {tensors} of {tensors} tensors differ")
-    assert report.next_step == "Give the source that the manifest names: source."
+    assert report.next_step is not None
+    assert report.next_step.startswith("Give the source that the manifest names, 'source'. If this is it,")
 
 
 def test_a_source_with_other_names(copy: Path, tmp_path: Path) -> None:

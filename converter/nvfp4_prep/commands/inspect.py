@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.arguments import SOURCE, checked
+from nvfp4_prep._util.layer_strip import LayerCell
+from nvfp4_prep._util.notebook import notebook_html
+from nvfp4_prep._util.text import count, format_nbytes
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
@@ -98,6 +102,29 @@ class Inspection:
             f"Inspection({self.path!r:.80}, prepared={self.prepared}, model_type={self.model_type!r:.40},"
             f" layers={len(self.layers)}, tensors={self.tensors}, nbytes={self.nbytes}, refusal={self.refusal!r:.60})"
         )
+
+    def _repr_html_(self) -> str:
+        """Return the inspection as a notebook shows it."""
+        return notebook_html(
+            f"{self.path}: {'prepared' if self.prepared else 'source'} checkpoint",
+            {
+                "model": ", ".join(self.architectures) or self.model_type,
+                "contents": f"{count(self.tensors, 'tensor')}, {format_nbytes(self.nbytes)}",
+                "layers": f"{len(self.layers)} MoE layers",
+                "convert would refuse": self.refusal,
+                "warnings": "; ".join(self.warnings),
+            },
+            [_cell(layer) for layer in self.layers],
+        )
+
+
+_CELL_KINDS = {"prepared": "good", "can be prepared": "plain", "refused": "bad"}
+
+
+def _cell(layer: InspectedLayer) -> LayerCell:
+    number = re.search(r"\d+", layer.experts_path)
+    words = f"{layer.experts_path}: {layer.status}" + (f" ({layer.reason})" if layer.reason else "")
+    return LayerCell(number[0] if number else "-", _CELL_KINDS.get(layer.status, "other"), words)
 
 
 @checked(checkpoint=SOURCE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.layer_strip import LayerCell
+from nvfp4_prep._util.notebook import notebook_html
 from nvfp4_prep._util.text import count
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
@@ -51,6 +52,11 @@ class CheckFinding:
     def signed_off(self) -> bool:
         """Whether the check ran and found nothing wrong."""
         return self.problems == 0
+
+    @property
+    def state(self) -> str:
+        """The outcome in words."""
+        return "not run" if self.problems is None else "signed off" if self.signed_off else "FAILED"
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,13 @@ class VerifyReport:
     def __repr__(self) -> str:
         state = "ok" if self.ok else count(len(self.problems), "problem")
         return f"<VerifyReport of {str(self.path)!r}: {state}, {self.depth}, {self.checked_nbytes} bytes read>"
+
+    def _repr_html_(self) -> str:
+        """Return the verification as a notebook shows it."""
+        found = {finding.name: f"{finding.state}: {finding.figures}" for finding in self.findings}
+        shown = "; ".join(map(str, self.problems[:3]))
+        state = "verified" if self.ok else f"verification FAILED, {count(len(self.problems), 'problem')}"
+        return notebook_html(f"{self.path}: {state} ({self.depth})", {**found, "problems": shown}, self.layer_cells)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON value."""

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from nvfp4_prep._util.layer_strip import LayerCell
+from nvfp4_prep._util.notebook import notebook_html
+from nvfp4_prep._util.text import count, format_nbytes
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.index import CheckpointIndex
@@ -112,6 +115,27 @@ class Plan:
         return (
             f"Plan({self.source_label!r:.80}, layers={len(self.layers)}, others={len(self.others)},"
             f" files={len(self.files)}, output_nbytes={self.output_nbytes})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the plan as a notebook shows it."""
+        cells = [
+            LayerCell(
+                str(item.index), "plain", f"{item.experts_path}: to prepare, {format_nbytes(item.prepared_nbytes)}"
+            )
+            for item in self.layers
+        ]
+        cells += [LayerCell("-", "other", f"{item.experts_path}: {item.reason}") for item in self.others]
+        return notebook_html(
+            f"Plan of {self.source_label}",
+            {
+                "layers": f"{len(self.layers)} to prepare, {len(self.others)} pass through",
+                "layout": self.options.layout,
+                "source": format_nbytes(self.source_nbytes),
+                "output": f"{format_nbytes(self.output_nbytes)} in {count(len(self.files), 'file')}",
+                "warnings": "; ".join(self.warnings),
+            },
+            cells,
         )
 
     @property

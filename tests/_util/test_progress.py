@@ -147,3 +147,12 @@ def test_experts_of_layers_are_counted_and_other_files_named() -> None:
     names = ["experts-layer-00007.safetensors", "model-00001-of-00001.safetensors", "experts-layer-00003.safetensors"]
     jobs = [FileJob(name, 1, b"", lambda: ()) for name in names]
     assert list(progress_labels(jobs).values()) == ["layer 2/2", "model-00001-of-00001.safetensors", "layer 1/2"]
+
+
+@pytest.mark.parametrize(("notebook", "kind"), [(True, BarProgress), (False, NoProgress)])
+def test_python_shows_a_bar_by_default_in_a_notebook_alone(
+    monkeypatch: pytest.MonkeyPatch, notebook: bool, kind: type[Progress]
+) -> None:
+    monkeypatch.setattr(module, "_in_notebook", lambda: notebook)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert isinstance(module.default_progress(), kind)

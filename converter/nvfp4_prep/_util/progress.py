@@ -13,7 +13,7 @@ from nvfp4_prep._util.arguments import FLAG, checked
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.text import format_duration, format_nbytes
 
-__all__ = ["BarProgress", "LogProgress", "NoProgress", "Progress", "RateLog", "choose_progress"]
+__all__ = ["BarProgress", "LogProgress", "NoProgress", "Progress", "RateLog", "choose_progress", "default_progress"]
 
 
 _LABEL_COLUMNS = 20
@@ -222,6 +222,11 @@ def choose_progress(*, quiet: bool) -> Progress:
     if quiet:
         return NoProgress()
     return BarProgress(sys.stderr) if sys.stderr.isatty() or _in_notebook() else LogProgress(sys.stderr)
+
+
+def default_progress() -> Progress:
+    """Return what a call from Python shows if it is told nothing: a bar in a notebook, nothing elsewhere."""
+    return BarProgress(sys.stderr) if _in_notebook() else NoProgress()
 
 
 def _in_notebook() -> bool:

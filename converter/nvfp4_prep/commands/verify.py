@@ -17,7 +17,7 @@ import torch
 
 from nvfp4_prep._util.arguments import ADDRESS, FLAG, RUNNING, SOURCE, checked, optional
 from nvfp4_prep._util.buffers import byte_view, empty_bytes
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep._util.steps import step
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import FileKind
@@ -101,7 +101,7 @@ def verify(
             if not quick:
                 depth = "full"
                 verification = _Verification(opened, problems, comparison)
-                nbytes = verification.run(threads, progress or NoProgress(), memory_nbytes)
+                nbytes = verification.run(threads, progress or default_progress(), memory_nbytes)
                 checks += verification.checks
             if comparison is not None:
                 comparison.finish()

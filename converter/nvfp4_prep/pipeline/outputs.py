@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.engine import Hooks, run_jobs
 from nvfp4_prep.pipeline.jobs import FileJob
@@ -85,7 +85,7 @@ def write_outputs(
     pending = [output for output in outputs if output.name not in target.done]
     missing_nbytes = sum(output.nbytes for output in pending)
     target.check_space(Room(missing_nbytes).needed_nbytes if needed_nbytes is None else needed_nbytes)
-    progress = running.progress or NoProgress()
+    progress = running.progress or default_progress()
     total_nbytes = sum(output.nbytes for output in outputs)
     with working(progress, title, total_nbytes, total_nbytes - missing_nbytes):
         begin()

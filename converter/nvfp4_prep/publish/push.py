@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
 from nvfp4_prep._util.printable import printable
-from nvfp4_prep._util.progress import NoProgress, Progress
+from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import UsageError, VerificationError
@@ -155,7 +155,7 @@ def publish(
     """Upload a verified checkpoint; with ``remote``, finish what a conversion sent there file by file."""
     if remote is None:
         remote = open_repository(directory, repo_id, options, api=api, patience=patience).create()
-    return make_publication(directory, remote, progress or NoProgress()).run()
+    return make_publication(directory, remote, progress or default_progress()).run()
 
 
 def open_repository(

@@ -77,13 +77,20 @@ class Server:
         """Greedy completions of prompts given as token ids."""
         sampling = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
-        request = urllib.request.Request(
-            f"{self.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=START_S) as found:
-            answers: list[dict[str, Any]] = json.load(found)
+        answers: list[dict[str, Any]] = self._post("/generate", body)
         logprobs = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
         return [Answer([token for _, token, _ in one], [value for value, _, _ in one]) for one in logprobs]
+
+    def update_weights(self, directory: Path) -> dict[str, Any]:
+        """Return the answer to a reload from a checkpoint, while the server runs."""
+        answer: dict[str, Any] = self._post("/update_weights_from_disk", {"model_path": str(directory)})
+        return answer
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=START_S) as answer:
+            return json.load(answer)
 
     def _get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=START_S) as answer:

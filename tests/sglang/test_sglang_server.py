@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from nvfp4_prep.commands.convert import convert
 from support.engine.whole_models import QWEN3_MOE
 
 WHOLE["servers"] = 5
+LISTENING = "Uvicorn running on"
+INDEX = "model.safetensors.index.json"
 PROMPTS = [[5, 6, 7, 8], [200, 3, 77], [9, 9, 9, 9, 9, 9, 100]]
 UNPREPARED = ("--quantization", "modelopt_fp4", "--moe-runner-backend", "flashinfer_cutedsl")
 
@@ -44,63 +47,81 @@ def test_tokens_over_http(checkpoint: tuple[Path, Path], tmp_path: Path) -> None
         for server in servers:
             server.wait_until_ready()
         expected, actual = (server.generate(PROMPTS, 12) for server in servers)
+        assert servers[1].update_weights(prepared)["success"]
+        again = servers[1].generate(PROMPTS, 12)
         output = servers[1].output
     assert actual == expected
+    assert again == expected
     assert len({tuple(answer.tokens) for answer in expected}) == len(PROMPTS)
     assert "'moe_runner_backend': 'flashinfer_cutedsl'" in output and "'quantization': 'modelopt_fp4'" in output
     assert "Prepared experts: " in output
     SERVERS.append(("the plugin, no flag but --load-format nvfp4_prep", "36 tokens, as from the source"))
 
 
-def test_the_kernel_is_where_a_cpu_stops(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
-    """Without the torch kernel everything is loaded, and the first forward pass ends in the kernel's first function."""
-    with launched(checkpoint[1], tmp_path) as server:
-        with pytest.raises(RuntimeError, match="did not start"):
-            server.wait_until_ready()
-        output = server.output
-    assert "Load weight end." in output
-    assert "in fused_experts_none_to_flashinfer_cutedsl_fp4" in output
-    assert "Could not run 'sglang::flashinfer_fp4_quantize'" in output
-    SERVERS.append(("the plugin, FlashInfer's own kernel", "loads; a CPU stops at sglang::flashinfer_fp4_quantize"))
+@pytest.fixture(scope="module")
+def ending(checkpoint: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """Servers that end by themselves, started at once."""
+    folder, prepared = tmp_path_factory.mktemp("ending"), checkpoint[1]
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(launched(directory, folder / name, **environment))
+            for name, directory, environment in (
+                ("kernel", prepared, {}),
+                ("incomplete", without_a_tensor(prepared, folder / "incomplete-checkpoint"), {}),
+                ("stock", prepared, {"SGLANG_PLUGINS": "other"}),
+                ("broken", prepared, {"NVFP4_PREP_TEST_BROKEN": "1"}),
+            )
+        }
 
 
-def refused(server: Server) -> str:
-    """The end of a server that must never answer."""
-    assert server.wait_for_end() == []
-    assert server.process.returncode != 0
-    return server.output
-
-
-def test_an_incomplete_checkpoint_never_answers(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
-    prepared = Path(shutil.copytree(checkpoint[1], tmp_path / "prepared"))
-    path, index = prepared / "model.safetensors.index.json", "weight_map"
-    weight_map = json.loads(path.read_text())[index]
-    lost = "model.layers.1.mlp.experts.routed_experts.w2_weight"
-    file = prepared / weight_map.pop(lost)
+def without_a_tensor(prepared: Path, target: Path) -> Path:
+    """A copy in which neither file nor index has one of a layer's tensors."""
+    shutil.copytree(prepared, target)
+    path, lost = target / INDEX, "model.layers.1.mlp.experts.routed_experts.w2_weight"
+    index = json.loads(path.read_text())
+    file = target / index["weight_map"].pop(lost)
     tensors = load_file(file)
     del tensors[lost]
     save_file(tensors, file)
-    path.write_text(json.dumps({"metadata": {}, index: weight_map}))
-    with launched(prepared, tmp_path) as server:
-        output = refused(server)
-    assert "1 of 8 tensors of prepared experts did not arrive: w2_weight" in output
+    path.write_text(json.dumps(index))
+    return target
+
+
+def refused(server: Server) -> str:
+    """The output of a server that must end without an answer, and before it listens."""
+    assert server.wait_for_end() == []
+    assert server.process.returncode != 0
+    assert LISTENING not in server.output
+    return server.output
+
+
+def test_an_incomplete_checkpoint_never_answers(ending: dict[str, Server]) -> None:
+    assert "1 of 8 tensors of prepared experts did not arrive: w2_weight" in refused(ending["incomplete"])
     SERVERS.append(("the plugin, a tensor missing", "refused while loading, no answer"))
 
 
-def test_stock_sglang_never_answers(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
+def test_stock_sglang_never_answers(ending: dict[str, Server]) -> None:
     """Without the plugin the stamp's method name is unknown to SGLang."""
-    with launched(checkpoint[1], tmp_path, SGLANG_PLUGINS="other") as server:
-        output = refused(server)
+    output = refused(ending["stock"])
     assert "ValueError: Unknown quantization method: nvfp4_prep" in output
     assert "Load weight begin" not in output
     SERVERS.append(("no plugin", "SGLang: Unknown quantization method: nvfp4_prep; no answer"))
 
 
-def test_a_plugin_that_fails_never_answers(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_plugin_that_fails_never_answers(ending: dict[str, Server]) -> None:
     """SGLang logs a plugin that fails and goes on: as without it."""
-    with launched(checkpoint[1], tmp_path, NVFP4_PREP_TEST_BROKEN="1") as server:
-        output = refused(server)
-    assert (
-        "Failed to execute general plugin: nvfp4_prep" in output and "Unknown quantization method: nvfp4_prep" in output
-    )
+    output = refused(ending["broken"])
+    assert "Failed to execute general plugin: nvfp4_prep" in output
+    assert "Unknown quantization method: nvfp4_prep" in output
     SERVERS.append(("a plugin that fails", "SGLang logs it, and refuses as without it"))
+
+
+def test_the_kernel_is_where_a_cpu_stops(ending: dict[str, Server]) -> None:
+    """Without the torch kernel everything is loaded, and the first forward pass ends in the kernel's first function."""
+    with pytest.raises(RuntimeError, match="did not start"):
+        ending["kernel"].wait_until_ready()
+    output = ending["kernel"].output
+    assert "Load weight end." in output and LISTENING in output
+    assert "in fused_experts_none_to_flashinfer_cutedsl_fp4" in output
+    assert "Could not run 'sglang::flashinfer_fp4_quantize'" in output
+    SERVERS.append(("the plugin, FlashInfer's own kernel", "loads; a CPU stops at sglang::flashinfer_fp4_quantize"))

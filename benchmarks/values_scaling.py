@@ -20,7 +20,7 @@ def scaling(recorded: Recorded) -> Row:
     figures, about = recorded["scaling"], recorded.about("scaling")
     rates = figures["rates"]
     lines = [
-        f"Seconds after start-up and GB/s, files in memory, without the smoke run ({about['where']},"
+        f"Seconds after start-up and GB/s, files in memory, without the smoke test ({about['where']},"
         f" `{about['command']}`, {figures['repetitions']} interleaved repetitions, median). One core does"
         f" {rates['sha256_per_s'] / 1e9:.1f} GB/s of sha256 and copies {rates['memcpy_per_s'] / 1e9:.1f} GB/s."
         f" Peak is the largest resident memory.{_before(figures)}{_limit(figures)}{_unfinished(figures)}"

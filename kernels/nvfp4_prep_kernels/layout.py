@@ -168,8 +168,8 @@ class MoeLayout:
         if self.concatenated and self.moe_tp > 1 and rank_intermediate % 128:
             raise LayoutError(
                 f"the batched layout keeps [gate; up]: {self.moe_tp} tensor-parallel ranks can share it only in whole"
-                f" swizzle tiles of 128 rows, of which intermediate size per rank {rank_intermediate} is no multiple;"
-                " use the standard layout (cutedsl) or expert parallelism"
+                f" swizzle tiles of 128 rows, and intermediate size per rank {rank_intermediate} is not a multiple of"
+                " it; use the standard layout (cutedsl) or expert parallelism"
             )
 
     def padded_hidden(self, hidden: int) -> int:

@@ -125,7 +125,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
     write(tmp_path, tensors, shards=2)
     name = next(iter(tensors))
     save_file({name: tensors[name], "other": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(SourceError, match=rf"tensor '{name}' stands in two shards"):
+    with pytest.raises(SourceError, match=rf"tensor '{name}' is in two shards"):
         index(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_official_library_reads_what_we_write(contents: dict[str, Any], metadata
 
 
 def test_encode_refuses_a_name_twice() -> None:
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="occurs twice"):
         encode_header("x", [TensorSpec("a", "U8", (1,)), TensorSpec("a", "U8", (1,))])
 
 
@@ -125,11 +125,11 @@ BAD = {
         raw(
             b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}'
         ),
-        "the name 'a' stands twice",
+        "the name 'a' occurs twice",
     ),
     "field twice": (
         raw(b'{"a":{"dtype":"U8","dtype":"U8","shape":[8],"data_offsets":[0,8]}}'),
-        "the name 'dtype' stands twice in one object",
+        "the name 'dtype' occurs twice in one object",
     ),
     "metadata with a number": (raw({"__metadata__": {"a": 1}, "a": ENTRY}), "must map strings to strings"),
     "metadata is text": (raw({"__metadata__": "x", "a": ENTRY}), "must map strings to strings"),

@@ -217,7 +217,7 @@ def test_a_name_that_is_no_path_is_looked_up_on_the_hub(capsys: pytest.CaptureFi
 
     for text, quiet, told in (("no/where", False, True), ("no/where", True, False), (str(tmp_path), False, False)):
         tell_address(text, quiet=quiet)
-        assert ("is nothing on this disk: looking for it on the Hub" in capsys.readouterr().err) == told
+        assert ("is not a local path: looking for it on the Hugging Face Hub" in capsys.readouterr().err) == told
 
 
 def test_usage_errors_are_one_line_too() -> None:
@@ -243,7 +243,7 @@ def test_output_that_cannot_be_written(sample_prepared: Path) -> None:
             done = subprocess.run([*script, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
         assert (done.returncode, done.stderr) == (
             5,
-            "error: stdout: No space left on device. Make room and run the command again.\n",
+            "error: stdout: No space left on device. Free disk space and run the command again.\n",
         )
 
 
@@ -445,7 +445,7 @@ def test_interrupt_while_modules_are_imported_has_the_same_exit_code(command: li
     script = [sys.executable, "-c", _INTERRUPTED_IMPORT, str(int(number)), moment]
     done = subprocess.run([*script, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 130, done
-    assert done.stderr == "error: interrupted. The same command continues or begins again.\n"
+    assert done.stderr == "error: interrupted. Run the same command to resume or start over.\n"
     if "--json" in command:
         assert json.loads(done.stdout)["error"] == "ConversionInterrupted"
     else:

@@ -55,7 +55,7 @@ def test_a_failed_verification_leaves_out_the_smoke_run_and_has_its_page(
     (damaged / "surplus.safetensors").write_bytes(b"")
     done = run("verify", damaged, "--quick", "--smoke", "--report", page, *options)
     assert done.exit_code == 6 and "Not signed off" in page.read_text()
-    assert "no smoke run, because verification failed" in done.stderr
+    assert "no smoke test, because verification failed" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["loop", "loop/x", "x" * 300, "x/" * 3000], ids=lambda name: name[:8])

@@ -42,7 +42,7 @@ def test_verify_smoke_says_what_ran_and_writes_the_page(
     page = tmp_path / "report.html"
     done = run("verify", sample_prepared, "--source", sample_source, "--smoke", "--sample", 2, "--report", page)
     assert done.exit_code == 0, done.output
-    assert "smoke run passed: 2 of 2 layers, 4 of their 10 experts" in done.output
+    assert "smoke test passed: 2 of 2 layers, 4 of their 10 experts" in done.output
     assert "did NOT run" in done.output
     assert "Passed" in page.read_text()
     value = json.loads(run("verify", sample_prepared, "--smoke", "--layers", "1", "--sample", 1, "--json", "-q").stdout)
@@ -69,10 +69,10 @@ def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tm
     page = tmp_path / "page.html"
     done = run("verify", out, "--smoke", "--source", sample_source, "--report", page)
     assert "Not signed off" in page.read_text() and "verification failed" in page.read_text()
-    assert done.exit_code == 6 and "no smoke run, because verification failed" in done.stderr
-    assert "smoke run" not in done.stdout
+    assert done.exit_code == 6 and "no smoke test, because verification failed" in done.stderr
+    assert "smoke test" not in done.stdout
     quick = run("verify", out, "--quick", "--smoke", "--source", sample_source, "--layers", "1-1")
-    assert quick.exit_code == 6 and "smoke run FAILED" in quick.output and "second GEMM" in quick.output
+    assert quick.exit_code == 6 and "smoke test FAILED" in quick.output and "second GEMM" in quick.output
 
 
 def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_convert_ends_with_a_smoke_run(sample_source: Path, tmp_path: Path) -> N
     done = run("convert", sample_source, tmp_path / "out", "-q", "--report", page)
     assert done.exit_code == 0, done.output
     experts = 10 if torch.cuda.is_available() else 8  # a CPU takes a sample
-    assert f"smoke run passed: 2 of 2 layers, {experts} of their 10 experts" in done.output
+    assert f"smoke test passed: 2 of 2 layers, {experts} of their 10 experts" in done.output
     assert page.is_file()
     page.unlink()
     again = run("convert", sample_source, tmp_path / "out", "-q", "--report", page)
@@ -104,7 +104,7 @@ def test_convert_fails_if_the_smoke_run_does(
 
     monkeypatch.setattr(execution, "pass_smoke_run", broken)
     done = run("convert", sample_source, tmp_path / "out", "-q")
-    assert done.exit_code == 6 and "smoke run FAILED" in done.output and "do not serve" in done.output
+    assert done.exit_code == 6 and "smoke test FAILED" in done.output and "do not serve" in done.output
     assert not (tmp_path / "out" / "config.json").exists()
     assert run("convert", sample_source, tmp_path / "out", "-q").exit_code == 6  # never "complete already"
     assert run("convert", sample_source, tmp_path / "o2", "-q", "--json").exit_code == 6
@@ -120,7 +120,7 @@ def test_expert_that_computes_zeros(tmp_path: Path) -> None:
             data[record.offset_bytes : record.offset_bytes + 4] = bytes(4)
     path.write_bytes(data)
     done = run("convert", tmp_path / "source", tmp_path / "out", "-q")
-    assert done.exit_code == 0 and "smoke run passed" in done.output
+    assert done.exit_code == 0 and "smoke test passed" in done.output
 
 
 def test_device_that_is_not_there_is_refused_before_any_work(sample_source: Path, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_terminated_run_says_how_to_continue(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, messages = process.communicate()
     assert process.returncode == ConversionInterrupted.exit_code
-    assert "The same command continues" in messages
+    assert "Run the same command to resume" in messages
     assert json.loads(output)["error"] == "ConversionInterrupted"
     assert "Traceback" not in messages
 
@@ -466,7 +466,7 @@ def test_disk_that_fills_up_on_the_way_can_be_continued(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(NoSpaceError, match="Make room and run the same command again"):
+        with pytest.raises(NoSpaceError, match="Free disk space and run the same command again"):
             convert(sample_source, out, threads=1)
     assert {path.name for path in (out / WORK_FOLDER).rglob("*") if path.is_file()} == {"lock", "journal.jsonl"}
     convert(sample_source, out)

@@ -22,7 +22,7 @@ from nvfp4_prep.errors import UsageError, VerificationError
         ({"join": True, "device": "cuda"}, "prepared on the CPU"),
         ({"stream_out": True}, "but not where"),
         ({"publish_options": PublishOptions(private=True)}, "but not where"),
-        ({"push_to": "nobody"}, "is no repository"),
+        ({"push_to": "nobody"}, "is not a repository"),
         ({"report": Path("page.html"), "smoke": False}, "--report"),
         ({"report": Path("page.html"), "dry_run": True}, "--report"),
         ({"report": Path("no/such/folder/page.html")}, "does not exist"),

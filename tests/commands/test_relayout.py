@@ -81,7 +81,7 @@ def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
         relayout(tmp_path / "old", target, layout=LayoutName.CUTEDSL_BATCHED)
     with pytest.raises(UnsupportedCheckpointError, match="cannot be split over 4"):
         relayout(tmp_path / "old", target, moe_tp=4)
-    with pytest.raises(CheckpointError, match="no prepared checkpoint"):
+    with pytest.raises(CheckpointError, match="not a prepared checkpoint"):
         relayout(made, target, gate_up_block=16)
     with pytest.raises(TargetError, match="same directory"):
         relayout(tmp_path / "old", tmp_path / "old", gate_up_block=16)

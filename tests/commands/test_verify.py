@@ -320,7 +320,7 @@ def test_manifest_that_lies(copy: Path) -> None:
     with pytest.raises(CheckpointError):
         verify(copy)
     path.write_text("{}")
-    with pytest.raises(CheckpointError, match="no manifest"):
+    with pytest.raises(CheckpointError, match="not a manifest"):
         verify(copy)
     manifest["format_version"] = 99
     path.write_text(json.dumps(manifest))
@@ -329,7 +329,7 @@ def test_manifest_that_lies(copy: Path) -> None:
 
 
 def test_what_is_no_prepared_checkpoint(sample_source: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no prepared checkpoint"):
+    with pytest.raises(CheckpointError, match="not a prepared checkpoint"):
         verify(sample_source)
     with pytest.raises((CheckpointError, SourceError)):
         verify(tmp_path / "nowhere")
@@ -364,7 +364,7 @@ def test_groups_whose_tensors_would_have_one_name(copy: Path) -> None:
         if one["leaf"] in ("codes", "block_scale"):
             other["head"] = one["head"]
     (copy / "nvfp4_prep.json").write_text(json.dumps(manifest))
-    assert "stands twice" in problems(copy, quick=True)
+    assert "occurs twice" in problems(copy, quick=True)
 
 
 def test_layer_under_another_number(copy: Path) -> None:
@@ -442,16 +442,16 @@ def test_tensor_that_stands_twice(sample_source: Path, copy: Path) -> None:
     save_file({**load_file(path), f"{PREFIX}.w2_weight": torch.zeros(4)}, path)
     reseal(copy)
     for source in (None, sample_source):
-        assert f"tensor '{PREFIX}.w2_weight' stands twice" in problems(copy, source=source)
+        assert f"tensor '{PREFIX}.w2_weight' occurs twice" in problems(copy, source=source)
 
 
 def test_result_of_a_conversion_says_what_was_turned_back_into_what(sample_prepared: Path, tmp_path: Path) -> None:
     """Rescaled block scales turn back into the rescaled ones: the source's are kept beside them."""
     write_sample(tmp_path / "agreeing", SampleModel())
     agreeing = convert(tmp_path / "agreeing", tmp_path / "out").manifest
-    assert agreeing.verified[0]["result"].endswith("turned back into the source's byte before it was written")
+    assert agreeing.verified[0]["result"].endswith("inverted and compared with the source before it was written")
     rescaled = json.loads((sample_prepared / "nvfp4_prep.json").read_text())
-    assert rescaled["verified"][0]["result"].endswith("rescaled block scales into the rescaled ones")
+    assert rescaled["verified"][0]["result"].endswith("rescaled block scales with the rescaled ones")
 
 
 def _remove(path: Path) -> None:

@@ -52,7 +52,7 @@ def signatures(wheel: Path) -> dict[str, Signature]:
                 if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS:
                     made = signature(node)
                     if found.setdefault(node.name, made) != made:
-                        raise ValueError(f"{wheel.name}: {node.name} stands twice")
+                        raise ValueError(f"{wheel.name}: {node.name} occurs twice")
     if not found:
         raise ValueError(f"{wheel.name}: no entry point found")
     return found

@@ -124,7 +124,7 @@ def test_termination_is_prompt_though_the_network_hangs(
     process.terminate()
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "continues" in messages
+    assert "Run the same command to resume" in messages
     assert "Traceback" not in messages
 
 
@@ -136,12 +136,12 @@ def test_termination_is_prompt_though_the_network_hangs(
         (["convert", SOURCE, "out", "--stream-out"], 2, "Add --push-to"),
         (["convert", SOURCE, "out", "--push-to", REPO, "--create-pr", "--revision", "x"], 2, "exclude each other"),
         (["convert", SOURCE, "out", "--push-to", "bob/x"], 10, "refused access"),
-        (["verify", SOURCE], 6, "no prepared checkpoint"),
+        (["verify", SOURCE], 6, "not a prepared checkpoint"),
         (["verify", SOURCE, "--source", "x"], 2, "checked by what the Hub lists"),
         (["verify", SOURCE, "--quick"], 2, "--quick: what is published"),
         (["verify", SOURCE, "--threads", "2", "--memory", "900"], 2, "--threads and --memory: what is published"),
         (["verify", SOURCE, "--smoke"], 2, "Download it first"),
-        (["push", ".", REPO], 6, "no prepared checkpoint"),
+        (["push", ".", REPO], 6, "not a prepared checkpoint"),
     ],
 )
 def test_errors_are_one_line(
@@ -195,7 +195,7 @@ def test_verify_of_an_unfinished_push(hub: LoopbackHub, made: Path) -> None:
     content = read_folder(made)
     del content["config.json"], content["nvfp4_prep.json"]
     hub.store.publish(REPO, content)
-    with pytest.raises(CheckpointError, match="not wholly published"):
+    with pytest.raises(CheckpointError, match="its upload is incomplete"):
         verify_published(HubAddress(REPO), patience=QUICK)
 
 

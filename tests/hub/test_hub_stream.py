@@ -197,7 +197,7 @@ def test_what_is_not_accepted_is_not_stamped(
     hub: LoopbackHub, local: Path, expected: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, *rest: object) -> None:
-        raise VerificationError("the smoke run failed", where=str(path))
+        raise VerificationError("the smoke test failed", where=str(path))
 
     with monkeypatch.context() as patch, pytest.raises(VerificationError):
         patch.setattr("nvfp4_prep.pipeline.runner.pass_smoke_run", refuse)

@@ -261,7 +261,7 @@ def test_close_by_another_thread_ends_a_load(written: Written) -> None:
 def test_a_call_from_progress(written: Written, call: str) -> None:
     loader = ExpertLoader("cpu", SMALL, progress=lambda _: getattr(loader, call)())
     submit(loader, written)
-    with pytest.raises(LoadError, match=r"progress could not be told.*called from its own progress"):
+    with pytest.raises(LoadError, match=r"progress could not be reported.*called from its own progress"):
         loader.finish()
     loader.close()
 

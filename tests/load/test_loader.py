@@ -421,7 +421,7 @@ class TestFailures:
 
         catalog = Catalog.open(written.root)
         with ExpertLoader(device, SMALL, progress=progress) as loader:
-            with pytest.raises(LoadError, match=r"progress could not be told .*BrokenPipeError"):
+            with pytest.raises(LoadError, match=r"progress could not be reported .*BrokenPipeError"):
                 load_layers(catalog, [catalog.layer(1)], RankShare(), loader)
             # the next load is another one
             with pytest.raises(LoadError, match="progress"):
@@ -444,7 +444,7 @@ def test_handles_are_meta_tensors_that_fill_parameters(written: Written) -> None
     expected = take_rank(written.layout, PreparedTensor.W2_WEIGHT_SCALE, stored, DIMS, 1, 2)
     assert torch.equal(parameter.view(torch.uint8), expected)
     assert handle_of(parameter) is None
-    with pytest.raises(LoadError, match=r"w2_weight_scale'.*is no prepared tensor; expected U8 or F8_E4M3, found BF16"):
+    with pytest.raises(LoadError, match=r"w2_weight_scale'.*is not a prepared tensor; expected .*, found BF16"):
         make_handle(loader, written.file(1), replace(record, dtype="BF16"))
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.empty(record.shape, dtype=torch.float8_e4m3fn).copy_(tensor)

@@ -86,14 +86,14 @@ def test_experts_without_gate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("leaf", ["weight_scale_2", "input_scale"])
 def test_broken_values_are_refused_and_named(tmp_path: Path, value: float, leaf: str) -> None:
     tensors = LAYER.tensors() | {f"{PATH}.1.up_proj.{leaf}": torch.tensor(value)}
-    with pytest.raises(UnsupportedCheckpointError, match="of the up projection of expert 1 is no usable scale"):
+    with pytest.raises(UnsupportedCheckpointError, match="of the up projection of expert 1 is not a usable scale"):
         scalars(tmp_path, tensors)
 
 
 def test_a_reciprocal_of_zero_is_refused(tmp_path: Path) -> None:
     tensors = TinyLayer(kind="compressed-tensors").tensors()
     tensors[f"{PATH}.2.down_proj.weight_global_scale"] = torch.zeros(1)
-    with pytest.raises(UnsupportedCheckpointError, match="down projection of expert 2 is no usable scale"):
+    with pytest.raises(UnsupportedCheckpointError, match="down projection of expert 2 is not a usable scale"):
         scalars(tmp_path, tensors)
 
 

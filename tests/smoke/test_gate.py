@@ -79,7 +79,7 @@ def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
         convert(source, out)
     assert run("convert", source, out, "-q") == 6
     assert run("convert", source, out, "-q") == 6  # the same verdict again
-    with pytest.raises(ResumeConflictError, match=r"smoke run of these files failed.*--restart"):
+    with pytest.raises(ResumeConflictError, match=r"smoke test of these files failed.*--restart"):
         convert(source, out, smoke=None)
     assert run("convert", source, out, "-q", "--no-smoke") == 7
     assert not (out / "config.json").exists()
@@ -157,7 +157,7 @@ def test_ctrl_c_in_the_smoke_run_leaves_it_due(source: Path, tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr("nvfp4_prep.smoke.run_smoke", interrupted)
-        with pytest.raises(ConversionInterrupted, match="smoke run"):
+        with pytest.raises(ConversionInterrupted, match="smoke test"):
             convert(source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
     assert convert(source, tmp_path / "out").smoke is not None
@@ -220,7 +220,7 @@ def test_right_bytes_of_values_out_of_range_are_not_called_wrong(
     out, page = tmp_path / "out", tmp_path / "page.html"
     ran = CliRunner().invoke(cli, ["convert", str(source), str(out), "-q", "--report", str(page)])
     assert ran.exit_code == 0 and (out / "config.json").exists(), ran.output
-    assert f"smoke run {result}:" in ran.output and "do not serve" not in ran.output
+    assert f"smoke test {result}:" in ran.output and "do not serve" not in ran.output
     assert (
         ("no expert could be judged" in ran.output)
         == (result == "inconclusive")

@@ -44,7 +44,7 @@ def open_files_error(error: BaseException | None, where: str | None = None) -> O
         f"cannot be opened ({os.strerror(errno.EMFILE)})" if where else os.strerror(errno.EMFILE),
         where=where,
         actual=f"a limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open files for this process",
-        next_step="Raise it (`ulimit -n 1024`) or close other programs; the same command continues.",
+        next_step="Raise it (`ulimit -n 1024`) or close other programs; the same command resumes.",
     )
 
 

@@ -208,15 +208,15 @@ def _duplicate_error(
     where = f"{source.place(shards[0])} and {shards[1]}"
     if weight_map is None:
         return SourceError(
-            f"duplicate: tensor {quoted(name)} stands in two shards",
+            f"duplicate: tensor {quoted(name)} is in two shards",
             where=where,
             next_step="Files of two exports are in one directory, and no index tells which count: remove one export.",
         )
     return SourceError(
-        f"duplicate: tensor {quoted(name)} stands in two shards",
+        f"duplicate: tensor {quoted(name)} is in two shards",
         where=where,
         expected=f"only in {weight_map[name]}, as {INDEX} says" if name in weight_map else f"one, listed in {INDEX}",
         actual="both",
-        next_step="Shards and index disagree: they are of two exports, or wrong as published. Nobody can tell which"
+        next_step="Shards and index disagree: they are of two exports, or wrong as published. Nothing tells which"
         " values count.",
     )

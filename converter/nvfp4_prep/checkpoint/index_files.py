@@ -100,7 +100,7 @@ def check_weight_map(where: str, weight_map: object, names: Iterable[str]) -> Ma
     """
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(
-            "has no weight_map", where=where, next_step="It is no index of a checkpoint: replace or remove it."
+            "has no weight_map", where=where, next_step="It is not the index of a checkpoint: replace or remove it."
         )
     named = {shard if isinstance(shard, str) else None for shard in weight_map.values()}
     unsafe = {shard for shard in named if shard is None or "/" in shard or not is_safe_name(shard)}

@@ -233,7 +233,7 @@ def read_exactly(descriptor: int, where: str, offset_bytes: int, buffer: memoryv
             raise SourceError(
                 f"read failed at byte {offset_bytes + done} ({error.strerror})",
                 where=where,
-                next_step="Check the disk; the same command continues.",
+                next_step="Check the disk; the same command resumes.",
             ) from error
         if count == 0:
             raise SourceError(

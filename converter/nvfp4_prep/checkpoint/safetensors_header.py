@@ -144,7 +144,7 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
         if len(found) != len(pairs):
             names = Counter(key for key, _ in pairs)
             twice = next(key for key, number in names.items() if number > 1)
-            raise SourceError(f"the name {quoted(twice)} stands twice in one object of the header", where=file)
+            raise SourceError(f"the name {quoted(twice)} occurs twice in one object of the header", where=file)
         return found
 
     try:
@@ -159,7 +159,7 @@ def _decode(file: str, text: bytes) -> dict[str, object]:
             f"header is not valid JSON ({error})", where=file, next_step="Download the file again."
         ) from error
     if not isinstance(decoded, dict):
-        raise SourceError("header is no JSON object", where=file, next_step="Download the file again.")
+        raise SourceError("header is not a JSON object", where=file, next_step="Download the file again.")
     return decoded
 
 
@@ -250,7 +250,7 @@ def encode_header(
     position = 0
     for spec in tensors:
         if spec.name in entries:
-            raise ValueError(f"{file}: tensor {spec.name!r} stands twice")
+            raise ValueError(f"{file}: tensor {spec.name!r} occurs twice")
         nbytes = spec.nbytes
         entries[spec.name] = {
             "dtype": spec.dtype,

@@ -106,14 +106,14 @@ def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: Co
         say_smoke(result.smoke)
     if request.report is not None and result.smoke is None:
         page = shell_line("verify", request.target, "--smoke", "--report", request.report)
-        hint(f"no smoke run of what was complete already, and no {request.report}: {page} makes it")
+        hint(f"no smoke test of what was complete already, and no {request.report}: {page} makes it")
     if not as_json and not result.already_complete:
         _warn_of_policy(result.manifest)
         say_next("verify", request.target, "--source", request.source)
 
 
 def say_failed_smoke_run(error: SmokeFailedError, request: ConvertRequest, *, as_json: bool) -> None:
-    """Print a conversion that is whole but for the config, which the failed smoke run keeps back."""
+    """Print a conversion that is whole but for the config, which the failed smoke test keeps back."""
     _write_report(request, error.manifest, error.report)
     if as_json:
         failed = nvfp4_prep.ConvertResult(request.target, error.manifest, False, False, 0, smoke=error.report)

@@ -37,18 +37,20 @@ __all__ = ["convert"]
 @target_argument
 @click.option("--dry-run", is_flag=True, help="Print the plan, its least time and what is at TARGET; writes nothing.")
 @click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
-@click.option("--layers", metavar="1-20|2/8", help="One machine's part: these layers, or the second of eight shares.")
-@click.option("--join", is_flag=True, help="Make the checkpoint of all parts.")
+@click.option(
+    "--layers", metavar="1-20|2/8", help="Convert only these layers (1-20) or shard 2 of 8, for multi-node runs."
+)
+@click.option("--join", is_flag=True, help="Merge the finished parts into the final checkpoint.")
 @click.option("--push-to", metavar="USER/NAME", help="Publish each finished file on the Hub while the next is made.")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the layout is applied; the bytes are the same, and cpu was faster wherever both were measured.",
+    help="Device for the layout transform; the output is identical, and cpu was faster wherever both were measured.",
 )
-@click.option("--no-smoke", is_flag=True, help="Leave out the fused-MoE smoke run at the end.")
-@report_option("HTML page about the smoke run.")
+@click.option("--no-smoke", is_flag=True, help="Skip the fused-MoE smoke test at the end.")
+@report_option("HTML page about the smoke test.")
 @click.option("--stream-out", is_flag=True, help="With --push-to: delete each file here once it is published.")
 @publishing_options("With --push-to: ")
 @conversion_options

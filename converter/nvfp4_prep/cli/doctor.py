@@ -25,7 +25,7 @@ __all__ = ["doctor"]
 @click.argument("directory", required=False, type=DIRECTORY)
 @common
 def doctor(directory: Path | None, as_json: bool, quiet: bool) -> None:
-    """Say what is installed here and what will work; with DIRECTORY also how fast its disk is.
+    """Report what is installed and what will work; with DIRECTORY also how fast its disk is.
 
     Exit code 1 if nothing can be converted here.
 

@@ -17,7 +17,7 @@ __all__ = ["inspect"]
 @checkpoint_argument(on_hub=True)
 @common
 def inspect(checkpoint: str, as_json: bool, quiet: bool) -> None:
-    """Say what CHECKPOINT is: format, MoE layers, sizes, prepared or not, and what convert would do with it.
+    """Describe CHECKPOINT: format, MoE layers, sizes, prepared or not, and what convert would do with it.
 
     Reads headers and scalars only. CHECKPOINT is a directory or a Hub id. What convert would refuse is described, not
     refused: the exit code is 0 then too, and --json has the reason as "refusal".

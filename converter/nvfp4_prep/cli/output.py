@@ -57,7 +57,7 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _fail(error, as_json=as_json)
     except KeyboardInterrupt:
         _ignore_signals()
-        again = "The same command continues or begins again."
+        again = "Run the same command to resume or start over."
         _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
     except ImportError as error:
         if (none_left := open_files_error(error)) is not None:
@@ -107,7 +107,7 @@ def _unforeseen(error: OSError) -> NvfpPrepError:
         return none_left  # the file that could not be opened is often not the user's
     kind, next_step = NvfpPrepError, None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        kind, next_step = NoSpaceError, "Make room and run the command again."
+        kind, next_step = NoSpaceError, "Free disk space and run the command again."
     elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
         next_step = "Check the permissions, or give another path."
     where = None if error.filename is None else os.fsdecode(error.filename)
@@ -207,7 +207,7 @@ def say_next(*words: object) -> None:
 def tell_address(text: str, *, quiet: bool) -> None:
     """Say it where a name that looks like a path is going to be looked up on the Hub."""
     if not quiet and not text.startswith("hf://") and parse_address(text) is not None:
-        hint(f"{text} is nothing on this disk: looking for it on the Hub")
+        hint(f"{text} is not a local path: looking for it on the Hugging Face Hub")
 
 
 def make_progress(quiet: bool) -> Progress:

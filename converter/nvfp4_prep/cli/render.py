@@ -121,7 +121,7 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
         f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
         f" {format_nbytes(plan.peak_shards_nbytes)}",
         *_room_lines(plan, room or Room(plan.output_nbytes)),
-        f"memory   at most {format_nbytes(memory_nbytes or default_memory_nbytes())} of buffers, whatever the size",
+        f"memory   at most {format_nbytes(memory_nbytes or default_memory_nbytes())} of buffers for any model",
     ]
     return join_lines(lines)
 
@@ -143,7 +143,7 @@ def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
         yield f"         at most {here} of the output are here at once, the rest is published"
     if room.download_nbytes:
         yield f"         downloads take at most {format_nbytes(room.download_nbytes)} on top"
-    yield f"         {format_nbytes(SMALL_FILES_NBYTES)} are kept for index, configs, card and manifest"
+    yield f"         {format_nbytes(SMALL_FILES_NBYTES)} are reserved for index, configs, model card and manifest"
     yield f"         peak {format_nbytes(room.needed_nbytes)}"
 
 
@@ -207,14 +207,14 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "conver
     how to serve them, with this command."""
     known = list(dict.fromkeys(layers))
     served = set.intersection(*(set(layout.tp_sizes(dims)) for layout, dims in known))
-    yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}; expert parallelism always"
+    yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}, and any expert parallelism"
     for size in (size for size in _COMMON_TP_SIZES if size not in served):
         try:
             for layout, dims in known:
                 layout.for_moe_tp(size).check(dims)
-            yield f"cannot serve {size}: {command} with --moe-tp {size} for that"
+            yield f"cannot serve TP {size}: {command} with --moe-tp {size} for that"
         except ValueError as error:  # a LayoutError
-            yield f"cannot serve {size}: {error}"
+            yield f"cannot serve TP {size}: {error}"
 
 
 def quantization_lines(configs: Iterable[Mapping[str, Any]]) -> Iterable[str]:
@@ -318,6 +318,6 @@ def verify_text(report: VerifyReport) -> str:
     lines += [f"WRONG {problem}" for problem in report.problems[:50]]
     if len(report.problems) > 50:
         lines.append(f"… and {count(len(report.problems) - 50, 'more problem')}")
-    state = "verified" if report.ok else f"NOT what it claims to be: {count(len(report.problems), 'problem')}"
+    state = "verified" if report.ok else f"verification FAILED: {count(len(report.problems), 'problem')}"
     lines.append(f"{report.path}: {state} ({report.depth}, {format_nbytes(report.checked_nbytes)} read)")
     return join_lines(lines)

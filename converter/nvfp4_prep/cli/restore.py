@@ -38,7 +38,7 @@ def restore(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the source of a prepared CHECKPOINT to TARGET: every tensor and config as it was.
+    """Restore the source of a prepared CHECKPOINT to TARGET: every tensor and config, bit for bit.
 
     A damaged CHECKPOINT is not restored: exit code 6, and TARGET holds what was written until then, without a config.
     Remove it, or give --restart once CHECKPOINT is whole.

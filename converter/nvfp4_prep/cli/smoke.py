@@ -1,4 +1,4 @@
-"""The smoke run's part in ``verify --smoke`` and at the end of ``convert``."""
+"""The smoke test's part in ``verify --smoke`` and at the end of ``convert``."""
 
 from __future__ import annotations
 
@@ -96,4 +96,4 @@ def say_smoke(report: SmokeReport | None) -> None:
         return
     say_text(smoke_text(report))
     if not report.passed:
-        hint("error: the smoke run failed: do not serve this checkpoint, report it")
+        hint("error: the smoke test failed: do not serve this checkpoint, report it")

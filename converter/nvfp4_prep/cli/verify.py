@@ -52,7 +52,7 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check a prepared CHECKPOINT: structure, checksums, and that every byte turns back into the source.
+    """Check a prepared CHECKPOINT: structure, checksums, and that every byte inverts into the source.
 
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
     Exit code 6 if anything is wrong, also for files that conversion did not write.
@@ -90,7 +90,7 @@ def verify(
     else:
         _say_verified(found, ran)
     if smoke and ran is None:
-        hint("no smoke run, because verification failed")
+        hint("no smoke test, because verification failed")
     if not found.ok or (ran is not None and not ran.passed):
         sys.exit(VerificationError.exit_code)
 

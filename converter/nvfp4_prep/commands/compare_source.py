@@ -69,7 +69,7 @@ class SourceComparison:
                 f"is not the source of {self._checkpoint.path}: {len(self._differing)} of {count(known, 'tensor')}"
                 f" differ or are missing; the first: {first}",
                 next_step=f"Give the source that the manifest names, {quoted(self._checkpoint.manifest.source)}."
-                " If this is it, the checkpoint is not what it claims to be.",
+                " If this is it, the checkpoint is damaged or wrongly made.",
             )
             return
         for problem in self._problems.found:

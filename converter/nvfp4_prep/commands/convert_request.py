@@ -93,7 +93,7 @@ class ConvertRequest:
             return
         if not self.smoke or self.stream_out or self.dry_run or self.layers is not None:
             raise UsageError(
-                "--report is about the smoke run, and these options leave none",
+                "--report is about the smoke test, and these options leave none",
                 next_step="Leave --report out, or what goes without: --no-smoke, --stream-out, --dry-run, --layers.",
             )
         check_report_path(self.report, self.target, self.source)

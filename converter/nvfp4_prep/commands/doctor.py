@@ -168,7 +168,7 @@ def _offline(no_torch: str) -> list[Ability]:
 
     facts = choose_backend().facts
     real = "the kernel that serves" if facts.real_kernel else f"not the kernel that serves ({facts.reason})"
-    return [offline, Ability("smoke run of the fused experts", True, f"{facts.name} on {facts.device}: {real}")]
+    return [offline, Ability("smoke test of the fused experts", True, f"{facts.name} on {facts.device}: {real}")]
 
 
 def _vllm(cards: tuple[str, ...], version: str) -> list[Ability]:
@@ -213,7 +213,7 @@ def measure_disk(directory: Path) -> DiskSpeed:
     Raises:
         UsageError: if the directory does not exist, cannot be written or has no room.
     """
-    another = "Give a directory that you can write to, with room for 1.07 GB."
+    another = "Give a directory that you can write to, with 1.07 GB free."
     try:
         free = shutil.disk_usage(directory).free
         if free < 2 * _DISK_NBYTES:

@@ -255,9 +255,9 @@ def _check_not_judged_wrong(path: Path) -> None:
 def judged_wrong(path: Path) -> ResumeConflictError:
     """Return the refusal to finish, without a smoke run, what an earlier one found wrong."""
     return ResumeConflictError(
-        "the smoke run of these files failed, and without one nobody would know",
+        "the smoke test of these files failed, and only another smoke test can clear them",
         where=str(path),
-        next_step="Convert with a smoke run, which --no-smoke and --stream-out leave out, or anew by --restart.",
+        next_step="Convert with a smoke test, which --no-smoke and --stream-out leave out, or anew by --restart.",
     )
 
 

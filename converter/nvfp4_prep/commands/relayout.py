@@ -201,8 +201,8 @@ class _Relayout:
     def _verified(self) -> dict[str, Any]:
         return {
             "check": "relayout",
-            "result": "every stored expert had its checksum and turned back into the source's tensors by their digests;"
-            " every new byte turned back into the old one before it was written",
+            "result": "every stored expert matched its checksum and, inverted, the digests of the source's tensors;"
+            " every new byte was inverted and compared with the old one before it was written",
             "experts": sum(plan.dims.experts for plan in self._plans),
             "nbytes": sum(plan.prepared_nbytes for plan in self._plans),
             "from": self._checkpoint.manifest.options.to_dict(),

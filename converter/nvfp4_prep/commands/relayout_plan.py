@@ -37,7 +37,7 @@ def new_options(
         raise UsageError(
             "has this layout already",
             where=where,
-            next_step="Say what shall change: --layout, --gate-up-block or --moe-tp.",
+            next_step="Specify what to change: --layout, --gate-up-block or --moe-tp.",
         )
     return options
 

@@ -96,11 +96,11 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
         raise TargetError(
             "appeared while the sample was written; what the sample had there was removed",
             where=str(folder / str(error.filename)),
-            next_step="Give a directory that nobody else writes to.",
+            next_step="Give a directory that no other process writes to.",
         ) from error
     except OSError as error:
         failure = translate_os_error(error, folder)
-        failure.next_step = "Check its permissions and the room on the disk; the sample's files were removed."
+        failure.next_step = "Check its permissions and the free disk space; the sample's files were removed."
         raise failure from error
     except KeyboardInterrupt as error:
         raise ConversionInterrupted(

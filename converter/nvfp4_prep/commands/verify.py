@@ -156,7 +156,7 @@ class _Verification:
         experts = count(self._experts(), "expert")
         self.checks += [
             f"files: sha256 of {count(digested, 'file')}",
-            f"experts: {experts} turned back; digests of the source's tensors, padding and checksums",
+            f"experts: {experts} inverted; digests of the source's tensors, padding and checksums",
             f"scales: global and input scale vectors of {count(computed, 'layer')} computed again",
         ]
         return total

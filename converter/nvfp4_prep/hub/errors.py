@@ -200,7 +200,7 @@ def translate(error: BaseException, where: str, again: str = AGAIN) -> NvfpPrepE
         if isinstance(item, hub.HfHubHTTPError):
             return _translate_http(item, where, again)
         if isinstance(item, OSError) and item.errno == errno.ENOSPC:
-            return NoSpaceError("no space left while downloading", where=where, next_step=f"Make room. {AGAIN}")
+            return NoSpaceError("no space left while downloading", where=where, next_step=f"Free disk space. {AGAIN}")
         if isinstance(item, hub.FileMetadataError):
             return HubError(
                 f"the answer did not come from a Hub ({_brief(item)})",

@@ -34,4 +34,4 @@ class PublishOptions:
 def check_repository(repo_id: str) -> None:
     """Raise :class:`UsageError` for what cannot be the id of a repository, before the network is asked."""
     if len([part for part in repo_id.split("/") if part]) != 2 or repo_id.count("/") != 1:
-        raise UsageError("is no repository of the Hub", where=repo_id, expected="USER/NAME")
+        raise UsageError("is not a repository on the Hub", where=repo_id, expected="USER/NAME")

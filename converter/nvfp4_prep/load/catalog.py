@@ -67,7 +67,7 @@ class Catalog:
             return found[0]
         if found:
             paths = ", ".join(record.experts_path for record in found)
-            raise UsageError(f"layer {which} stands twice", expected=f"one of {paths}", actual=which)
+            raise UsageError(f"layer {which} occurs twice", expected=f"one of {paths}", actual=which)
         numbers = ", ".join(str(record.index) for record in self.manifest.layers)
         raise UsageError(f"no prepared layer {which}", where=str(self.root), expected=f"one of {numbers}")
 

@@ -56,7 +56,7 @@ def make_handle(
     """
     if record.dtype not in _DTYPES:
         raise LoadError(
-            "is no prepared tensor",
+            "is not a prepared tensor",
             where=f"{path}, tensor {record.name!r}",
             expected=" or ".join(_DTYPES),
             actual=record.dtype,

@@ -303,7 +303,7 @@ class ExpertLoader:
                 self._progress(nbytes)
             except BaseException as error:
                 # Raised here it would end the thread that gives buffers back, and finish() would wait for ever.
-                failure = LoadError(f"progress could not be told ({type(error).__name__}: {error})")
+                failure = LoadError(f"progress could not be reported ({type(error).__name__}: {error})")
                 failure.__cause__ = error
         self._accounts.arrived(units, failure)
 

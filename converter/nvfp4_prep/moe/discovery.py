@@ -230,7 +230,7 @@ def _format_of(members: _Tensors, formats: Mapping[str, QuantFormat]) -> QuantFo
 def _group(leaf: Leaf, entries: _Tensors, alternating: bool | None) -> TensorGroup:
     stacks = [entry for entry in entries if entry[0].expert is None]
     if stacks and (len(entries) > 1):
-        raise refuse("ambiguous", f"{stacks[0][1].name} stands beside per-expert tensors", "Remove one of them.")
+        raise refuse("ambiguous", f"{stacks[0][1].name} is mixed with per-expert tensors", "Remove one of them.")
     entries.sort(key=lambda entry: entry[0].expert or 0)
     parsed, first = entries[0]
     odd = next((record for _, record in entries if (record.dtype, record.shape) != (first.dtype, first.shape)), None)

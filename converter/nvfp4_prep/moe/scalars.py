@@ -133,7 +133,7 @@ def interpret_scalars(layer: MoeLayer, raw: Mapping[str, bytes]) -> LayerScalars
         if bool(bad.any()):
             expert = int(bad.nonzero()[0])
             raise UnsupportedCheckpointError(
-                f"{leaf.value} of the {projection.value} projection of expert {expert} is no usable scale",
+                f"{leaf.value} of the {projection.value} projection of expert {expert} is not a usable scale",
                 where=layer.experts_path,
                 expected="a finite number, not negative",
                 actual=float(found[expert]),

@@ -94,7 +94,7 @@ def check_spelled_once(groups: Sequence[TensorGroup]) -> None:
             if first is not group:
                 raise refuse(
                     "ambiguous",
-                    f"{projection.value} stands in {first.records[0].name} and in {group.records[0].name}",
+                    f"{projection.value} is in both {first.records[0].name} and {group.records[0].name}",
                     "All experts of a layer must be named alike, each tensor once.",
                 )
 

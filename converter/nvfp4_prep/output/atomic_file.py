@@ -28,7 +28,7 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
         return NoSpaceError(
             f"no space left while writing ({free} free)",
             where=str(path),
-            next_step="Make room and run the same command again: finished files are kept.",
+            next_step="Free disk space and run the same command again: finished files are kept.",
         )
     return open_files_error(error, str(path)) or TargetError(
         f"cannot be written ({error.strerror})",

@@ -49,7 +49,7 @@ class LayerSelection:
         if share is not None:
             number, count = int(share[1]), int(share[2])
             if not 1 <= number <= count:
-                raise UsageError(f"there is no share {text} of the layers", next_step="Shares go from 1/N to N/N.")
+                raise UsageError(f"share {text} of the layers does not exist", next_step="Shares go from 1/N to N/N.")
             return cls(f"{number}/{count}", share=(number, count))
         if not _RANGES.fullmatch(text):
             raise UsageError(

@@ -113,7 +113,7 @@ def check_space(path: Path, needed_nbytes: int, free_there_nbytes: int) -> None:
         raise NoSpaceError(
             f"not enough space: {format_nbytes(needed_nbytes)} needed, {format_nbytes(free_there_nbytes)} free",
             where=str(path),
-            next_step="Make room, or give a target on another disk.",
+            next_step="Free disk space, or give a target on another disk.",
         )
 
 

@@ -233,7 +233,7 @@ def _check_budget(jobs: Sequence[FileJob], memory_nbytes: int) -> None:
             "the memory budget is too small for one piece of work",
             expected=f"at least {needed:,} bytes",
             actual=f"{memory_nbytes:,} bytes",
-            next_step=f"Give at least --memory {-(-needed // 10**6)}; the same command continues.",
+            next_step=f"Give at least --memory {-(-needed // 10**6)}; the same command resumes.",
         )
 
 
@@ -284,7 +284,7 @@ def run_jobs(
             workers.start()
             workers.wait()
         except KeyboardInterrupt:
-            run.fail(ConversionInterrupted("interrupted", next_step="The same command continues."))
+            run.fail(ConversionInterrupted("interrupted", next_step="Run the same command to resume."))
         finally:
             run.stop.set()
             workers.wait_through_interrupts()

@@ -49,8 +49,8 @@ def draft_manifest(plan: Plan, results: Mapping[str, JobResult]) -> Manifest:
         verified=(
             {
                 "check": "inverse transform while converting",
-                "result": "every prepared byte turned back into the source's byte before it was written"
-                + (", rescaled block scales into the rescaled ones" if rescaled else ""),
+                "result": "every prepared byte was inverted and compared with the source before it was written"
+                + (", rescaled block scales with the rescaled ones" if rescaled else ""),
                 "experts": sum(layer.dims.experts for layer in plan.layers),
                 "nbytes": sum(layer.prepared_nbytes for layer in plan.layers),
             },

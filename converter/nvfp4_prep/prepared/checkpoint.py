@@ -59,7 +59,7 @@ class PreparedCheckpoint:
         self.files = files or self._open_directory()
         if MANIFEST not in self.sizes:
             raise CheckpointError(
-                f"is no prepared checkpoint, or not wholly published (no {MANIFEST})",
+                f"is not a prepared checkpoint, or its upload is incomplete (no {MANIFEST})",
                 where=str(path),
                 next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
@@ -92,7 +92,7 @@ class PreparedCheckpoint:
         elif os.path.lexists(self.path / MANIFEST):
             what, next_step = f"has a {MANIFEST} that is not a regular file", "Remove it, or make it anew with convert."
         elif os.path.lexists(self.path):
-            what, next_step = f"is no prepared checkpoint (no {MANIFEST})", _MAKE_ONE
+            what, next_step = f"is not a prepared checkpoint (no {MANIFEST})", _MAKE_ONE
         else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint
             raise SourceError(
                 "does not exist", where=str(self.path), next_step="Give the directory of a prepared checkpoint."
@@ -173,7 +173,7 @@ class PreparedCheckpoint:
         for header in self.headers.values():
             for record in header.tensors:
                 if record.name in found:
-                    raise CheckpointError(f"tensor {record.name!r} stands twice", where=str(self.path / record.file))
+                    raise CheckpointError(f"tensor {record.name!r} occurs twice", where=str(self.path / record.file))
                 found[record.name] = record
         return found
 

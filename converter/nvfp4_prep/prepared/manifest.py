@@ -116,7 +116,7 @@ class Manifest:
         value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH, next_step=_DAMAGED)
         version = value.get("format_version") if isinstance(value, dict) else None
         if version is None:
-            raise CheckpointError("is no manifest (it has no format_version)", where=where, next_step=_DAMAGED)
+            raise CheckpointError("is not a manifest (it has no format_version)", where=where, next_step=_DAMAGED)
         if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
                 "was written in another format",

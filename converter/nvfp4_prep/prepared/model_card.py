@@ -91,8 +91,8 @@ def _head(manifest: Manifest) -> Iterator[str]:
     yield ""
     yield (
         f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
-        " them instead of preparing them at every start. No code was changed: all other tensors and files are as they"
-        " were, and the source can be restored bit for bit."
+        " them instead of preparing them at every start. Quantized values are unchanged, all other tensors and"
+        " files are copied as they are, and the source can be restored bit for bit."
     )
     yield ""
 
@@ -214,9 +214,9 @@ def _use(manifest: Manifest) -> Iterator[str]:
     yield from (
         "## Serve",
         "",
-        "    # nvfp4-prep must be installed beside vLLM: its plugin reads these files, plain vLLM refuses them",
+        "    # needs the nvfp4-prep plugin in vLLM's environment; vLLM without it refuses these files",
         f"    vllm serve <this repository> {for_vllm}",
-        "    # or beside SGLang, which the same installation has a plugin for",
+        "    # or SGLang, whose plugin is in the same package",
         f"    python -m sglang.launch_server --model-path <this repository> {for_sglang}",
         "",
         f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",

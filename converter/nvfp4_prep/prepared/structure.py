@@ -142,7 +142,7 @@ def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
     """
     twice = [name for name, times in Counter(checkpoint.source_tensor_names()).items() if times > 1]
     if twice:
-        problems.add(MANIFEST, f"source tensor {min(twice)!r} stands twice ({count(len(twice), 'such tensor')})")
+        problems.add(MANIFEST, f"source tensor {min(twice)!r} occurs twice ({count(len(twice), 'such tensor')})")
     layers = checkpoint.manifest.layers
     expected = {
         FileKind.EXPERTS: {layer.prepared_name(tensor) for layer in layers for tensor in PreparedTensor},

@@ -140,7 +140,7 @@ class RemoteRepository:
                 except Exception as error:
                     if not is_conflict(error):
                         raise
-                    _log.warning("%s: somebody else committed meanwhile; reading the branch again", self.repo_id)
+                    _log.warning("%s: another commit arrived meanwhile; reading the branch again", self.repo_id)
         raise HubError(
             "the branch changes all the time", where=f"{self.repo_id}@{self.revision}", next_step="Push to another."
         )
@@ -172,7 +172,7 @@ class RemoteRepository:
                 )
                 if self.stop.is_set():
                     raise HubError(
-                        "publishing was stopped", where=self.repo_id, next_step="The same command continues."
+                        "publishing was stopped", where=self.repo_id, next_step="Run the same command to resume."
                     )
         self.api.create_commit(
             self.repo_id,

@@ -145,7 +145,7 @@ class StreamPublisher:
         if self._failure is not None:
             raise self._failure
         if self._stop.is_set():
-            raise HubError("publishing was stopped", where=self._repo_id, next_step="The same command continues.")
+            raise HubError("publishing was stopped", where=self._repo_id, next_step="Run the same command to resume.")
 
     def _run(self) -> None:
         try:

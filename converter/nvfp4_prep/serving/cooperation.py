@@ -120,7 +120,7 @@ class Cooperation:
                 tell("Nothing was exchanged: the experts are not divided between these %d ranks alone.", waiting.size)
         except Exception as error:
             if loading is None or not loading.answered:
-                tell("Loading failed (%s); the other ranks of this host are told when they have come as far.", error)
+                tell("Loading failed (%s); the other ranks of this host are informed at their next step.", error)
                 waiting.agree(error)
             raise
 

@@ -71,7 +71,7 @@ class Stamp:
                 source=copy.deepcopy(dict(source)),
             )
             if not isinstance(stamp.source.get("quant_method", ""), str):
-                raise TypeError("the source's quant_method is no text")
+                raise TypeError("the source's quant_method is not a string")
             moe_layout = stamp.moe_layout(gated=True)
             known = stamp.layout_name in (STANDARD, BATCHED, TRTLLM) and layout["scale_swizzle"] == _SWIZZLE
             known = known and stamp.hidden_alignment == moe_layout.hidden_alignment

@@ -78,7 +78,7 @@ def _why_not_flashinfer(kernel: str) -> str:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     if kernel != _CUTEDSL:
-        return f"the smoke run does not call the {kernel} kernels"
+        return f"the smoke test does not call the {kernel} kernels"
     major, minor = torch.cuda.get_device_capability()
     if major != 10:
         return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the CuteDSL kernel needs 10.x"

@@ -102,7 +102,7 @@ class SmokeFailedError(VerificationError):
         self.report = report
         self.manifest = manifest
         super().__init__(
-            "the smoke run failed: do not serve this checkpoint, report it",
+            "the smoke test failed: do not serve this checkpoint, report it",
             where=str(path),
             next_step="The same command runs it again; --restart (restart=True) converts anew.",
         )
@@ -178,7 +178,7 @@ def pass_smoke_run(
         )
     except KeyboardInterrupt as error:
         raise ConversionInterrupted(
-            "interrupted in the smoke run: everything is converted, but config.json waits for it",
+            "interrupted in the smoke test: everything is converted, but config.json waits for it",
             where=str(path),
             next_step="Run the same command again.",
         ) from error

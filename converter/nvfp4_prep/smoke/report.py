@@ -185,7 +185,7 @@ class SmokeReport:
     def summary(self) -> dict[str, Any]:
         """Return the short form for a manifest: what ran and the worst figures."""
         return {
-            "check": "fused-MoE smoke run",
+            "check": "fused-MoE smoke test",
             "result": self.result,
             "inconclusive_experts": sum(len(layer.inconclusive) for layer in self.layers),
             "backend": self.backend.name,

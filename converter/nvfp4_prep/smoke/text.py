@@ -18,23 +18,22 @@ def smoke_text(report: SmokeReport) -> str:
     ]
     backend = report.backend
     if backend.real_kernel:
-        lines.append(f"smoke run: FlashInfer's CuteDSL fused-MoE kernel itself, on {backend.device}")
+        lines.append(f"smoke test: FlashInfer's CuteDSL fused-MoE kernel itself, on {backend.device}")
     else:
         lines.append(
-            f"smoke run: {backend.name} backend on {backend.device}; the real {backend.kernel} kernel did NOT run"
+            f"smoke test: {backend.name} backend on {backend.device}; the real {backend.kernel} kernel did NOT run"
             f" ({backend.reason})"
         )
     if report.reference == "restored":
-        lines.append("reference: the prepared tensors turned back, because the source is not at hand")
+        lines.append("reference: the prepared tensors, inverted (no source was given)")
     figures = [figure for layer in report.layers for figure in layer.figures]
     total = sum(layer.experts_total for layer in report.layers)
     lines.append(
-        f"smoke run {'FAILED' if report.result == 'failed' else report.result}:"
+        f"smoke test {'FAILED' if report.result == 'failed' else report.result}:"
         f" {len(report.layers)} of {count(report.layers_total, 'layer')},"
         f" {len(figures)} of their {count(total, 'expert')}"
         + (
-            f", lowest cosine {report.lowest_cosine:.6f}, worst element"
-            f" {report.worst_of_tolerance:.4g} of its tolerance"
+            f", min cosine {report.lowest_cosine:.6f}, max error {report.worst_of_tolerance:.4g} of tolerance"
             if figures
             else ""
         )
@@ -51,6 +50,6 @@ def layer_line(layer: LayerReport, number: int, total: int) -> str:
     """Progress: one line a layer."""
     state = "WRONG" if not layer.passed else "ok" if layer.compared else "inconclusive"
     return (
-        f"smoke run {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, worst element"
-        f" {layer.worst_of_tolerance:.4g} of its tolerance, {layer.seconds:.1f} s"
+        f"smoke test {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, max error"
+        f" {layer.worst_of_tolerance:.4g} of tolerance, {layer.seconds:.1f} s"
     )

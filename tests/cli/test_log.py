@@ -121,9 +121,9 @@ def test_colour_is_for_terminals(
     [
         ("WRONG a: b", "WRONG", 31),
         ("error: no such thing", "error:", 31),
-        ("smoke run FAILED: 1 of 2", "FAILED", 31),
+        ("smoke test FAILED: 1 of 2", "FAILED", 31),
         ("out: verified (full, 1 B read)", "verified", 32),
-        ("smoke run passed: 2 of 2", "smoke run passed", 32),
+        ("smoke test passed: 2 of 2", "smoke test passed", 32),
         ("yes vLLM plugin: installed", "yes ", 32),
         ("NO  serving with vLLM", "NO ", 31),
         ("warning: scales", "warning:", 33),

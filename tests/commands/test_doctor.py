@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from nvfp4_prep._util import installed
 from nvfp4_prep._version import __version__
 from nvfp4_prep.cli import cli
 from nvfp4_prep.commands import doctor
@@ -30,7 +31,7 @@ def ability(found: Diagnosis, name: str) -> doctor.Ability:
 def serving_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that has everything."""
     versions = {"vllm": f"{TESTED[0]}.0"}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1"))
+    monkeypatch.setattr(installed, "_version", lambda name: versions.get(name, "1"))
     monkeypatch.setattr(doctor, "_cards", lambda: (("B200, compute capability 10.0, 192 GB",), ""))
     point = EntryPoint("nvfp4_prep", "nvfp4_prep.vllm:register", doctor.PLUGIN_GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point])
@@ -63,7 +64,7 @@ def test_plugin_left_out_by_the_allow_list(serving_machine: None, monkeypatch: p
 
 
 def test_untested_vllm_and_wrong_card(serving_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.1.0")
+    monkeypatch.setattr(installed, "_version", lambda name: "0.1.0")
     assert "0.1.0" in ability(diagnose(), "serving").reason
     monkeypatch.setattr(doctor, "_cards", lambda: (("H200, compute capability 9.0, 141 GB",), ""))
     assert "10.x" in ability(diagnose(), "serving").reason
@@ -130,7 +131,7 @@ echo "${COMPREPLY[@]}"
 
 def test_sglang_beside_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"sglang": "0.5.23"}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, ""))
+    monkeypatch.setattr(installed, "_version", lambda name: versions.get(name, ""))
     monkeypatch.setattr(doctor, "_cards", lambda: (("B200, compute capability 10.0, 192 GB",), ""))
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     point = EntryPoint("nvfp4_prep", "nvfp4_prep.sglang:register", doctor.SGLANG_PLUGIN_GROUP)

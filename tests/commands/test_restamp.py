@@ -335,7 +335,7 @@ def test_command(copy: Path) -> None:
     assert result.exit_code == 0
     assert "config.json differs from what was converted in eos_token_id; recorded in nvfp4_prep.json" in result.output
     made = json.loads(CliRunner().invoke(cli, ["restamp", str(copy), "--json"]).output)
-    assert made == {"path": str(copy), "config_edits": ["eos_token_id"], "written": False}
+    assert made.items() >= {"path": str(copy), "config_edits": ["eos_token_id"], "written": False}.items()
     verified = CliRunner().invoke(cli, ["verify", str(copy), "--quick"])
     assert verified.exit_code == 0
     assert "edited since the conversion, as the manifest records: eos_token_id" in verified.output

@@ -93,7 +93,7 @@ def test_only_a_report_is_replaced(sample_prepared: Path, tmp_path: Path) -> Non
 
 
 def test_a_report_of_the_first_release_is_one(tmp_path: Path) -> None:
-    beginning = "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke test: out</title>"
+    beginning = "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke run: out</title>"
     (tmp_path / "page.html").write_text(beginning)
     write_report(tmp_path / "page.html", PAGE)
     assert (tmp_path / "page.html").read_text() == PAGE

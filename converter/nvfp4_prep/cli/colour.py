@@ -10,9 +10,9 @@ import click
 
 __all__ = ["coloured", "wants_colour"]
 
-_BAD = re.compile(r"^(?:WRONG|error:|NO )|\bFAILED\b|: NOT what it claims to be", re.MULTILINE)
-_GOOD = re.compile(r"^yes |(?<=: )verified\b|\b(?:smoke (?:run|test)) passed\b", re.MULTILINE)
-_WARNING = re.compile(r"^(?:warning:|note |inconclusive)|\b(?:smoke (?:run|test)) inconclusive\b", re.MULTILINE)
+_BAD = re.compile(r"^(?:WRONG|error:|NO )|\bFAILED\b", re.MULTILINE)
+_GOOD = re.compile(r"^yes |(?<=: )verified\b|\bsmoke test passed\b", re.MULTILINE)
+_WARNING = re.compile(r"^(?:warning:|note |inconclusive)|\bsmoke test inconclusive\b", re.MULTILINE)
 _STYLES = ((_BAD, "red"), (_GOOD, "green"), (_WARNING, "yellow"))
 
 

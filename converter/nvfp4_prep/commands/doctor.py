@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.arguments import PATH, checked, optional
+from nvfp4_prep._util.installed import installed_versions
 from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep._version import __version__
 from nvfp4_prep.errors import UsageError
 
 __all__ = [
@@ -28,23 +28,11 @@ __all__ = [
     "Diagnosis",
     "DiskSpeed",
     "diagnose",
-    "installed_versions",
     "measure_disk",
 ]
 
 PLUGIN_GROUP = "vllm.general_plugins"
 SGLANG_PLUGIN_GROUP = "sglang.srt.plugins"
-_DISTRIBUTIONS = (
-    "torch",
-    "triton",
-    "safetensors",
-    "huggingface-hub",
-    "flashinfer-python",
-    "nvidia-cutlass-dsl",
-    "vllm",
-    "sglang",
-    "ray",
-)
 _DISK_NBYTES = 512 * 2**20
 _BLOCK_NBYTES = 16 * 2**20
 
@@ -130,19 +118,6 @@ def diagnose(directory: str | Path | None = None) -> Diagnosis:
         abilities=(*_offline(no_torch), *_vllm(cards, found["vllm"]), *_sglang(cards, found["sglang"])),
         disk=None if directory is None else measure_disk(Path(directory)),
     )
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of this tool, Python and the packages; empty where a package is not installed."""
-    own = {"nvfp4-prep": __version__, "python": platform.python_version()}
-    return own | {name: _version(name) for name in _DISTRIBUTIONS}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _cards() -> tuple[tuple[str, ...], str]:

@@ -20,7 +20,7 @@ REPORT_MARKER = "<meta name='generator' content='nvfp4-prep report'>"
 """Stands at the beginning of every report: a file with it may be replaced by the next report."""
 
 _BEGINNING = b"<!doctype html>"
-_OLDER_BEGINNING = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke test: "
+_OLDER_BEGINNING = b"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>Fused-MoE smoke run: "
 _HEAD_NBYTES = 4096
 
 

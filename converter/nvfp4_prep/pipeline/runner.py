@@ -138,7 +138,7 @@ class Execution:
                 return
             try:
                 due = [FailedScope.parse(verdict) for verdict in self._target.verdicts]
-                with step("smoke run"):
+                with step("smoke test"):
                     reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
             except SmokeFailedError as error:
                 self._target.note_wrong(FailedScope.of(error.report).to_json())

@@ -9,8 +9,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvfp4_prep._util.installed import installed_versions
 from nvfp4_prep.checkpoint.filenames import MANIFEST
-from nvfp4_prep.commands.doctor import installed_versions
 
 __all__ = ["Evidence", "collect_evidence", "manifest_digest"]
 

@@ -112,7 +112,7 @@ def _shown(value: object) -> object:
 
 
 def _title(subject: Subject) -> str:
-    what = "Verification" if subject.verification is not None else "Fused-MoE smoke run"
+    what = "Verification" if subject.verification is not None else "Fused-MoE smoke test"
     return f"{what}: {subject.path}"
 
 

@@ -46,7 +46,7 @@ def judge(verification: VerifyReport | None, smoke: SmokeReport | None) -> Verdi
             + (f"; left out: {', '.join(left_out)}." if left_out else ".")
         )
     if smoke is not None:
-        sentences.append(f"Smoke run: {smoke.result}.")
+        sentences.append(f"Smoke test: {smoke.result}.")
     if failed:
         return Verdict("Failed", ("Not signed off: do not serve this checkpoint.", *sentences))
     if smoke is not None and smoke.result == "inconclusive":

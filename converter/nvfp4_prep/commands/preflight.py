@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,11 +274,13 @@ def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
 def _freed_nbytes(path: Path, *, restart: bool) -> int:
     """Return the bytes that a run would delete before it asks for disk space: half files, or all with ``restart``."""
     freed = 0
-    for file in path.rglob("*"):
+    for file in (Path(folder) / name for folder, _, names in os.walk(path) for name in names):
         places = file.relative_to(path).parts
         in_work = places[0] == WORK_FOLDER and len(places) > 1
         if in_work and places[1] in (LOCK, JOURNAL, SOURCE_FOLDER):
             continue
-        if (restart or (in_work and places[1] != PARTS_FOLDER)) and file.is_file() and not file.is_symlink():
-            freed += file.stat().st_blocks * 512
+        if restart or (in_work and places[1] != PARTS_FOLDER):
+            with contextlib.suppress(FileNotFoundError):  # another run is at work there
+                status = file.lstat()
+                freed += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
     return freed

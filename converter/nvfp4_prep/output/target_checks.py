@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from nvfp4_prep._util.text import format_nbytes
@@ -65,16 +65,22 @@ def check_names(path: Path, known: Collection[str]) -> None:
 
     A link, a FIFO, a socket or a device is never known: no command makes one. A folder by itself is not a finding.
     """
-    for there in sorted(path.rglob("*")):
+    for there in sorted(_entries_below(path)):
         name = there.relative_to(path).as_posix()
-        if name.split("/")[0] == WORK_FOLDER:
-            continue
         try:
             mode = there.lstat().st_mode
         except FileNotFoundError:
             continue
         if not stat.S_ISDIR(mode) and not (stat.S_ISREG(mode) and name in known):
             raise foreign_file(there)
+
+
+def _entries_below(path: Path) -> Iterator[Path]:
+    """Yield everything below a directory but its work folder, in which the run's own threads make and remove."""
+    for folder, folders, files in os.walk(path):
+        if Path(folder) == path and WORK_FOLDER in folders:
+            folders.remove(WORK_FOLDER)
+        yield from (Path(folder) / name for name in (*folders, *files))
 
 
 def foreign_file(path: Path) -> TargetError:

@@ -27,6 +27,7 @@ TEXTS = Path(__file__).parent / "quotes"
 PAGES = (
     "README.md",
     "docs/loading.md",
+    "docs/loading-notes.md",
     "docs/start-of-a-server.md",
     "docs/gpu-proof.md",
     "docs/troubleshooting.md",

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from tqdm import tqdm
@@ -156,3 +157,18 @@ def test_python_shows_a_bar_by_default_in_a_notebook_alone(
     monkeypatch.setattr(module, "_in_notebook", lambda: notebook)
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert isinstance(module.default_progress(), kind)
+
+
+@pytest.mark.parametrize(
+    "stand_in",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(get_ipython=object),
+        SimpleNamespace(get_ipython=lambda: SimpleNamespace(config=7)),
+    ],
+    ids=["empty", "no config", "another config"],
+)
+def test_a_stand_in_for_ipython_is_not_a_notebook(stand_in: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages' tests put empty modules there; a conversion must not fail for want of a bar."""
+    monkeypatch.setitem(sys.modules, "IPython", stand_in)  # type: ignore[arg-type]
+    assert isinstance(module.default_progress(), NoProgress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -15,7 +16,8 @@ from click.testing import CliRunner, Result
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli import output as output_module
 from nvfp4_prep.cli.colour import coloured, wants_colour
-from nvfp4_prep.output.log_file import LOG_MARKER
+from nvfp4_prep.errors import UsageError
+from nvfp4_prep.output.log_file import LOG_MARKER, open_log
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -136,3 +138,29 @@ def test_words_that_decide_are_coloured(text: str, word: str, colour: int) -> No
 def test_other_words_are_not() -> None:
     for text in ("checked files: sha256", "experts of a model WRONG.safetensors", "inverse transform verified: yes"):
         assert coloured(text) == text
+
+
+def test_a_name_cannot_begin_a_line_of_the_log(tmp_path: Path) -> None:
+    """Nor a line of ``--verbose``: a record is one line."""
+    forged = "2026-11-26T00:00:00.000Z INFO exit code 0 after 1 s"
+    log = tmp_path / "run.log"
+    done = CliRunner().invoke(cli, ["inspect", f"nosuch\n{forged}", "--log-file", str(log), "--verbose"])
+    assert done.exit_code != 0
+    for text in (log.read_text(), done.stderr):
+        assert "nosuch\\n2026" in text
+        assert not any(line.startswith("2026-11-26T00:00:00") for line in text.splitlines())
+
+
+def test_a_log_that_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty file there would be refused by every later run."""
+    real = os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        if data.startswith(b"# log of"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UsageError, match="No space left"):
+        open_log(tmp_path / "run.log")
+    assert not (tmp_path / "run.log").exists()

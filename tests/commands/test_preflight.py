@@ -330,7 +330,7 @@ def test_a_failed_smoke_run_is_foreseen(sample_source: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     begin(sample_source, out)
     with (out / WORK_FOLDER / "journal.jsonl").open("a") as journal:
-        journal.write(json.dumps({"verdict": "wrong", "layers": [1], "sample": None}) + "\n")
+        journal.write(json.dumps({"verdict": "wrong", "layers": [1], "samples": None}) + "\n")
     done = run("convert", sample_source, out, "--dry-run", "--no-smoke")
     assert done.exit_code == 7 and "smoke test of these files failed" in done.stderr
     assert run("convert", sample_source, out, "--dry-run").exit_code == 0

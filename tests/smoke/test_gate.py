@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,15 @@ from nvfp4_prep import (
 )
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, ResumeConflictError, UsageError
+from nvfp4_prep.errors import (
+    CheckpointError,
+    ConversionInterrupted,
+    ResumeConflictError,
+    SourceError,
+    UnsupportedCheckpointError,
+    UsageError,
+)
+from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke import gate as smoke_gate
 
 pytestmark = pytest.mark.default_smoke
@@ -111,8 +121,8 @@ def test_a_wrong_verdict_stays_whatever_a_later_run_looks_at(
 def test_a_verdict_of_an_older_journal_means_everything(source: Path, tmp_path: Path) -> None:
     scope = smoke_gate.FailedScope.parse({"verdict": "wrong"})
     assert scope == smoke_gate.FailedScope(None, None)
-    assert smoke_gate.FailedScope.parse({"layers": ["1"], "sample": True}) == scope
-    some = smoke_gate.FailedScope((1, 4), 3)
+    assert smoke_gate.FailedScope.parse({"layers": ["1"], "samples": [True]}) == scope
+    some = smoke_gate.FailedScope((1, 4), (3, 5))
     assert smoke_gate.FailedScope.parse({**some.to_json(), "verdict": "wrong"}) == some
 
 
@@ -139,6 +149,48 @@ def test_damage_is_damage_without_the_source_too(tmp_path: Path, what: str) -> N
         run_smoke(out)
     assert failed.value.exit_code == 6
     assert run("verify", out, "--smoke", "-q") == 6
+
+
+def test_a_read_error_is_no_verdict(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that answers badly once says nothing of the bytes."""
+    out = tmp_path / "out"
+
+    def stale(self: object, layer: object) -> None:
+        raise SourceError("cannot be read (Stale file handle)") from OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_prep.prepared.checkpoint.PreparedCheckpoint.scalars", stale)
+        with pytest.raises(SourceError, match="Stale"):
+            convert(source, out)
+    assert '"verdict"' not in (out / ".nvfp4_prep" / "journal.jsonl").read_text()
+    assert convert(source, out, smoke=None).resumed
+
+
+def test_damage_is_a_verdict_on_its_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a conversion from the Hub finds it, whose source is not at hand any more."""
+    write_sample(tmp_path / "source", SampleModel(layers=3, experts=2, hidden=192, intermediate=96))
+    out = tmp_path / "out"
+
+    def damaged(self: object, layer: LayerRecord) -> None:
+        raise UnsupportedCheckpointError("scales are not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvfp4_prep.prepared.checkpoint.PreparedCheckpoint.scalars", damaged)
+        with pytest.raises(CheckpointError, match="is damaged: scales are not finite"):
+            convert(tmp_path / "source", out)
+    line = json.loads((out / ".nvfp4_prep" / "journal.jsonl").read_text().splitlines()[-1])
+    assert line == {"verdict": "wrong", "layers": [1], "samples": None}
+
+
+def test_a_format_of_a_package_that_is_not_here_is_no_damage(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(source, out, smoke=None)
+    manifest = json.loads((out / "nvfp4_prep.json").read_text())
+    for layer in manifest["layers"]:
+        layer["format"] = "acme-fp4"
+    (out / "nvfp4_prep.json").write_text(json.dumps(manifest))
+    with pytest.raises(UnsupportedCheckpointError, match=r"acme-fp4.*Install the package"):
+        run_smoke(out)
 
 
 def test_no_smoke_finishes_what_waits_for_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

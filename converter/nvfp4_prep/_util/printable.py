@@ -61,7 +61,15 @@ def _escape(char: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formatter of log lines, ours and those of the Hub's client, which quote what a server said."""
+    """Formatter of log lines, ours and those of the Hub's client, which quote what a server said.
+
+    A record is one line, and a traceback below it: a line break in a message cannot begin a line that looks like
+    another record.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_text(mask_passwords(super().format(record)))

@@ -153,7 +153,8 @@ class _Verification:
             )
         self._check_digests()
         computed = sum([self._check_scales(layer) for layer in manifest.layers])
-        experts = count(self._experts(), "expert")
+        done, there = self._experts(), sum(layer.dims.experts for layer in manifest.layers)
+        experts = count(done, "expert") if done == there else f"only {done:,} of {count(there, 'expert')}"
         self.checks += [
             f"files: sha256 of {count(digested, 'file')}",
             f"experts: {experts} inverted; digests of the source's tensors, padding and checksums",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -43,9 +44,15 @@ def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        os.write(descriptor, LOG_MARKER.encode())
     except FileExistsError:
-        descriptor = _open_earlier(path, flags)
+        return _open_earlier(path, flags)
+    try:
+        if os.write(descriptor, LOG_MARKER.encode()) < len(LOG_MARKER):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:  # without its first line the next run would take it for somebody else's
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
     return descriptor
 
 

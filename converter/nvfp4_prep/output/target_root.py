@@ -141,9 +141,10 @@ class TargetRoot:
             raise _wrong_kind(self.path / name, "a regular file", "another kind of file")
         if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
             error = _wrong_kind(self.path / name, "a file with one name", f"{status.st_nlink} hard links to one file")
+            here, own = shlex.quote(name), shlex.quote(f"{name}.own")
             error.next_step = (
-                f"Give it a file of its own (cd {shlex.quote(str(self.path))}; cp -a {name} {name}.own &&"
-                f" mv {name}.own {name}), or give another target: what shares a file with another place is not changed."
+                f"Give it a file of its own (cd {shlex.quote(str(self.path))}; cp -a -- {here} {own} &&"
+                f" mv -- {own} {here}), or give another target: what shares a file with another place is not changed."
             )
             raise error
 

@@ -12,7 +12,6 @@ import torch
 from nvfp4_prep._util.steps import step
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target import Target
@@ -26,7 +25,7 @@ from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.smoke.gate import FailedScope, SmokeFailedError, SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import FailedScope, LayerDamagedError, SmokeFailedError, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
@@ -141,10 +140,10 @@ class Execution:
                 with step("smoke test"):
                     reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
             except SmokeFailedError as error:
-                self._target.note_wrong(FailedScope.of(error.report).to_json())
+                self._target.note_wrong(FailedScope.of(error).to_json())
                 raise
-            except CheckpointError:
-                self._target.note_wrong(FailedScope(None, None).to_json())
+            except LayerDamagedError as error:
+                self._target.note_wrong(FailedScope((error.layer,), None).to_json())
                 raise
 
         manifest = write_made_files(self._target, draft_manifest(plan, self._results), served, accept)

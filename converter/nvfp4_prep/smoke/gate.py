@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, integer, one_of, optional, sequence
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.errors import ConversionInterrupted, UsageError, VerificationError
+from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, UsageError, VerificationError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
 
@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_SMOKE",
     "LAYER_NUMBERS",
     "FailedScope",
+    "LayerDamagedError",
     "SmokeFailedError",
     "SmokePolicy",
     "check_layers",
@@ -90,17 +91,33 @@ DEFAULT_SMOKE = SmokePolicy()
 """The same from Python as from the command line."""
 
 
+class LayerDamagedError(CheckpointError):
+    """The bytes of a prepared layer cannot be what was converted: found while the smoke run read them.
+
+    Attributes:
+        layer: the model's number of the layer.
+    """
+
+    def __init__(self, what: str, layer: int, where: str) -> None:
+        self.layer = layer
+        super().__init__(f"is damaged: {what}", where=where, next_step="Run `nvfp4-prep verify` on the directory.")
+
+
 class SmokeFailedError(VerificationError):
     """The smoke run at the end of a conversion found something wrong; the target has no ``config.json``.
 
     Attributes:
         report: of the run.
         manifest: of the conversion that failed.
+        samples: sizes of the samples of experts that were run; ``None`` means all experts.
     """
 
-    def __init__(self, path: Path, report: SmokeReport, manifest: Manifest) -> None:
+    def __init__(
+        self, path: Path, report: SmokeReport, manifest: Manifest, samples: tuple[int, ...] | None = None
+    ) -> None:
         self.report = report
         self.manifest = manifest
+        self.samples = samples
         super().__init__(
             "the smoke test failed: do not serve this checkpoint, report it",
             where=str(path),
@@ -114,31 +131,35 @@ class FailedScope:
 
     Attributes:
         layers: their numbers; ``None`` means every layer.
-        sample: how many experts of each were run; ``None`` means all.
+        samples: sizes of the samples whose experts were run; ``None`` means all experts.
     """
 
     layers: tuple[int, ...] | None
-    sample: int | None
+    samples: tuple[int, ...] | None
 
     @classmethod
-    def of(cls, report: SmokeReport) -> FailedScope:
-        """Return the scope of a report that did not pass."""
-        failed = [layer for layer in report.layers if not layer.passed]
-        whole = any(layer.experts == layer.experts_total for layer in failed)
-        sample = None if whole else max((layer.experts for layer in failed), default=None)
-        return cls(tuple(layer.index for layer in failed) or None, sample)
+    def of(cls, error: SmokeFailedError) -> FailedScope:
+        """Return the scope of a run that did not pass."""
+        failed = tuple(layer.index for layer in error.report.layers if not layer.passed)
+        return cls(failed or None, error.samples)
 
     @classmethod
     def parse(cls, verdict: Mapping[str, Any]) -> FailedScope:
         """Read :meth:`to_json`; what is missing or of another type means everything."""
-        layers, sample = verdict.get("layers"), verdict.get("sample")
-        if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
-            return cls(None, None)
-        return cls(tuple(layers), sample if type(sample) is int and sample > 0 else None)
+        return cls(_numbers(verdict.get("layers"), 0), _numbers(verdict.get("samples"), 1))
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields for the journal."""
-        return {"layers": None if self.layers is None else list(self.layers), "sample": self.sample}
+        return {
+            "layers": None if self.layers is None else list(self.layers),
+            "samples": None if self.samples is None else list(self.samples),
+        }
+
+
+def _numbers(value: object, least: int) -> tuple[int, ...] | None:
+    if not isinstance(value, list) or not value:
+        return None
+    return tuple(value) if all(type(number) is int and number >= least for number in value) else None
 
 
 def cpu_layers(numbers: Collection[int]) -> tuple[int, ...]:
@@ -183,7 +204,7 @@ def pass_smoke_run(
             next_step="Run the same command again.",
         ) from error
     if not report.passed:
-        raise SmokeFailedError(path, report, manifest)
+        raise SmokeFailedError(path, report, manifest, samples)
     return report
 
 
@@ -199,8 +220,15 @@ def _scope(
         layers = layers or cpu_layers({record.index for record in manifest.layers})
         sample = sample or CPU_EXPERTS
     wanted = [layers, *(scope.layers for scope in due)]
-    sizes = [sample, *(scope.sample for scope in due)]
-    return (
-        None if None in wanted else tuple(sorted({number for numbers in wanted for number in numbers or ()})),
-        None if None in sizes else tuple(sorted({size for size in sizes if size is not None})),
-    )
+    sizes = [None if sample is None else (sample,), *(scope.samples for scope in due)]
+    return _together(wanted), _together(sizes)
+
+
+def _together(parts: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    """Return the numbers of all parts; ``None`` if one of them means everything."""
+    found: set[int] = set()
+    for part in parts:
+        if part is None:
+            return None
+        found.update(part)
+    return tuple(sorted(found))

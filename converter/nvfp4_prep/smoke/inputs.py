@@ -19,12 +19,13 @@ from nvfp4_prep.moe.expert_bytes import arrange_experts, read_experts
 from nvfp4_prep.moe.gate_up_scales import reconcile_expert
 from nvfp4_prep.moe.kernel_activation import moe_activation
 from nvfp4_prep.moe.model_config import find_number
-from nvfp4_prep.moe.scalars import LayerScalars
+from nvfp4_prep.moe.scalars import LayerScalars, known_format
 from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.smoke.gate import LayerDamagedError
 from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
@@ -74,11 +75,12 @@ class CheckpointReader:
         """
         for file in (*record.files, EXPERT_SCALES, SOURCE_SCALES):
             if file in self._checkpoint.header_errors:
-                with _as_damage(str(self._checkpoint.path / file)):
+                with _as_damage(record.index, str(self._checkpoint.path / file)):
                     raise self._checkpoint.header_errors[file]  # its tensors are not missing
         layer, chosen = record.source, tuple(experts)
         prepared = self._prepared(record, chosen)
-        with _as_damage(f"{self._checkpoint.path}, {layer.experts_path}"):
+        known_format(layer)  # of a package that is not installed: no damage
+        with _as_damage(record.index, f"{self._checkpoint.path}, {layer.experts_path}"):
             scalars = self._checkpoint.scalars(record)
         plan = self._plans.get(layer.experts_path)
         if self._source is not None and plan is None:
@@ -88,7 +90,8 @@ class CheckpointReader:
             if plan is None:
                 w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
                 w2 = scalars.w2_scale_2[chosen[position]]
-                with _as_damage(f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"):
+                place = f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"
+                with _as_damage(record.index, place):
                     return _restored_expert(record, prepared, w13, w2, position)
             return self._source_expert(plan, chosen[position])
 
@@ -172,15 +175,18 @@ class CheckpointReader:
 
 
 @contextlib.contextmanager
-def _as_damage(where: str) -> Iterator[None]:
-    """Say of what a prepared checkpoint itself holds that the checkpoint is damaged, not its source."""
+def _as_damage(layer: int, where: str) -> Iterator[None]:
+    """Say of what a prepared checkpoint itself holds that the checkpoint is damaged, not its source.
+
+    Errors of the system say nothing of the bytes and stay what they are.
+    """
     try:
         yield
     except (SourceError, UnsupportedCheckpointError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         what = error.what if isinstance(error, NvfpPrepError) else str(error)
-        raise CheckpointError(
-            f"is damaged: {what}", where=where, next_step="Run `nvfp4-prep verify` on the directory."
-        ) from error
+        raise LayerDamagedError(what, layer, where) from error
 
 
 def _w13_scale_2(record: LayerRecord, policy: GateUpPolicy, scalars: LayerScalars, expert: int) -> tuple[float, float]:

@@ -151,6 +151,30 @@ def test_damage_is_damage_without_the_source_too(tmp_path: Path, what: str) -> N
     assert run("verify", out, "--smoke", "-q") == 6
 
 
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_a_verdict_stands_from_the_moment_a_layer_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    """What ends the run before its last layer must not save the files."""
+    write_sample(tmp_path / "source", SampleModel(layers=3, experts=2))
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil=True)
+        with pytest.raises(ConversionInterrupted):
+            convert(tmp_path / "source", out)
+
+    def end(layer: object, number: int, total: int) -> None:
+        if number == 2:
+            raise ending
+
+    with pytest.raises((ending, ConversionInterrupted)):
+        convert(tmp_path / "source", out, smoke=SmokePolicy(on_layer=end))
+    with pytest.raises(ResumeConflictError, match="smoke test"):
+        convert(tmp_path / "source", out, smoke=None)
+    with pytest.raises(SmokeFailedError):
+        convert(tmp_path / "source", out, smoke=SmokePolicy(layers=(2,), sample=1))
+
+
 def test_a_read_error_is_no_verdict(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that answers badly once says nothing of the bytes."""
     out = tmp_path / "out"

@@ -209,7 +209,11 @@ def _new_file(path: Path) -> Iterator[int]:
         except BlockingIOError as error:
             raise BusyError("another restamp is at work", where=str(path.parent), next_step="Wait for it.") from error
         except OSError as error:
-            raise no_locks_error(error, path.parent) or error from error
+            refusal = no_locks_error(error, path.parent)
+            if refusal is None:
+                raise
+            new.unlink(missing_ok=True)  # nobody else can hold it
+            raise refusal from error
         if not _same(descriptor, new):
             raise BusyError("another restamp has just finished", where=str(path.parent), next_step="Look at it.")
         try:

@@ -97,7 +97,10 @@ class WholeTensors:
         dtype, device = _DTYPES.get(record.dtype), self._loader.device
         if dtype is None or not record.nbytes or not _fits(record.nbytes, device):
             return _Coming(path, record, None, None)
-        data = torch.empty(record.nbytes, dtype=torch.uint8, device=device)
+        try:
+            data = torch.empty(record.nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:  # the model leaves less than the window
+            return _Coming(path, record, None, None)
         submission = self._loader.submit_whole(path, record, data)
         self.nbytes += record.nbytes
         return _Coming(path, record, data.view(dtype).view(record.shape), submission)

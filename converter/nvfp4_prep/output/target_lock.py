@@ -47,7 +47,10 @@ def check_idle(path: Path) -> None:
     except BlockingIOError as error:
         raise _busy(path) from error
     except OSError as error:
-        raise no_locks_error(error, path) or error from error
+        refusal = no_locks_error(error, path)
+        if refusal is None:
+            raise
+        raise refusal from error
     finally:
         os.close(descriptor)
 

@@ -25,7 +25,7 @@ from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.smoke.gate import FailedScope, LayerDamagedError, SmokeFailedError, SmokePolicy, pass_smoke_run
+from nvfp4_prep.smoke.gate import FailedScope, SmokePolicy, pass_smoke_run
 
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
@@ -135,19 +135,15 @@ class Execution:
         def accept(manifest: Manifest) -> None:
             if smoke is None:
                 return
-            try:
-                due = [FailedScope.parse(verdict) for verdict in self._target.verdicts]
-                with step("smoke test"):
-                    reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due))
-            except SmokeFailedError as error:
-                self._target.note_wrong(FailedScope.of(error).to_json())
-                raise
-            except LayerDamagedError as error:
-                self._target.note_wrong(FailedScope((error.layer,), None).to_json())
-                raise
+            due = [FailedScope.parse(verdict) for verdict in self._target.verdicts]
+            with step("smoke test"):
+                reports.append(pass_smoke_run(self._target.path, manifest, self._source, smoke, due, self._note_wrong))
 
         manifest = write_made_files(self._target, draft_manifest(plan, self._results), served, accept)
         return manifest, next(iter(reports), None)
+
+    def _note_wrong(self, scope: FailedScope) -> None:
+        self._target.note_wrong(scope.to_json())
 
 
 class _ShardUse:

@@ -109,15 +109,11 @@ class SmokeFailedError(VerificationError):
     Attributes:
         report: of the run.
         manifest: of the conversion that failed.
-        samples: sizes of the samples of experts that were run; ``None`` means all experts.
     """
 
-    def __init__(
-        self, path: Path, report: SmokeReport, manifest: Manifest, samples: tuple[int, ...] | None = None
-    ) -> None:
+    def __init__(self, path: Path, report: SmokeReport, manifest: Manifest) -> None:
         self.report = report
         self.manifest = manifest
-        self.samples = samples
         super().__init__(
             "the smoke test failed: do not serve this checkpoint, report it",
             where=str(path),
@@ -136,12 +132,6 @@ class FailedScope:
 
     layers: tuple[int, ...] | None
     samples: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, error: SmokeFailedError) -> FailedScope:
-        """Return the scope of a run that did not pass."""
-        failed = tuple(layer.index for layer in error.report.layers if not layer.passed)
-        return cls(failed or None, error.samples)
 
     @classmethod
     def parse(cls, verdict: Mapping[str, Any]) -> FailedScope:
@@ -169,7 +159,12 @@ def cpu_layers(numbers: Collection[int]) -> tuple[int, ...]:
 
 
 def pass_smoke_run(
-    path: Path, manifest: Manifest, source: Source | None, policy: SmokePolicy, due: Sequence[FailedScope] = ()
+    path: Path,
+    manifest: Manifest,
+    source: Source | None,
+    policy: SmokePolicy,
+    due: Sequence[FailedScope] = (),
+    note_wrong: Callable[[FailedScope], None] = lambda scope: None,
 ) -> SmokeReport:
     """Run it on a directory that has everything but perhaps ``config.json``.
 
@@ -179,6 +174,7 @@ def pass_smoke_run(
         source: compared with if its bytes are on this machine; else the prepared tensors are inverted.
         policy: what is run.
         due: what earlier runs found wrong: run too, whatever the policy says.
+        note_wrong: told of every layer that is found wrong, at once: the run may end before its last one.
 
     Raises:
         SmokeFailedError: if anything is wrong.
@@ -188,6 +184,13 @@ def pass_smoke_run(
 
     layers, samples = _scope(manifest, policy, due)
     local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
+
+    def on_layer(layer: LayerReport, number: int, total: int) -> None:
+        if not layer.passed:
+            note_wrong(FailedScope((layer.index,), samples))
+        if policy.on_layer is not None:
+            policy.on_layer(layer, number, total)
+
     try:
         report = run_smoke(
             PreparedCheckpoint(path, in_work=True),
@@ -195,8 +198,11 @@ def pass_smoke_run(
             layers=layers,
             sample=samples,
             backend=policy.backend,
-            on_layer=policy.on_layer,
+            on_layer=on_layer,
         )
+    except LayerDamagedError as error:
+        note_wrong(FailedScope((error.layer,), None))
+        raise
     except KeyboardInterrupt as error:
         raise ConversionInterrupted(
             "interrupted in the smoke test: everything is converted, but config.json waits for it",
@@ -204,7 +210,7 @@ def pass_smoke_run(
             next_step="Run the same command again.",
         ) from error
     if not report.passed:
-        raise SmokeFailedError(path, report, manifest, samples)
+        raise SmokeFailedError(path, report, manifest)
     return report
 
 

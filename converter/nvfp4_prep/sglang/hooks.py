@@ -55,9 +55,17 @@ def get_quant_config(made: Any, model_config: Any, *_args: Any, **_kwargs: Any) 
     check_stamp_was_taken(made, model_config)
 
 
-def rename(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Spell the names of prepared tensors as SGLang's parameters: without ``routed_experts``."""
-    for name, tensor in original(*args, **kwargs):
+def rename(
+    original: Callable[..., Any], loader: Any, source: Any, *args: Any, **kwargs: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Spell the names of prepared tensors as SGLang's parameters: without ``routed_experts``.
+
+    A running server's weights come this way from other directories, too, of whose configs SGLang reads nothing.
+    """
+    from nvfp4_prep.sglang.methods import check_same_layout
+
+    check_same_layout(source)
+    for name, tensor in original(loader, source, *args, **kwargs):
         yield parameter_name(name), tensor
 
 

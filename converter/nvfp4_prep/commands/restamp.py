@@ -21,7 +21,7 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.index import TEXT_MAX_NBYTES
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import BusyError, TargetError, VerificationError
-from nvfp4_prep.moe.activation import Activation, find_activation
+from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.config_fit import fit_config
 from nvfp4_prep.moe.discovery import FoundLayers
 from nvfp4_prep.output.atomic_file import translate_os_error
@@ -101,7 +101,7 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
             where=str(checkpoint.path / CONFIG),
             next_step=FOREIGN_CODE,
         )
-    _check_fits(checkpoint)
+    _check_fits(checkpoint, found.config)
     problems = Problems()
     check_structure(checkpoint, problems, with_config=False)
     if problems.found:
@@ -112,13 +112,13 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
         )
 
 
-def _check_fits(checkpoint: PreparedCheckpoint) -> None:
+def _check_fits(checkpoint: PreparedCheckpoint, served: Mapping[str, Any]) -> None:
     """Raise :class:`VerificationError` if the config now says of the experts what their tensors are not."""
     place = str(checkpoint.path / CONFIG)
-    config = _without_stamp(checkpoint.read_json(CONFIG))
-    layers = tuple(record.source for record in checkpoint.manifest.layers)
-    for record in checkpoint.manifest.layers:
-        now = find_activation(config, gated=record.source.gated, layer=record.source.index)
+    records = checkpoint.manifest.layers
+    fitted = fit_config(FoundLayers(tuple(record.source for record in records), ()), _without_stamp(served))
+    for record in records:
+        now = fitted.activations.get(record.source.experts_path, record.activation)
         if (now.kind, now.clamp) != (record.activation.kind, record.activation.clamp):
             raise VerificationError(
                 f"was edited to another activation than the experts of {record.source.experts_path} were prepared for",
@@ -127,7 +127,7 @@ def _check_fits(checkpoint: PreparedCheckpoint) -> None:
                 actual=_shown(now),
                 next_step=_PUT_BACK,
             )
-    for finding in fit_config(FoundLayers(layers, ()), config).others:
+    for finding in fitted.others:
         raise VerificationError(f"was edited against the tensors: {finding.reason}", where=place, next_step=_PUT_BACK)
 
 

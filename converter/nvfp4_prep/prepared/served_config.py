@@ -27,6 +27,7 @@ class ServedConfig:
     """A served config against the manifest: its stamp and its edits.
 
     Attributes:
+        config: what the file holds.
         stamp: changed keys of the stamp; empty if it is intact.
         edits: all edits beside the stamp, relative to what was converted.
         code: those of the edits that name code to be loaded: never kept, recorded or not.
@@ -35,6 +36,7 @@ class ServedConfig:
         canonical: whether the file's bytes are those that this package writes for the manifest.
     """
 
+    config: Mapping[str, Any]
     stamp: tuple[str, ...]
     edits: tuple[ConfigEdit, ...]
     code: tuple[str, ...]
@@ -91,6 +93,7 @@ def read_served_config(checkpoint: PreparedCheckpoint) -> ServedConfig:
     edits = tuple(edit for edit in beside if not edit.touches_stamp)
     code = tuple(edit.name for edit in edits if edit.loads_code)
     return ServedConfig(
+        config=actual,
         stamp=tuple(stamp),
         edits=edits,
         code=code,

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
+from nvfp4_prep._util.arguments import checked
 from nvfp4_prep._util.progress import NoProgress, Progress
 from nvfp4_prep.checkpoint.filenames import README
 from nvfp4_prep.errors import HubError
-from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
+from nvfp4_prep.hub.argument_kinds import PUSHING
 from nvfp4_prep.hub.errors import Patience, hub_errors, is_transient, well_formed
 from nvfp4_prep.hub.listing import Snapshot, read_snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions, check_repository
@@ -87,16 +87,7 @@ class PushPreview:
         return {**asdict(self), "nbytes": self.nbytes, "upload_nbytes": self.upload_nbytes}
 
 
-@checked(
-    checkpoint=PATH,
-    repo_id=TEXT,
-    options=PUBLISH_OPTIONS,
-    full=FLAG,
-    api=CLIENT,
-    patience=PATIENCE,
-    progress=optional(PROGRESS),
-    threads=optional(THREADS),
-)
+@checked(**PUSHING)
 def preview_push(
     checkpoint: str | Path,
     repo_id: str,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvfp4_prep._util.arguments import FLAG, PATH, PROGRESS, TEXT, THREADS, checked, optional
+from nvfp4_prep._util.arguments import checked
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import UsageError, VerificationError
-from nvfp4_prep.hub.argument_kinds import CLIENT, PATIENCE, PUBLISH_OPTIONS
+from nvfp4_prep.hub.argument_kinds import PUSHING
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
@@ -83,16 +83,7 @@ def publication_title(source: str, revision: str | None, options: ConvertOptions
     return printable(f"nvfp4-prep {kind}: {source}{at}")[:150]
 
 
-@checked(
-    checkpoint=PATH,
-    repo_id=TEXT,
-    options=PUBLISH_OPTIONS,
-    full=FLAG,
-    api=CLIENT,
-    patience=PATIENCE,
-    progress=optional(PROGRESS),
-    threads=optional(THREADS),
-)
+@checked(**PUSHING)
 def push(
     checkpoint: str | Path,
     repo_id: str,

@@ -11,7 +11,15 @@ import torch
 
 from nvfp4_prep_kernels.layout import MoeDims, MoeLayout
 
-__all__ = ["ActivationFunction", "MoeActivation", "MoeBackend", "MoeTokens", "MoeTrace", "PreparedExperts"]
+__all__ = [
+    "ActivationFunction",
+    "MoeActivation",
+    "MoeBackend",
+    "MoeTokens",
+    "MoeTrace",
+    "PreparedExperts",
+    "ServedExperts",
+]
 
 
 class ActivationFunction(enum.StrEnum):
@@ -133,6 +141,41 @@ class PreparedExperts:
     def fc2_inverse_scale(self) -> torch.Tensor:
         """``float32 [1]``: what the kernel quantizes the intermediate with; it reads element 0 alone."""
         return 1.0 / self.w2_input_scale[:1]
+
+
+@dataclass(frozen=True)
+class ServedExperts:
+    """The part of :class:`PreparedExperts` that an implementation reads, as a server holds it.
+
+    Attributes:
+        layout, w13_weight, w13_weight_scale, w2_weight, w2_weight_scale: as there, of one rank.
+        w13_alpha, w2_alpha: ``float32 [E]``, as the server multiplied them.
+        fc2_inverse_scale: ``float32``; element 0 is read.
+    """
+
+    layout: MoeLayout
+    w13_weight: torch.Tensor
+    w13_weight_scale: torch.Tensor
+    w2_weight: torch.Tensor
+    w2_weight_scale: torch.Tensor
+    w13_alpha: torch.Tensor
+    w2_alpha: torch.Tensor
+    fc2_inverse_scale: torch.Tensor
+
+    @property
+    def w13_alpha_up(self) -> torch.Tensor:
+        """Gate's factor: a layer whose up has another one is refused for the CuteDSL layout."""
+        return self.w13_alpha
+
+    @property
+    def padded_hidden(self) -> int:
+        """Hp."""
+        return self.w2_weight.shape[1]
+
+    @property
+    def padded_intermediate(self) -> int:
+        """Ip of this rank."""
+        return self.w2_weight.shape[2] * 2
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ What reaches them is SGLang's: router, weights, block scales as its MMA view, al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from nvfp4_prep_kernels import MoeLayout
-from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.moe_types import MoeActivation, MoeTokens, PreparedExperts, ServedExperts
 from nvfp4_prep_kernels.nvfp4 import encode_codes, quantize
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 
@@ -33,32 +32,6 @@ def quantize_tokens(
     """Codes and row-major block scales, as FlashInfer's fp4_quantize with is_sf_swizzled_layout=False."""
     codes, scales = quantize(tokens.float(), float(inverse_scale.reshape(-1)[0]))
     return encode_codes(codes), scales.to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """The part of :class:`PreparedExperts` that the torch kernel reads."""
-
-    layout: MoeLayout
-    w13_weight: torch.Tensor
-    w13_weight_scale: torch.Tensor
-    w2_weight: torch.Tensor
-    w2_weight_scale: torch.Tensor
-    w13_alpha: torch.Tensor
-    w2_alpha: torch.Tensor
-    fc2_inverse_scale: torch.Tensor
-
-    @property
-    def w13_alpha_up(self) -> torch.Tensor:
-        return self.w13_alpha
-
-    @property
-    def padded_hidden(self) -> int:
-        return self.w2_weight.shape[1]
-
-    @property
-    def padded_intermediate(self) -> int:
-        return self.w2_weight.shape[2] * 2
 
 
 class TorchWrapper:
@@ -87,7 +60,7 @@ class TorchWrapper:
     ) -> torch.Tensor:
         """One layer for all tokens, ``[T, H]``."""
         assert per_token_scale is None
-        experts = _Experts(
+        experts = ServedExperts(
             MoeLayout.cutedsl(gated=True),
             w1_weight,
             _stored(w1_weight_sf),

@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 from unittest import mock
 
@@ -26,7 +25,14 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep_kernels import MoeLayout
-from nvfp4_prep_kernels.moe_types import ActivationFunction, MoeActivation, MoeBackend, MoeTokens, PreparedExperts
+from nvfp4_prep_kernels.moe_types import (
+    ActivationFunction,
+    MoeActivation,
+    MoeBackend,
+    MoeTokens,
+    PreparedExperts,
+    ServedExperts,
+)
 from nvfp4_prep_kernels.nvfp4 import encode_codes, quantize
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 
@@ -102,35 +108,6 @@ def reference_quant_config(layer: Any) -> FusedMoEQuantConfig:
     )
 
 
-@dataclass(frozen=True)
-class _ServedExperts:
-    """The part of :class:`PreparedExperts` that an implementation reads, with alphas as vLLM multiplied them."""
-
-    layout: MoeLayout
-    w13_weight: torch.Tensor
-    w13_weight_scale: torch.Tensor
-    w2_weight: torch.Tensor
-    w2_weight_scale: torch.Tensor
-    w13_alpha: torch.Tensor
-    w2_alpha: torch.Tensor
-    fc2_inverse_scale: torch.Tensor
-
-    @property
-    def w13_alpha_up(self) -> torch.Tensor:
-        """Gate's factor: a layer whose up has another one is refused for the CuteDSL layout."""
-        return self.w13_alpha
-
-    @property
-    def padded_hidden(self) -> int:
-        """Hp."""
-        return self.w2_weight.shape[1]
-
-    @property
-    def padded_intermediate(self) -> int:
-        """Ip of this rank."""
-        return self.w2_weight.shape[2] * 2
-
-
 class ReferenceExperts(FlashInferCuteDSLExperts):  # type: ignore[misc]
     """vLLM's CuteDSL experts with another launch."""
 
@@ -177,7 +154,7 @@ class ReferenceExperts(FlashInferCuteDSLExperts):  # type: ignore[misc]
             raise ServingError(
                 f"{REFERENCE_VARIABLE}=1 cannot be captured in a CUDA graph", next_step="Serve with --enforce-eager."
             )
-        experts = _ServedExperts(
+        experts = ServedExperts(
             layout=self.layout,
             w13_weight=w1,
             w13_weight_scale=self.w1_scale.view(torch.uint8),

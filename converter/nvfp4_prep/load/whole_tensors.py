@@ -43,12 +43,11 @@ class _Coming:
 
     path: Path
     record: TensorRecord
-    tensor: torch.Tensor | None
-    submission: Submission | None
+    reading: tuple[torch.Tensor, Submission] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.record.nbytes if self.submission is not None else 0
+        return 0 if self.reading is None else self.record.nbytes
 
 
 class WholeTensors:
@@ -96,23 +95,24 @@ class WholeTensors:
     def _begin(self, path: Path, record: TensorRecord) -> _Coming:
         dtype, device = _DTYPES.get(record.dtype), self._loader.device
         if dtype is None or not record.nbytes or not _fits(record.nbytes, device):
-            return _Coming(path, record, None, None)
+            return _Coming(path, record)
         try:
             data = torch.empty(record.nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:  # the model leaves less than the window
-            return _Coming(path, record, None, None)
+            return _Coming(path, record)
         submission = self._loader.submit_whole(path, record, data)
         self.nbytes += record.nbytes
-        return _Coming(path, record, data.view(dtype).view(record.shape), submission)
+        return _Coming(path, record, (data.view(dtype).view(record.shape), submission))
 
     def _take(self, coming: _Coming) -> tuple[str, torch.Tensor]:
         name = coming.record.name
-        if coming.tensor is None or coming.submission is None:
+        if coming.reading is None:
             return name, _by_safetensors(coming.path, name)
-        error = self._loader.wait_for(coming.submission)
+        tensor, submission = coming.reading
+        error = self._loader.wait_for(submission)
         if error is not None:
             raise error
-        return name, coming.tensor
+        return name, tensor
 
 
 def _by_safetensors(path: Path, name: str) -> torch.Tensor:

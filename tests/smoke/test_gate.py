@@ -61,6 +61,14 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
+def leave_before_the_smoke_run(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
+    """Convert all but what the smoke run decides; with ``spoil`` with a damaged layer 1."""
+    with monkeypatch.context() as patch:
+        stop_in_smoke_run(patch, spoil)
+        with pytest.raises(ConversionInterrupted):
+            convert(source, out)
+
+
 def stop_in_smoke_run(monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
     def stopped(path: Path, *rest: object) -> None:
         if spoil:
@@ -75,10 +83,7 @@ def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: bool
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_in_smoke_run(patch, spoil)
-        with pytest.raises(ConversionInterrupted):
-            convert(source, out)
+    leave_before_the_smoke_run(source, out, monkeypatch, spoil)
     assert not (out / "config.json").exists()
     if not spoil:
         result = convert(source, out)
@@ -106,10 +111,7 @@ def test_a_wrong_verdict_stays_whatever_a_later_run_looks_at(
     """The layer that failed is run again with the experts that failed, also where the new scope leaves them out."""
     write_sample(tmp_path / "source", SampleModel(layers=3, experts=6))
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_in_smoke_run(patch, spoil=True)
-        with pytest.raises(ConversionInterrupted):
-            convert(tmp_path / "source", out)
+    leave_before_the_smoke_run(tmp_path / "source", out, monkeypatch, spoil=True)
     with pytest.raises(SmokeFailedError):
         convert(tmp_path / "source", out, smoke=SmokePolicy(layers=(1,), sample=6))
     with pytest.raises(SmokeFailedError) as failed:
@@ -158,10 +160,7 @@ def test_a_verdict_stands_from_the_moment_a_layer_fails(
     """What ends the run before its last layer must not save the files."""
     write_sample(tmp_path / "source", SampleModel(layers=3, experts=2))
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_in_smoke_run(patch, spoil=True)
-        with pytest.raises(ConversionInterrupted):
-            convert(tmp_path / "source", out)
+    leave_before_the_smoke_run(tmp_path / "source", out, monkeypatch, spoil=True)
 
     def end(layer: object, number: int, total: int) -> None:
         if number == 2:
@@ -219,10 +218,7 @@ def test_a_format_of_a_package_that_is_not_here_is_no_damage(source: Path, tmp_p
 
 def test_no_smoke_finishes_what_waits_for_it(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_in_smoke_run(patch, spoil=False)
-        with pytest.raises(ConversionInterrupted):
-            convert(source, out)
+    leave_before_the_smoke_run(source, out, monkeypatch, spoil=False)
     result = convert(source, out, smoke=None)
     assert result.smoke is None and (out / "config.json").exists()
 

@@ -15,7 +15,7 @@ class Part:
         program: file of this folder; it takes ``--json FILE`` and ends with 0 if its figures count.
         arguments: with ``{work}`` (a new folder on the disk) and ``{memory}`` (a new folder in memory).
         small: the arguments instead of these with ``--small``.
-        needs: ``card``, ``vllm``, ``flashinfer``.
+        needs: ``gpu``, ``vllm``, ``flashinfer``.
         limit_s: seconds after which it is ended.
         work_gb, memory_gb: free space that it needs there, in 10^9 bytes.
         awaited: the pages do without its figures while no run is on file.
@@ -94,7 +94,7 @@ PARTS = (
         "bench_prepare_kernels.py",
         ("--experts", "96"),
         ("--experts", "8", "--repeats", "3"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         limit_s=300,
     ),
     Part(
@@ -103,7 +103,7 @@ PARTS = (
         "bench_prepare_kernels.py",
         ("--experts", "384"),
         ("--experts", "16", "--repeats", "3"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         limit_s=300,
     ),
     Part(
@@ -112,7 +112,7 @@ PARTS = (
         "bench_trtllm_kernels.py",
         ("--experts", "96"),
         ("--experts", "8", "--repeats", "3"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         limit_s=300,
     ),
     Part(
@@ -121,7 +121,7 @@ PARTS = (
         "bench_load_ranks.py",
         ("--directory", "{memory}", "--experts", "384"),
         ("--directory", "{memory}", "--experts", "8", "--repeats", "2"),
-        needs=("card",),
+        needs=("gpu",),
         memory_gb=10,
     ),
     Part(
@@ -130,7 +130,7 @@ PARTS = (
         "bench_relayout_load.py",
         ("--directory", "{memory}"),
         ("--directory", "{memory}", "--experts", "16", "--repeats", "2"),
-        needs=("card",),
+        needs=("gpu",),
         limit_s=300,
         memory_gb=10,
     ),
@@ -140,7 +140,7 @@ PARTS = (
         "bench_smoke.py",
         (),
         ("--experts", "16", "--mutation-experts", "4", "--repeats", "1"),
-        needs=("card",),
+        needs=("gpu",),
     ),
     Part(
         "load",
@@ -148,7 +148,7 @@ PARTS = (
         "bench_load.py",
         ("--directory", "{memory}", "--disk", "{work}"),
         ("--directory", "{memory}", "--disk", "{work}", "--layers", "1", "--repeats", "2", "--sweep", "4,4,8 12,4,20"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         work_gb=2,
         memory_gb=26,
     ),
@@ -158,7 +158,7 @@ PARTS = (
         "bench_load_vllm.py",
         ("--directory", "{memory}", "--repeats", "10"),
         ("--directory", "{memory}", "--experts", "32", "--repeats", "2"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         memory_gb=20,
     ),
     Part(
@@ -167,7 +167,7 @@ PARTS = (
         "bench_start.py",
         ("--directory", "{memory}"),
         ("--directory", "{memory}", "--layers", "1", "--experts", "8", "--repeats", "1"),
-        needs=("card", "vllm"),
+        needs=("gpu", "vllm"),
         limit_s=1200,
         memory_gb=45,
         awaited=True,

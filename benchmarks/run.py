@@ -98,10 +98,10 @@ def attempt(part: Part, options: argparse.Namespace, facts: dict[str, Any], sour
 
 def obstacle(part: Part, options: argparse.Namespace, facts: dict[str, Any]) -> str:
     """Why a part cannot run here; empty if it can."""
-    if "card" in part.needs and facts["gpu"] is None:
+    if "gpu" in part.needs and facts["gpu"] is None:
         return "no CUDA GPU"
     for package in part.needs:
-        if package != "card" and not installed(package):
+        if package != "gpu" and not installed(package):
             return f"{package} is not installed"
     if options.small:
         return ""

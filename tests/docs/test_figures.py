@@ -87,7 +87,7 @@ def test_results_say_where_they_came_from(bench: SimpleNamespace, path: Path) ->
         assert result["origin"].startswith("typed from the run of ")
         return
     assert len(result["commit"]) >= 40
-    for fact in ("gpu", "driver", "torch", "triton") if "card" in part.needs else ("torch",):
+    for fact in ("gpu", "driver", "torch", "triton") if "gpu" in part.needs else ("torch",):
         assert result["machine"][fact]
     assert "vllm" not in part.needs or result["machine"]["vllm"]
 

@@ -19,23 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.engine.http_server import free_port
+from support.engine.http_server import Completion, free_port
 from support.paths import ROOT
 
-__all__ = ["Answer", "Server", "install_entry_point", "launched"]
+__all__ = ["Server", "install_entry_point", "launched"]
 
 HERE = Path(__file__).parent
 START_S = 300
 OPTIONS = ("--device", "cpu", "--skip-tokenizer-init", "--skip-server-warmup", "--disable-cuda-graph")
 MEMORY = ("--max-total-tokens", "1024")  # else SGLang takes most of the machine's memory for its KV cache
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Tokens that the server chose, and their log-probabilities."""
-
-    tokens: list[int]
-    logprobs: list[float]
 
 
 @dataclass(frozen=True)
@@ -73,13 +65,13 @@ class Server:
                 answers.append(self._get("/health"))
         return answers
 
-    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> list[Completion]:
         """Greedy completions of prompts given as token ids."""
         sampling = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
         answers: list[dict[str, Any]] = self._post("/generate", body)
         logprobs = [answer["meta_info"]["output_token_logprobs"] for answer in answers]
-        return [Answer([token for _, token, _ in one], [value for value, _, _ in one]) for one in logprobs]
+        return [Completion([token for _, token, _ in one], [value for value, _, _ in one]) for one in logprobs]
 
     def update_weights(self, directory: Path) -> dict[str, Any]:
         """Return the answer to a reload from a checkpoint, while the server runs."""

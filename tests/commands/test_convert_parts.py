@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -33,6 +32,7 @@ from nvfp4_prep.errors import (
     UsageError,
     VerificationError,
 )
+from nvfp4_prep.output.journal_line import to_line
 from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
 from nvfp4_prep.output.target import Target
 from support.checkpoint_files import file_digests
@@ -212,10 +212,12 @@ def test_parts_that_do_not_belong_together(source: Path, tmp_path: Path, monkeyp
 
 
 def _forge(journal: Path) -> None:
-    first, *others = journal.read_text().splitlines()
-    text = re.sub(r'"layers": "4-5"', '"layers": "4,5"', first)
-    lines = [json.dumps({**json.loads(line), "sha256": "0" * 64}) for line in others]
-    journal.write_text("\n".join([text, *lines, ""]))
+    first, *others = (json.loads(line) for line in journal.read_text().splitlines())
+    first["identity"]["layers"] = "4,5"
+    changed = [first, *(line | {"sha256": "0" * 64} for line in others)]
+    for line in changed:
+        line.pop("checksum")
+    journal.write_bytes(b"".join(to_line(line) for line in changed))
 
 
 def test_foreign_and_undivided_targets(source: Path, tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nvfp4_prep import convert
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import ConversionInterrupted, ResumeConflictError, TargetError
 from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.journal_line import parse_line, to_line
 from nvfp4_prep.output.target import Target
 from nvfp4_prep_kernels import PreparedTensor
 from support.checkpoint_files import file_digests
@@ -21,6 +26,13 @@ SHA256 = "0" * 64
 FACT = {"tensor": "w13_weight", "crc32": [1], "reconciled": [], "errors": [[1.0, 2, 3]]}
 OUTCOME = {"expert": 0, "rounded": 1, "underflowed": 0, "worst_relative": 0.1, "side": "up"}
 ENTRY = {"file": "a", "nbytes": 1, "sha256": SHA256, "digests": {"k": SHA256}, "facts": [FACT]}
+
+
+def edit_finished(journal: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Edit all lines but the first, each with the checksum that belongs to it."""
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    lines = [parse_line(line) for line in others]
+    journal.write_bytes(b"".join([first, *(to_line(edit(line)) for line in lines if line is not None)]))
 
 
 def test_a_right_entry_is_read() -> None:
@@ -94,8 +106,7 @@ def test_files_of_wrong_entries_are_made_again(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     journal = interrupt(sample_source, tmp_path / "out")
-    first, *others = journal.read_text().splitlines()
-    journal.write_text("\n".join([first, *(json.dumps(json.loads(line) | change) for line in others), ""]))
+    edit_finished(journal, lambda line: line | change)
     result = convert(sample_source, tmp_path / "out", smoke=None)
     assert result.resumed
     assert result.written_nbytes > 0
@@ -110,8 +121,7 @@ def test_entries_that_lack_something_end_with_an_error(
 ) -> None:
     out = tmp_path / "out"
     journal = interrupt(sample_source, out)
-    first, *others = journal.read_text().splitlines()
-    journal.write_text("\n".join([first, *(json.dumps(json.loads(line) | change) for line in others), ""]))
+    edit_finished(journal, lambda line: line | change)
     with pytest.raises(TargetError, match="do not fit together"):
         convert(sample_source, out, smoke=None)
     assert not (out / "config.json").exists()
@@ -147,3 +157,42 @@ def test_nan_is_equal_to_itself(tmp_path: Path) -> None:
     with pytest.raises(ResumeConflictError) as caught:
         Target(tmp_path, identity | {"a": 2})
     assert "config" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{}, {"file": "a", "nbytes": 1}, {"x": float("nan"), "é": ["\ud800", 1e-300, None]}])
+def test_a_line_gives_back_its_object(value: dict[str, Any]) -> None:
+    line = to_line(value)
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
+    assert repr(parse_line(line)) == repr(dict(sorted(value.items())))
+
+
+@given(st.data())
+def test_a_line_with_another_byte_is_not_believed(data: st.DataObject) -> None:
+    line = bytearray(to_line(ENTRY))
+    place = data.draw(st.integers(0, len(line) - 2))
+    line[place] ^= data.draw(st.integers(1, 255))
+    found = parse_line(bytes(line))
+    assert found is None or found == ENTRY or JournalEntry.parse(found) is None
+
+
+def test_a_damaged_line_still_says_what_a_run_must_heed() -> None:
+    line = to_line(ENTRY | {"identity": {"a": 1}, "verdict": "wrong", "layers": [1]})
+    damaged = line.replace(b'"crc32": [1]', b'"crc32": [2]')
+    assert damaged != line
+    assert parse_line(damaged) == {"file": "a", "identity": {"a": 1}, "verdict": "wrong"}
+
+
+def test_a_file_whose_line_was_damaged_is_made_again(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path
+) -> None:
+    """A CRC-32 of an expert in the journal goes into the manifest: one wrong digit would call right bytes wrong."""
+    out = tmp_path / "out"
+    journal = interrupt(sample_source, out)
+    text = journal.read_text()
+    damaged = re.sub(r'("crc32": \[)(\d)', lambda found: f"{found[1]}{(int(found[2]) + 1) % 10 or 1}", text)
+    assert damaged != text
+    journal.write_text(damaged)
+    result = convert(sample_source, out, smoke=None)
+    assert result.resumed
+    assert result.written_nbytes > 0
+    assert file_digests(out) == file_digests(sample_prepared)

@@ -36,6 +36,7 @@ from nvfp4_prep.errors import (
     UnsupportedCheckpointError,
     UsageError,
 )
+from nvfp4_prep.output.journal_line import parse_line
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke import gate as smoke_gate
 
@@ -201,7 +202,7 @@ def test_damage_is_a_verdict_on_its_layer(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr("nvfp4_prep.prepared.checkpoint.PreparedCheckpoint.scalars", damaged)
         with pytest.raises(CheckpointError, match="is damaged: scales are not finite"):
             convert(tmp_path / "source", out)
-    line = json.loads((out / ".nvfp4_prep" / "journal.jsonl").read_text().splitlines()[-1])
+    line = parse_line((out / ".nvfp4_prep" / "journal.jsonl").read_bytes().splitlines()[-1])
     assert line == {"verdict": "wrong", "layers": [1], "samples": None}
 
 

@@ -4,7 +4,6 @@ a finished file.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.text import bounded
-from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.journal_line import parse_line
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["check_identity", "finished_files", "named_files", "read_lines", "wrong_verdict", "wrong_verdicts"]
@@ -29,7 +28,8 @@ _DIGESTS = ("headers", "output")
 def read_lines(root: TargetRoot) -> list[dict[str, Any]]:
     """Return all lines of a target's journal, none if there is no journal.
 
-    A line that a kill cut off, or that is damaged, does not count.
+    A line that a kill cut off does not count; of a damaged one, as much as
+    :func:`~nvfp4_prep.output.journal_line.parse_line` leaves.
 
     Raises:
         TargetError: if it is a link, another kind of file or too large.
@@ -39,14 +39,8 @@ def read_lines(root: TargetRoot) -> list[dict[str, Any]]:
         text = root.read(f"{WORK_FOLDER}/{JOURNAL}", MAX_SMALL_NBYTES)
     except FileNotFoundError:
         return []
-    lines = []
-    for line in text.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError, RecursionError):
-            check_bounds(line, MAX_DEPTH)
-            value = json.loads(line)
-            if isinstance(value, dict):
-                lines.append(value)
-    return lines
+    lines = (parse_line(line) for line in text.split(b"\n")[:-1])
+    return [line for line in lines if line is not None]
 
 
 def named_files(lines: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.journal_entry import JournalEntry
+from nvfp4_prep.output.journal_line import to_line
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["JOURNAL_PATH", "JournalFile"]
@@ -52,7 +52,7 @@ class JournalFile:
             try:
                 descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_APPEND)
                 with os.fdopen(descriptor, "ab") as stream:
-                    stream.write(json.dumps(line, sort_keys=True).encode() + b"\n")
+                    stream.write(to_line(line))
                     stream.flush()
                     os.fsync(stream.fileno())
             except OSError as error:

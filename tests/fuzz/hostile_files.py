@@ -11,8 +11,8 @@ from random import Random
 
 from fuzz.hostile_json import damaged_json
 
-LARGE_NBYTES = 20 * 10**9
-"""Of a sparse file: reading it whole would take all memory."""
+LARGE_NBYTES = 10**9
+"""Of a sparse file: more than a command's memory, and little enough to be copied in the time that a command has."""
 
 
 def remove(path: Path) -> None:

@@ -163,7 +163,7 @@ def test_who_loads_together(devices: tuple[str, ...], together: bool, because: s
     assert command._alone_because(len(devices), devices, together) == because
 
 
-RANK = RankTurn(0, 0, "cuda:0", 10.0, 12.0, 100, 100, 10, 0, 0, 4, read_s=0.0, cpu_s=0.0, wait_s=0.0, submit_s=0.0)
+RANK = RankTurn(0, 0, "cuda:0", 10.0, 12.0, 100, 100, 10, 0, 0, 4, read_s=0.0, cpu_s=0.0, wait_s=0.0, copy_s=0.0)
 """Eight thread-seconds in two seconds."""
 
 
@@ -174,11 +174,12 @@ RANK = RankTurn(0, 0, "cuda:0", 10.0, 12.0, 100, 100, 10, 0, 0, 4, read_s=0.0, c
         ({"read_s": 7.9, "cpu_s": 7.5}, 16, Limit.ONE_THREAD),
         ({"read_s": 7.9, "cpu_s": 7.5}, 4, Limit.CORES),
         ({"read_s": 2.0, "cpu_s": 2.0, "wait_s": 5.5}, 16, Limit.COPIES),
-        ({"read_s": 2.0, "cpu_s": 2.0, "submit_s": 1.9}, 16, Limit.ONE_THREAD),
+        ({"read_s": 2.0, "cpu_s": 7.5, "copy_s": 5.5}, 16, Limit.COPIES),
+        ({"read_s": 6.0, "cpu_s": 7.5, "copy_s": 1.6}, 16, Limit.ONE_THREAD),
         ({"read_s": 1.0, "cpu_s": 1.0}, 16, Limit.RANKS),
         ({"read_s": 5.0, "cpu_s": 2.2}, 2, Limit.CORES),
     ],
-    ids=["storage", "one thread", "cores", "copies", "driver", "ranks", "more threads than cores"],
+    ids=["storage", "one thread", "cores", "staging", "copies", "short copies", "ranks", "more threads than cores"],
 )
 def test_what_limits(times: dict[str, float], cores: int, limit: Limit) -> None:
     assert find_limit([replace(RANK, **times)], 2.0, cores) is limit

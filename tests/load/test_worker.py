@@ -8,14 +8,34 @@ import pytest
 import torch
 
 from nvfp4_prep.load import Catalog, Gather, LoadOptions, load_layer, reader
-from nvfp4_prep.load.read_plan import plan_reads
+from nvfp4_prep.load.read_plan import Segment, plan_reads
 from nvfp4_prep.load.strided_copy import run_views
-from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission
+from nvfp4_prep.load.worker import Buffers, Job, Reading, Submission
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice, take_rank
 from support.load_files import BATCHED, write_checkpoint
 
 SMALL = LoadOptions(threads=1, chunk_nbytes=65536)
+
+
+class HostCopies:
+    """Copies to host memory in the place of those to a GPU; what was staged is spoilt afterwards, as by a next read."""
+
+    def __init__(self, slab: torch.Tensor) -> None:
+        self._slab = slab
+
+    def copy(self, staged: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        assert len(staged) == len(target) and ready is None
+        target.copy_(staged)
+        self._slab.fill_(0xA5)
+
+    def copy_runs(
+        self, staged: torch.Tensor, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None
+    ) -> None:
+        assert len(staged) == cut.span_nbytes and ready is None
+        rows, out = run_views(staged, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+        out.copy_(rows)
+        self._slab.fill_(0xA5)
 
 
 @pytest.mark.parametrize("options", [None, BATCHED], ids=["standard", "batched"])
@@ -26,33 +46,27 @@ def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
 ) -> None:
     """The short way for one range of the file, without a GPU: each staging buffer has all bytes of its chunk."""
     written = write_checkpoint(tmp_path, MoeDims(3, 256, 256), options=options)
-    filled = list[Filled]()
     slab = torch.zeros(SMALL.staging_nbytes, dtype=torch.uint8)
     staging = Buffers(slab, SMALL.buffer_nbytes, SMALL.chunk_nbytes, threads=1)
-    reading = Reading(0, staging, SMALL.buffer_nbytes, filled.append, lambda job, nbytes: None)
+    copies, arrived = HostCopies(slab), list[int]()
+    reading = Reading(0, staging, SMALL.buffer_nbytes, copies, lambda job, nbytes: arrived.append(nbytes))
     records = Catalog.open(tmp_path).records(written.manifest.layers[0])
     for tensor in PreparedTensor:
         record, part = records[tensor.value], rank_slice(written.layout, tensor, written.dims, *tp)
-        found = bytearray(len(experts) * part.nbytes)
+        found = torch.zeros(len(experts) * part.nbytes, dtype=torch.uint8)
         source = reader.FileReader(tmp_path / record.file)
         for task in plan_reads(tmp_path / record.file, record, part, experts, SMALL.chunk_nbytes):
-            reading.run(Job(task, source, (None,) * len(task.chunks), None, Submission(task.units)))
-            for chunk, item in zip(task.chunks, filled, strict=True):
-                data = staging.bytes[item.buffer][item.lead : item.lead + item.nbytes]
-                if item.cut is not None:
-                    data = torch.empty_like(data)
-                    cut = item.cut
-                    rows, out = run_views(
-                        staging.bytes[item.buffer], item.lead, cut.run_nbytes, cut.stride_bytes, cut.runs, data
-                    )
-                    out.copy_(rows)
-                assert len(data) == chunk.nbytes
-                found[chunk.destination_bytes : chunk.destination_bytes + chunk.nbytes] = bytes(data.tolist())
-                staging.give_back(item.buffer)
-            filled.clear()
+            targets = tuple(
+                found[chunk.destination_bytes : chunk.destination_bytes + chunk.nbytes] for chunk in task.chunks
+            )
+            reading.run(Job(task, source, targets, None, Submission(task.units)))
+            assert arrived == [chunk.nbytes for chunk in task.chunks]
+            arrived.clear()
         source.close()
         stored = written.tensors[1][tensor.value].view(torch.uint8)[experts]
-        assert bytes(found) == bytes(take_rank(written.layout, tensor, stored, written.dims, *tp).flatten().tolist())
+        assert bytes(found.tolist()) == bytes(
+            take_rank(written.layout, tensor, stored, written.dims, *tp).flatten().tolist()
+        )
 
 
 @pytest.mark.parametrize(

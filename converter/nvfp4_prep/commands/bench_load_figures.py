@@ -157,14 +157,13 @@ def find_limit(ranks: Sequence[RankTurn], seconds: float, cores: int) -> Limit:
         cores: that this process may use.
     """
     of_threads = sum(rank.threads * rank.seconds for rank in ranks) or 1.0
-    busy = sum(rank.cpu_s for rank in ranks)
-    waiting = sum(rank.wait_s for rank in ranks)
-    blocked = max(0.0, sum(rank.read_s for rank in ranks) - busy)
-    if max(rank.submit_s / rank.seconds if rank.seconds else 0.0 for rank in ranks) >= _MOSTLY:
-        return Limit.ONE_THREAD
-    if busy >= _MOSTLY * min(cores * seconds, of_threads):
-        return Limit.CORES if busy >= _MOSTLY * cores * seconds else Limit.ONE_THREAD
-    shares = {Limit.STORAGE: blocked, Limit.COPIES: waiting, Limit.RANKS: of_threads - busy - waiting - blocked}
+    copying = sum(rank.copy_s for rank in ranks)
+    reading = max(0.0, sum(rank.cpu_s for rank in ranks) - copying)  # a thread spins until its copy has arrived
+    waiting = copying + sum(rank.wait_s for rank in ranks)
+    blocked = max(0.0, sum(rank.read_s for rank in ranks) - reading)
+    if reading >= waiting and reading + copying >= _MOSTLY * min(cores * seconds, of_threads):
+        return Limit.CORES if reading + copying >= _MOSTLY * cores * seconds else Limit.ONE_THREAD
+    shares = {Limit.STORAGE: blocked, Limit.COPIES: waiting, Limit.RANKS: of_threads - reading - waiting - blocked}
     if sum(rank.threads for rank in ranks) > cores and blocked < of_threads / 2:
         return Limit.CORES  # threads wait for a core, which counts as neither
     return max(shares, key=lambda limit: shares[limit])

@@ -69,8 +69,8 @@ class RankTurn:
         read_nbytes, reads: out of files, and the requests; ``direct_nbytes`` of it past the page cache,
             ``mapped_nbytes`` of pages touched in mappings.
         threads: reading threads.
-        read_s, cpu_s, wait_s: of all its reading threads: in system calls, on a core, waiting for staging.
-        submit_s: of the thread that hands copies to the driver.
+        read_s, cpu_s, wait_s, copy_s: of all its reading threads: in system calls, on a core, waiting for staging, in
+            copies to the GPU.
     """
 
     tp_rank: int
@@ -87,7 +87,7 @@ class RankTurn:
     read_s: float
     cpu_s: float
     wait_s: float
-    submit_s: float
+    copy_s: float
 
     @property
     def seconds(self) -> float:
@@ -193,5 +193,5 @@ class _Rank:
             read_s=times.read,
             cpu_s=times.cpu,
             wait_s=times.wait,
-            submit_s=times.submit,
+            copy_s=times.copy,
         )

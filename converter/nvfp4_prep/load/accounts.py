@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 
 from nvfp4_prep.errors import LoadError, NvfpPrepError
 from nvfp4_prep.load.worker import Job, Submission
@@ -47,16 +46,13 @@ class Accounts:
         with self._changed:
             self.error = self.error or error
 
-    def arrived(self, units: Sequence[tuple[Job, int]], failure: NvfpPrepError | None = None) -> None:
-        """Count units of jobs that are done or dropped, and keep a failure."""
+    def arrived(self, job: Job, units: int, failure: NvfpPrepError | None = None) -> None:
+        """Count units of a job that are done or dropped, and keep a failure."""
         with self._changed:
             self.error = self.error or failure
-            complete = False
-            for job, count in units:
-                self._pending -= count
-                job.submission.pending -= count
-                complete |= not job.submission.pending
-            if complete:
+            self._pending -= units
+            job.submission.pending -= units
+            if not job.submission.pending:
                 self._changed.notify_all()
 
     def wait_for(self, submission: Submission) -> NvfpPrepError | None:

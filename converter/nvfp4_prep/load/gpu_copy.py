@@ -1,167 +1,102 @@
-"""Filled staging buffers to the GPU: one thread hands copies to the driver, one takes finished buffers back.
+"""Copies to a GPU by the thread that filled the staging buffer, through the driver's C interface.
 
-Every call into torch or the driver gives Python's interpreter lock away, and getting it back costs about 25 µs while
-sixteen reading threads want it too. When each reading thread copied for itself, eight such calls a chunk took 0.24 ms
-whatever the chunk's size, and loading stopped at 16 to 23 GB/s on an H200. So the readers only read, and whatever
-has been filled meanwhile is handed on in one call.
+A reading thread copies its one buffer as soon as it is full, and waits until the bytes have arrived: then the buffer
+is still in the processor's caches when it is filled again, and the other threads read meanwhile. One call of the driver
+a chunk is all that the interpreter is asked for; through torch it would be eight, and each of them waits for the
+interpreter lock while sixteen threads want it.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
+import ctypes
+import functools
+from typing import Protocol
 
 import torch
 
+from nvfp4_prep.load.read_plan import Segment
 from nvfp4_prep.load.strided_copy import run_views
-from nvfp4_prep.load.worker import Buffers, Filled
 
-__all__ = ["Transfer"]
+__all__ = ["Copies", "CopyError", "GpuCopies"]
 
-
-_SLICING_NBYTES = 64 * 1024 * 1024
-"""Device memory in which whole rows wait to be sliced."""
+_DRIVER = "libcuda.so.1"
 
 
-class Transfer:
-    """Copies to one device on a stream of its own.
+class CopyError(RuntimeError):
+    """The driver refused a copy, or lost it."""
 
-    Device memory, from the first chunk of whole rows on: 64 MiB or one buffer, the staging's size at most.
+
+class Copies(Protocol):
+    """Takes staged bytes to where they are wanted, and returns once they are there."""
+
+    def copy(self, staged: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        """Copy ``staged``, flat ``uint8`` in pinned memory, to as many bytes of ``target``, when ``ready`` is over."""
+
+    def copy_runs(
+        self, staged: torch.Tensor, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None
+    ) -> None:
+        """Copy the runs of ``cut``, the first of which begins at the start of ``staged``, to ``target``."""
+
+
+class GpuCopies:
+    """Copies of one thread to one GPU, on a stream of its own.
+
+    Device memory, from the first runs on: as much as the longest ``staged``.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        buffers: Buffers,
-        done: Callable[[Sequence[Filled]], None],
-        failed: Callable[[BaseException, Filled], None],
-    ) -> None:
-        """Start both threads.
-
-        Args:
-            device: CUDA device.
-            buffers: where finished buffers go back to.
-            done: told what has arrived.
-            failed: told an error of the driver, before the buffers concerned are reported as done.
-        """
-        self.submit_s = 0.0
+    def __init__(self, device: torch.device) -> None:
+        """Remember the device; the first copy opens the stream, in the thread that copies."""
         self._device = device
-        self._buffers = buffers
-        self._done = done
-        self._failed = failed
-        self._rows: list[torch.Tensor] = []  # on the device; the stream's order says when one is free again
-        self._events: list[torch.cuda.Event] = []  # done with, to be used again
-        self._filled: queue.SimpleQueue[Filled | None] = queue.SimpleQueue()
-        self._copying: queue.SimpleQueue[tuple[torch.cuda.Event, Sequence[Filled]] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=run, name=f"nvfp4-load-{name}", daemon=True)
-            for name, run in (("submit", self._submit_all), ("release", self._release_all))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._stream: torch.cuda.Stream | None = None
+        self._awaited: torch.cuda.Event | None = None
+        self._rows = torch.empty(0, dtype=torch.uint8)
 
-    def put(self, filled: Filled) -> None:
-        """Take over a filled buffer."""
-        self._filled.put(filled)
+    def copy(self, staged: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        """Copy as :meth:`Copies.copy`; raises :class:`CopyError` if it fails."""
+        stream = self._opened(ready)
+        self._send(staged, target, stream)
+        self._wait(stream)
 
-    def close(self) -> None:
-        """End both threads after everything taken over."""
-        self._filled.put(None)
-        for thread in self._threads:
-            thread.join()
+    def copy_runs(
+        self, staged: torch.Tensor, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None
+    ) -> None:
+        """Copy everything to the GPU, and the runs of it to ``target`` there; raises as :meth:`copy`."""
+        stream = self._opened(ready)
+        if len(self._rows) < len(staged):
+            self._rows = torch.empty(len(staged), dtype=torch.uint8, device=self._device)
+        self._send(staged, self._rows, stream)
+        runs, place = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+        place.copy_(runs)
+        self._wait(stream)
 
-    def _submit_all(self) -> None:
-        torch.cuda.set_device(self._device)
-        stream = torch.cuda.Stream(self._device)
-        torch.cuda.set_stream(stream)
-        last: torch.cuda.Event | None = None
-        while True:
-            batch = self._next_batch()
-            if not batch:
-                self._copying.put(None)
-                return
-            begun = time.perf_counter()
-            # A thread that waits must not take a core from those that read: a blocking event.
-            event = self._events.pop() if self._events else torch.cuda.Event(blocking=True)
-            try:
-                for item in batch:
-                    if item.job.ready is not None and item.job.ready is not last:
-                        stream.wait_event(item.job.ready)
-                        last = item.job.ready
-                self._copy(batch)
-                event.record(stream)
-            except Exception as error:
-                self._failed(error, batch[0])
-            self._copying.put((event, batch))
-            self.submit_s += time.perf_counter() - begun
+    def _opened(self, ready: torch.cuda.Event | None) -> torch.cuda.Stream:
+        if self._stream is None:
+            torch.cuda.set_device(self._device)
+            self._stream = torch.cuda.Stream(self._device)
+            torch.cuda.set_stream(self._stream)  # of this thread
+        if ready is not None and ready is not self._awaited:
+            self._stream.wait_event(ready)
+            self._awaited = ready
+        return self._stream
 
-    def _next_batch(self) -> list[Filled]:
-        """Wait for one buffer and take all others that are filled by then; empty at the end."""
-        batch: list[Filled] = []
-        item = self._filled.get()
-        while item is not None:
-            batch.append(item)
-            try:
-                item = self._filled.get_nowait()
-            except queue.Empty:
-                return batch
-        if batch:
-            self._filled.put(None)
-        return batch
+    def _send(self, staged: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        status = _driver().cuMemcpyHtoDAsync_v2(
+            target.data_ptr(), staged.data_ptr(), staged.numel(), stream.cuda_stream
+        )
+        if status:
+            raise CopyError(f"copy to {self._device} failed (CUDA driver error {status})")
 
-    def _copy(self, batch: Sequence[Filled]) -> None:
-        sources, targets = [], []
-        slices: list[Filled] = []
-        for item in batch:
-            if item.target is None:
-                continue
-            if item.cut is not None:
-                slices.append(item)
-                continue
-            source = self._buffers.chunks[item.buffer]
-            if item.lead or item.nbytes != self._buffers.chunk_nbytes:
-                source = self._buffers.bytes[item.buffer][item.lead : item.lead + item.nbytes]
-            sources.append(source)
-            targets.append(item.target)
-        if targets:
-            torch._foreach_copy_(targets, sources, non_blocking=True)
-        if slices:
-            self._make_rows()
-        for first in range(0, len(slices), max(1, len(self._rows))):
-            self._copy_slices(slices[first : first + len(self._rows)])
+    def _wait(self, stream: torch.cuda.Stream) -> None:
+        try:
+            stream.synchronize()
+        except RuntimeError as error:
+            raise CopyError(f"copy to {self._device} failed ({error})") from error
 
-    def _copy_slices(self, batch: Sequence[Filled]) -> None:
-        """Copy whole rows and slice them on the device; no more at once than there is memory for."""
-        staged, rows, runs, targets = [], [], [], []
-        for place, item in zip(self._rows, batch, strict=False):
-            if item.cut is None or item.target is None:
-                continue
-            cut, end = item.cut, item.lead + item.cut.span_nbytes
-            staged.append(self._buffers.bytes[item.buffer][item.lead : end])
-            rows.append(place[item.lead : end])
-            source, target = run_views(place, item.lead, cut.run_nbytes, cut.stride_bytes, cut.runs, item.target)
-            runs.append(source)
-            targets.append(target)
-        torch._foreach_copy_(rows, staged, non_blocking=True)
-        torch._foreach_copy_(targets, runs)
 
-    def _make_rows(self) -> None:
-        if not self._rows:
-            nbytes = len(self._buffers.bytes[0])
-            count = max(1, min(len(self._buffers.bytes), _SLICING_NBYTES // nbytes))
-            self._rows = list(torch.empty((count, nbytes), dtype=torch.uint8, device=self._device))
-
-    def _release_all(self) -> None:
-        torch.cuda.set_device(self._device)
-        while (copying := self._copying.get()) is not None:
-            event, batch = copying
-            try:
-                event.synchronize()
-            except Exception as error:
-                self._failed(error, batch[0])
-            self._events.append(event)
-            for item in batch:
-                self._buffers.give_back(item.buffer)
-            self._done(batch)
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """Return the CUDA driver's library, which torch has opened already; calls release the interpreter lock."""
+    library = ctypes.CDLL(_DRIVER)
+    library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    library.cuMemcpyHtoDAsync_v2.restype = ctypes.c_int
+    return library

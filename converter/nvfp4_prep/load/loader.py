@@ -17,7 +17,7 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.accounts import Accounts
 from nvfp4_prep.load.arguments import as_device, as_experts, check_parameter
-from nvfp4_prep.load.gpu_copy import Transfer
+from nvfp4_prep.load.gpu_copy import GpuCopies
 from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.numa import near_processors, run_near, stay_near
 from nvfp4_prep.load.open_files import OpenFiles
@@ -26,7 +26,7 @@ from nvfp4_prep.load.read_plan import Task, plan_reads
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.staging import make_buffers
-from nvfp4_prep.load.worker import Buffers, Filled, Job, Reading, Submission, Times, as_load_error
+from nvfp4_prep.load.worker import Job, Reading, Submission, Times, as_load_error
 from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["ExpertLoader"]
@@ -40,7 +40,7 @@ class ExpertLoader:
     """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
-    memory for a GPU; on the device at most 64 MiB or one buffer, for whole rows that are sliced there. Staging and
+    memory for a GPU; on the device as much again, for whole rows that are sliced there. Staging and
     reading threads are kept on the GPU's NUMA node where that is known and has processors enough. A load that failed is
     void: :meth:`finish` raises, and none of the parameters submitted since the last one may be used.
 
@@ -81,10 +81,15 @@ class ExpertLoader:
         self._closed = False
         self._near = near_processors(self.device, self.options.thread_count)
         buffers = run_near(self._near, lambda: make_buffers(self.options, pinned=self.device.type == "cuda"))
-        self._transfer = self._make_transfer(buffers)
-        filled = None if self._transfer is None else self._transfer.put
+        on_gpu = self.device.type == "cuda"
         self._reading = [
-            Reading(number, buffers, self.options.buffer_nbytes, filled, self._one_arrived)
+            Reading(
+                number,
+                buffers,
+                self.options.buffer_nbytes,
+                GpuCopies(self.device) if on_gpu else None,
+                self._one_arrived,
+            )
             for number in range(self.options.thread_count)
         ]
         self._threads = [
@@ -233,8 +238,6 @@ class ExpertLoader:
             reading.counts, reading.times = ReadCounts(), Times()
         before, self._cpu = self._cpu, self._cpu_seconds()
         times.cpu = self._cpu - before
-        if self._transfer is not None:
-            times.submit, self._transfer.submit_s = self._transfer.submit_s, 0.0
         error, submitted = self._accounts.close()
         self._files.close()
         if error is not None:
@@ -263,18 +266,8 @@ class ExpertLoader:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-        if self._transfer is not None:
-            self._transfer.close()
         self._files.close()
-        self._reading, self._transfer = [], None  # which hold the staging memory
-
-    def _make_transfer(self, buffers: Buffers) -> Transfer | None:
-        if self.device.type != "cuda":
-            return None
-        try:
-            return Transfer(self.device, buffers, self._copied, self._driver_failed)
-        except RuntimeError as error:  # no more threads for this process
-            raise LoadError(f"copies to {self.device} cannot begin ({error})") from error
+        self._reading = []  # which hold the staging memory
 
     def _start_threads(self) -> None:
         started = []
@@ -291,27 +284,18 @@ class ExpertLoader:
             ) from error
 
     def _one_arrived(self, job: Job, nbytes: int) -> None:
-        self._arrived([(job, 1)], nbytes)
+        self._arrived(job, 1, nbytes)
 
-    def _copied(self, batch: Sequence[Filled]) -> None:
-        self._arrived([(item.job, 1) for item in batch], sum(item.nbytes for item in batch))
-
-    def _arrived(self, units: Sequence[tuple[Job, int]], nbytes: int) -> None:
+    def _arrived(self, job: Job, units: int, nbytes: int) -> None:
         failure = None
         if self._progress is not None and nbytes:
             try:
                 self._progress(nbytes)
             except BaseException as error:
-                # Raised here it would end the thread that gives buffers back, and finish() would wait for ever.
+                # Raised here it would end a reading thread, and finish() would wait for ever.
                 failure = LoadError(f"progress could not be reported ({type(error).__name__}: {error})")
                 failure.__cause__ = error
-        self._accounts.arrived(units, failure)
-
-    def _driver_failed(self, error: BaseException, filled: Filled) -> None:
-        task = filled.job.task
-        failure = LoadError(f"copy to {self.device} failed ({error})", where=f"{task.path}, tensor {task.tensor!r}")
-        failure.__cause__ = error
-        self._accounts.fail(failure)
+        self._accounts.arrived(job, units, failure)
 
     def _work(self, reading: Reading) -> None:
         stay_near(self._near)
@@ -328,7 +312,7 @@ class ExpertLoader:
                     self._accounts.fail(failure)
                     units -= reading.chunks_done
             if units:
-                self._arrived([(job, units)], 0)
+                self._arrived(job, units, 0)
 
     def _cpu_seconds(self) -> float:
         """Processor time of the reading threads so far; 0 where the system does not say.

@@ -13,7 +13,7 @@ __all__ = ["DirectIO", "Gather", "LoadOptions", "default_threads", "rank_threads
 
 MAX_THREADS, MAX_BUFFERS, MAX_CHUNK_NBYTES = 1024, 65536, 1 << 30
 """More is a mistake: 12 threads saturate the bus."""
-_FEW_THREADS, _CHUNK_NBYTES, _SMALL_CHUNK_NBYTES = 4, 4 * 1024 * 1024, 3 * 1024 * 1024
+_CHUNK_NBYTES = 4 * 1024 * 1024
 
 
 class DirectIO(enum.StrEnum):
@@ -110,8 +110,7 @@ class LoadOptions:
                 actual=str(self),
             )
         if self.chunk_nbytes == 0:
-            chosen = _CHUNK_NBYTES if self.thread_count > _FEW_THREADS else _SMALL_CHUNK_NBYTES
-            object.__setattr__(self, "chunk_nbytes", chosen)
+            object.__setattr__(self, "chunk_nbytes", _CHUNK_NBYTES)
         if self.chunk_nbytes < LONG_RUN_NBYTES or self.chunk_nbytes % ALIGNMENT:
             raise UsageError(
                 "unusable staging buffer size",
@@ -132,7 +131,7 @@ class LoadOptions:
     @property
     def buffer_count(self) -> int:
         """Staging buffers, with the default resolved."""
-        return self.buffers or 2 * self.thread_count
+        return self.buffers or self.thread_count
 
     @property
     def staging_nbytes(self) -> int:

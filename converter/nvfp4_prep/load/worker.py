@@ -7,17 +7,17 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
 
 import torch
 
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep.errors import LoadError, NvfpPrepError, VerificationError
-from nvfp4_prep.load.read_plan import Chunk, Segment, Task
+from nvfp4_prep.load.gpu_copy import Copies, CopyError
+from nvfp4_prep.load.read_plan import Chunk, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.strided_copy import gather_runs
 
-__all__ = ["Buffers", "Filled", "Job", "Reading", "Submission", "Times", "as_load_error"]
+__all__ = ["Buffers", "Job", "Reading", "Submission", "Times", "as_load_error"]
 
 
 @dataclass(slots=True)
@@ -54,35 +54,21 @@ class Job:
         return len(chunks[0].segments) == 1 and chunks[0].segments[0].contiguous
 
 
-class Filled(NamedTuple):
-    """A staging buffer with data: ``nbytes`` bytes from ``lead`` on go to ``target``, which may be nothing.
-
-    With a ``cut``, the first of its runs is at ``lead``, and only the runs go to ``target``.
-    """
-
-    buffer: int
-    lead: int
-    nbytes: int
-    target: torch.Tensor | None
-    job: Job
-    cut: Segment | None = None
-
-
 @dataclass
 class Times:
     """Where the threads' time went, in seconds, summed over the threads.
 
     Attributes:
         read: in system calls, gathering and checksums, and until Python ran again after them.
-        wait: until a staging buffer was free.
+        wait: until a staging buffer was free; 0 where every thread has one.
+        copy: in copies to the GPU, until the bytes had arrived.
         cpu: processor time.
-        submit: of the thread that hands copies to the driver.
     """
 
     read: float = 0.0
     wait: float = 0.0
+    copy: float = 0.0
     cpu: float = 0.0
-    submit: float = 0.0
 
     def add(self, other: Times) -> None:
         """Add another thread's times."""
@@ -93,7 +79,7 @@ class Times:
 class Buffers:
     """Staging memory in equal parts, each of one reading thread. Peak memory: ``slab``.
 
-    A thread fills the same two buffers in turn: the processor's caches still have them, and copying out of the page
+    A thread fills the same buffer again and again: the processor's caches still have it, and copying out of the page
     cache takes three quarters of the time it takes into a buffer that another core filled last.
 
     Attributes:
@@ -137,14 +123,14 @@ class Reading:
         thread: its number, from 0.
         buffers: of all threads.
         scratch_nbytes: size of this thread's pageable buffer for what is read but not loaded.
-        filled: takes what goes to a GPU; None for parameters in host memory.
-        done: told which job's parameter in host memory has so many more bytes, once for each chunk.
+        copies: take what is staged to a GPU; None for parameters in host memory.
+        done: told which job's parameter has so many more bytes, once for each chunk.
     """
 
     thread: int
     buffers: Buffers
     scratch_nbytes: int
-    filled: Callable[[Filled], None] | None
+    copies: Copies | None
     done: Callable[[Job, int], None]
     counts: ReadCounts = field(default_factory=ReadCounts)
     times: Times = field(default_factory=Times)
@@ -152,32 +138,26 @@ class Reading:
     _scratch: torch.Tensor | None = None
 
     def run(self, job: Job) -> None:
-        """Read a task. :attr:`chunks_done` says for how many of its chunks somebody else will account.
+        """Read a task. :attr:`chunks_done` says how many of its chunks have arrived.
 
         Raises:
-            LoadError: if the file cannot be read.
+            LoadError: if the file cannot be read, or a copy fails.
             VerificationError: if a checksum differs.
         """
         crc32 = self.chunks_done = 0
-        if self.filled is not None and job.plain:
-            self._run_plain(job, self.filled)
-            return
         for chunk, target in zip(job.task.chunks, job.targets, strict=True):
             buffer = self._buffer() if self._staged(chunk, job) else None
             try:
-                lead, crc32 = self._fill(job, chunk, target, buffer, crc32)
-            except BaseException:
+                if job.plain and buffer is not None:
+                    lead = self._fill_plain(job, chunk, buffer)
+                else:
+                    lead, crc32 = self._fill(job, chunk, target, buffer, crc32)
+                if buffer is not None and target is not None:
+                    self._take(job, chunk, buffer, lead, target)
+            finally:
                 if buffer is not None:
                     self.buffers.give_back(buffer)
-                raise
-            cut = chunk.segments[0] if chunk.sliced else None
-            if self.filled is not None and buffer is not None:
-                self.filled(Filled(buffer, lead, chunk.nbytes, target, job, cut))
-            else:
-                if buffer is not None and target is not None:
-                    self._take(buffer, lead, cut, target)
-                    self.buffers.give_back(buffer)
-                self.done(job, chunk.nbytes)
+            self.done(job, chunk.nbytes)
             self.chunks_done += 1
         if job.task.crc32 is not None and crc32 != job.task.crc32:
             raise VerificationError(
@@ -188,35 +168,39 @@ class Reading:
                 next_step="The file is damaged: download or convert it again.",
             )
 
-    def _run_plain(self, job: Job, filled: Callable[[Filled], None]) -> None:
-        """The usual case with as little Python as possible: the interpreter lock is what many threads wait for."""
-        chunk = job.task.chunks[0]
-        buffer = self._buffer()
+    def _fill_plain(self, job: Job, chunk: Chunk, buffer: int) -> int:
+        """Fill the usual chunk with as little Python as possible: threads wait for the interpreter lock."""
         begun = time.perf_counter()
-        try:
-            job.reader.read(
-                job.task.tensor, chunk.segments[0].offset_bytes, self.buffers.views[buffer], chunk.nbytes, self.counts
-            )
-        except BaseException:
-            self.buffers.give_back(buffer)
-            raise
+        job.reader.read(
+            job.task.tensor, chunk.segments[0].offset_bytes, self.buffers.views[buffer], chunk.nbytes, self.counts
+        )
         self.times.read += time.perf_counter() - begun
-        filled(Filled(buffer, 0, chunk.nbytes, job.targets[0], job))
-        self.chunks_done = 1
+        return 0
 
-    def _take(self, buffer: int, lead: int, cut: Segment | None, target: torch.Tensor) -> None:
-        """Copy out of staging into host memory."""
-        staged = self.buffers.bytes[buffer]
-        if cut is not None:
-            gather_runs(staged, lead, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+    def _take(self, job: Job, chunk: Chunk, buffer: int, lead: int, target: torch.Tensor) -> None:
+        """Copy out of staging: all of it, or the runs of a chunk that is sliced."""
+        cut = chunk.segments[0] if chunk.sliced else None
+        nbytes = chunk.nbytes if cut is None else cut.span_nbytes
+        staged = self.buffers.chunks[buffer]
+        if lead or nbytes != self.buffers.chunk_nbytes:
+            staged = self.buffers.bytes[buffer][lead : lead + nbytes]
+        begun = time.perf_counter()
+        if self.copies is not None and cut is not None:
+            self.copies.copy_runs(staged, cut, target, job.ready)
+        elif self.copies is not None:
+            self.copies.copy(staged, target, job.ready)
+        elif cut is not None:
+            gather_runs(staged, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
         else:
             # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
-            ctypes.memmove(target.data_ptr(), staged.data_ptr() + lead, target.numel())
+            ctypes.memmove(target.data_ptr(), staged.data_ptr(), nbytes)
+        if self.copies is not None:
+            self.times.copy += time.perf_counter() - begun
 
     def _staged(self, chunk: Chunk, job: Job) -> bool:
         # A parameter in host memory is read into in place, but for whole rows, and for direct I/O, which wants aligned
         # memory.
-        return self.filled is not None or chunk.sliced or (job.reader.direct and chunk.window is None)
+        return self.copies is not None or chunk.sliced or (job.reader.direct and chunk.window is None)
 
     def _buffer(self) -> int:
         begun = time.perf_counter()
@@ -255,4 +239,6 @@ def as_load_error(error: BaseException, task: Task) -> NvfpPrepError:
     where = f"{task.path}, tensor {task.tensor!r}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return LoadError("out of memory while loading", where=where, actual=str(error).split("\n")[0])
+    if isinstance(error, CopyError):
+        return LoadError(str(error), where=where)
     return LoadError(f"{type(error).__name__}: {error}", where=where)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvfp4_prep.checkpoint.tensors import TensorRecord
-from nvfp4_prep.load.read_plan import ALIGNMENT, Chunk, Segment, plan_reads
+from nvfp4_prep.load.read_plan import ALIGNMENT, Chunk, Segment, pieces, plan_reads
 from nvfp4_prep_kernels import ExpertSlice
 
 PATH = Path("experts.safetensors")
@@ -60,14 +60,16 @@ def oracle(record: TensorRecord, part: ExpertSlice, slots: list[int]) -> list[in
 
 
 @settings(max_examples=60, deadline=None)
-@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]), st.booleans())
+@given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]), st.booleans(), st.booleans())
 def test_every_byte_of_the_parameter_comes_from_its_place(
-    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int, mapped: bool
+    share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int, mapped: bool, divided: bool
 ) -> None:
     record, part, slots = share
-    tasks = plan_reads(PATH, record, part, slots, limit, mapped=mapped)
+    tasks = plan_reads(PATH, record, part, slots, limit, mapped=mapped, divided=divided)
     chunks = [chunk for task in tasks for chunk in task.chunks]
-    assert all(0 < chunk.nbytes <= limit and chunk.window is None for chunk in chunks)
+    assert all(chunk.window is None and chunk.long == (chunk.nbytes > limit) for chunk in chunks)
+    assert all(len(chunk.segments) == 1 and chunk.segments[0].contiguous for chunk in chunks if chunk.long)
+    assert all(0 < chunk.nbytes <= limit or divided for chunk in chunks)
     assert bytes_in_order(chunks) == oracle(record, part, slots)
     assert all(segment.runs == 1 or not segment.contiguous for chunk in chunks for segment in chunk.segments)
     for chunk in chunks:
@@ -75,6 +77,16 @@ def test_every_byte_of_the_parameter_comes_from_its_place(
         if chunk.sliced:
             assert len(chunk.segments) == 1 and chunk.segments[0].span_nbytes <= limit
     assert sum(task.nbytes for task in tasks) == len(slots) * part.nbytes
+
+
+@given(st.integers(0, 1 << 40), st.integers(1, 1 << 24), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]))
+def test_pieces_cover_a_range_and_end_at_pages(offset: int, nbytes: int, limit: int) -> None:
+    segment = Segment(offset, nbytes, nbytes, 1)
+    begins = pieces(segment, limit)
+    ends = [*begins[1:], offset + nbytes]
+    assert begins[0] <= offset < begins[0] + ALIGNMENT
+    assert all(begin % ALIGNMENT == 0 and end - begin <= limit for begin, end in zip(begins, ends, strict=True))
+    assert all(max(begin, offset) < end for begin, end in zip(begins, ends, strict=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,15 +27,13 @@ class CopyError(RuntimeError):
 
 
 class Copies(Protocol):
-    """Takes staged bytes to where they are wanted, and returns once they are there."""
+    """Takes staged bytes to where they are wanted, when ``ready`` is over, and returns once they are there."""
 
-    def copy(self, staged: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
-        """Copy ``staged``, flat ``uint8`` in pinned memory, to as many bytes of ``target``, when ``ready`` is over."""
+    def copy(self, source: int, target: int, nbytes: int, ready: torch.cuda.Event | None) -> None:
+        """Copy from an address of pinned host memory to an address of the device."""
 
-    def copy_runs(
-        self, staged: torch.Tensor, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None
-    ) -> None:
-        """Copy the runs of ``cut``, the first of which begins at the start of ``staged``, to ``target``."""
+    def copy_runs(self, source: int, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+        """Copy the runs of ``cut``, the first of which begins at ``source``, to ``target``, flat ``uint8``."""
 
 
 class GpuCopies:
@@ -48,23 +46,22 @@ class GpuCopies:
         """Remember the device; the first copy opens the stream, in the thread that copies."""
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        self._handle = 0
         self._awaited: torch.cuda.Event | None = None
         self._rows = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, staged: torch.Tensor, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
+    def copy(self, source: int, target: int, nbytes: int, ready: torch.cuda.Event | None) -> None:
         """Copy as :meth:`Copies.copy`; raises :class:`CopyError` if it fails."""
         stream = self._opened(ready)
-        self._send(staged, target, stream)
+        self._send(source, target, nbytes)
         self._wait(stream)
 
-    def copy_runs(
-        self, staged: torch.Tensor, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None
-    ) -> None:
+    def copy_runs(self, source: int, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         """Copy everything to the GPU, and the runs of it to ``target`` there; raises as :meth:`copy`."""
         stream = self._opened(ready)
-        if len(self._rows) < len(staged):
-            self._rows = torch.empty(len(staged), dtype=torch.uint8, device=self._device)
-        self._send(staged, self._rows, stream)
+        if len(self._rows) < cut.span_nbytes:
+            self._rows = torch.empty(cut.span_nbytes, dtype=torch.uint8, device=self._device)
+        self._send(source, self._rows.data_ptr(), cut.span_nbytes)
         runs, place = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
         place.copy_(runs)
         self._wait(stream)
@@ -74,15 +71,14 @@ class GpuCopies:
             torch.cuda.set_device(self._device)
             self._stream = torch.cuda.Stream(self._device)
             torch.cuda.set_stream(self._stream)  # of this thread
+            self._handle = self._stream.cuda_stream
         if ready is not None and ready is not self._awaited:
             self._stream.wait_event(ready)
             self._awaited = ready
         return self._stream
 
-    def _send(self, staged: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        status = _driver().cuMemcpyHtoDAsync_v2(
-            target.data_ptr(), staged.data_ptr(), staged.numel(), stream.cuda_stream
-        )
+    def _send(self, source: int, target: int, nbytes: int) -> None:
+        status = _driver().cuMemcpyHtoDAsync_v2(target, source, nbytes, self._handle)
         if status:
             raise CopyError(f"copy to {self._device} failed (CUDA driver error {status})")
 

@@ -22,7 +22,7 @@ from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.numa import near_processors, run_near, stay_near
 from nvfp4_prep.load.open_files import OpenFiles
 from nvfp4_prep.load.options import Gather, LoadOptions
-from nvfp4_prep.load.read_plan import Task, plan_reads
+from nvfp4_prep.load.read_plan import Task, pieces, plan_reads
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.staging import make_buffers
@@ -88,7 +88,8 @@ class ExpertLoader:
                 buffers,
                 self.options.buffer_nbytes,
                 GpuCopies(self.device) if on_gpu else None,
-                self._one_arrived,
+                self._arrived,
+                self._has_failed,
             )
             for number in range(self.options.thread_count)
         ]
@@ -166,7 +167,8 @@ class ExpertLoader:
             reader = self._files.reader(path, record, chosen)
             checks = crc32 if self.options.verify else None
             mapped = self._maps(reader, part)
-            tasks = plan_reads(path, record, part, chosen, self.options.chunk_nbytes, checks, mapped=mapped)
+            limit, divided = self.options.chunk_nbytes, not reader.direct
+            tasks = plan_reads(path, record, part, chosen, limit, checks, mapped=mapped, divided=divided)
             return self._queue(reader, tasks, parameter)
 
     def submit_whole(self, path: Path, record: TensorRecord, target: torch.Tensor) -> Submission:
@@ -192,7 +194,8 @@ class ExpertLoader:
             check_parameter(stored, part, (0,), parameter, self.device)
             reader = self._files.reader(path, stored, (0,))
             reader.direct = False
-            return self._queue(reader, plan_reads(path, stored, part, (0,), self.options.chunk_nbytes), parameter)
+            tasks = plan_reads(path, stored, part, (0,), self.options.chunk_nbytes, divided=True)
+            return self._queue(reader, tasks, parameter)
 
     def wait_for(self, submission: Submission) -> NvfpPrepError | None:
         """Wait until one parameter has arrived; :meth:`finish` is still to be called.
@@ -210,7 +213,13 @@ class ExpertLoader:
         self._accounts.add(submission, target.numel())
         for task in tasks:
             targets = tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks)
-            self._jobs.put(Job(task, reader, targets, ready, submission))
+            if not task.chunks[0].long:
+                self._jobs.put(Job(task, reader, targets, ready, submission))
+                continue
+            begins = pieces(task.chunks[0].segments[0], self.options.chunk_nbytes)
+            job = Job(task, reader, targets, ready, submission, iter(begins))
+            for _ in range(min(len(begins), self.options.thread_count)):
+                self._jobs.put(job)
         return submission
 
     def _maps(self, reader: FileReader, part: ExpertSlice) -> bool:
@@ -283,10 +292,10 @@ class ExpertLoader:
                 next_step="Use fewer threads (LoadOptions.threads).",
             ) from error
 
-    def _one_arrived(self, job: Job, nbytes: int) -> None:
-        self._arrived(job, 1, nbytes)
+    def _has_failed(self) -> bool:
+        return self._accounts.error is not None
 
-    def _arrived(self, job: Job, units: int, nbytes: int) -> None:
+    def _arrived(self, job: Job, nbytes: int) -> None:
         failure = None
         if self._progress is not None and nbytes:
             try:
@@ -295,24 +304,25 @@ class ExpertLoader:
                 # Raised here it would end a reading thread, and finish() would wait for ever.
                 failure = LoadError(f"progress could not be reported ({type(error).__name__}: {error})")
                 failure.__cause__ = error
-        self._accounts.arrived(job, units, failure)
+        self._accounts.arrived(job, nbytes, failure)
 
     def _work(self, reading: Reading) -> None:
         stay_near(self._near)
         while (job := self._jobs.get()) is not None:
-            units = job.task.units
-            if self._accounts.error is None:
+            left = job.task.units if job.pieces is None else 0
+            if not self._has_failed():
                 try:
                     reading.run(job)
-                    units -= len(job.task.chunks)
                 except BaseException as error:
                     # Kept for finish(), which raises it in the caller's thread; the other tasks are dropped.
                     failure = as_load_error(error, job.task)
                     failure.__cause__ = failure.__cause__ or (None if failure is error else error)
                     self._accounts.fail(failure)
-                    units -= reading.chunks_done
-            if units:
-                self._arrived(job, units, 0)
+                left = reading.left
+            if self._has_failed():
+                left += job.drop_pieces(self.options.chunk_nbytes)
+            if left:
+                self._accounts.arrived(job, left)
 
     def _cpu_seconds(self) -> float:
         """Processor time of the reading threads so far; 0 where the system does not say.

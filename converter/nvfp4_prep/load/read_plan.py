@@ -14,7 +14,7 @@ from pathlib import Path
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["ALIGNMENT", "DIRECT_NBYTES", "LONG_RUN_NBYTES", "Chunk", "Segment", "Task", "plan_reads"]
+__all__ = ["ALIGNMENT", "DIRECT_NBYTES", "LONG_RUN_NBYTES", "Chunk", "Segment", "Task", "pieces", "plan_reads"]
 
 ALIGNMENT = 4096
 """Chunks end at multiples of this in the file, so that neighbouring reads share no page and direct I/O fits."""
@@ -58,7 +58,8 @@ class Chunk:
 
     With a ``window`` (``offset, size`` in the file), the whole window is read and checksummed and the segments, which
     lie inside, are cut out of it; there may be none. Without one, only the segments are read. With ``sliced`` the one
-    segment has many runs, which are cut out of everything from its first to its last byte, read at once.
+    segment has many runs, which are cut out of everything from its first to its last byte, read at once. With ``long``
+    the one segment is a range of any length, which the reading threads divide among themselves.
     """
 
     destination_bytes: int
@@ -66,6 +67,7 @@ class Chunk:
     segments: tuple[Segment, ...]
     window: tuple[int, int] | None = None
     sliced: bool = False
+    long: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,8 @@ class Task:
 
     @property
     def units(self) -> int:
-        """What is counted down until it is complete: its chunks, and the comparison of a checksum."""
-        return len(self.chunks) + (self.crc32 is not None)
+        """What is counted down until it is complete: its bytes, and the comparison of a checksum."""
+        return self.nbytes + (self.crc32 is not None)
 
 
 def plan_reads(
@@ -105,6 +107,7 @@ def plan_reads(
     crc32: Sequence[int] | None = None,
     *,
     mapped: bool = False,
+    divided: bool = False,
 ) -> tuple[Task, ...]:
     """Plan the reads that fill one parameter.
 
@@ -117,13 +120,14 @@ def plan_reads(
         crc32: the stored experts' checksums. If given, every expert is read whole, once for each slot: a checksum
             says nothing about a part.
         mapped: short runs will be gathered from a mapping; otherwise they are cut out of long ranges.
+        divided: ranges longer than a staging buffer are planned as one, for the reading threads to divide.
 
     Returns:
         Tasks in ascending order of their place in the file.
     """
     stored = record.nbytes // record.shape[0]
     if crc32 is None:
-        chunks = _chunks(record.offset_bytes, stored, part, experts, chunk_nbytes, mapped)
+        chunks = _chunks(record.offset_bytes, stored, part, experts, chunk_nbytes, mapped, divided)
         tasks = [Task(path, record.name, (chunk,)) for chunk in chunks]
     else:
         tasks = [
@@ -145,21 +149,22 @@ def _first_byte(task: Task) -> int:
 
 
 def _chunks(
-    begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], chunk_nbytes: int, mapped: bool
+    begin: int, stored: int, part: ExpertSlice, experts: Sequence[int], chunk_nbytes: int, mapped: bool, divided: bool
 ) -> Iterator[Chunk]:
     """Pack segments into chunks; long ranges get chunks of their own, which direct I/O needs, and so do whole rows."""
     destination, pending, size = 0, list[Segment](), 0
     for segment in _merged(begin, stored, part, experts):
-        for piece in _split(segment, chunk_nbytes, mapped):
+        long = divided and segment.contiguous and segment.nbytes > chunk_nbytes
+        for piece in [segment] if long else _split(segment, chunk_nbytes, mapped):
             sliced = not (mapped or piece.contiguous)
-            alone = sliced or (piece.contiguous and piece.nbytes >= DIRECT_NBYTES)
+            alone = long or sliced or (piece.contiguous and piece.nbytes >= DIRECT_NBYTES)
             if pending and (alone or size + piece.nbytes > chunk_nbytes):
                 yield Chunk(destination, size, tuple(pending))
                 destination, pending, size = destination + size, [], 0
             pending.append(piece)
             size += piece.nbytes
             if alone:
-                yield Chunk(destination, size, tuple(pending), sliced=sliced)
+                yield Chunk(destination, size, tuple(pending), sliced=sliced, long=long)
                 destination, pending, size = destination + size, [], 0
     if pending:
         yield Chunk(destination, size, tuple(pending))
@@ -168,6 +173,10 @@ def _chunks(
 def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) -> Iterator[Segment]:
     """Return the segments of all slots in the parameter's order, neighbours in the file joined."""
     last: Segment | None = None
+    if part.nbytes == stored and part.runs == 1:
+        for first, count in _consecutive(experts):
+            yield Segment(begin + first * stored, count * stored, count * stored, 1)
+        return
     for expert in experts:
         for segment in _segments(begin + expert * stored, part):
             joined = None if last is None else _joined(last, segment)
@@ -179,6 +188,20 @@ def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) 
             last = segment
     if last is not None:
         yield last
+
+
+def _consecutive(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Return the first of each run of numbers that follow each other, and how many they are."""
+    first = count = 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
 
 
 def _joined(last: Segment, following: Segment) -> Segment | None:
@@ -226,6 +249,19 @@ def _split(segment: Segment, limit: int, mapped: bool) -> Iterator[Segment]:
         for run in range(0, segment.runs, step):
             offset = segment.offset_bytes + run * segment.stride_bytes
             yield Segment(offset, segment.run_nbytes, segment.stride_bytes, min(step, segment.runs - run))
+
+
+def pieces(segment: Segment, limit: int) -> range:
+    """Return where the pieces of a long range begin in the file, and where they end: at the next one, or its end.
+
+    The first one may begin before the range does. Pieces end at page boundaries, as those of other plans do.
+
+    Args:
+        segment: contiguous.
+        limit: of a piece, a multiple of :data:`ALIGNMENT`.
+    """
+    begin = segment.offset_bytes // ALIGNMENT * ALIGNMENT
+    return range(begin, segment.offset_bytes + segment.nbytes, limit)
 
 
 def _windows(begin: int, stored: int, part: ExpertSlice, destination: int, limit: int) -> Iterator[Chunk]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -22,7 +22,7 @@ __all__ = ["Buffers", "Job", "Reading", "Submission", "Times", "as_load_error"]
 
 @dataclass(slots=True)
 class Submission:
-    """One parameter of a load; ``pending`` counts what is still to arrive, under the loader's lock."""
+    """One parameter of a load; ``pending`` counts what is still to arrive (:attr:`Task.units`), under a lock."""
 
     pending: int
 
@@ -37,6 +37,8 @@ class Job:
         targets: for each chunk its part of the parameter, flat ``uint8``; None where the chunk fills nothing.
         ready: event on the stream that owns the parameter's memory; None on the CPU.
         submission: what the task belongs to.
+        pieces: begins of the pieces of a long range that no thread has taken yet, one iterator for all of them: a
+            range's is advanced in one step of the interpreter. None where one thread does the whole task.
     """
 
     task: Task
@@ -44,14 +46,17 @@ class Job:
     targets: tuple[torch.Tensor | None, ...]
     ready: torch.cuda.Event | None
     submission: Submission
+    pieces: Iterator[int] | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is one range of the file, read through the page cache, without checksum."""
-        chunks = self.task.chunks
-        if len(chunks) != 1 or chunks[0].window is not None or self.reader.direct:
-            return False
-        return len(chunks[0].segments) == 1 and chunks[0].segments[0].contiguous
+    def piece(self, begin: int, limit: int) -> tuple[int, int]:
+        """Return offset in the file and size of the piece that begins there, of at most ``limit`` bytes."""
+        segment = self.task.chunks[0].segments[0]
+        offset = max(begin, segment.offset_bytes)
+        return offset, min(begin + limit, segment.offset_bytes + segment.nbytes) - offset
+
+    def drop_pieces(self, limit: int) -> int:
+        """Take all pieces that are left and return their bytes: 0 unless the load failed."""
+        return sum(self.piece(begin, limit)[1] for begin in self.pieces or ())
 
 
 @dataclass
@@ -85,8 +90,8 @@ class Buffers:
     Attributes:
         bytes: one tensor a buffer.
         chunk_nbytes: size of a chunk.
-        chunks: :attr:`bytes` without what direct I/O needs around a chunk.
         views: :attr:`bytes` for system calls. Made once: making one takes as long as reading 100 kB.
+        addresses: of :attr:`bytes`.
     """
 
     def __init__(self, slab: torch.Tensor, nbytes: int, chunk_nbytes: int, threads: int) -> None:
@@ -100,8 +105,8 @@ class Buffers:
         """
         self.bytes = [slab[begin : begin + nbytes] for begin in range(0, len(slab) - nbytes + 1, nbytes)]
         self.chunk_nbytes = chunk_nbytes
-        self.chunks = [buffer[:chunk_nbytes] for buffer in self.bytes]
         self.views = [byte_view(buffer) for buffer in self.bytes]
+        self.addresses = [buffer.data_ptr() for buffer in self.bytes]
         self._free: list[queue.SimpleQueue[int]] = [queue.SimpleQueue() for _ in range(min(threads, len(self.bytes)))]
         for number in range(len(self.bytes)):
             self.give_back(number)
@@ -124,7 +129,9 @@ class Reading:
         buffers: of all threads.
         scratch_nbytes: size of this thread's pageable buffer for what is read but not loaded.
         copies: take what is staged to a GPU; None for parameters in host memory.
-        done: told which job's parameter has so many more bytes, once for each chunk.
+        done: told which job's parameter has so many more bytes.
+        failed: whether the load has failed, so that there is nothing to do any more.
+        left: of what the last :meth:`run` took, what did not arrive; and 1 for a checksum, right or wrong.
     """
 
     thread: int
@@ -132,33 +139,34 @@ class Reading:
     scratch_nbytes: int
     copies: Copies | None
     done: Callable[[Job, int], None]
+    failed: Callable[[], bool]
     counts: ReadCounts = field(default_factory=ReadCounts)
     times: Times = field(default_factory=Times)
-    chunks_done: int = 0
+    left: int = 0
     _scratch: torch.Tensor | None = None
 
     def run(self, job: Job) -> None:
-        """Read a task. :attr:`chunks_done` says how many of its chunks have arrived.
+        """Read a task, or those pieces of it that no other thread takes.
 
         Raises:
-            LoadError: if the file cannot be read, or a copy fails.
+            LoadError: if the file cannot be read.
+            CopyError: if a copy to the GPU fails.
             VerificationError: if a checksum differs.
         """
-        crc32 = self.chunks_done = 0
+        if job.pieces is not None:
+            self._run_pieces(job, job.pieces)
+            return
+        crc32, self.left = 0, job.task.units
         for chunk, target in zip(job.task.chunks, job.targets, strict=True):
             buffer = self._buffer() if self._staged(chunk, job) else None
             try:
-                if job.plain and buffer is not None:
-                    lead = self._fill_plain(job, chunk, buffer)
-                else:
-                    lead, crc32 = self._fill(job, chunk, target, buffer, crc32)
+                lead, crc32 = self._fill(job, chunk, target, buffer, crc32)
                 if buffer is not None and target is not None:
                     self._take(job, chunk, buffer, lead, target)
             finally:
                 if buffer is not None:
                     self.buffers.give_back(buffer)
-            self.done(job, chunk.nbytes)
-            self.chunks_done += 1
+            self._arrived(job, chunk.nbytes)
         if job.task.crc32 is not None and crc32 != job.task.crc32:
             raise VerificationError(
                 f"expert {job.task.expert} does not have the bytes that were converted",
@@ -168,34 +176,62 @@ class Reading:
                 next_step="The file is damaged: download or convert it again.",
             )
 
-    def _fill_plain(self, job: Job, chunk: Chunk, buffer: int) -> int:
-        """Fill the usual chunk with as little Python as possible: threads wait for the interpreter lock."""
+    def _run_pieces(self, job: Job, pieces: Iterator[int]) -> None:
+        """Do the usual work with as little Python as possible: all threads wait for the interpreter lock."""
+        self.left = 0
+        target, tensor, limit = job.targets[0], job.task.tensor, self.buffers.chunk_nbytes
+        if target is None:
+            raise ValueError("a long range has a place")
+        first, address = job.task.chunks[0].segments[0].offset_bytes, target.data_ptr()
+        place = None if self.copies is not None else byte_view(target)
+        for begin in pieces:
+            offset, nbytes = job.piece(begin, limit)
+            self.left = nbytes
+            if self.failed():
+                return
+            if place is not None:
+                self._read(job, tensor, offset, place[offset - first : offset - first + nbytes], nbytes)
+            else:
+                self._stage_piece(job, offset, nbytes, address + offset - first)
+            self._arrived(job, nbytes)
+
+    def _stage_piece(self, job: Job, offset: int, nbytes: int, address: int) -> None:
+        buffer = self._buffer()
+        try:
+            self._read(job, job.task.tensor, offset, self.buffers.views[buffer], nbytes)
+            if self.copies is not None:
+                begun = time.perf_counter()
+                self.copies.copy(self.buffers.addresses[buffer], address, nbytes, job.ready)
+                self.times.copy += time.perf_counter() - begun
+        finally:
+            self.buffers.give_back(buffer)
+
+    def _read(self, job: Job, tensor: str, offset: int, view: memoryview, nbytes: int) -> None:
         begun = time.perf_counter()
-        job.reader.read(
-            job.task.tensor, chunk.segments[0].offset_bytes, self.buffers.views[buffer], chunk.nbytes, self.counts
-        )
+        job.reader.read(tensor, offset, view, nbytes, self.counts)
         self.times.read += time.perf_counter() - begun
-        return 0
+
+    def _arrived(self, job: Job, nbytes: int) -> None:
+        self.left -= nbytes
+        self.done(job, nbytes)
 
     def _take(self, job: Job, chunk: Chunk, buffer: int, lead: int, target: torch.Tensor) -> None:
         """Copy out of staging: all of it, or the runs of a chunk that is sliced."""
         cut = chunk.segments[0] if chunk.sliced else None
-        nbytes = chunk.nbytes if cut is None else cut.span_nbytes
-        staged = self.buffers.chunks[buffer]
-        if lead or nbytes != self.buffers.chunk_nbytes:
-            staged = self.buffers.bytes[buffer][lead : lead + nbytes]
-        begun = time.perf_counter()
-        if self.copies is not None and cut is not None:
-            self.copies.copy_runs(staged, cut, target, job.ready)
-        elif self.copies is not None:
-            self.copies.copy(staged, target, job.ready)
-        elif cut is not None:
-            gather_runs(staged, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+        begun, source = time.perf_counter(), self.buffers.addresses[buffer] + lead
+        if self.copies is None:
+            if cut is not None:
+                runs = self.buffers.bytes[buffer]
+                gather_runs(runs, lead, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+            else:
+                # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
+                ctypes.memmove(target.data_ptr(), source, chunk.nbytes)
+            return
+        if cut is not None:
+            self.copies.copy_runs(source, cut, target, job.ready)
         else:
-            # Not torch's copy_, which would start a thread pool of its own in every one of our threads.
-            ctypes.memmove(target.data_ptr(), staged.data_ptr(), nbytes)
-        if self.copies is not None:
-            self.times.copy += time.perf_counter() - begun
+            self.copies.copy(source, target.data_ptr(), chunk.nbytes, job.ready)
+        self.times.copy += time.perf_counter() - begun
 
     def _staged(self, chunk: Chunk, job: Job) -> bool:
         # A parameter in host memory is read into in place, but for whole rows, and for direct I/O, which wants aligned

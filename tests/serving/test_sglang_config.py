@@ -11,7 +11,7 @@ from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.stamp import make_stamp
 from nvfp4_prep.serving.stamped import STAMP_KEY, TRTLLM, Stamp
-from nvfp4_prep.sglang.hooks import parameter_name
+from nvfp4_prep.sglang.arrivals import parameter_name
 from nvfp4_prep.sglang.source_config import adopt_source, adopted_stamp, stamped_configs
 from nvfp4_prep.sglang.versions import TESTED, version_problem
 from nvfp4_prep_kernels import MoeLayout

@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sglang_on_cpu import load_model, make_server_args, rank_of
+from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
 from sglang_states import differences, expert_layers, snapshot
 
 from support.serving.failures import failing
@@ -42,6 +42,7 @@ class Job:
         load: LoadConfig fields for the prepared checkpoint.
         draft: whether the checkpoint's draft model is loaded in the place of its target.
         failing: how rank 1 fails when it loads the prepared checkpoint; a key of ``FAILURES``.
+        update: a directory from which the weights are updated afterwards, while rank 1 fails once.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Job:
     load: dict[str, Any] = field(default_factory=dict)
     draft: bool = False
     failing: str = ""
+    update: str = ""
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Outcome:
         differences: what is not bit-equal.
         compared: how many values were compared.
         layers: expert layers in this rank.
+        answer: of the update.
     """
 
     unsupported: str | None = None
@@ -86,6 +89,7 @@ class Outcome:
     source: Counts = field(default_factory=Counts)
     prepared: Counts = field(default_factory=Counts)
     layers: int = 0
+    answer: tuple[bool, str] | None = None
 
 
 @contextlib.contextmanager
@@ -146,6 +150,23 @@ def counting(counts: Counts) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def failing_once() -> Iterator[None]:
+    """While it is entered, the fourth prepared tensor that is loaded cannot be read, once."""
+    from nvfp4_prep.sglang.layer_weights import LayerWeights
+
+    fill, calls = LayerWeights.fill, [0]
+
+    def fail_or_fill(self: Any, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise OSError(5, "Input/output error")
+        fill(self, *args)
+
+    with mock.patch.object(LayerWeights, "fill", fail_or_fill):
+        yield
+
+
 SGLANG_REASONS = (NotImplementedError, ValueError, AssertionError, TypeError, RuntimeError, AttributeError, IndexError)
 """What SGLang raises where a model and a configuration do not go together."""
 
@@ -185,7 +206,10 @@ class Comparison:
         args = make_server_args(Path(job.prepared), moe_runner_backend=job.asked, **job.options)
         failure = failing(job.failing if self.rank == 1 else "")
         with rank_of(args, self.rank, meeting), counting(outcome.prepared), failure:
-            model = load_model(args, draft=job.draft, **job.load)
+            model, updater = load_for_updates(args, draft=job.draft, **job.load)
+            if job.update:
+                with failing_once() if self.rank == 1 else contextlib.nullcontext():
+                    outcome.answer = updater.update_weights_from_disk(job.update, "auto")
             actual = snapshot(model)
             outcome.layers = len(expert_layers(model))
         expected, actual = (

@@ -142,6 +142,11 @@ def load_model(args: Any, *, draft: bool = False, **load: Any) -> Any:
         draft: the checkpoint's own draft model instead, as speculative decoding loads it.
         load: LoadConfig fields.
     """
+    return load_for_updates(args, draft=draft, **load)[0]
+
+
+def load_for_updates(args: Any, *, draft: bool = False, **load: Any) -> tuple[Any, Any]:
+    """A model as :func:`load_model` loads it, and what updates its weights in a running server."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -149,6 +154,7 @@ def load_model(args: Any, *, draft: bool = False, **load: Any) -> Any:
         compute_initial_expert_location_metadata,
         set_global_expert_location_metadata,
     )
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.model_loader.loader import get_model_loader
     from sglang.srt.runtime_context import get_parallel
 
@@ -156,7 +162,19 @@ def load_model(args: Any, *, draft: bool = False, **load: Any) -> Any:
     locations = compute_initial_expert_location_metadata(model_config, moe_ep_rank=get_parallel().moe_ep_rank)
     set_global_expert_location_metadata(locations, allow_overwrite=True)  # as its model runner does
     loader = get_model_loader(LoadConfig(**load), model_config)
-    return loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    model = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
+    updater = WeightUpdater(
+        tp_rank=get_parallel().tp_rank,
+        device="cpu",
+        gpu_id=0,
+        model_config=model_config,
+        custom_weight_loaders={},
+        get_model=lambda: model,
+        update_model_fields=lambda *_args, **_kwargs: None,
+        recapture_cuda_graph=lambda: None,
+        get_model_runner=lambda: None,
+    )
+    return model, updater
 
 
 @functools.cache

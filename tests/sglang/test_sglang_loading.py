@@ -182,30 +182,6 @@ def test_reload_twice(checkpoints: Checkpoints, backend: str, trtllm: bool) -> N
         assert differences(first, experts_state(model)) == []
 
 
-@pytest.mark.parametrize("trtllm", [False, True], ids=["cutedsl", "trtllm"])
-def test_weights_of_another_layout_are_refused(checkpoints: Checkpoints, trtllm: bool) -> None:
-    """update_weights_from_disk reads no config of the new directory, and the shapes are the same."""
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, LoadConfig, get_model_loader
-
-    from nvfp4_prep.errors import ServingError
-
-    source, prepared = checkpoints.get(QWEN, trtllm=trtllm)
-    _, other = checkpoints.get(QWEN, trtllm=not trtllm)
-    args = make_server_args(prepared, moe_runner_backend=TRTLLM if trtllm else CUTEDSL)
-    with rank_of(args):
-        model = load_model(args)
-        first = experts_state(model)
-        config = ModelConfig.from_server_args(args)
-        for directory, words in ((other, "another layout"), (source, "no stamp of nvfp4-prep")):
-            config.model_path = str(directory)
-            loader = get_model_loader(LoadConfig(), config)
-            weights = loader._get_weights_iterator(DefaultModelLoader.Source.init_new(config, model))
-            with pytest.raises(ServingError, match=words):
-                DefaultModelLoader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
-            assert differences(first, experts_state(model)) == []
-
-
 def test_redundant_experts_move_in_place(checkpoints: Checkpoints) -> None:
     """The parameters that EPLB moves are SGLang's own set, expert by expert."""
     states = []

@@ -17,11 +17,11 @@ from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.load import CooperativeGroup, ExpertLoader, GroupLoader, TakesParameters
 from nvfp4_prep.load.ranks import Ranks
 
-__all__ = ["Alone", "Cooperation", "ServerRanks", "server_ranks"]
+__all__ = ["WAIT", "Alone", "Cooperation", "ServerRanks", "server_ranks"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HOST_NBYTES = 128
-_WAIT = timedelta(minutes=30)
+WAIT = timedelta(minutes=30)
 """For the slowest rank to have loaded everything that is not an expert, perhaps from network storage."""
 
 
@@ -134,7 +134,7 @@ class Cooperation:
         if isinstance(found, Alone):
             return found
         group = CooperativeGroup(found.group, self.exchange_nbytes)
-        waiting = Ranks(found.cpu_group, torch.device("cpu"), _WAIT)
+        waiting = Ranks(found.cpu_group, torch.device("cpu"), WAIT)
         try:
             group.on(device)
             problem = b""

@@ -14,14 +14,12 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.placement import STORED_TENSORS
+from nvfp4_prep.sglang.arrivals import check_model, tagged
 from nvfp4_prep.sglang.source_config import adopt_source, stamped_configs
-from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
-__all__ = ["HOOKS", "parameter_name", "register_hooks"]
+__all__ = ["HOOKS", "register_hooks"]
 
 _CONFIG = "sglang.srt.utils.hf_transformers.config.get_config"
-_SPELLED = tuple(f".experts.routed_experts.{name}" for name in (*STORED_TENSORS, UP_SCALE_VECTOR))
 _refusal: str | None = None
 
 
@@ -60,18 +58,32 @@ def rename(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Spell the names of prepared tensors as SGLang's parameters: without ``routed_experts``.
 
-    A running server's weights come this way from other directories, too, of whose configs SGLang reads nothing.
+    A running server's weights come this way from other directories, too, of whose configs SGLang reads nothing. What
+    must not be served is refused here and not in the iterator: before SGLang touches a parameter.
     """
-    from nvfp4_prep.sglang.methods import check_same_layout
+    from nvfp4_prep.sglang.sources import check_same_layout, check_same_tensors
+    from nvfp4_prep.sglang.updates import begin_reading
 
     check_same_layout(source)
-    for name, tensor in original(loader, source, *args, **kwargs):
-        yield parameter_name(name), tensor
+    weights = original(loader, source, *args, **kwargs)
+    check_same_tensors(loader, source, kwargs.get("resolved_source"))
+    begin_reading(source)
+    return (tagged(loader, name, tensor) for name, tensor in weights)
 
 
-def parameter_name(name: str) -> str:
-    """Return SGLang's name of a stored tensor; only those of prepared experts differ."""
-    return name.replace(".experts.routed_experts.", ".experts.") if name.endswith(_SPELLED) else name
+def listed(found: Any, loader: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Keep the directory and the files that SGLang chose."""
+    from nvfp4_prep.sglang.sources import remember_listing
+
+    folder, files, _ = found
+    remember_listing(loader, folder, files)
+
+
+def update_weights(original: Callable[..., Any], updater: Any, model_path: str, *args: Any, **kwargs: Any) -> Any:
+    """Have a running server hold the new weights, or the former ones."""
+    from nvfp4_prep.sglang.updates import update_or_restore
+
+    return update_or_restore(original, updater, model_path, *args, **kwargs)
 
 
 def choose_backend(_result: Any, server_args: Any) -> None:
@@ -99,11 +111,12 @@ def dummy_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
-def load_model(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Load a model and refuse a stamped one in which no layer is prepared."""
-    from nvfp4_prep.sglang.methods import check_model
+def load_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a model and refuse a stamped one that did not take all of its prepared layers."""
+    from nvfp4_prep.sglang.sources import folder_of
 
-    return check_model(original(*args, **kwargs), kwargs["model_config"])
+    config = kwargs["model_config"]
+    return check_model(original(loader, *args, **kwargs), config, loader, folder_of(loader, config))
 
 
 def all_weights(original: Callable[..., Any], loader: Any, model_config: Any, model: Any, **kwargs: Any) -> Any:
@@ -116,6 +129,7 @@ def all_weights(original: Callable[..., Any], loader: Any, model_config: Any, mo
 
 _QUANTIZATION = "sglang.srt.layers.quantization"
 _LOADER = "sglang.srt.model_loader.loader"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
 _CONFIGS = (
     f"{_QUANTIZATION}.modelopt_quant.ModelOptFp4Config",
     f"{_QUANTIZATION}.modelopt_quant.ModelOptMixedPrecisionConfig",
@@ -126,6 +140,7 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     *((f"{config}.from_config", from_config, "AROUND") for config in _CONFIGS),
     *((f"{config}.get_quant_method", get_quant_method, "AROUND") for config in _CONFIGS),
     ("sglang.srt.model_loader.weight_utils.get_quant_config", get_quant_config, "AFTER"),
+    (f"{_LOADER}.DefaultModelLoader._prepare_weights", listed, "AFTER"),
     (f"{_LOADER}.DefaultModelLoader._get_weights_iterator", rename, "AROUND"),
     (f"{_LOADER}.RunaiModelStreamerLoader._get_weights_iterator", rename, "AROUND"),
     (f"{_LOADER}.DefaultModelLoader._get_all_weights", all_weights, "AROUND"),
@@ -133,6 +148,7 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     (f"{_LOADER}.DefaultModelLoader.load_model", load_model, "AROUND"),
     (f"{_LOADER}.RunaiModelStreamerLoader.load_model", load_model, "AROUND"),
     (f"{_LOADER}.DummyModelLoader.load_model", dummy_load, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.update_weights_from_disk", update_weights, "AROUND"),
     ("sglang.srt.arg_groups.model_path_hook.handle_model_source_paths", choose_backend, "AFTER"),
     ("sglang.srt.configs.load_config.LoadConfig._verify_load_format", verify_load_format, "AROUND"),
 )

@@ -13,6 +13,7 @@ from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
 from nvfp4_prep.serving.placement import STORED_TENSORS, Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
@@ -31,12 +32,19 @@ class LayerWeights(PreparedWeights):
 
     Attributes:
         two_scales: whether the file that was loaded last has a vector of its own for up's global scales.
+        stored_layers: names in the checkpoint of the layers whose tensors came.
     """
 
     def __init__(self, placement: Placement, layer: Any) -> None:
         super().__init__(placement)
         self._layer = layer
         self.two_scales = False
+        self.stored_layers: set[str | None] = set()
+
+    def forget(self) -> None:
+        """Forget what came of a load that failed."""
+        self.arrived.clear()
+        self.stored_layers.clear()
 
     def finish(self) -> None:
         """Raise :class:`ServingError` if a tensor did not arrive; else forget what did."""
@@ -45,6 +53,7 @@ class LayerWeights(PreparedWeights):
 
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
         """Copy the rank's share of a stored tensor into SGLang's parameter."""
+        self.stored_layers.add(stored_layer_of(stored))
         local, everywhere = _slots(self._layer)
         self.placement = replace(self.placement, experts=local)
         if name == UP_SCALE_VECTOR:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.checkpoint.filenames import CONFIG
-from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
-from nvfp4_prep.sglang.source_config import adopted_stamp, stamp_in
+from nvfp4_prep.sglang.source_config import adopted_stamp
 
 __all__ = [
-    "check_model",
-    "check_same_layout",
     "check_stamp_was_taken",
     "config_with_stamp",
     "dummy_weights",
@@ -50,36 +43,6 @@ def check_stamp_was_taken(made: Any, model_config: Any) -> None:
         where=str(model_config.model_path),
         next_step="Leave --quantization out, or serve the source checkpoint (`nvfp4-prep restore`).",
     )
-
-
-def check_same_layout(source: Any) -> None:
-    """Raise :class:`ServingError` if weights come from a local directory in another layout than the model's.
-
-    Shapes and names of two layouts are alike, so the tensors alone would not tell.
-    """
-    model_config = getattr(source, "model_config", None)
-    served = None if model_config is None else adopted_stamp(model_config.hf_config)
-    file = Path(str(source.model_or_path)) / CONFIG
-    if served is None or not file.is_file():
-        return
-    raw = read_small_file(file, ServingError, "Give another directory.")
-    config = parse_json(raw, str(file), ServingError, max_depth=MAX_DEPTH)
-    found = stamp_in(config) if isinstance(config, dict) else None
-    other = None if found is None else Stamp.parse(found)
-    here = Stamp.parse(served)
-    if other is not None and replace(other, source={}) == replace(here, source={}):
-        return
-    raise ServingError(
-        "weights of another layout than the served one",
-        where=str(file),
-        expected=_layout_words(here),
-        actual="no stamp of nvfp4-prep" if other is None else _layout_words(other),
-        next_step="Convert it with the layout of the running server (`nvfp4-prep relayout`), or start a server on it.",
-    )
-
-
-def _layout_words(stamp: Stamp) -> str:
-    return f"{stamp.layout_name}, gate/up block {stamp.gate_up_block}, moe-tp {stamp.moe_tp}"
 
 
 def prepared_method(method: Any, config: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,28 +98,6 @@ def _only_originals(loader: Callable[..., Any], where: str) -> Callable[..., Any
         )
 
     return weight_loader
-
-
-def check_model(model: Any, model_config: Any) -> Any:
-    """Return the model, or raise :class:`ServingError` if its checkpoint is stamped and no layer is prepared.
-
-    Some of SGLang's models (quantized Mixtral) hold experts as single linear layers, which skip the names of prepared
-    tensors in silence. A pipeline rank may have no expert layer at all, and a draft model none that is prepared.
-    """
-    from sglang.srt.runtime_context import get_parallel
-
-    if adopted_stamp(model_config.hf_config) is None or model_config.is_draft_model:
-        return model
-    modules = dict(model.named_modules())
-    if any(hasattr(module, "nvfp4_prep") for module in modules.values()):
-        return model
-    if int(get_parallel().pp_size) > 1 and not any(name.endswith(".experts") for name in modules):
-        return model
-    raise ServingError(
-        "the checkpoint is prepared, but this model class of SGLang has no NVFP4 expert layers of the fused kind",
-        where=type(model).__name__,
-        next_step="Serve it with vLLM, or serve the source checkpoint (`nvfp4-prep restore` brings it back).",
-    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,103 @@
+"""Files that SGLang lists for a load: what they hold, against what the running server holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.safetensors_header import read_header
+from nvfp4_prep.checkpoint.small_files import read_small_file
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep.sglang.source_config import adopted_stamp, stamp_in
+
+__all__ = ["check_same_layout", "check_same_tensors", "folder_of", "remember_listing"]
+
+_FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
+_SHOWN = 3
+_SUFFIX = ".safetensors"
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""dtype and shape by name."""
+
+
+def remember_listing(loader: Any, folder: str, files: Iterable[str]) -> None:
+    """Keep what SGLang listed, whose loader does not; the first listing is the model's own."""
+    vars(loader).setdefault(_FOLDER, folder)
+    setattr(loader, _FILES, tuple(files))
+
+
+def folder_of(loader: Any, model_config: Any) -> Path | None:
+    """Return the local directory that a loader read, also where the model was named by its address on a Hub."""
+    folder = Path(str(getattr(loader, _FOLDER, model_config.model_path)))
+    return folder if folder.is_dir() else None
+
+
+def check_same_layout(source: Any) -> None:
+    """Raise :class:`ServingError` if weights come from a local directory in another layout than the model's.
+
+    Shapes and names of two layouts are alike, so the tensors alone would not tell.
+    """
+    model_config = getattr(source, "model_config", None)
+    served = None if model_config is None else adopted_stamp(model_config.hf_config)
+    file = Path(str(source.model_or_path)) / CONFIG
+    if served is None or not file.is_file():
+        return
+    raw = read_small_file(file, ServingError, "Give another directory.")
+    config = parse_json(raw, str(file), ServingError, max_depth=MAX_DEPTH)
+    found = stamp_in(config) if isinstance(config, dict) else None
+    other = None if found is None else Stamp.parse(found)
+    here = Stamp.parse(served)
+    if other is not None and replace(other, source={}) == replace(here, source={}):
+        return
+    raise ServingError(
+        "weights of another layout than the served one",
+        where=str(file),
+        expected=_layout_words(here),
+        actual="no stamp of nvfp4-prep" if other is None else _layout_words(other),
+        next_step="Convert it with the layout of the running server (`nvfp4-prep relayout`), or start a server on it.",
+    )
+
+
+def check_same_tensors(loader: Any, source: Any, resolved: Any = None) -> None:
+    """Raise :class:`ServingError` unless the listed files hold the tensors of the model's first load.
+
+    SGLang's models pass over what they do not know, and most do not miss what does not come: weights of another model,
+    or half of them, would be served. Only headers are read. The first load is remembered.
+
+    Raises:
+        SourceError: if a header is damaged, or a file truncated.
+    """
+    model_config = getattr(source, "model_config", None)
+    if model_config is None or adopted_stamp(model_config.hf_config) is None:
+        return
+    files = getattr(loader, _FILES, ()) if resolved is None else resolved.weight_files
+    if not files or not all(file.endswith(_SUFFIX) and Path(file).is_file() for file in files):
+        return
+    found = {record.name: (record.dtype, record.shape) for file in files for record in read_header(Path(file)).tensors}
+    served: Tensors = vars(model_config).setdefault(_TENSORS, found)
+    problem = _difference(served, found)
+    if problem is not None:
+        raise ServingError(
+            f"weights of another model than the served one: {problem}",
+            where=str(source.model_or_path),
+            next_step="Give the whole directory of a conversion of the same model, or start a server on this one.",
+        )
+
+
+def _difference(served: Tensors, found: Tensors) -> str | None:
+    missing, foreign = sorted(served.keys() - found.keys()), sorted(found.keys() - served.keys())
+    other = sorted(name for name in served.keys() & found.keys() if served[name] != found[name])
+    for words, names in (("does not have", missing), ("has besides", foreign), ("has in other sizes", other)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            return f"it {words} {', '.join(names[:_SHOWN])}{more}"
+    return None
+
+
+def _layout_words(stamp: Stamp) -> str:
+    return f"{stamp.layout_name}, gate/up block {stamp.gate_up_block}, moe-tp {stamp.moe_tp}"

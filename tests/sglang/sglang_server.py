@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,8 +75,11 @@ class Server:
         return [Completion([token for _, token, _ in one], [value for value, _, _ in one]) for one in logprobs]
 
     def update_weights(self, directory: Path) -> dict[str, Any]:
-        """Return the answer to a reload from a checkpoint, while the server runs."""
-        answer: dict[str, Any] = self._post("/update_weights_from_disk", {"model_path": str(directory)})
+        """Return the answer to a reload from a checkpoint, while the server runs; also one that says no."""
+        try:
+            answer: dict[str, Any] = self._post("/update_weights_from_disk", {"model_path": str(directory)})
+        except urllib.error.HTTPError as error:
+            answer = json.load(error)
         return answer
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:

@@ -49,9 +49,12 @@ def test_tokens_over_http(checkpoint: tuple[Path, Path], tmp_path: Path) -> None
         expected, actual = (server.generate(PROMPTS, 12) for server in servers)
         assert servers[1].update_weights(prepared)["success"]
         again = servers[1].generate(PROMPTS, 12)
+        refused = servers[1].update_weights(source)
+        after = servers[1].generate(PROMPTS, 12)
         output = servers[1].output
     assert actual == expected
-    assert again == expected
+    assert again == after == expected
+    assert not refused["success"] and refused["message"].endswith("The server goes on with the former weights.")
     assert len({tuple(answer.tokens) for answer in expected}) == len(PROMPTS)
     assert "'moe_runner_backend': 'flashinfer_cutedsl'" in output and "'quantization': 'modelopt_fp4'" in output
     assert "Prepared experts: " in output

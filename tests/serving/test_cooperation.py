@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +27,8 @@ CPU = torch.device("cpu")
 DIMS = MoeDims(experts=5, intermediate=512, hidden=512)
 LAYERS = (1, 2)
 OPTIONS = LoadOptions(threads=1, chunk_nbytes=1 << 20)
+PATIENCE_S = 1
+"""The other ranks' ``wait_s`` where one hangs."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Loading:
         def tell(text: str, *values: object) -> None:
             told.append(text % values)
 
-        together = Cooperation(wanted=self.mode != "off", exchange_nbytes=1 << 20)
+        if self.mode == "dies" and last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.mode == "hangs" and last:
+            time.sleep(PATIENCE_S + 15)
+        wait_s = PATIENCE_S if self.mode == "hangs" else Cooperation.wait_s
+        together = Cooperation(wanted=self.mode != "off", exchange_nbytes=1 << 20, wait_s=wait_s)
         with together.loading(lambda: ServerRanks(group, group), CPU, make, tell) as loader:
             kind, parameters = type(loader).__name__, self._submit(loader, rank, size)
             if self.mode == "fails" and last:
@@ -124,6 +134,18 @@ def test_a_failure_before_the_exchange_is_every_rank_s(tmp_path: Path, mode: str
     assert seconds < 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["dies", "hangs"])
+def test_a_rank_that_does_not_come(tmp_path: Path, mode: str) -> None:
+    """A process that ends is noticed by its connections, long before half an hour; one that hangs after ``wait_s``."""
+    outcomes, seconds = run_ranks(Loading(write_checkpoint(tmp_path, DIMS, layers=LAYERS), mode), 3, tmp_path)
+    for rank, outcome in enumerate(outcomes[:2]):
+        assert outcome is not None and outcome.error == "LoadError"
+        assert outcome.text.startswith("rank 2 of 3, which does not answer, did not take part in loading")
+        assert f"(seen by rank {rank})" in outcome.text
+    assert seconds < 120  # not the half hour of the default
+
+
 def test_a_failure_after_the_end_is_the_rank_s_own(tmp_path: Path) -> None:
     outcomes, seconds = run_ranks(Loading(write_checkpoint(tmp_path, DIMS, layers=LAYERS), "fails after"), 2, tmp_path)
     assert outcomes[0] == Outcome(([TOGETHER], "GroupLoader", 8))
@@ -137,17 +159,30 @@ def test_a_server_without_groups() -> None:
     assert server_ranks(None, "SGLang") == replace(found, reason=found.reason.replace("vLLM", "SGLang"))
 
 
-@pytest.mark.parametrize("extra", [{"cooperative": "no"}, {"exchange_nbytes": True}, {"exchange_nbytes": 0}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"cooperative": "no"},
+        {"exchange_nbytes": True},
+        {"exchange_nbytes": 0},
+        {"wait_s": 0},
+        {"wait_s": True},
+        {"wait_s": "60"},
+        {"wait_s": float("nan")},
+        {"wait_s": 1e9},
+    ],
+    ids=str,
+)
 def test_unusable_options(extra: dict[str, object]) -> None:
     with pytest.raises(ServingError, match=f"unusable option {next(iter(extra))}"):
         Cooperation.take(extra)
 
 
 def test_options_are_taken_out_of_the_servers() -> None:
-    extra = {"cooperative": False, "exchange_nbytes": 5, "threads": 3}
-    assert Cooperation.take(extra) == Cooperation(False, 5)
+    extra = {"cooperative": False, "exchange_nbytes": 5, "wait_s": 2.5, "threads": 3}
+    assert Cooperation.take(extra) == Cooperation(False, 5, 2.5)
     assert extra == {"threads": 3}
-    assert Cooperation.take({}) == Cooperation(True, 256 << 20)
+    assert Cooperation.take({}) == Cooperation(True, 256 << 20, 1800)
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(32, 8, 3), (32, 2, 12), (16, 1, 12), (2, 8, 1), (2, 2, 1)])

@@ -22,7 +22,12 @@ __all__ = ["WAIT", "Alone", "Cooperation", "ServerRanks", "server_ranks"]
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HOST_NBYTES = 128
 WAIT = timedelta(minutes=30)
-"""For the slowest rank to have loaded everything that is not an expert, perhaps from network storage."""
+"""For the slowest rank to have loaded everything that is not an expert, perhaps from network storage.
+
+A rank whose process ends is noticed at once, because its connections close: only one that hangs is waited for, or one
+whose host is gone.
+"""
+_LONGEST_WAIT_S = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
@@ -63,25 +68,30 @@ class Cooperation:
     Attributes:
         wanted: off where the user said so.
         exchange_nbytes: see :class:`nvfp4_prep.load.CooperativeGroup`.
+        wait_s: seconds that a rank waits for one that hangs.
     """
 
     wanted: bool = True
     exchange_nbytes: int = CooperativeGroup.exchange_nbytes
+    wait_s: float = WAIT.total_seconds()
 
     @classmethod
     def take(cls, extra: dict[str, Any]) -> Cooperation:
-        """Take ``cooperative`` and ``exchange_nbytes`` out of a loader's extra config.
+        """Take ``cooperative``, ``exchange_nbytes`` and ``wait_s`` out of a loader's extra config.
 
         Raises:
             ServingError: if a value is unusable.
         """
         wanted = extra.pop("cooperative", cls.wanted)
         nbytes = extra.pop("exchange_nbytes", cls.exchange_nbytes)
+        wait_s = extra.pop("wait_s", cls.wait_s)
         if type(wanted) is not bool:
             raise ServingError("unusable option cooperative", expected="true or false", actual=repr(wanted))
         if type(nbytes) is not int or nbytes < 1:
             raise ServingError("unusable option exchange_nbytes", expected="a number of bytes", actual=repr(nbytes))
-        return cls(wanted, nbytes)
+        if type(wait_s) not in (int, float) or not 0 < wait_s <= _LONGEST_WAIT_S:
+            raise ServingError("unusable option wait_s", expected="seconds, a day at most", actual=repr(wait_s))
+        return cls(wanted, nbytes, wait_s)
 
     @contextlib.contextmanager
     def loading(
@@ -134,7 +144,7 @@ class Cooperation:
         if isinstance(found, Alone):
             return found
         group = CooperativeGroup(found.group, self.exchange_nbytes)
-        waiting = Ranks(found.cpu_group, torch.device("cpu"), WAIT)
+        waiting = Ranks(found.cpu_group, torch.device("cpu"), timedelta(seconds=self.wait_s))
         try:
             group.on(device)
             problem = b""

@@ -42,8 +42,8 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
     """Loads a prepared checkpoint.
 
-    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions`, ``cooperative`` and
-    ``exchange_nbytes`` (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of
+    ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions`, ``cooperative``,
+    ``exchange_nbytes`` and ``wait_s`` (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of
     everything that is not an expert (``auto`` if left out), and that format's own options. Weight updates of a running
     server read whole tensors.
 

@@ -87,6 +87,17 @@ def test_stamps(copy: Callable[..., Path], what: str) -> None:
     assert words in refusal(directory, what)
 
 
+def test_a_config_that_cannot_be_read(copy: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    """SGLang refuses it in its own words; before that the log says what the plugin could not do."""
+    directory = copy()
+    (directory / "config.json").write_text("{")
+    with pytest.raises(OSError, match="not a valid JSON file"):
+        make_server_args(directory)
+    told = [record.getMessage() for record in caplog.records if record.name == "nvfp4_prep.sglang.backends"]
+    assert len(told) == 1
+    assert str(directory) in told[0] and "chooses no MoE runner backend" in told[0]
+
+
 FILES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
     "missing tensor": (lambda t: t.pop(f"{EXPERTS}.routed_experts.w2_weight"), "1 of 8 tensors"),
     "misspelled tensor": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
@@ -11,6 +12,8 @@ from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep_kernels import MoeLayout
 
 __all__ = ["backend_of", "choose_backend", "wanted_layout"]
+
+logger = logging.getLogger(__name__)
 
 _TRTLLM = ("flashinfer_trtllm", "flashinfer_trtllm_routed")
 _CUTEDSL = "flashinfer_cutedsl"
@@ -90,7 +93,8 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
 def _stamp_of(server_args: Any) -> Stamp | None:
     """Return the stamp of the model that is to be served; ``None`` for stock checkpoints.
 
-    SGLang reads (and remembers) the same config a little later; what it cannot read is left to its own words.
+    SGLang reads (and remembers) the same config a little later; what it cannot read is left to its own words, after
+    ours that no backend was chosen.
     """
     from sglang.srt.utils.hf_transformers import config as hf_config
 
@@ -102,7 +106,14 @@ def _stamp_of(server_args: Any) -> Stamp | None:
         )
     except NvfpPrepError:
         raise
-    except Exception:
+    except Exception as error:
+        logger.warning(
+            "The config of %s cannot be read (%s: %s), so nvfp4-prep does not know whether its experts are prepared and"
+            " chooses no MoE runner backend for them.",
+            server_args.model_path,
+            type(error).__name__,
+            error,
+        )
         return None
     stamp = adopted_stamp(found)
     return None if stamp is None else Stamp.parse(stamp)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import LoadError, SourceError
 from nvfp4_prep.load import ExpertLoader, LoadOptions, WholeTensors, whole_tensors
 
@@ -78,6 +79,15 @@ def test_the_same_tensors_as_safetensors(
     )
     assert whole.nbytes == report.nbytes == expected
     assert report.counts.direct_nbytes == 0
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_order_of_places_or_of_names(files: list[Path], loader: ExpertLoader, by_name: bool) -> None:
+    names = [name for name, _ in WholeTensors(loader).stream(files[::-1], by_name=by_name)]
+    loader.finish()
+    placed = [[record.name for record in read_header(path).tensors] for path in files[::-1]]
+    assert names == [name for found in placed for name in (sorted(found) if by_name else found)]
+    assert placed != [sorted(found) for found in placed]
 
 
 def test_a_tensor_that_is_kept_stays_as_it_is(files: list[Path], loader: ExpertLoader) -> None:

@@ -60,8 +60,9 @@ class Job:
 
 @dataclass
 class Counts:
-    """Work of one load: tensors out of the files, calls of expert weight loaders, bytes by the rank-exact loader, bytes
-    that it read, and how many parameters it exchanged with other ranks.
+    """Work of one load: tensors out of the files, calls of expert weight loaders, bytes of experts by the rank-exact
+    loader, bytes that it read for them, how many parameters it exchanged with other ranks, and bytes of whole tensors
+    that are not experts.
     """
 
     tensors: int = 0
@@ -69,6 +70,7 @@ class Counts:
     nbytes: int = 0
     read_nbytes: int = 0
     exchanged: int = 0
+    whole_nbytes: int = 0
 
 
 @dataclass
@@ -102,7 +104,7 @@ def counting(counts: Counts) -> Iterator[None]:
     from nvfp4_prep.load.cooperative import CooperativeLoad
     from nvfp4_prep.serving.prepared_weights import PreparedWeights
 
-    begin, finish = CooperativeLoad.begin, ExpertLoader.finish
+    begin, finish, submit_whole = CooperativeLoad.begin, ExpertLoader.finish, ExpertLoader.submit_whole
     load, original, prepared = DefaultModelLoader.load_weights_only, FusedMoE.weight_loader, PreparedWeights.loader
 
     def load_weights_only(model: torch.nn.Module, weights: Any, target_device: Any) -> None:
@@ -136,18 +138,25 @@ def counting(counts: Counts) -> Iterator[None]:
         counts.read_nbytes += report.counts.nbytes
         return report
 
+    def submit_whole_and_count(self: Any, path: Path, record: Any, target: torch.Tensor) -> Any:
+        counts.whole_nbytes += record.nbytes
+        return submit_whole(self, path, record, target)
+
     def begin_and_count(self: Any, parameters: Any, own: Any) -> None:
         counts.exchanged += len(parameters)
         begin(self, parameters, own)
 
     with (
         mock.patch.object(ExpertLoader, "finish", finish_and_count),
+        mock.patch.object(ExpertLoader, "submit_whole", submit_whole_and_count),
         mock.patch.object(CooperativeLoad, "begin", begin_and_count),
         mock.patch.object(DefaultModelLoader, "load_weights_only", staticmethod(load_weights_only)),
         mock.patch.object(FusedMoE, "weight_loader", weight_loader),
         mock.patch.object(PreparedWeights, "loader", loader),
     ):
         yield
+    counts.nbytes -= counts.whole_nbytes
+    counts.read_nbytes -= counts.whole_nbytes
 
 
 @contextlib.contextmanager

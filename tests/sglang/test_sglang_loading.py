@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sglang_compare import RAW_SCALES, UNREAD, Job, run
 from sglang_models import MODELS, Checkpoints, Model, dims_of
 from sglang_on_cpu import load_model, make_server_args, rank_of
 from sglang_ranks import Ranks
-from sglang_states import differences, expert_layers, experts_state, storage_of
+from sglang_states import as_bytes, differences, expert_layers, experts_state, storage_of
 
+from nvfp4_prep.checkpoint.filenames import EXPERTS_PREFIX, INDEX
+from nvfp4_prep.checkpoint.safetensors_header import read_header
+from nvfp4_prep.load import ExpertLoader, LoadOptions, WholeTensors, handle_of
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
@@ -39,16 +44,112 @@ def share_nbytes(model: Model, ranks: int) -> int:
         {"load_format": "safetensors"},
         {"model_loader_extra_config": {"enable_multithread_load": False}},
         {"load_format": "nvfp4_prep"},
+        {"load_format": "nvfp4_prep", "model_loader_extra_config": {"others": "auto", "threads": 1}},
         {"load_format": "nvfp4_prep", "model_loader_extra_config": {"threads": 2, "others": "safetensors"}},
     ],
-    ids=["safetensors", "one thread", "nvfp4_prep", "nvfp4_prep with options"],
+    ids=["safetensors", "one thread", "nvfp4_prep", "nvfp4_prep, one thread", "nvfp4_prep, others by SGLang"],
 )
 @pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
 def test_load_formats(checkpoints: Checkpoints, backend: str, load: dict[str, Any]) -> None:
     source, prepared = checkpoints.get(QWEN, trtllm=backend == TRTLLM)
     outcome = run(Job(str(source), str(prepared), backend, left_out=left_out(backend), load=load))
     assert (outcome.unsupported, outcome.differences) == (None, [])
-    assert outcome.prepared.nbytes == (share_nbytes(QWEN, 1) if load.get("load_format") == "nvfp4_prep" else 0)
+    rank_exact = load.get("load_format") == "nvfp4_prep"
+    assert outcome.prepared.nbytes == (share_nbytes(QWEN, 1) if rank_exact else 0)
+    streamed = rank_exact and load.get("model_loader_extra_config", {}).get("others", "auto") == "auto"
+    assert outcome.prepared.whole_nbytes == (others_nbytes(prepared) if streamed else 0)
+
+
+def files_of(prepared: Path, *, experts: bool) -> list[Path]:
+    """Files that a server reads: of prepared experts, or the others."""
+    names = set(json.loads((prepared / INDEX).read_text())["weight_map"].values())
+    return [prepared / name for name in names if name.startswith(EXPERTS_PREFIX) == experts]
+
+
+def others_nbytes(prepared: Path) -> int:
+    """Bytes of all tensors that are not in the files of prepared experts."""
+    return sum(record.nbytes for path in files_of(prepared, experts=False) for record in read_header(path).tensors)
+
+
+def streams(args: Any, monkeypatch: pytest.MonkeyPatch, **load: Any) -> tuple[list[Any], int]:
+    """What a model gets of everything that is not a prepared expert, and how often SGLang opened a file for it."""
+    from sglang.srt.model_loader import weight_utils
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    got, opened = list[Any](), 0
+    load_weights_only, safe_open = DefaultModelLoader.load_weights_only, weight_utils.safetensors.safe_open
+
+    def counted_open(*args: Any, **kwargs: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return safe_open(*args, **kwargs)
+
+    def kept(weights: Any) -> Any:
+        for name, tensor in weights:
+            if ".experts.w" not in name:
+                got.append((name, tensor.dtype, tuple(tensor.shape), as_bytes(tensor).tolist()))
+            yield name, tensor
+
+    with monkeypatch.context() as patched, rank_of(args):
+        patched.setattr(
+            DefaultModelLoader,
+            "load_weights_only",
+            staticmethod(lambda model, weights, device: load_weights_only(model, kept(weights), device)),
+        )
+        patched.setattr(weight_utils.safetensors, "safe_open", counted_open)
+        load_model(args, **load)
+    return got, opened
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k25", "llama4"])
+def test_the_rest_is_streamed_as_sglang_reads_it(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The same names in the same order, dtypes, shapes and bytes, and no file is read whole into host memory."""
+    _, prepared = checkpoints.get(MODELS[name], trtllm=True)
+    args = make_server_args(prepared)
+    expected, files = streams(args, monkeypatch)
+    others = len(files_of(prepared, experts=False))
+    assert files == others + len(files_of(prepared, experts=True))
+    actual, opened = streams(args, monkeypatch, load_format="nvfp4_prep")
+    assert (actual == expected, opened) == (True, 0)
+    by_sglang, opened = streams(
+        args, monkeypatch, load_format="nvfp4_prep", model_loader_extra_config={"others": "safetensors"}
+    )
+    assert (by_sglang == expected, opened) == (True, others)
+
+
+@pytest.mark.parametrize("option", ["weight_loader_disable_mmap", "weight_loader_drop_cache_after_load"])
+def test_sglangs_own_options_for_the_rest_are_kept(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    _, prepared = checkpoints.get(QWEN, trtllm=True)
+    expected, _ = streams(make_server_args(prepared), monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(WholeTensors, "stream", lambda *_args, **_kwargs: pytest.fail("SGLang's own was asked for"))
+        args = make_server_args(prepared, **{option: True})
+        assert streams(args, monkeypatch, load_format="nvfp4_prep")[0] == expected
+
+
+def test_the_files_of_one_draft_model_of_several(tmp_path: Path) -> None:
+    """SGLang numbers draft models from 0 each, and passes over the others' tensors; so do the handles."""
+    from sglang.srt.configs.load_config import LoadConfig
+
+    from nvfp4_prep.serving.expert_files import ExpertFiles
+    from nvfp4_prep.sglang.load_format import PreparedModelLoader
+
+    names = [f"model.mtp.layers.{number}.mlp.experts.routed_experts.w2_weight" for number in range(3)]
+    file = tmp_path / "experts-layer-00000.safetensors"
+    save_file({name: torch.full((2, 2), number, dtype=torch.uint8) for number, name in enumerate(names)}, file)
+    loader = PreparedModelLoader(LoadConfig(draft_model_idx=2))
+    with ExpertLoader("cpu", LoadOptions(threads=1)) as experts:
+        files = ExpertFiles(experts)
+        files.set_apart([str(file)])
+        (name, handle), *others = loader._handles(files)
+        found = handle_of(handle)
+        experts.finish()
+    assert others == [] and name == names[0]
+    assert found is not None and found.record.name == names[2]
 
 
 TP2, EP2 = {"tp_size": 2}, {"tp_size": 2, "ep_size": 2}

@@ -57,7 +57,7 @@ def test_tokens_over_http(checkpoint: tuple[Path, Path], tmp_path: Path) -> None
     assert not refused["success"] and refused["message"].endswith("The server goes on with the former weights.")
     assert len({tuple(answer.tokens) for answer in expected}) == len(PROMPTS)
     assert "'moe_runner_backend': 'flashinfer_cutedsl'" in output and "'quantization': 'modelopt_fp4'" in output
-    assert "Prepared experts: " in output
+    assert " GB of them not of prepared experts: " in output
     SERVERS.append(("the plugin, no flag but --load-format nvfp4_prep", "36 tokens, as from the source"))
 
 

@@ -51,7 +51,7 @@ class _Coming:
 
 
 class WholeTensors:
-    """Whole tensors, in the order of the files and of their places in them.
+    """Whole tensors, in the order of the files, and of their places in them or of their names.
 
     Device memory: :data:`WINDOW_NBYTES` for what is ahead of the caller, or one larger tensor. A tensor that the caller
     keeps is the caller's: nothing is reused.
@@ -65,13 +65,14 @@ class WholeTensors:
         self.nbytes = 0
 
     def stream(
-        self, files: Sequence[Path], is_unwanted: Callable[[str], bool] | None = None
+        self, files: Sequence[Path], is_unwanted: Callable[[str], bool] | None = None, *, by_name: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors; the loader's ``finish`` is still to be called.
 
         Args:
             files: of safetensors, in a local directory.
             is_unwanted: whether a tensor of this name is left out.
+            by_name: whether a file's tensors come in the order of their names, not of their places.
 
         Raises:
             SourceError: if a header is damaged.
@@ -80,7 +81,8 @@ class WholeTensors:
         ahead = deque[_Coming]()
         waiting = 0
         for path in files:
-            for record in read_header(path).tensors:
+            records = read_header(path).tensors
+            for record in sorted(records, key=lambda record: record.name) if by_name else records:
                 if is_unwanted is not None and is_unwanted(record.name):
                     continue
                 while ahead and waiting + record.nbytes > WINDOW_NBYTES:

@@ -52,8 +52,8 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
 
     ``--model-loader-extra-config`` takes the fields of :class:`nvfp4_prep.load.LoadOptions` (``threads``,
     ``chunk_nbytes``, ``buffers``, ``direct_io``, ``gather``, ``verify``), ``cooperative``, ``exchange_nbytes`` and
-    ``wait_s`` (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of everything that is not an
-    expert (with ``auto``, or left out, this loader streams them), and that format's own options.
+    ``wait_s`` (:class:`nvfp4_prep.serving.cooperation.Cooperation`), ``others``: the load format of everything that is
+    not an expert (with ``auto``, or left out, this loader streams them), and that format's own options.
 
     Attributes:
         report: of the last load.

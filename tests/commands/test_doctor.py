@@ -59,6 +59,8 @@ def test_plugin_left_out_by_the_allow_list(serving_machine: None, monkeypatch: p
     monkeypatch.setenv("VLLM_PLUGINS", "other,another")
     assert "leaves nvfp4_prep out" in ability(diagnose(), "plugin").reason
     assert not ability(diagnose(), "serving").works
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # vLLM allows nothing then
+    assert not ability(diagnose(), "plugin").works
     monkeypatch.setenv("VLLM_PLUGINS", "other,nvfp4_prep")
     assert ability(diagnose(), "serving").works
 
@@ -144,3 +146,6 @@ def test_sglang_beside_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.5.22" in ability(diagnose(), "serving with SGLang").reason
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     assert "leaves nvfp4_prep out" in ability(diagnose(), "SGLang plugin").reason
+    for allowed in ("", "other, nvfp4_prep"):  # SGLang takes an empty one for none, and strips names
+        monkeypatch.setenv("SGLANG_PLUGINS", allowed)
+        assert ability(diagnose(), "SGLang plugin").works

@@ -146,31 +146,43 @@ def _offline(no_torch: str) -> list[Ability]:
     return [offline, Ability("smoke test of the fused experts", True, f"{facts.name} on {facts.device}: {real}")]
 
 
+@dataclass(frozen=True)
+class _AllowList:
+    """Plugins that a server may load, by the environment; all without ``names``."""
+
+    variable: str
+    names: list[str] | None
+
+
 def _vllm(cards: tuple[str, ...], version: str) -> list[Ability]:
     from nvfp4_prep.vllm.versions import version_problem
 
     problem = version_problem(version) if version else "vLLM is not installed"
-    return _serving("vLLM", version, problem, PLUGIN_GROUP, "VLLM_PLUGINS", cards)
+    allowed = os.environ.get("VLLM_PLUGINS")
+    names = None if allowed is None else allowed.split(",")  # as vLLM reads it: an empty list allows nothing
+    return _serving("vLLM", version, problem, PLUGIN_GROUP, _AllowList("VLLM_PLUGINS", names), cards)
 
 
 def _sglang(cards: tuple[str, ...], version: str) -> list[Ability]:
     from nvfp4_prep.sglang.versions import version_problem
 
     problem = version_problem(version) if version else "SGLang is not installed"
-    return _serving("SGLang", version, problem, SGLANG_PLUGIN_GROUP, "SGLANG_PLUGINS", cards)
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    names = [name.strip() for name in allowed.split(",")] if allowed else None  # as SGLang reads it: empty is unset
+    return _serving("SGLang", version, problem, SGLANG_PLUGIN_GROUP, _AllowList("SGLANG_PLUGINS", names), cards)
 
 
 def _serving(
-    server: str, version: str, problem: str | None, group: str, variable: str, cards: tuple[str, ...]
+    server: str, version: str, problem: str | None, group: str, allowed: _AllowList, cards: tuple[str, ...]
 ) -> list[Ability]:
     """Return whether a server sees the plugin, and whether it will serve with it."""
     visible = any(point.name == "nvfp4_prep" for point in importlib.metadata.entry_points(group=group))
-    allowed = os.environ.get(variable)
     if not visible:
         reason = f"no entry point in {group}: install nvfp4-prep here (pip install . in a clone of it)"
         plugin = Ability(f"{server} plugin", False, reason)
-    elif allowed is not None and "nvfp4_prep" not in allowed.split(","):
-        plugin = Ability(f"{server} plugin", False, f"{variable}={allowed} leaves nvfp4_prep out")
+    elif allowed.names is not None and "nvfp4_prep" not in allowed.names:
+        reason = f"{allowed.variable}={','.join(allowed.names)} leaves nvfp4_prep out"
+        plugin = Ability(f"{server} plugin", False, reason)
     else:
         reason = f"visible to {server}" if version else f"installed; {server} is not"
         plugin = Ability(f"{server} plugin", True, reason)

@@ -15,6 +15,7 @@ from nvfp4_prep.commands.sample import SampleModel, write_sample
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.model_card import front_matter, make_model_card
+from nvfp4_prep_kernels import MoeLayout
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CARD = b"""---
@@ -110,17 +111,50 @@ def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
     assert "nvfp4-prep restore" in text
     sizes = manifest.tp_sizes
     assert f"vllm serve <this repository> --tensor-parallel-size {sizes[-1]}\n" in text
-    assert f"python -m sglang.launch_server --model-path <this repository> --tp {sizes[-1]}\n" in text
+    assert "# SGLang does not serve this checkpoint" in text  # the sample's hidden size is not a multiple of 128
     assert "pip install" not in text  # nothing is published on PyPI
     assert yaml.safe_load(text.split("---")[1])["tags"]
 
 
 def test_the_batched_layout_is_served_with_its_all_to_all(manifest: Manifest) -> None:
-    """Without it both servers refuse the file."""
+    """Without it vLLM refuses the file, and so does SGLang (below)."""
     batched = replace(manifest, options=ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
     text = make_model_card(batched).decode()
     assert "--enable-expert-parallel --all2all-backend deepep_low_latency\n" in text
-    assert "--moe-a2a-backend deepep\n" in text
+
+
+def sized(manifest: Manifest, *, format_: str = "modelopt", layout: LayoutName, hidden: int, intermediate: int) -> str:
+    """The card's command for SGLang, of layers with other sizes; nothing if there is none."""
+    layers = []
+    for layer in manifest.layers:
+        dims = replace(layer.source.dims, hidden=hidden, intermediate=intermediate)
+        made = MoeLayout.trtllm(gated=True) if layout is LayoutName.TRTLLM else MoeLayout.cutedsl(gated=True)
+        if layout is LayoutName.CUTEDSL_BATCHED:
+            made = MoeLayout.cutedsl_batched()
+        layers.append(replace(layer, source=replace(layer.source, dims=dims, format=format_), layout=made))
+    card = make_model_card(replace(manifest, layers=tuple(layers), options=ConvertOptions(layout=layout))).decode()
+    begin = "    python -m sglang.launch_server --model-path <this repository> "
+    return next((line.removeprefix(begin) for line in card.splitlines() if line.startswith(begin)), "")
+
+
+@pytest.mark.parametrize(
+    ("layout", "format_", "hidden", "intermediate", "options"),
+    [
+        (LayoutName.CUTEDSL, "modelopt", 256, 256, "--tp 4"),
+        (LayoutName.TRTLLM, "modelopt", 384, 96, "--tp 1"),  # SGLang pads I as the file does
+        (LayoutName.CUTEDSL, "modelopt", 384, 96, "--tp 1 --moe-runner-backend flashinfer_trtllm"),
+        (LayoutName.CUTEDSL, "modelopt", 192, 256, ""),
+        (LayoutName.TRTLLM, "modelopt", 192, 256, ""),
+        (LayoutName.CUTEDSL_BATCHED, "modelopt", 256, 256, "--tp 2 --moe-a2a-backend deepep"),
+        (LayoutName.CUTEDSL_BATCHED, "compressed-tensors", 256, 256, ""),
+        (LayoutName.TRTLLM, "compressed-tensors", 256, 256, "--tp 2"),  # its share is a multiple of 128
+        (LayoutName.CUTEDSL, "compressed-tensors", 256, 192, ""),
+    ],
+)
+def test_sglang_is_named_where_it_serves_the_file(
+    manifest: Manifest, layout: LayoutName, format_: str, hidden: int, intermediate: int, options: str
+) -> None:
+    assert sized(manifest, format_=format_, layout=layout, hidden=hidden, intermediate=intermediate) == options
 
 
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])

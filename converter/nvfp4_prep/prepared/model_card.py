@@ -31,6 +31,9 @@ _NOT_CARRIED = (
 )
 """Keys of the source's card that would be wrong here: they describe the source, its results or how to load it."""
 _TAGS = ("nvfp4", "moe", "nvfp4-prep", "flashinfer", "vllm")
+_COMPRESSED = "compressed-tensors"
+_SGLANG_ROWS = 128
+"""SGLang's hidden sizes are multiples of this, and a rank's intermediate size for compressed-tensors."""
 _LINE = 20
 _WIDE = 10_000
 
@@ -216,8 +219,7 @@ def _use(manifest: Manifest) -> Iterator[str]:
         "",
         "    # needs the nvfp4-prep plugin in vLLM's environment; vLLM without it refuses these files",
         f"    vllm serve <this repository> {for_vllm}",
-        "    # or SGLang, whose plugin is in the same package",
-        f"    python -m sglang.launch_server --model-path <this repository> {for_sglang}",
+        *_sglang_lines(for_sglang),
         "",
         f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",
         "",
@@ -230,15 +232,48 @@ def _use(manifest: Manifest) -> Iterator[str]:
     )
 
 
+def _sglang_lines(options: str) -> tuple[str, ...]:
+    if not options:
+        return ("    # SGLang does not serve this checkpoint: it pads these sizes differently, or has no such kernel",)
+    return (
+        "    # or SGLang, whose plugin is in the same package",
+        f"    python -m sglang.launch_server --model-path <this repository> {options}",
+    )
+
+
 def _server_options(manifest: Manifest) -> tuple[str, str]:
     """Return the options of vLLM and of SGLang with which the file's own kernel runs on as many GPUs as possible.
 
-    The batched kernel runs behind DeepEP's all-to-all alone: without it both servers would refuse the file.
+    The batched kernel runs behind DeepEP's all-to-all alone: without it both servers would refuse the file. SGLang's
+    are those of its other kernel where it does not pad for the file's own, and empty where its plugin refuses the file
+    whatever the options.
     """
     size = manifest.tp_sizes[-1] if manifest.tp_sizes else 1
+    sglang_size, more = _sglang_size(manifest), ""
     if manifest.options.layout is LayoutName.CUTEDSL_BATCHED:
-        return (
-            f"--data-parallel-size {size} --enable-expert-parallel --all2all-backend deepep_low_latency",
-            f"--tp {size} --moe-a2a-backend deepep",
-        )
-    return f"--tensor-parallel-size {size}", f"--tp {size}"
+        for_vllm = f"--data-parallel-size {size} --enable-expert-parallel --all2all-backend deepep_low_latency"
+        more = " --moe-a2a-backend deepep"
+    else:
+        for_vllm = f"--tensor-parallel-size {size}"
+        if manifest.options.layout is LayoutName.CUTEDSL and any(map(_is_padded, manifest.layers)):
+            more = " --moe-runner-backend flashinfer_trtllm"
+    return for_vllm, f"--tp {sglang_size}{more}" if sglang_size else ""
+
+
+def _sglang_size(manifest: Manifest) -> int:
+    """Return the largest tensor-parallel size of SGLang's; 0 if it serves none. As docs/serving-sglang.md has it."""
+    sizes = manifest.tp_sizes
+    for layer in manifest.layers:
+        compressed = layer.source.format == _COMPRESSED
+        if layer.dims.hidden % _SGLANG_ROWS or (compressed and _is_padded(layer)):
+            return 0
+        if compressed and manifest.options.layout is LayoutName.CUTEDSL_BATCHED:
+            return 0  # SGLang has no such kernel
+        if compressed:
+            sizes = tuple(size for size in sizes if layer.dims.intermediate // size % _SGLANG_ROWS == 0)
+    return max(sizes, default=0)
+
+
+def _is_padded(layer: LayerRecord) -> bool:
+    """Return whether gated experts' intermediate size is padded: SGLang does that for TRTLLM-gen alone."""
+    return layer.gated and layer.layout.padded_intermediate(layer.dims.intermediate) != layer.dims.intermediate

@@ -155,6 +155,21 @@ def test_what_came_of_a_failed_load_does_not_count(
         assert differences(first, snapshot(model)) == []
 
 
+def test_what_sglang_does_not_do_is_answered(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang raises where its cache of weights forbids updates; nothing was read, so nothing has to be loaded again."""
+    _, prepared = checkpoints.get(QWEN, trtllm=True)
+    args = make_server_args(prepared)
+    with rank_of(args):
+        model, updater = load_for_updates(args)
+        first = snapshot(model)
+        monkeypatch.setattr(type(updater), "_assert_weight_cache_inactive", lambda *_: 1 / 0)
+        assert updater.update_weights_from_disk(str(prepared), "auto") == (
+            False,
+            "division by zero. The server goes on with the former weights.",
+        )
+        assert differences(first, snapshot(model)) == []
+
+
 def update_job(checkpoints: Checkpoints, parallel: dict[str, Any]) -> Job:
     source, prepared = checkpoints.get(replace(QWEN, one_input_scale=True), trtllm=True)
     _, other = checkpoints.get(replace(OTHER_BYTES, one_input_scale=True), trtllm=True)

@@ -119,7 +119,7 @@ def _hidden_layers(model_config: Any, folder: Path | None) -> int | None:
         count = getattr(model_config.hf_text_config, "num_hidden_layers", None)
         return count if type(count) is int else None
     config = parse_json(read_small_file(path, ServingError, _NEXT), str(path), ServingError, max_depth=MAX_DEPTH)
-    for holder in (config, config.get("text_config") if isinstance(config, dict) else None):
+    for holder in (config.get("text_config") if isinstance(config, dict) else None, config):
         count = holder.get("num_hidden_layers") if isinstance(holder, dict) else None
         if type(count) is int:
             return count

@@ -105,8 +105,9 @@ def _attempt(original: Update, updater: Any, path: str, *args: Any, **kwargs: An
     setattr(updater.model_config, _ATTEMPT, attempt)
     try:
         success, message = original(updater, path, *args, **kwargs)
-    except Exception as error:  # what SGLang raises in its own second attempt; its first failure is the cause
-        return _End.BROKEN, f"{error.__context__ or error}"
+    except Exception as error:
+        cause = error.__context__  # of what SGLang raises in its own second attempt
+        return _End.BROKEN if attempt.began or cause else _End.UNTOUCHED, f"{cause or error}"
     finally:
         delattr(updater.model_config, _ATTEMPT)
     if success:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from support.serving.families import FAMILIES
 from support.serving.installed import NEEDS_PADDING, reload_from
@@ -143,17 +141,3 @@ def test_a_reload_after_deep_sleep(checkpoints: Checkpoints, model: TinyModel) -
         reload_from(config, loaded, prepared)
         assert storage_of(loaded) == where
         assert differences(first, experts_state(loaded)) == []
-
-
-@pytest.mark.parametrize("model", [QWEN, DEEPSEEK], ids=lambda model: model.family)
-def test_a_weight_update_with_original_tensors_is_refused(checkpoints: Checkpoints, model: TinyModel) -> None:
-    """What a trainer sends whose experts are in the source's form."""
-    from vllm.model_executor.layers import rotary_embedding
-
-    source, prepared = checkpoints.get(model)
-    config = make_vllm_config(prepared, moe_backend="auto")
-    # A refused reload leaves a model on the meta device, with the rotary embeddings that vLLM shares between models.
-    with rank_of(config), mock.patch.dict(rotary_embedding._ROPE_DICT, clear=True):
-        loaded = load_model(config)
-        with pytest.raises(ServingError, match="for a layer that the stamp says is prepared"):
-            reload_from(config, loaded, source)

@@ -21,12 +21,15 @@ class PreparedWeights:
         names: of the layer's tensors.
         arrived: names of tensors loaded since the last :meth:`finish`. A loader that fills parameters by itself adds
             their names.
+        in_use: the parameters by name that a kernel reads, in servers that load into others and copy afterwards. What
+            a kernel derived from them would not follow a tensor that was loaded over them: that is refused.
     """
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
         self.names = placement.names
         self.arrived: set[str] = set()
+        self.in_use: dict[str, torch.nn.Parameter] = {}
 
     def loader(self, name: str) -> Callable[..., None]:
         """Return the weight_loader of one parameter.
@@ -40,6 +43,8 @@ class PreparedWeights:
         ) -> None:
             if args or kw:
                 raise self.foreign(f"an original tensor for {name}")
+            if self.in_use.get(name) is param:
+                raise self.running(name)
             self.fill(name, param.data, loaded_weight)
             self.arrived.add(name)
 
@@ -68,4 +73,13 @@ class PreparedWeights:
             where=self.placement.layer_name,
             expected=", ".join(self.names),
             next_step="The directory mixes a prepared checkpoint and its source: run `nvfp4-prep verify` on it.",
+        )
+
+    def running(self, name: str) -> ServingError:
+        """Return the error for a tensor that was to be loaded over one that a kernel reads."""
+        return ServingError(
+            f"{name} came for a running kernel's parameter, outside of the server's reload",
+            where=self.placement.layer_name,
+            next_step="Update the whole model by the server's own reload. What is served now may be a mixture of two"
+            " checkpoints: reload the former one, or start the server again.",
         )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import LayoutName
 from nvfp4_prep.prepared.manifest_values import sha256, text, whole
-from nvfp4_prep.prepared.stamp import LAYOUT_NAMES
+from nvfp4_prep.prepared.stamp import LAYOUT_NAMES, QUANT_METHOD
 from nvfp4_prep_kernels import LayoutError, MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
-__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "TRTLLM", "Stamp"]
+__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "TRTLLM", "Stamp", "is_stamped", "stamp_in"]
 
 STANDARD = LAYOUT_NAMES[LayoutName.CUTEDSL]
 BATCHED = LAYOUT_NAMES[LayoutName.CUTEDSL_BATCHED]
@@ -123,3 +123,17 @@ class Stamp:
             actual=self.fingerprint,
             next_step="Install the version of nvfp4-prep that wrote it (see nvfp4_prep.json), or convert again.",
         )
+
+
+def is_stamped(config: Any) -> TypeGuard[MutableMapping[str, Any]]:
+    """Return whether this is a ``quantization_config`` with a stamp that was not yet replaced."""
+    return isinstance(config, MutableMapping) and config.get("quant_method") == QUANT_METHOD
+
+
+def stamp_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the stamp in a ``config.json`` as it is on disk: the model's, or its language model's."""
+    for holder in (config, config.get("text_config")):
+        found = holder.get("quantization_config") if isinstance(holder, Mapping) else None
+        if is_stamped(found):
+            return found
+    return None

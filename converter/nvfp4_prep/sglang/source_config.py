@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, MutableMapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
+from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp, is_stamped
 
-__all__ = ["SOURCE_METHODS", "adopt_source", "adopted_stamp", "is_stamped", "stamp_in", "stamped_configs"]
+__all__ = ["SOURCE_METHODS", "adopt_source", "adopted_stamp", "stamped_configs"]
 
 SOURCE_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "compressed-tensors")
 """Values of ``quant_method`` of sources that can hold NVFP4 experts."""
-
-
-def is_stamped(config: Any) -> TypeGuard[MutableMapping[str, Any]]:
-    """Return whether this is a ``quantization_config`` with a stamp that was not yet replaced."""
-    return isinstance(config, MutableMapping) and config.get("quant_method") == QUANT_METHOD
 
 
 def stamped_configs(hf_config: Any) -> list[MutableMapping[str, Any]]:
@@ -36,15 +30,6 @@ def adopted_stamp(hf_config: Any) -> Mapping[str, Any] | None:
         if isinstance(config, Mapping) and STAMP_KEY in config:
             stamp: Mapping[str, Any] = config[STAMP_KEY]
             return stamp
-    return None
-
-
-def stamp_in(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the stamp in a ``config.json`` as it is on disk: the model's, or its language model's."""
-    for holder in (config, config.get("text_config")):
-        found = holder.get("quantization_config") if isinstance(holder, Mapping) else None
-        if is_stamped(found):
-            return found
     return None
 
 

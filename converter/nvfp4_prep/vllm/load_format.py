@@ -93,7 +93,8 @@ class PreparedModelLoader(BaseModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Weights:
         """Return all tensors with their data, as the format of the others reads them: what a reload asks for."""
-        yield from self._others.get_all_weights(model_config, model)
+        weights: Weights = self._others.get_all_weights(model_config, model)
+        return weights
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load everything.

@@ -29,11 +29,12 @@ class Completeness(enum.Enum):
     ALL_OR_NONE = "all or none"
     """Every tensor, or none: a peer-to-peer target is filled with dummy weights, prepared, and receives them later."""
     NOTHING = "nothing"
-    """Dummy weights."""
+    """Dummy weights, in whose place a reload may bring real ones."""
 
-    def check(self, weights: PreparedWeights) -> None:
+    def check(self, weights: PreparedWeights, *, reload: bool = False) -> None:
         """Raise :class:`ServingError` if tensors are missing that have to be there."""
-        if self is Completeness.ALL or (self is Completeness.ALL_OR_NONE and weights.arrived):
+        some = weights.arrived and (self is Completeness.ALL_OR_NONE or reload)
+        if self is Completeness.ALL or some:
             weights.finish()
 
 

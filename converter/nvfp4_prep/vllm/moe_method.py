@@ -26,6 +26,7 @@ from nvfp4_prep.vllm.layout_check import check_installed_layout
 from nvfp4_prep.vllm.load_formats import Completeness, check_load_format, publish_kernel_scales
 from nvfp4_prep.vllm.proof import prove_untested_version
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
+from nvfp4_prep.vllm.updates import guard_loaders
 from nvfp4_prep.vllm.weight_loaders import load_into
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeDims, MoeLayout
 
@@ -104,6 +105,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
             if name in _DUMMY_SCALES:
                 set_weight_attrs(param, {"dummy_weight_value": _DUMMY_SCALES[name]})
             layer.register_parameter(name, param)
+        guard_loaders()
         layer.nvfp4_prep = weights
         layer.load_weights = load_into(layer, weights)
 
@@ -121,14 +123,14 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 next_step="Load the prepared checkpoint itself, with --load-format auto.",
             )
         weights: PreparedWeights = layer.nvfp4_prep
-        self.completeness.check(weights)
+        first = self.moe_kernel is None
+        self.completeness.check(weights, reload=not first)
         if self.relayout is not None:
             self.relayout.convert(layer)
         up = UpFactor(layer, self.layer_name)
         trtllm = self.nvfp4_backend == NvFp4MoeBackend.FLASHINFER_TRTLLM
         if not trtllm:
             up.refuse_if_it_differs()
-        first = self.moe_kernel is None
         if first:
             self._restore_padded_moe_dims(layer)
             self._build_moe_kernel(layer)
@@ -136,6 +138,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         if trtllm:
             up.check_kernel(experts)
         if first:
+            weights.in_use = {name: param for name, param in layer.named_parameters() if name in weights.names}
             up.set(self.moe_quant_config)
             if self.completeness is Completeness.ALL_OR_NONE:
                 publish_kernel_scales(layer, self.moe_quant_config.a1_gscale, self.moe_quant_config.a2_gscale)

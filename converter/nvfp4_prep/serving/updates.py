@@ -1,0 +1,101 @@
+"""Weights for a running model: what a server does not ask of the directory that they come from.
+
+A server that replaces the weights of a running model reads tensors only, no config. Names and shapes of two layouts are
+alike, so the tensors alone would not tell that a kernel gets another layout's bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.small_files import read_small_file
+from nvfp4_prep.errors import ServingError
+from nvfp4_prep.load import Catalog
+from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.serving.placement import Placement
+from nvfp4_prep.serving.stamped import Stamp, stamp_in
+
+__all__ = ["check_holds_layers", "check_same_layout", "read_config"]
+
+_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """Return what the ``config.json`` of a local directory says.
+
+    Raises:
+        ServingError: if there is none, or it cannot be read.
+    """
+    file = directory / CONFIG
+    raw = read_small_file(file, ServingError, "Give the directory of a whole prepared checkpoint.")
+    config = parse_json(raw, str(file), ServingError, max_depth=MAX_DEPTH)
+    return config if isinstance(config, dict) else {}
+
+
+def check_same_layout(served: Stamp, config: Mapping[str, Any], where: str) -> None:
+    """Raise :class:`ServingError` unless weights come from a checkpoint in the layout that the model was started with.
+
+    Args:
+        served: the stamp of the running model.
+        config: ``config.json`` of the weights' checkpoint.
+        where: that file, for the message.
+    """
+    found = stamp_in(config)
+    other = None if found is None else Stamp.parse(found)
+    if other is not None and replace(other, source={}) == replace(served, source={}):
+        return
+    raise ServingError(
+        "weights of another layout than the served one",
+        where=where,
+        expected=_layout_words(served),
+        actual="no stamp of nvfp4-prep" if other is None else _layout_words(other),
+        next_step="Convert it with the layout of the running server (`nvfp4-prep convert`, for a prepared checkpoint"
+        " `nvfp4-prep relayout`), or start a server on it.",
+    )
+
+
+def check_holds_layers(directory: Path, served: Sequence[Placement]) -> None:
+    """Check that a local directory holds all tensors of the served layers, in their sizes. Reads headers alone.
+
+    A server keeps what it has of a layer whose tensors do not arrive: it would serve two checkpoints mixed.
+
+    Raises:
+        CheckpointError: if the directory is not a complete prepared checkpoint, or a file is missing or damaged.
+        ServingError: if it is another model's.
+    """
+    catalog = Catalog.open(directory)
+    for layer in catalog.manifest.layers:
+        catalog.records(layer)
+    for placement in served:
+        found = [layer for layer in catalog.manifest.layers if _is_same_number(layer, placement)]
+        if any((layer.dims, layer.layout) == (placement.dims, placement.layout) for layer in found):
+            continue
+        raise ServingError(
+            "weights of another model than the served one",
+            where=f"{directory}, layer {placement.layer_name}",
+            expected=_layer_words(placement),
+            actual=", ".join(map(_layer_words, found)) or "no such prepared layer",
+            next_step="Give a checkpoint of the served model, or start a server on this one.",
+        )
+
+
+def _is_same_number(layer: LayerRecord, placement: Placement) -> bool:
+    """Return whether two names are of one layer: servers rename what stands before its number."""
+    number = _LAYER_NUMBER.search(placement.layer_name)
+    return number is None or int(number[1]) == layer.index
+
+
+def _layer_words(layer: Placement | LayerRecord) -> str:
+    dims = layer.dims
+    gated = "gated" if layer.layout.gated else "without gate"
+    return f"{dims.experts} experts, intermediate {dims.intermediate}, hidden {dims.hidden}, {gated}"
+
+
+def _layout_words(stamp: Stamp) -> str:
+    return f"{stamp.layout_name}, gate/up block {stamp.gate_up_block}, moe-tp {stamp.moe_tp}"

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nvfp4_prep_kernels.nvfp4 import encode_codes, quantize
+from support.nemotron_h import NEMOTRON_H_CONFIG
 
 __all__ = ["DEEPSEEK_V3", "INPUT_SCALES", "NEMOTRON_H", "QWEN3_MOE", "WholeModel"]
 
@@ -203,29 +204,10 @@ NEMOTRON_H = WholeModel(
     "nemotron_h",
     {
         **_COMMON,
-        "model_type": "nemotron_h",
-        "architectures": ["NemotronHForCausalLM"],
+        **NEMOTRON_H_CONFIG,
         "num_key_value_heads": 2,
         "head_dim": 80,  # as above
-        "num_hidden_layers": 4,
-        "hybrid_override_pattern": "*E*E",
         "n_routed_experts": 8,
-        "intermediate_size": 256,
-        "moe_shared_expert_intermediate_size": 128,
-        "moe_latent_size": None,
-        "mlp_hidden_act": "relu2",
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 32,
-        "n_groups": 2,
-        "ssm_state_size": 32,
-        "conv_kernel": 4,
-        "chunk_size": 32,
-        "layer_norm_epsilon": 1e-5,
     },
     "backbone.layers.{n}.mixer.experts",
     (1, 3),

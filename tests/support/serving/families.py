@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from support.nemotron_h import NEMOTRON_H_CONFIG
 from support.serving.tiny_models import TinyModel
 
 __all__ = ["COMPRESSED", "FAMILIES", "MTP"]
@@ -193,26 +194,7 @@ NEMOTRON_H = TinyModel(
     {
         **_COMMON,
         **_ATTENTION,
-        "model_type": "nemotron_h",
-        "architectures": ["NemotronHForCausalLM"],
-        "num_hidden_layers": 4,
-        "hybrid_override_pattern": "*E*E",
-        "mlp_hidden_act": "relu2",
-        "intermediate_size": 256,
-        "moe_shared_expert_intermediate_size": 128,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 32,
-        "n_groups": 2,
-        "ssm_state_size": 32,
-        "conv_kernel": 4,
-        "chunk_size": 32,
-        "layer_norm_epsilon": 1e-5,
-        "moe_latent_size": None,
+        **NEMOTRON_H_CONFIG,
     },
     "backbone.layers.{n}.mixer.experts",
     (1, 3),

@@ -95,6 +95,7 @@ CALLED = (
     Called(_LOADERS, "get_model_loader", 1),
     Called(f"{_LOADERS}.default_loader", "DefaultModelLoader.get_all_weights", 3),
     Called(f"{_LOADERS}.default_loader", "DefaultModelLoader.load_weights", 3),
+    Called("vllm.transformers_utils.repo_utils", "get_hf_file_to_dict", 3),
 )
 OVERRIDDEN = (
     Overridden(
@@ -107,6 +108,7 @@ OVERRIDDEN = (
         any_keyword=True,
     ),
     Overridden(f"{_LAYERS}.fused_moe", "RoutedExperts.load_weights", ("self", "weights")),
+    Overridden(f"{_LOADERS}.default_loader", "DefaultModelLoader.get_all_weights", ("self", "model_config", "model")),
     Overridden(
         f"{_LAYERS}.quantization.base_config", "QuantizationConfig.get_quant_method", ("self", "layer", "prefix")
     ),

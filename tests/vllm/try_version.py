@@ -1,7 +1,8 @@
 """Try the installed vLLM, tested or not, and print what broke: ``make try-vllm VLLM=0.34.0``.
 
 Three steps, from cheap to dear: the functions that the plugin calls and overrides; the layout that this vLLM prepares;
-and the tests of models, loading, refusals and formats. The last line says what to do next.
+and the tests of models, loading, updates and forward passes. The last line says what to do next. The plugin refuses an
+older vLLM than the tested ones: for the tests that is lifted, or each of them would fail for that one reason.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from nvfp4_prep.vllm.versions import Support, installed_version, support
+
 HERE = Path(__file__).parent
+VERSIONS = "test_versions.py"
 TESTS = (
-    "test_versions.py",
+    VERSIONS,
     "test_models.py",
     "test_loading.py",
+    "test_updates.py",
     "test_load_format.py",
     "test_forward.py",
     "test_other_kernel.py",
@@ -30,25 +36,38 @@ def main() -> int:
     """Run the steps; the exit status is 0 if nothing broke."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from nvfp4_prep.vllm.versions import installed_version, support
-    from support.serving.vllm_on_cpu import bring_up
+    from support.serving.vllm_on_cpu import LIFT_REFUSAL, bring_up
 
     version = installed_version()
-    print(f"vLLM {version}: {support(version).value}", flush=True)
+    treated = support(version)
+    print(f"vLLM {version}: {treated.value}", flush=True)
+    tests = TESTS
+    if treated is Support.OLDER:
+        tests = tuple(name for name in TESTS if name != VERSIONS)
+        os.environ[LIFT_REFUSAL] = "1"
+        print(f"refused as it is; tried as if it were a tested version, without {VERSIONS}", flush=True)
     try:
         bring_up()
     except Exception as error:  # a version that cannot be imported is a finding
         print(f"the test harness does not come up: {type(error).__name__}: {error}")
         return 1
     broken = _interface() + _layout()
-    failures = _tests()
+    failures = _tests(tests)
     for reason, count in Counter(failures).most_common():
         print(f"  {count} x {reason}")
-    if broken or failures:
-        print("Not served as it is: mend the differences in vllm/compat.py, then add the version to TESTED.")
-        return 1
-    print("Nothing broke: add the version to TESTED in vllm/versions.py, the Makefile and the tables.")
-    return 0
+    print(_verdict(treated, broke=bool(broken or failures)))
+    return int(bool(broken or failures))
+
+
+def _verdict(treated: Support, *, broke: bool) -> str:
+    """Return what to do next."""
+    if treated is Support.TESTED:
+        return "A tested version: mend what broke." if broke else "Nothing broke: a tested version."
+    if broke:
+        return "Not served as it is: mend the differences in vllm/compat.py, then add the version to TESTED."
+    if treated is Support.OLDER:
+        return "Nothing broke. It stays refused unless it is added to TESTED in vllm/versions.py and to the tables."
+    return "Nothing broke: add the version to TESTED in vllm/versions.py, the Makefile and the tables."
 
 
 def _interface() -> int:
@@ -82,11 +101,11 @@ def _layout() -> int:
     return broken
 
 
-def _tests() -> list[str]:
+def _tests(names: Sequence[str]) -> list[str]:
     """Return the last line of each failure's reason."""
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::DeprecationWarning", "--tb=line"]
     done = subprocess.run(
-        [*command, *(str(HERE / name) for name in TESTS)], capture_output=True, text=True, check=False
+        [*command, *(str(HERE / name) for name in names)], capture_output=True, text=True, check=False
     )
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

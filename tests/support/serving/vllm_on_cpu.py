@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 import tempfile
 import types
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+LIFT_REFUSAL = "NVFP4_PREP_TEST_LIFT_REFUSAL"
+"""Environment variable: 1 has the plugin take an older vLLM for a tested one, in the tests' processes alone."""
 
 
 @functools.cache
@@ -64,10 +68,27 @@ def bring_up() -> None:
     for experts in (FlashInferCuteDSLExperts, FlashInferCuteDSLBatchedExperts):
         experts._supports_current_device = staticmethod(lambda: True)
 
+    if os.environ.get(LIFT_REFUSAL) == "1":
+        _take_for_tested()
+
     # vLLM collects garbage three times a load; over all that it imports, that would be most of the tests' time.
     gc.collect()
     gc.freeze()
     _stub_torchvision()  # last: transformers must have found out that there is none
+
+
+def _take_for_tested() -> None:
+    from nvfp4_prep.vllm import versions
+
+    minor = ".".join(versions.installed_version().split(".")[:2])
+    versions.TESTED = (minor, *(tested for tested in versions.TESTED if tested != minor))
+    if not hasattr(torch.ops._C, "silu_and_mul"):  # until 0.30 its layer wants the compiled function on a CPU
+        torch.ops._C.silu_and_mul = _silu_and_mul
+
+
+def _silu_and_mul(out: torch.Tensor, gate_and_up: torch.Tensor) -> None:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    out.copy_(torch.nn.functional.silu(gate) * up)
 
 
 def _stub_torchvision() -> None:

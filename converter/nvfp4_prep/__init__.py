@@ -1,4 +1,4 @@
-"""Prepares NVFP4 mixture-of-experts checkpoints for FlashInfer's CuteDSL fused-MoE kernel.
+"""Preparation of NVFP4 mixture-of-experts checkpoints for FlashInfer's fused-MoE kernels, CuteDSL and TRTLLM-gen.
 
 The functions below are the public API; the command line is a thin shell around them. They are imported on first use,
 because importing torch takes longer than printing a help text.

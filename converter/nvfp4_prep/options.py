@@ -114,7 +114,7 @@ class ConvertOptions:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> ConvertOptions:
-        """Inverse of :meth:`to_dict`; raises ``KeyError``, ``ValueError`` or :class:`UsageError` for anything else."""
+        """Invert :meth:`to_dict`; raise ``KeyError``, ``ValueError`` or :class:`UsageError` for anything else."""
         return cls(
             layout=LayoutName(value["layout"]),
             gate_up_block=int(value["gate_up_block"]),

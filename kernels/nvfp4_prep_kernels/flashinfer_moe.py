@@ -55,7 +55,7 @@ def mma_view(scales: torch.Tensor) -> torch.Tensor:
 
 
 def find_entry_point() -> tuple[str, Callable[..., Any]]:
-    """``(version, function)`` of the installed FlashInfer.
+    """Return ``(version, function)`` of the installed FlashInfer.
 
     Raises:
         FlashInferUnavailableError: if there is none, or it is older than the kernel.
@@ -89,7 +89,7 @@ def bind_call(
     activation: MoeActivation,
     out: torch.Tensor,
 ) -> dict[str, Any]:
-    """Keyword arguments of one call, for an entry point with these parameters.
+    """Return the keyword arguments of one call, for an entry point with these parameters.
 
     Raises:
         FlashInferUnavailableError: if this version cannot express the activation.

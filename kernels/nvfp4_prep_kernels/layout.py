@@ -173,25 +173,25 @@ class MoeLayout:
             )
 
     def padded_hidden(self, hidden: int) -> int:
-        """Hp."""
+        """Return Hp."""
         return roundup(hidden, self.hidden_alignment)
 
     def padded_intermediate(self, intermediate: int) -> int:
-        """Ip of the whole layer: the sum over ``moe_tp`` ranks of their padded sizes."""
+        """Return Ip of the whole layer: the sum over ``moe_tp`` ranks of their padded sizes."""
         return self.moe_tp * roundup(intermediate // self.moe_tp, self.intermediate_alignment)
 
     def expert_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
-        """``(rows, bytes per row)`` of one expert in a prepared tensor; stored with E in front."""
+        """Return ``(rows, bytes per row)`` of one expert in a prepared tensor; stored with E in front."""
         hidden, inter = self.padded_hidden(dims.hidden), self.padded_intermediate(dims.intermediate)
         rows, cols = (self.halves * inter, hidden) if tensor.is_w13 else (hidden, inter)
         return rows, cols // tensor.cols_per_byte
 
     def stored_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int, int]:
-        """``(E, rows, bytes per row)``: the shape of a prepared tensor in a file, whose elements are bytes."""
+        """Return ``(E, rows, bytes per row)``: the shape of a prepared tensor in a file, whose elements are bytes."""
         return (dims.experts, *self.expert_shape(tensor, dims))
 
     def source_shape(self, tensor: PreparedTensor, dims: MoeDims) -> tuple[int, int]:
-        """``(rows, bytes per row)`` of one projection of one expert, without padding."""
+        """Return ``(rows, bytes per row)`` of one projection of one expert, without padding."""
         rows, cols = (dims.intermediate, dims.hidden) if tensor.is_w13 else (dims.hidden, dims.intermediate)
         return rows, cols // tensor.cols_per_byte
 

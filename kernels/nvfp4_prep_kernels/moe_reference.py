@@ -56,7 +56,7 @@ class SourceMatrix:
     global_scale: float
 
     def decode(self) -> torch.Tensor:
-        """``float32 [rows, cols]`` without the global scale."""
+        """Return ``float32 [rows, cols]`` without the global scale."""
         return decode(self.codes, self.block_scales)
 
 
@@ -190,7 +190,7 @@ def _activation_error(
 def _quantize_with_spread(
     hidden: torch.Tensor, error: torch.Tensor, inverse: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``code * block scale`` of the intermediate, and its largest change under errors of ``hidden``."""
+    """Return ``code * block scale`` of the intermediate, and its largest change under errors of ``hidden``."""
     blocks, errors = (tensor.reshape(len(tensor), -1, BLOCK_COLS) for tensor in (hidden, error))
     magnitude = blocks.abs()
     factor = inverse / E2M1_MAX

@@ -57,12 +57,12 @@ class MoeActivation:
 
     @classmethod
     def swigluoai(cls, limit: float = 7.0) -> MoeActivation:
-        """gpt-oss's SwiGLU."""
+        """Return gpt-oss's SwiGLU."""
         return cls(alpha=1.702, beta=1.0, limit=limit)
 
     @classmethod
     def relu2(cls) -> MoeActivation:
-        """Nemotron's squared ReLU."""
+        """Return Nemotron's squared ReLU."""
         return cls(ActivationFunction.RELU2)
 
     @property
@@ -229,5 +229,5 @@ class MoeBackend(Protocol):
     def __call__(
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
     ) -> MoeTrace | None:
-        """Write ``out [T, Hp]``; gives the intermediate where the implementation can show it."""
+        """Write ``out [T, Hp]``; return the intermediate where the implementation can show it."""
         ...

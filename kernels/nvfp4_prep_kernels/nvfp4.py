@@ -47,7 +47,7 @@ def encode_codes(values: torch.Tensor) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
-    """``code * block scale``.
+    """Return ``code * block scale``.
 
     Args:
         codes: ``uint8 [..., C/2]``.
@@ -63,12 +63,12 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
 
 
 def round_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Nearest e4m3 value (ties to even), saturating at 448, as float32."""
+    """Return the nearest e4m3 value (ties to even), saturating at 448, as float32."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def round_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """Nearest e2m1 value (ties to even), saturating at 6, as float32; NaN stays NaN."""
+    """Return the nearest e2m1 value (ties to even), saturating at 6, as float32; NaN stays NaN."""
     magnitude = values.abs()
     rounded = torch.zeros_like(magnitude)
     for i, (middle, above) in enumerate(zip(_MIDPOINTS, _MAGNITUDES[1:], strict=True)):
@@ -96,6 +96,6 @@ def quantize(values: torch.Tensor, inverse_scale: float) -> tuple[torch.Tensor, 
 
 
 def quantize_codes(blocks: torch.Tensor, scales: torch.Tensor, inverse_scale: float) -> torch.Tensor:
-    """e2m1 values ``[..., n, 16]`` of blocks whose block scales ``[..., n]`` are given; zero where the scale is."""
+    """Return e2m1 values ``[..., n, 16]`` of blocks with block scales ``[..., n]``; zero where the scale is."""
     factor = torch.where(scales == 0, 0.0, inverse_scale / scales)
     return round_e2m1(blocks * factor.unsqueeze(-1))

@@ -15,7 +15,7 @@ def roundup(value: int, alignment: int) -> int:
 
 
 def pad_matrix(matrix: torch.Tensor, rows: int, cols: int, empty: Empty = new_empty) -> torch.Tensor:
-    """Append zero rows and columns; returns the tensor itself when nothing is missing.
+    """Append zero rows and columns; return the tensor itself when nothing is missing.
 
     Args:
         matrix: ``[..., R, C]`` of one-byte elements.

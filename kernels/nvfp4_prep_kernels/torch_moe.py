@@ -76,7 +76,7 @@ def _shuffled_places(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _read_swizzled(scales: torch.Tensor, cols: int) -> torch.Tensor:
-    """``uint8 [M, Ks]`` in row-major order, each byte fetched from offset(m, k) of the 128x4 swizzle."""
+    """Return ``uint8 [M, Ks]`` in row-major order, each byte from offset(m, k) of the 128x4 swizzle."""
     m = torch.arange(scales.shape[0], device=scales.device).unsqueeze(1)
     k = torch.arange(cols, device=scales.device).unsqueeze(0)
     offset = (m // 128) * (cols // 4) * 512 + (k // 4) * 512 + (m % 32) * 16 + (m % 128 // 32) * 4 + k % 4

@@ -85,7 +85,7 @@ class _Scratch:
         )
 
     def quantized_in_order(self) -> torch.Tensor:
-        """``float32 [T * k, Ip]``."""
+        """Return :attr:`quantized` in the channels' order: ``float32 [T * k, Ip]``."""
         return self.quantized.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).flatten(1)
 
 

@@ -1,6 +1,6 @@
 """Device code of :mod:`nvfp4_prep_kernels.triton_moe`; importing it needs Triton.
 
-Plain integer and float32 arithmetic decodes e2m1 and e4m3, so that it runs on every card from Ampere on. ``code *
+Plain integer and float32 arithmetic decodes e2m1 and e4m3, so that it runs on every GPU from Ampere on. ``code *
 block scale`` is exact in float16, which is what the dot products take; they accumulate in float32.
 """
 

@@ -159,7 +159,7 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def address_of(view: memoryview) -> int:
-    """Memory address of a writable view's first byte."""
+    """Return the memory address of a writable view's first byte."""
     return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
 
 

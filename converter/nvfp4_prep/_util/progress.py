@@ -20,14 +20,14 @@ _LABEL_COLUMNS = 20
 
 
 class Progress(Protocol):
-    """Told how a job of known size goes on. Called from several threads."""
+    """Receiver of the progress of a job of known size. Methods are called from several threads."""
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
         """Begin a job, of which an earlier run did ``done_nbytes``."""
         ...
 
     def advance(self, nbytes: int, label: str) -> None:
-        """``nbytes`` more are done; ``label`` says where."""
+        """Count ``nbytes`` more as done; ``label`` says where."""
         ...
 
     def close(self) -> None:
@@ -36,7 +36,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Says nothing."""
+    """Progress that shows nothing."""
 
     def start(self, title: str, total_nbytes: int, done_nbytes: int = 0) -> None:
         """Do nothing."""
@@ -118,7 +118,7 @@ def _shortened(label: str) -> str:
 
 
 class _Rate:
-    """Bytes over time since the first of them; say when the next line is due. Not thread-safe."""
+    """Bytes over time since the first of them, and when the next line is due. Not thread-safe."""
 
     def __init__(self, interval_s: float, done_nbytes: int = 0) -> None:
         self.done_nbytes = done_nbytes
@@ -203,7 +203,7 @@ class RateLog:
         self._rate: _Rate | None = None
 
     def __call__(self, nbytes: int) -> None:
-        """``nbytes`` more have been handed on."""
+        """Count ``nbytes`` more that have been handed on."""
         with self._lock:
             if self._rate is None:  # time begins with the first bytes, not with the model's construction
                 self._rate = _Rate(self._every_s)

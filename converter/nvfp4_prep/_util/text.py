@@ -17,7 +17,7 @@ def bounded(text: str, limit: int) -> str:
 
 
 def format_nbytes(nbytes: float) -> str:
-    """``591.02 GB``, ``24.8 MB``, ``512 B``."""
+    """Return a size with its unit: ``591.02 GB``, ``24.80 MB``, ``512 B``."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
@@ -25,19 +25,19 @@ def format_nbytes(nbytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Return hours, minutes and seconds: ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def count(number: int, what: str) -> str:
-    """``1 file``, ``2 files``."""
+    """Return a number with its noun: ``1 file``, ``2 files``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """``1-3,7`` for 1, 2, 3 and 7, in any order; empty for none."""
+    """Return numbers, given in any order, as ranges: ``1-3,7`` for 1, 2, 3 and 7; empty for none."""
     known = sorted(set(numbers))
     if not known:
         return ""

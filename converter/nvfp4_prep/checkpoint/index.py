@@ -111,7 +111,7 @@ def read_index(source: Source) -> CheckpointIndex:
 
 
 def read_json_file(name: str, raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
-    """Decode a JSON object; raises :class:`SourceError` if it is none, or exceeds a bound of depth or values."""
+    """Return a JSON object; raise :class:`SourceError` for anything else, or beyond a bound of depth or values."""
     next_step = "It is damaged, or no checkpoint's: restore it or download it again."
     value = parse_json(raw, name, SourceError, max_depth=max_depth, next_step=next_step)
     if not isinstance(value, dict):

@@ -72,7 +72,7 @@ def _is_second_copy(copies: Iterable[ShardHeader], shards: Iterable[ShardHeader]
 
 
 def _check_numbers(where: str, names: list[str]) -> None:
-    """Without an index, the shards' own numbering is all that tells whether one is missing."""
+    """Check the shards' own numbering: without an index it is all that tells whether one is missing."""
     numbered = [match for name in names if (match := _NUMBERED_SHARD.fullmatch(name))]
     for stem, count in sorted({(match["stem"], match["count"]) for match in numbered}):
         there = {int(match["number"]) for match in numbered if (match["stem"], match["count"]) == (stem, count)}
@@ -170,7 +170,7 @@ def _why_left_out(name: str) -> str:
 
 
 def _checkpoint_folders(names: Iterable[str]) -> set[str]:
-    """Subfolders that are checkpoints of their own: of every file of weights, the nearest folder with a config."""
+    """Return subfolders that are checkpoints of their own: for each file of weights the nearest with a config."""
     known = set(names)
     found = set()
     for name in known:

@@ -111,7 +111,7 @@ def _walk(root: Path, shown: Path, link_roots: Sequence[Path]) -> Iterator[Liste
 
 
 def _names(folder: Path, place: Path) -> Iterator[str]:
-    """Return the names in a folder, hidden ones left out: .git, .cache, .gitattributes belong to the repository."""
+    """Yield the names in a folder, hidden ones left out: .git, .cache, .gitattributes belong to the repository."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries)

@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Entry point of ``nvfp4-prep``."""
+    """Run ``nvfp4-prep``."""
     try:
         _keep_standard_descriptors()
         _show_what_cannot_be_encoded()
@@ -83,7 +83,7 @@ def _forget_unread_result() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C and SIGTERM are the same. While a module is imported, the process ends here and now: native modules
+    """Raise for Ctrl-C and SIGTERM alike. While a module is imported, the process ends here and now: native modules
     lose an exception that is raised in the middle of their import, or abort. Wherever it ends, the same command
     continues. Right after the result was printed they come too late to change anything, and are ignored.
     """

@@ -47,7 +47,7 @@ _result_hooks: list[Callable[[bool], None]] = []
 
 @contextlib.contextmanager
 def report_errors(as_json: bool) -> Iterator[None]:
-    """Errors as one line on stderr (and an object on stdout with ``--json``), and the exit code of their kind."""
+    """Print errors as one line on stderr (with ``--json`` an object on stdout too) and exit with their kind's code."""
     try:
         yield
     except ConversionInterrupted as error:
@@ -96,13 +96,13 @@ def tell_leftovers(target: Path) -> Iterator[None]:
 
 
 def _ignore_signals() -> None:
-    """Everything is cleaned up: another Ctrl-C could only break the message or Python's own end."""
+    """Ignore further signals: all is cleaned up, and they could only break the message or Python's own end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _unforeseen(error: OSError) -> NvfpPrepError:
-    """Something that the operating system refused where no module expected it."""
+    """Return the error for what the operating system refused where no module expected it."""
     if (none_left := open_files_error(error)) is not None:
         return none_left  # the file that could not be opened is often not the user's
     kind, next_step = NvfpPrepError, None

@@ -196,7 +196,7 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
 
 
 def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
-    """Conversion options as the manifest has them; what concerns gate and up only where there is a gate."""
+    """Return conversion options in one line; what concerns gate and up only where there is a gate."""
     block = f"gate/up block {options['gate_up_block']}, " if options["layout"] != "trtllm" else ""
     gate_up = f"{block}gate/up scales {options['gate_up_scales']}, " if gated else ""
     return f"{options['layout']}, {gate_up}moe-tp {options['moe_tp']}"

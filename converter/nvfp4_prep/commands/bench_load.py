@@ -1,4 +1,4 @@
-"""Measure a load before it is decided on: all ranks of a host at once, from this storage, into their parameters."""
+"""Measurement of a load before it is decided on: all ranks of a host at once, from storage into their parameters."""
 
 from __future__ import annotations
 

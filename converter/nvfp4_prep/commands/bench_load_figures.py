@@ -28,7 +28,7 @@ class Limit(enum.StrEnum):
 
     @property
     def advice(self) -> str:
-        """Return what the finding means."""
+        """The finding's meaning, in words."""
         return _ADVICE[self]
 
 
@@ -111,7 +111,7 @@ class LoadBench:
         return self.nbytes / figures.median_s / 1e9 if figures.median_s else 0.0
 
     def whole_model_s(self, figures: LoadFigures) -> float:
-        """Seconds that all layers' experts would take at this rate."""
+        """Return the seconds that all layers' experts would take at this rate."""
         return self.all_nbytes / self.nbytes * figures.median_s
 
     def to_dict(self) -> dict[str, Any]:

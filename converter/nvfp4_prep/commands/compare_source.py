@@ -1,4 +1,4 @@
-"""Compares a prepared checkpoint with the source that it was made from, byte by byte."""
+"""Comparison of a prepared checkpoint with the source that it was made from, byte by byte."""
 
 from __future__ import annotations
 

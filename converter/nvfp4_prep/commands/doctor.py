@@ -39,7 +39,7 @@ _BLOCK_NBYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class Ability:
-    """Something that this tool does, whether it will work here, and why (not)."""
+    """An ability of this tool, whether it will work here, and why (not)."""
 
     name: str
     works: bool
@@ -84,7 +84,7 @@ class Diagnosis:
     disk: DiskSpeed | None
 
     def __repr__(self) -> str:
-        works = sum(ability.works is True for ability in self.abilities)
+        works = sum(ability.works for ability in self.abilities)
         return f"Diagnosis(ok={self.ok}, {works} of {len(self.abilities)} abilities, {len(self.cards)} GPUs)"
 
     @property
@@ -121,7 +121,7 @@ def diagnose(directory: str | Path | None = None) -> Diagnosis:
 
 
 def _cards() -> tuple[tuple[str, ...], str]:
-    """CUDA devices; and why torch cannot be used, or an empty text."""
+    """Return the CUDA devices; and why torch cannot be used, or an empty text."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch links is missing
@@ -195,7 +195,7 @@ def _serving(
 
 
 def measure_disk(directory: Path) -> DiskSpeed:
-    """Write, flushes, read and delete one file of random bytes.
+    """Write, flush, read and delete one file of random bytes.
 
     Raises:
         UsageError: if the directory does not exist, cannot be written or has no room.
@@ -228,7 +228,7 @@ def measure_disk(directory: Path) -> DiskSpeed:
 
 
 def _read_rate(path: str) -> float | None:
-    """10^9 bytes a second with direct I/O; ``None`` where the file system has none."""
+    """Return 10^9 bytes a second with direct I/O; ``None`` where the file system has none."""
     import mmap
 
     try:

@@ -283,7 +283,7 @@ def _activation_text(activation: Activation) -> str:
 
 
 def _short(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the lists of module names, which fill pages."""
+    """Return a config without the lists of module names, which fill pages."""
     nested = config.get("quantization")
     flat = {**config, **nested} if isinstance(nested, dict) else dict(config)
     keys = ("quant_method", "quant_algo", "format", "group_size", "kv_cache_quant_algo", "producer")

@@ -68,7 +68,7 @@ def check_not_whole(path: Path) -> None:
 
 
 def finished_entries(parts: Mapping[Path, Mapping[str, JournalEntry]]) -> dict[str, JournalEntry]:
-    """Journal entries of all parts' finished files by name.
+    """Return the journal entries of all parts' finished files by name.
 
     Raises:
         VerificationError: if two parts made a file with different bytes.

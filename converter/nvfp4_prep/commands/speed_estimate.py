@@ -111,7 +111,7 @@ def _smoke_seconds(plan: Plan) -> float:
 
 
 def _flop_rate() -> float:
-    """Floating-point operations a second of one core, in a matrix product."""
+    """Return the floating-point operations a second of one core, in a matrix product."""
     tokens, width = 256, 2048
     a, b = torch.ones(tokens, width), torch.ones(width, width)
     with one_torch_thread():
@@ -130,7 +130,7 @@ def _sha256_rate() -> float:
 
 
 def _blocks(root: Path, plan: Plan) -> list[tuple[str, int]]:
-    """Whole blocks to read, spread over all shards: first one of each, then further ones."""
+    """Return whole blocks to read as path and offset: first one of each shard, then further ones."""
     shards = [file for file in plan.source_files if file.nbytes >= _BLOCK_NBYTES]
     share = 64 // max(1, len(shards)) + 1
     blocks = []

@@ -1,4 +1,4 @@
-"""Verify: is a prepared checkpoint what its manifest says, and can it be inverted to its source?
+"""Verification of a prepared checkpoint: that it is what its manifest says, and inverts to its source.
 
 Three depths. *quick*: manifest, stamp, file list, sizes, headers, index. *full* (the default): also every byte, that
 is file digests, the inverse transform of every expert against the digests of the source's tensors, padding, scale
@@ -236,7 +236,7 @@ class _Verification:
         return result
 
     def _check_rescaled(self, layer: LayerRecord, chunk: range, prepared: torch.Tensor) -> None:
-        """Rescaled block scales are the rounded ones of the kept originals."""
+        """Check that rescaled block scales are the rounded ones of the kept originals."""
         affected = [(expert, side) for expert, side in layer.gate_up.reconciled if expert in chunk]
         if not affected:
             return

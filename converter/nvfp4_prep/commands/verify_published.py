@@ -1,4 +1,4 @@
-"""Verify what is published, from the Hub's own listing and a few ranges instead of a download."""
+"""Verification of what is published, from the Hub's own listing and a few ranges instead of a download."""
 
 from __future__ import annotations
 

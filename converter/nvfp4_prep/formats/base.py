@@ -55,7 +55,7 @@ class ExpertTensorName:
 
 
 class ExpertNaming(Protocol):
-    """Recognises the tensors of routed experts by name.
+    """A recognition of routed experts' tensors by their names.
 
     Attributes:
         name: unique; recorded in the manifest.

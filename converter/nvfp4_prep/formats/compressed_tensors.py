@@ -27,9 +27,9 @@ class CompressedTensors:
     }
 
     def global_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """``1 / stored`` in float32."""
+        """Return ``1 / stored`` in float32."""
         return 1.0 / stored
 
     def input_scale_multiplier(self, stored: torch.Tensor) -> torch.Tensor:
-        """``1 / stored`` in float32."""
+        """Return ``1 / stored`` in float32."""
         return 1.0 / stored

@@ -1,6 +1,6 @@
-"""The Hugging Face Hub as source and as place of publication, through the official client (1.x and 2.x).
+"""The Hugging Face Hub as a source, through the official client (1.x and 2.x): a user's text becomes an opened source.
 
-The command line's side of it; the work is done in the modules beside this one.
+The work is done in the modules beside this one; publishing is in :mod:`nvfp4_prep.publish`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _FILE_NAME = re.compile(r"(?!\.)[A-Za-z0-9._=+-]{1,200}")
 
 
 class Downloader(SnapshotReader):
-    """Brings files of one snapshot to the disk. Safe to use from several threads, one file each.
+    """Downloader of one snapshot's files to the disk. Safe to use from several threads, one file each.
 
     Plain HTTP goes through the client's ``http_get`` into a partial file that survives failures and restarts, so that
     a transfer always goes on at the byte where it stopped. Where the client would use Xet (``hf_xet`` is installed and
@@ -110,7 +110,7 @@ class Downloader(SnapshotReader):
         )
 
     def _check_etag(self, file: RemoteFile) -> None:
-        """Refuse an ETag that the client would take for the name of a file in the cache and that is none."""
+        """Refuse an ETag that the client would take for the name of a file in the cache and that cannot be one."""
         from huggingface_hub import get_hf_file_metadata
 
         etag = get_hf_file_metadata(self.url(file), token=self.api.token).etag

@@ -62,7 +62,7 @@ class Patience:
 
 @cache
 def _transport_error() -> type[Exception]:
-    """``TransportError`` of the HTTP library that the installed client uses (httpx in 1.x, httpx2 in 2.x)."""
+    """Return ``TransportError`` of the HTTP library of the installed client (httpx in 1.x, httpx2 in 2.x)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for base in HfHubHTTPError.__mro__:

@@ -124,7 +124,7 @@ class RangeSource:
         return head.result()
 
     def _fetch_heads(self, files: set[RemoteFile]) -> None:
-        """Several at a time, in threads that an interrupted program need not wait for (as a pool's would be)."""
+        """Fetch several at a time, in threads that an interrupted program need not wait for (unlike a pool's)."""
         waiting = sorted(files, key=lambda file: file.name)
         self._heads.update({file.name: Future() for file in waiting})
         heads = [(file, self._heads[file.name]) for file in waiting]

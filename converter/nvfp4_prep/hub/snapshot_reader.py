@@ -25,7 +25,7 @@ DAMAGED = "The Hub's storage or a proxy on the way damages it: try another netwo
 
 
 class SnapshotReader:
-    """Reads files of one snapshot, whole or by ranges, and writes nothing. Safe to use from several threads.
+    """Reader of one snapshot's files, whole or by ranges, which writes nothing. Safe to use from several threads.
 
     Memory: what a call returns.
     """
@@ -79,7 +79,7 @@ class SnapshotReader:
         """Return a range of a file, by one request; the caller must check it against the whole file later.
 
         Raises:
-            HubError: as :meth:`fetch`.
+            HubError: if access is refused, the network stays away, or ranges are not served.
             SourceError: if the range leaves the file.
         """
         if offset_bytes + nbytes > file.nbytes:

@@ -1,4 +1,4 @@
-"""Loads one rank's share of a prepared checkpoint, reading exactly its bytes."""
+"""Loading of one rank's share of a prepared checkpoint, which reads exactly its bytes."""
 
 from nvfp4_prep.load.api import LoadedLayer, RankShare, load_layer, load_layers
 from nvfp4_prep.load.catalog import Catalog

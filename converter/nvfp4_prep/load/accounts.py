@@ -12,7 +12,7 @@ __all__ = ["Accounts"]
 
 
 class Accounts:
-    """Counts of one loader, for several threads. A load begins with its first :meth:`add` and ends with :meth:`close`.
+    """Accounts of one loader, for several threads; a load begins with the first :meth:`add`, ends with :meth:`close`.
 
     Attributes:
         error: the first failure since the last :meth:`close`.

@@ -36,7 +36,7 @@ __all__ = ["LayerLoad", "LoadedLayer", "RankShare", "load_layer", "load_layers"]
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank holds of every layer.
+    """The share of every layer that one rank holds.
 
     Attributes:
         experts: stored experts, one for each slot; None for all, in their order.
@@ -124,7 +124,7 @@ def load_layer(
             (:class:`nvfp4_prep.load.CooperativeGroup`).
 
     Raises:
-        CheckpointError: if the directory is no complete prepared checkpoint.
+        CheckpointError: if the directory is not a complete prepared checkpoint.
         UsageError: if the layer or the rank does not exist, or the file does not serve this tensor-parallel size.
         LoadError, VerificationError: if the load fails; nothing is returned then. With a ``group``, every failure of
             any rank is a LoadError on all of them that names the rank.

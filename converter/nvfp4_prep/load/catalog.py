@@ -145,7 +145,7 @@ class Catalog:
         return header
 
     def _expected(self, layer: LayerRecord) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-        """Full name to short name, dtype and shape."""
+        """Return short name, dtype and shape of each tensor by its full name."""
         dims, layout = layer.dims, layer.layout
         big = {
             layer.prepared_name(tensor): (

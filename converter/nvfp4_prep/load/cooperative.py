@@ -132,7 +132,7 @@ class CooperativeLoad:
 
     @property
     def size(self) -> int:
-        """Return the number of ranks."""
+        """Number of ranks."""
         return self._ranks.size
 
     @contextlib.contextmanager

@@ -82,7 +82,7 @@ def load_layer(
         options: of the loader.
 
     Raises:
-        CheckpointError: if the directory is no complete prepared checkpoint.
+        CheckpointError: if the directory is not a complete prepared checkpoint.
         UsageError: if the layer or the rank does not exist, the file does not serve this tensor-parallel size, the
             experts do not follow each other, or the layout is another kernel's: the batched one, for which FlashInfer
             has no single call, or TRTLLM-gen's.

@@ -90,7 +90,7 @@ class GroupLoader:
 
     @property
     def exchanged(self) -> int:
-        """Return how many of the parameters submitted so far the ranks exchange."""
+        """Number of the parameters submitted so far that the ranks exchange."""
         return len(self._shared)
 
     def submit(

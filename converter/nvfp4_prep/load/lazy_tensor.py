@@ -68,6 +68,6 @@ def make_handle(
 
 
 def handle_of(tensor: torch.Tensor) -> TensorHandle | None:
-    """Return the handle that a tensor carries, if it is no ordinary tensor."""
+    """Return the handle that a tensor carries; ``None`` for an ordinary tensor."""
     handle = getattr(tensor, _ATTRIBUTE, None)
     return handle if isinstance(handle, TensorHandle) else None

@@ -1,4 +1,4 @@
-"""Fills parameters from files with many threads: the engine under ``load_layer`` and the vLLM load format."""
+"""The loader of parameters from files with many threads: under ``load_layer`` and the servers' load formats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FEW_COLUMNS = 4
 
 
 class ExpertLoader:
-    """Loads parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
+    """A loader of parameters on one device. :meth:`submit` queues, :meth:`finish` waits and raises.
 
     Staging memory is allocated once and used for every load of this loader: ``options.staging_nbytes`` of pinned host
     memory for a GPU; on the device as much again, for whole rows that are sliced there. Staging and
@@ -119,7 +119,7 @@ class ExpertLoader:
 
     @contextlib.contextmanager
     def _called(self) -> Iterator[None]:
-        """Return one call at a time, and from one thread until the load is finished."""
+        """Admit one call at a time, and from one thread until the load is finished."""
         if not self._call.acquire(blocking=False):
             raise _in_use()
         try:
@@ -325,7 +325,7 @@ class ExpertLoader:
                 self._accounts.arrived(job, left)
 
     def _cpu_seconds(self) -> float:
-        """Processor time of the reading threads so far; 0 where the system does not say.
+        """Return the processor time of the reading threads so far; 0 where the system does not say.
 
         Only while they live: the system call ends the process for a thread that has ended.
         """

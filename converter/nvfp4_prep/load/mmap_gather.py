@@ -1,6 +1,6 @@
 """Read-only mappings of files through libc, for gathering many short runs without reading what lies between them.
 
-Python's ``mmap`` keeps the interpreter lock while pages are brought in and does not give the address that
+Python's ``mmap`` keeps the GIL while pages are brought in and does not give the address that
 ``madvise`` and tensors need. ``MADV_POPULATE_READ`` brings a window in at once and reports a file that has become too
 short or a disk that fails as an error; touching such a page without it would end the process with SIGBUS.
 """

@@ -1,4 +1,4 @@
-"""How to load: threads, staging, direct I/O, checksums. None of it changes what arrives."""
+"""Options of a load: threads, staging, direct I/O, checksums. None of them changes what arrives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK_NBYTES = 4 * 1024 * 1024
 
 
 class DirectIO(enum.StrEnum):
-    """Whether long ranges are read past the page cache.
+    """Use of direct I/O: whether long ranges are read past the page cache.
 
     ``auto`` does so where the file is not in it, but for whole rows that a tensor-parallel rank slices by itself: the
     other ranks of the host need them too, and find them in the page cache.
@@ -29,7 +29,7 @@ class DirectIO(enum.StrEnum):
 
 
 class Gather(enum.StrEnum):
-    """How short runs (a tensor-parallel rank's columns of w2, tiles of its scales) are taken out of a file.
+    """The way in which short runs (a tensor-parallel rank's columns of w2, tiles of its scales) leave a file.
 
     ``rows`` reads whole rows in long ranges and slices them on the device; ``mmap`` copies the runs out of a mapping of
     the file. ``auto`` reads rows, in requests of megabytes, unless the file is in the page cache, not on network
@@ -49,7 +49,7 @@ def usable_cores() -> int:
 
 
 def default_threads(cores: int) -> int:
-    """Reading threads for this many cores: three quarters, so that the threads which hand on and take back run at once.
+    """Return the reading threads for so many cores: three quarters, so that those for the copies run at once.
 
     On 16 cores beside an H200, 8, 10, 12, 14 and 16 threads loaded 38.6, 41.5, 42.9, 38.7 and 30.4 GB/s.
     """

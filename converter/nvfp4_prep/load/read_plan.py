@@ -1,4 +1,4 @@
-"""Which byte ranges of a file become which bytes of a rank's parameter: index arithmetic, no data.
+"""Plan of the byte ranges of a file that become a rank's parameter: index arithmetic, no data.
 
 A parameter is ``uint8 [slots, rows, bytes per row]``, one slot for each expert that the rank holds. It is filled in
 :class:`Chunk`s: contiguous bytes of the parameter, small enough for one staging buffer, each made of a few
@@ -171,7 +171,7 @@ def _chunks(
 
 
 def _merged(begin: int, stored: int, part: ExpertSlice, experts: Sequence[int]) -> Iterator[Segment]:
-    """Return the segments of all slots in the parameter's order, neighbours in the file joined."""
+    """Yield the segments of all slots in the parameter's order, neighbours in the file joined."""
     last: Segment | None = None
     if part.nbytes == stored and part.runs == 1:
         for first, count in _consecutive(experts):
@@ -230,7 +230,7 @@ def _segments(begin: int, part: ExpertSlice) -> Iterator[Segment]:
 
 
 def _split(segment: Segment, limit: int, mapped: bool) -> Iterator[Segment]:
-    """Return the pieces of at most ``limit`` bytes, to be read or, if ``mapped``, to be taken.
+    """Yield the pieces of at most ``limit`` bytes, to be read or, if ``mapped``, to be taken.
 
     They end at page boundaries of the file, or between runs.
     """
@@ -265,7 +265,7 @@ def pieces(segment: Segment, limit: int) -> range:
 
 
 def _windows(begin: int, stored: int, part: ExpertSlice, destination: int, limit: int) -> Iterator[Chunk]:
-    """Return one expert in windows of at most ``limit`` bytes, each with the segments inside."""
+    """Yield one expert in windows of at most ``limit`` bytes, each with the segments inside."""
     position, end = begin, begin + stored
     while position < end:
         stop = min(end, (position + limit) // ALIGNMENT * ALIGNMENT)
@@ -277,7 +277,7 @@ def _windows(begin: int, stored: int, part: ExpertSlice, destination: int, limit
 
 
 def _inside(begin: int, part: ExpertSlice, start: int, stop: int) -> Iterator[Segment]:
-    """The parts of an expert's runs that lie in ``[start, stop)`` of the file: cut runs at both ends, whole between."""
+    """Yield the parts of an expert's runs in ``[start, stop)`` of the file: cut runs at both ends, whole between."""
     origin = begin + part.offset_bytes
     if part.runs == 1 or part.stride_bytes == part.run_nbytes:
         low, high = max(start, origin), min(stop, origin + part.nbytes)

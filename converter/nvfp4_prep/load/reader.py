@@ -1,4 +1,4 @@
-"""Reads chunks of one file into memory: page cache, direct I/O, or, if asked for, a mapping; counts every byte."""
+"""Reader of one file's chunks into memory: page cache, direct I/O or a mapping; it counts every byte."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROBES = 8
 
 @dataclass
 class ReadCounts:
-    """What was really read.
+    """Counts of what was really read.
 
     Attributes:
         reads: system calls that returned data.
@@ -101,7 +101,7 @@ class FileReader:
         return os.fstat(self._descriptor).st_dev
 
     def cached(self, offset_bytes: int, nbytes: int) -> bool:
-        """Whether most of a range is in the page cache, judged by a few pages; True where the system does not say."""
+        """Return whether most of a range is in the page cache, by a few pages; True where the system does not say."""
         offsets = [offset_bytes + nbytes * probe // _PROBES for probe in range(_PROBES)]
         return cached_pages(self._descriptor, offsets) * 2 >= _PROBES
 

@@ -13,7 +13,7 @@ __all__ = ["LoadReport"]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one load did, from the first :meth:`ExpertLoader.submit` to the end of :meth:`ExpertLoader.finish`.
+    """Report of one load, from the first :meth:`ExpertLoader.submit` to the end of :meth:`ExpertLoader.finish`.
 
     Attributes:
         seconds: wall time.

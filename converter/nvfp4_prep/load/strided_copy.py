@@ -29,7 +29,7 @@ def gather_runs(
         return
     rows, out = run_views(source, offset_bytes, run_nbytes, stride_bytes, runs, target)
     # torch splits larger copies over a thread pool of its own; one for each of our threads would be far too many. All
-    # pieces in one call, because every call waits for the interpreter lock.
+    # pieces in one call, because every call waits for the GIL.
     block = max(1, _PIECE_WORDS // out.shape[1])
     torch._foreach_copy_(out.split(block), rows.split(block))
 

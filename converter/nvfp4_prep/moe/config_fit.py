@@ -74,7 +74,7 @@ def _not_computed(layer: MoeLayer, activation: Activation, *, refused: bool) -> 
 
 
 def _too_few(layer: MoeLayer, config: Mapping[str, Any]) -> LayerFinding | None:
-    """Return a layer whose last experts are missing looks whole by its names; only the config knows better."""
+    """Return the finding of a layer whose last experts are missing, which looks whole by its names alone."""
     parts = reversed([*text_configs(config)])  # nested parts win, so they come last
     said = {key: part[key] for part in parts for key in _COUNT_KEYS if type(part.get(key)) is int}
     if not said or layer.dims.experts >= min(said.values()):

@@ -1,4 +1,4 @@
-"""Finds the MoE layers of an index, makes them canonical, and says of each other one why it is not prepared.
+"""Discovery of the MoE layers of an index, in canonical form, with the reason for each one that is not prepared.
 
 Classification goes by the tensors that are there: names, dtypes and shapes. Three outcomes for a layer: it is prepared;
 it passes through unchanged because it is of another kind (bf16, FP8, MXFP4, weight-only), which is how mixed-precision

@@ -26,7 +26,7 @@ def read_experts(source: Source, group: TensorGroup, chunk: range, experts: int)
 
 
 def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """:meth:`TensorGroup.arrange` for several experts: ``uint8 [n, rows, bytes per row]`` for each projection."""
+    """Do :meth:`TensorGroup.arrange` for several experts: ``uint8 [n, rows, bytes per row]`` for each projection."""
     if len(group.projections) == 1 and not group.transposed:
         return (raw.view(raw.shape[0], *group.shape[-2:]),)
     arranged = [group.arrange(row) for row in raw]
@@ -36,7 +36,7 @@ def arrange_experts(group: TensorGroup, raw: torch.Tensor) -> tuple[torch.Tensor
 def arrange_groups(
     groups: Sequence[TensorGroup], raws: Sequence[torch.Tensor], projections: Sequence[Projection]
 ) -> list[torch.Tensor]:
-    """:func:`arrange_experts` of groups that together hold ``projections``, in that order whatever theirs is."""
+    """Do :func:`arrange_experts` for groups that together hold ``projections``, in that order whatever theirs is."""
     found = {
         projection: part
         for group, raw in zip(groups, raws, strict=True)

@@ -174,6 +174,6 @@ def measure(
 
 
 def _block_energy(codes: torch.Tensor) -> torch.Tensor:
-    """Sum of the squared codes of each block of 16: ``float64 [blocks]``, exact."""
+    """Return the sum of the squared codes of each block of 16: ``float64 [blocks]``, exact."""
     pairs = codes.contiguous().reshape(-1).view(torch.uint16).to(torch.int32)
     return _PAIR_ENERGY.index_select(0, pairs).view(-1, BLOCK_COLS // 4).sum(-1).to(torch.float64)

@@ -144,7 +144,7 @@ def _spelling(format_: QuantFormat, leaf: Leaf) -> str:
 
 
 def _kind(leaves: Collection[str], records: Collection[TensorRecord]) -> tuple[str, str] | None:
-    """Short class and sentence of experts that are not NVFP4, if they are of a known kind."""
+    """Return short class and sentence of experts that are not NVFP4, if they are of a known kind."""
     shapes = _shapes(records)
     dtypes = set(shapes)
     if dtypes and dtypes <= set(_FLOATS):
@@ -172,7 +172,7 @@ def _is_nvfp4(records: Collection[TensorRecord]) -> bool:
 
 
 def _shapes(records: Collection[TensorRecord]) -> dict[str, set[tuple[int, ...]]]:
-    """Distinct shapes of the matrices and stacks, by dtype: few, however many experts there are."""
+    """Return the distinct shapes of the matrices and stacks, by dtype: few, however many experts there are."""
     found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for record in records:
         if len(record.shape) >= 2:

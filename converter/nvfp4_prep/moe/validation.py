@@ -177,7 +177,7 @@ def is_transposed(group: TensorGroup, groups: Sequence[TensorGroup]) -> bool:
 
 
 def find_dims(groups: Sequence[TensorGroup], experts: int) -> MoeDims:
-    """E, I and H from the codes' shapes; every other matrix must agree."""
+    """Return E, I and H from the codes' shapes; every other matrix must agree."""
     hidden, intermediate = next(
         _matrix_size(group, experts)
         for group in groups

@@ -1,1 +1,1 @@
-"""The directory that a command writes: lock, journal, atomic files. Knows nothing of MoE."""
+"""The directory that a command writes: lock, journal, atomic files, parts; for restore and relayout as for convert."""

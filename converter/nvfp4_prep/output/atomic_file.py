@@ -93,7 +93,7 @@ class AtomicFile:
             raise translate_os_error(error, self._path) from error
 
     def write(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Write all of ``data`` at an offset; raises :class:`NoSpaceError` or :class:`TargetError`.
+        """Write all of ``data`` at an offset; raise :class:`NoSpaceError` or :class:`TargetError` if that fails.
 
         Whole pages in page-aligned memory go past the page cache where the file system allows it: the copy into the
         cache would cost more than everything else that a conversion does with the bytes but hashing them.
@@ -106,7 +106,7 @@ class AtomicFile:
             raise translate_os_error(error, self._path) from error
 
     def _write_direct(self, offset_bytes: int, view: memoryview) -> int:
-        """Write whole pages directly; returns how many bytes that were, 0 where it cannot be done."""
+        """Write whole pages directly; return how many bytes that were, 0 where it cannot be done."""
         if self._direct < 0 or offset_bytes % PAGE_NBYTES or len(view) < _DIRECT_MIN_NBYTES or view.readonly:
             return 0
         if address_of(view) % PAGE_NBYTES:

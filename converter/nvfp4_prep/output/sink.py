@@ -16,7 +16,7 @@ FILES_AT_ONCE = 3
 
 
 class FileSink(Protocol):
-    """Takes every file of a conversion as soon as it is finished. Methods are called from several threads.
+    """A taker of every file of a conversion as soon as it is finished. Methods are called from several threads.
 
     Attributes:
         sequential: whether files must be made one after the other, because there is room for a few of them.
@@ -67,7 +67,7 @@ class KeepFiles:
     sequential = False
 
     def begin(self, source: str, revision: str | None, options: ConvertOptions, sizes: Mapping[str, int]) -> None:
-        """Anything goes."""
+        """Accept everything."""
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
         """Return ``False``: the files are in the directory."""
@@ -87,7 +87,7 @@ class KeepFiles:
         """Do nothing: no file waits."""
 
     def interrupt(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no thread waits here."""
 
 
 def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
@@ -98,10 +98,10 @@ def stream_room_nbytes(sizes: Mapping[str, int]) -> int:
 
 
 class PublishedFiles(KeepFiles):
-    """For a plan with ``stream_out``, without asking the Hub: what was published is taken to be there still."""
+    """The sink of a preview of ``stream_out``, which asks no Hub: what was published is taken to be there still."""
 
     def holds(self, name: str, nbytes: int, sha256: str | None) -> bool:
-        """Return every file that has a digest."""
+        """Return whether the file has a digest, without which none was published."""
         return sha256 is not None
 
     def room_nbytes(self, sizes: Mapping[str, int]) -> int:

@@ -15,8 +15,10 @@ __all__ = ["copy_units", "passthrough_job", "side_file_job", "values_job"]
 
 
 def copy_units(source: Source, ranges: Iterable[ByteRange], offset_bytes: int) -> Iterator[Unit]:
-    """Units that write the ranges one after the other from an offset on; small ranges share a unit, large ones are
-    cut."""
+    """Yield units that write the ranges one after the other from an offset on.
+
+    Small ranges share a unit, large ones are cut.
+    """
     batch: list[ByteRange] = []
     begin = offset_bytes
     held = 0

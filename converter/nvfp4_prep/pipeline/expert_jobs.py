@@ -39,7 +39,7 @@ _CPU = torch.device("cpu")
 
 
 def expert_chunks(experts: int, expert_nbytes: int) -> Iterator[range]:
-    """Return ranges of experts that make units of about ``UNIT_NBYTES``."""
+    """Yield ranges of experts that make units of about ``UNIT_NBYTES``."""
     step = max(1, UNIT_NBYTES // max(expert_nbytes, 1))
     for begin in range(0, experts, step):
         yield range(begin, min(begin + step, experts))

@@ -139,7 +139,7 @@ def gate_up_record(
 
 
 def make_index(records: Iterable[TensorRecord]) -> bytes:
-    """``model.safetensors.index.json`` over these tensors."""
+    """Return ``model.safetensors.index.json`` over these tensors."""
     served = list(records)
     value = {
         "metadata": {"total_size": sum(record.nbytes for record in served)},

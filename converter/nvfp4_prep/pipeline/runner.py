@@ -1,4 +1,4 @@
-"""Executes a plan on a target: the jobs, their order, the source's shards, and the files made at the end."""
+"""Execution of a plan on a target: the jobs, their order, the source's shards, and the files made at the end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Execution:
     """One run of a plan, or of a part of it, on a target."""
 
     def __init__(self, plan: Plan, source: Source, target: Target, sink: FileSink, device: torch.device = _CPU) -> None:
-        """``plan`` may be a plan with fewer files than the whole: then :meth:`write` is all there is to do."""
+        """Take over a plan; one with fewer files than the whole has :meth:`write` alone to be called."""
         self._plan = plan
         self._source = source
         self._target = target
@@ -50,7 +50,7 @@ class Execution:
         self._files = {file.name: file for file in plan.files}
 
     def write(self, running: Running) -> int:
-        """Write the files that the journal does not have; returns their bytes."""
+        """Write the files that the journal does not have; return their bytes."""
         plan = self._plan
         scales = [file for file in plan.files if file.kind is FileKind.EXPERT_SCALES]
         first = [file for file in plan.files if file.kind is not FileKind.EXPERT_SCALES]
@@ -147,7 +147,7 @@ class Execution:
 
 
 class _ShardUse:
-    """Releases each source shard after the last file that needs it."""
+    """Countdown of the files that need each source shard, which is released after the last of them."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

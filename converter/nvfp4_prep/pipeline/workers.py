@@ -56,7 +56,7 @@ class WorkerThreads:
             start_thread(thread, f"{started} of {len(self._threads)} run", ", or give fewer --threads")
 
     def wait(self) -> None:
-        """Until all that were started have ended."""
+        """Wait until all that were started have ended."""
         for thread, ended in zip(self._threads, self._ended, strict=True):
             while thread.ident is not None and not ended.wait(0.1):
                 pass

@@ -176,7 +176,7 @@ class Plan:
         }
 
     def shard_order(self, files: Iterable[OutputFile] | None = None) -> tuple[str, ...]:
-        """Shards in the order in which the files (all by default) first need them."""
+        """Return the shards in the order in which the files (all by default) first need them."""
         order: dict[str, None] = {}
         for file in self.files if files is None else files:
             order.update(dict.fromkeys(sorted(file.shards)))

@@ -28,8 +28,10 @@ _DAMAGED = "The file is damaged: download it again, or convert again."
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of the checkpoint. ``kind`` is a :class:`~nvfp4_prep.planning.plan.FileKind` value, or ``side`` or
-    ``made``."""
+    """One file of the checkpoint.
+
+    ``kind`` is a :class:`~nvfp4_prep.checkpoint.filenames.FileKind` value, ``side`` or ``made``.
+    """
 
     nbytes: int
     sha256: str
@@ -108,7 +110,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, raw: bytes, where: str = MANIFEST) -> Manifest:
-        """Parse and checks.
+        """Parse and check a manifest.
 
         Raises:
             CheckpointError: if it is not a manifest, of another format version, or inconsistent.

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 SIDE, MADE = "side", "made"
-"""Kinds of files beside those of :class:`~nvfp4_prep.planning.plan.FileKind`: copied unchanged, and written anew."""
+"""Kinds of files beside :class:`~nvfp4_prep.checkpoint.filenames.FileKind`'s: copied unchanged, and written anew."""
 _MAX_WHOLE = 2**63 - 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TENSOR_KINDS = frozenset(("experts", "source-block-scales", "passthrough", "expert-scales", "source-scales"))

@@ -39,7 +39,7 @@ _WIDE = 10_000
 
 
 def make_model_card(manifest: Manifest) -> bytes:
-    """Front matter that the Hub understands, what was prepared from what, what was verified, and how to use it."""
+    """Return the card: front matter for the Hub, what was prepared from what, what was verified, how to use it."""
     text = yaml.safe_dump(front_matter(manifest), sort_keys=False, allow_unicode=True, width=_WIDE)
     card = f"---\n{text}---\n\n{chr(10).join(_body(manifest))}\n"
     return card.encode(errors="replace")  # a directory's name may be no text

@@ -32,7 +32,7 @@ _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 
 
 def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_config: bool = True) -> None:
-    """Manifest, stamp, files, sizes, headers, index, and the digests of the small files.
+    """Check manifest, stamp, files, sizes, headers, index, and the digests of the small files.
 
     Args:
         checkpoint: what to check.

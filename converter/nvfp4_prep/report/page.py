@@ -29,7 +29,7 @@ _WORST_EXPERTS = 20
 
 @dataclass(frozen=True)
 class Subject:
-    """What a page reports on.
+    """The subject of a page.
 
     Attributes:
         path: the checkpoint, as it was named.

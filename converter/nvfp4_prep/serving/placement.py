@@ -87,7 +87,7 @@ class Placement:
         return (len(self.experts),)
 
     def dtype(self, name: str) -> torch.dtype:
-        """dtype of a tensor, in the file and in the parameter."""
+        """Return the dtype of a tensor, in the file and in the parameter."""
         return _BIG[name].torch_dtype if name in _BIG else torch.float32
 
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ __all__ = ["PreparedWeights"]
 
 
 class PreparedWeights:
-    """Loads one layer and remembers what arrived.
+    """Loaders of one layer's parameters, with the names of those that arrived.
 
     Attributes:
         placement: the rank's share.
@@ -55,7 +55,7 @@ class PreparedWeights:
         self.placement.fill(name, param, stored)
 
     def finish(self) -> None:
-        """Raise :class:`ServingError` if a tensor did not arrive; else forgets what did."""
+        """Raise :class:`ServingError` if a tensor did not arrive; else forget what did."""
         missing = [name for name in self.names if name not in self.arrived]
         self.arrived.clear()
         if missing:

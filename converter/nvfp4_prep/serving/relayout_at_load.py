@@ -20,7 +20,7 @@ __all__ = ["RelayoutAtLoad"]
 
 @dataclass(frozen=True)
 class RelayoutAtLoad:
-    """From the file's layout to the kernel's, for one rank's share of a layer.
+    """Conversion from the file's layout to the kernel's, for one rank's share of a layer.
 
     Attributes:
         source, target: layouts of the share alone.

@@ -12,7 +12,7 @@ __all__ = ["compare", "in_tolerances"]
 
 
 def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> ErrorFigures:
-    """Figures of outputs against a reference, all float32 of one shape."""
+    """Return the figures of outputs against a reference, all float32 of one shape."""
     defined = want.isfinite()
     finite = out.isfinite() | ~defined
     want = torch.where(defined, want, 0.0)
@@ -40,7 +40,7 @@ def compare(out: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor) -> E
 
 
 def in_tolerances(error: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
-    """Error in units of the tolerance; an error of 0 passes even where nothing is tolerated."""
+    """Return the error in units of the tolerance; an error of 0 passes even where nothing is tolerated."""
     return torch.where(error == 0, 0.0, error / tolerance)
 
 

@@ -37,7 +37,7 @@ _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_
 
 
 class CheckpointReader:
-    """Gives the layers of a prepared checkpoint as :class:`LayerUnderTest`, some experts at a time.
+    """Reader of a prepared checkpoint's layers as :class:`LayerUnderTest`, some experts at a time.
 
     Memory: the chosen experts' prepared bytes on ``device``, and one source expert.
     """
@@ -136,7 +136,7 @@ class CheckpointReader:
         return PreparedExperts(layout, replace(layer.dims, experts=len(experts)), **tensors)
 
     def _source_expert(self, plan: LayerPlan, expert: int) -> SourceExpert:
-        """From the source; gate and up brought to one scale as the conversion's policy says."""
+        """Return an expert from the source, gate and up brought to one scale as the conversion's policy says."""
         parts = {
             (projection, tensor.is_scale): part
             for tensor in PreparedTensor

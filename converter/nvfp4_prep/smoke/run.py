@@ -122,7 +122,7 @@ def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> lis
 
 
 def spread(experts: int, sample: int | None) -> list[int]:
-    """``sample`` experts, evenly spread, first and last among them; all without or where there are not more."""
+    """Return ``sample`` experts, evenly spread, first and last among them; all without or where there are not more."""
     if sample is not None and sample < 1:
         raise UsageError("an empty sample proves nothing", expected="--sample of at least 1", actual=sample)
     if sample is None or sample >= experts:

@@ -47,7 +47,7 @@ def smoke_text(report: SmokeReport) -> str:
 
 
 def layer_line(layer: LayerReport, number: int, total: int) -> str:
-    """Progress: one line a layer."""
+    """Return the line of progress for one layer."""
     state = "WRONG" if not layer.passed else "ok" if layer.compared else "inconclusive"
     return (
         f"smoke test {number}/{total}: {layer.name}: {state}, {count(layer.experts, 'expert')}, max error"

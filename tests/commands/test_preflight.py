@@ -26,7 +26,7 @@ from nvfp4_prep.commands.convert_parts import convert_part, join_parts
 from nvfp4_prep.commands.preflight import look_ahead
 from nvfp4_prep.errors import TargetError, UnsupportedCheckpointError
 from nvfp4_prep.output.sink import KeepFiles
-from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import make_plan
 
 
@@ -114,7 +114,7 @@ def test_refusals(sample_source: Path, tmp_path: Path) -> None:
     (begun / "mine").unlink()
     foreseen = run("convert", sample_source, begun, "--dry-run", "--restart", "--gate-up-block", "16")
     assert f"target   {begun} is new; " in foreseen.stdout
-    assert Target.has_journal(begun)
+    assert has_journal(begun)
 
 
 def test_a_part_at_work_is_not_discarded(sample_source: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_part_at_work_is_not_discarded(sample_source: Path, tmp_path: Path) ->
     part = convert_part(sample_source, out, "1/2").path
     with held(part):
         assert "exit code 9" in same_as_the_run(sample_source, out, "--restart")
-    assert Target.has_journal(part)
+    assert has_journal(part)
     assert run("convert", sample_source, out, "-q", "--no-smoke", "--restart").exit_code == 0
 
 

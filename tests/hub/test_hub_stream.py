@@ -16,8 +16,9 @@ from nvfp4_prep.hub.address import HubAddress
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
 from nvfp4_prep.options import ConvertOptions, GateUpPolicy
+from nvfp4_prep.output.sink import FILES_AT_ONCE, stream_room_nbytes
 from nvfp4_prep.publish.push import PushResult
-from nvfp4_prep.publish.stream import FILES_AT_ONCE, convert_and_publish, stream_room_nbytes
+from nvfp4_prep.publish.stream import convert_and_publish
 from support.hub_server import LoopbackHub
 from support.hub_store import Blob
 from support.hub_support import (

@@ -15,7 +15,8 @@ from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep.moe.activation import ActivationKind
-from nvfp4_prep.prepared.stamp import config_bytes, quantization_configs
+from nvfp4_prep.moe.model_config import quantization_configs
+from nvfp4_prep.prepared.stamp import config_bytes
 from nvfp4_prep.prepared.stamp import stamped as stamp_config
 from nvfp4_prep_kernels import MoeDims
 from support.checkpoint_files import as_bytes, read_tensors

@@ -16,7 +16,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.output import target_root
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names
+from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, has_journal
 from nvfp4_prep.output.target_root import TargetRoot
 
 SHA256 = "0" * 64
@@ -120,7 +120,7 @@ def test_failed_run_leaves_what_it_and_others_wrote(tmp_path: Path) -> None:
         (out / WORK_FOLDER / folder).mkdir(parents=True)
         with pytest.raises(NoSpaceError):
             fail(Target(out, IDENTITY))
-        assert Target.has_journal(out)
+        assert has_journal(out)
         shutil.rmtree(out / WORK_FOLDER)
 
 

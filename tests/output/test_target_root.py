@@ -19,6 +19,7 @@ from nvfp4_prep.output.journal_file import JournalFile
 from nvfp4_prep.output.layer_selection import LayerSelection, discard_parts, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import check_ours
 from nvfp4_prep.output.target_root import TargetRoot
 
 SHA256 = "0" * 64
@@ -244,7 +245,7 @@ def test_bytes_changed_in_place_are_noticed_before_the_end(tmp_path: Path) -> No
 def test_a_target_that_is_a_dangling_link_is_refused_when_looked_at(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(TargetError, match="is not a directory"):
-        Target.check_ours(tmp_path / "out")
+        check_ours(tmp_path / "out")
 
 
 class _StopAtFirst(KeepFiles):

@@ -10,7 +10,8 @@ import pytest
 
 from nvfp4_prep import ConvertOptions, LayoutName
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.prepared.stamp import QUANT_METHOD, config_bytes, make_stamp, quantization_configs
+from nvfp4_prep.moe.model_config import quantization_configs
+from nvfp4_prep.prepared.stamp import QUANT_METHOD, config_bytes, make_stamp
 from nvfp4_prep.prepared.stamp import stamped as stamp_config
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeLayout

@@ -12,7 +12,6 @@ from nvfp4_prep.checkpoint.contents import recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
 from nvfp4_prep.checkpoint.index_files import (
     SECOND_COPY,
-    WEIGHT_SUFFIXES,
     check_weight_map,
     split_files,
     top_shards,
@@ -25,12 +24,7 @@ from nvfp4_prep.checkpoint.tensors import ShardHeader, TensorRecord
 from nvfp4_prep.errors import SourceError
 
 __all__ = [
-    "CONFIG",
-    "HF_QUANT_CONFIG",
-    "INDEX",
-    "README",
     "TEXT_MAX_NBYTES",
-    "WEIGHT_SUFFIXES",
     "CheckpointIndex",
     "read_index",
     "read_json_file",

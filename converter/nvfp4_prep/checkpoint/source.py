@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nvfp4_prep.checkpoint.local_files import read_exactly
 from nvfp4_prep.checkpoint.tensors import ShardHeader
 
-__all__ = ["Source", "SourceFile", "read_exactly"]
+__all__ = ["Source", "SourceFile"]
 
 
 @dataclass(frozen=True)

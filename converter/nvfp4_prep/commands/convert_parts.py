@@ -29,6 +29,7 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
 from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.pipeline.outputs import Running
 from nvfp4_prep.pipeline.runner import Execution
 from nvfp4_prep.planning.builder import make_plan
@@ -177,7 +178,7 @@ def _hold_parts(held: contextlib.ExitStack, plan: Plan, path: Path) -> Target:
         for text, folder in list_parts(path).items()
     ]
     entries = finished_entries({part.path: part.done for part in parts})
-    if not Target.has_journal(path):  # else a join was begun, when nothing was missing
+    if not has_journal(path):  # else a join was begun, when nothing was missing
         check_whole(plan, entries, path)
     target = held.enter_context(Target(path, plan.identity()))
     for part in parts:

@@ -13,7 +13,7 @@ from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.commands.verify import verify
 from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep.output.sink import FileSink
-from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
 
@@ -27,7 +27,7 @@ def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
         TargetError: if it is a finished conversion of something else, or its files are not all there.
         VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
     """
-    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or Target.has_journal(path):
+    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or has_journal(path):
         return None
     manifest = read_manifest(path)
     differences = _differences(manifest, plan)

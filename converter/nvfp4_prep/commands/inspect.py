@@ -19,6 +19,7 @@ from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.moe.scalar_reader import read_scalars
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.target_checks import has_journal
@@ -26,7 +27,6 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.planning.survey import survey
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.stamp import quantization_configs
 
 __all__ = ["InspectedLayer", "Inspection", "inspect"]
 

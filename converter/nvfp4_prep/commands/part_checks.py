@@ -12,7 +12,7 @@ from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts
-from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.plan import OutputFile, Plan
 
 __all__ = ["check_not_divided", "check_not_whole", "check_whole", "choose_part", "finished_entries", "part_identity"]
@@ -59,7 +59,7 @@ def check_not_divided(path: Path) -> None:
 
 def check_not_whole(path: Path) -> None:
     """Raise :class:`ResumeConflictError` if the directory itself, not a part in it, is worked on."""
-    if Target.has_journal(path):
+    if has_journal(path):
         raise ResumeConflictError(
             "is being converted as a whole, or joined",
             where=str(path),

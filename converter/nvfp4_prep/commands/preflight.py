@@ -30,16 +30,17 @@ from nvfp4_prep.output.journal import check_identity, finished_files, named_file
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import FileSink, KeepFiles
-from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_checks import (
     PARTS_FOLDER,
     SOURCE_FOLDER,
     check_names,
+    check_ours,
     check_reachable,
     check_space,
     check_writable,
+    has_journal,
 )
-from nvfp4_prep.output.target_lock import LOCK
+from nvfp4_prep.output.target_lock import LOCK, check_idle
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.pipeline.foresight import check_readable
 from nvfp4_prep.planning.disk_space import room_for
@@ -153,17 +154,17 @@ def look_ahead(
         check_readable(plan, source.place())
         folder, identity = target, plan.identity()
         if selection is not None:
-            Target.check_ours(target)
+            check_ours(target)
             check_not_whole(target)
             folder, identity = part_folder(target, selection), part_identity(plan, selection)
         elif restart:
             for begun in list_parts(target).values():
-                Target.check_idle(begun)
+                check_idle(begun)
         joined = _look_at_parts(plan, target) if join else {}
         done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
         if not smoke and selection is None and not restart:
             _check_not_judged_wrong(folder)
-        if Target.has_journal(folder) and not restart:
+        if has_journal(folder) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
         _check_files(folder, done, restart=restart)
@@ -220,9 +221,9 @@ def check_apart(source: Source, target: Path) -> None:
 
 def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, JournalEntry]:
     """Return the files that a run in this directory would keep; raises as :class:`Target` does."""
-    Target.check_ours(path)
-    Target.check_idle(path)
-    if restart or not Target.has_journal(path):
+    check_ours(path)
+    check_idle(path)
+    if restart or not has_journal(path):
         return {}
     try:
         with TargetRoot(path) as root:
@@ -242,13 +243,13 @@ def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
         for text, folder in list_parts(target).items()
     }
     entries = finished_entries(parts)
-    if not Target.has_journal(target):
+    if not has_journal(target):
         check_whole(plan, entries, target)
     return entries
 
 
 def _check_not_judged_wrong(path: Path) -> None:
-    if Target.has_journal(path):
+    if has_journal(path):
         with TargetRoot(path) as root:
             if wrong_verdicts(read_lines(root)):
                 raise judged_wrong(path)
@@ -265,7 +266,7 @@ def judged_wrong(path: Path) -> ResumeConflictError:
 
 def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
     begun: list[str] = []
-    if Target.has_journal(path):
+    if has_journal(path):
         with TargetRoot(path) as root:
             begun = named_files(read_lines(root))
     check_names(path, {*done, *begun})

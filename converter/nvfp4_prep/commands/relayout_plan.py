@@ -10,7 +10,7 @@ from nvfp4_prep.commands.finished_conversion import read_manifest
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.options import ConvertOptions, LayoutName
 from nvfp4_prep.output.finished_output import has_files
-from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import check_batched
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
@@ -67,7 +67,7 @@ def find_finished_relayout(
 
     So a run that was stopped in its very last steps ends well when repeated.
     """
-    if Target.has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
+    if has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
         return None
     try:
         found = read_manifest(path)

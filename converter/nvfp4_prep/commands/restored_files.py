@@ -11,7 +11,7 @@ from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.output.finished_output import has_files
-from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
@@ -74,7 +74,7 @@ def restored_texts(checkpoint: PreparedCheckpoint, files: list[RestoredFile]) ->
 def is_restored(checkpoint: PreparedCheckpoint, files: list[RestoredFile], path: Path) -> bool:
     """Return whether a directory is the finished output already: every file by its bytes, and nothing else beside them.
     So a run that was stopped in its very last steps ends well when repeated."""
-    if Target.has_journal(path) or not (path / CONFIG).is_file():
+    if has_journal(path) or not (path / CONFIG).is_file():
         return False
     begins = restored_texts(checkpoint, files) | {file.name: file.header for file in files}
     sizes = {name: len(text) for name, text in begins.items()} | {file.name: file.nbytes for file in files}

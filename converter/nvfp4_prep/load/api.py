@@ -15,9 +15,9 @@ from nvfp4_prep._util.arguments import ANYTHING, PATH, checked, either, instance
 from nvfp4_prep._util.buffers import byte_view
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES
+from nvfp4_prep.checkpoint.local_files import read_exactly
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.small_files import open_regular
-from nvfp4_prep.checkpoint.source import read_exactly
 from nvfp4_prep.errors import LoadError, SourceError, UsageError
 from nvfp4_prep.load.arguments import as_experts, as_rank, check_experts
 from nvfp4_prep.load.catalog import Catalog

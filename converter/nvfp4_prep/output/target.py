@@ -39,9 +39,8 @@ from nvfp4_prep.output.target_checks import (
     check_space,
     file_change,
     foreign_file,
-    has_journal,
 )
-from nvfp4_prep.output.target_lock import LOCK, check_idle, check_locks, take_lock
+from nvfp4_prep.output.target_lock import LOCK, check_locks, take_lock
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["Target"]
@@ -90,7 +89,7 @@ class Target:
         self._need_sha256 = need_sha256
         self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
         self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
-        self.check_ours(path)
+        check_ours(path)
         check_locks(path)
         self._made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         try:
@@ -100,7 +99,7 @@ class Target:
         except OSError as error:
             raise translate_os_error(error, self.work) from error
         try:
-            self.check_ours(path)  # again: another run may have finished before this one had the lock
+            check_ours(path)  # again: another run may have finished before this one had the lock
             if restart:
                 self._forget()
             self.resumed = self._read_journal()
@@ -152,10 +151,6 @@ class Target:
     def _writing(self) -> str:
         # where the file system has no locks across machines, two of them still never write one file
         return f"{WORK_FOLDER}/writing-{socket.gethostname()}-{os.getpid()}"
-
-    has_journal = staticmethod(has_journal)
-    check_ours = staticmethod(check_ours)
-    check_idle = staticmethod(check_idle)
 
     def _forget(self) -> None:
         try:

@@ -12,13 +12,13 @@ from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.moe.layers import MoeLayer
+from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep.output.experts_fact import ExpertsFact, ReconciledExpert
 from nvfp4_prep.pipeline.jobs import JobResult
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
 from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import SIDE
-from nvfp4_prep.prepared.stamp import quantization_configs
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["draft_manifest", "gate_up_record", "layer_record", "make_index", "reconciled_sides"]

@@ -13,11 +13,11 @@ from typing import Any
 from nvfp4_prep.checkpoint.filenames import MANIFEST, layer_file_stem
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.moe.activation import find_activation
+from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint, source_configs
 from nvfp4_prep.prepared.config_edits import same_value
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.problems import Problems
-from nvfp4_prep.prepared.stamp import quantization_configs
 
 __all__ = ["changed_keys", "check_manifest"]
 

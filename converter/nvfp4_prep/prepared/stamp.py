@@ -24,7 +24,6 @@ __all__ = [
     "changed_stamp",
     "config_bytes",
     "make_stamp",
-    "quantization_configs",
     "stamp_places",
     "stamped",
 ]

@@ -23,10 +23,10 @@ from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE, SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
-from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, expected_config, read_served_config
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, read_served_config
 from nvfp4_prep_kernels import PreparedTensor
 
-__all__ = ["check_structure", "expected_config", "require_sound"]
+__all__ = ["check_structure", "require_sound"]
 
 _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Collection, Mapping
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, quoted
-from nvfp4_prep.checkpoint.index import WEIGHT_SUFFIXES
+from nvfp4_prep.checkpoint.index_files import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.hub.listing import Snapshot
 from nvfp4_prep.hub.snapshot_reader import SnapshotReader

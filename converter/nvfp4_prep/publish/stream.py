@@ -20,7 +20,7 @@ from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.atomic_file import translate_os_error
-from nvfp4_prep.output.sink import FILES_AT_ONCE, PublishedFiles, stream_room_nbytes
+from nvfp4_prep.output.sink import FILES_AT_ONCE, stream_room_nbytes
 from nvfp4_prep.pipeline.device import DEVICES
 from nvfp4_prep.publish.foreign_files import refuse_foreign
 from nvfp4_prep.publish.push import BATCH_FILES, PushResult, publication_title, publish, summary, withdrawal
@@ -30,7 +30,7 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["FILES_AT_ONCE", "PublishedFiles", "StreamPublisher", "convert_and_publish", "stream_room_nbytes"]
+__all__ = ["StreamPublisher", "convert_and_publish"]
 
 _log = logging.getLogger(__name__)
 

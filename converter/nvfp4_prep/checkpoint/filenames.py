@@ -21,8 +21,8 @@ __all__ = [
     "is_safe_name",
     "is_text",
     "layer_file_stem",
+    "numbered_shard",
     "quoted",
-    "restored_shard",
     "restored_shards",
 ]
 
@@ -46,14 +46,14 @@ SOURCE_SCALES = "source-scales.safetensors"
 """The file of the source's scalars, for restore."""
 
 
-def restored_shard(number: int, count: int) -> str:
-    """Return the name that restore gives to shard ``number`` of ``count``, counted from 1."""
+def numbered_shard(number: int, count: int) -> str:
+    """Return the usual name of shard ``number`` of ``count``, counted from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def restored_shards(count: int) -> frozenset[str]:
     """Return the names of all shards of a restored checkpoint that has so many."""
-    return frozenset(restored_shard(number, count) for number in range(1, count + 1))
+    return frozenset(numbered_shard(number, count) for number in range(1, count + 1))
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

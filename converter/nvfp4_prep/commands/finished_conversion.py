@@ -16,6 +16,7 @@ from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.manifest_values import SIDE
 
 __all__ = ["find_complete", "read_manifest"]
 
@@ -77,7 +78,7 @@ def _source_changes(manifest: Manifest, plan: Plan) -> list[str]:
     """
     records = {file.name: manifest.files.get(file.name) for file in plan.files}
     sizes = {name: None if record is None else record.nbytes for name, record in records.items()}
-    side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == "side"}
+    side = {name: record.nbytes for name, record in manifest.files.items() if record.kind == SIDE}
     digests = {key: digest for layer in manifest.layers for key, digest in layer.source_sha256.items()}
     raw = {key: value for layer in plan.layers for key, value in layer.scalars.raw.items()}
     now_side = {file.name: file.nbytes for file in plan.side_files}

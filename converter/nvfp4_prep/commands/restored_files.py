@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, restored_shard
+from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, FileKind, numbered_shard
 from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.checkpoint.tensors import TensorRecord
@@ -15,6 +15,7 @@ from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.prepared.manifest_values import SIDE
 
 __all__ = ["RestoredFile", "is_restored", "plan_restored_files", "restored_side_files", "restored_texts"]
 
@@ -39,14 +40,14 @@ def plan_restored_files(checkpoint: PreparedCheckpoint) -> list[RestoredFile]:
     files = []
     for number, name in enumerate(passed, 1):
         header = checkpoint.headers[name]
-        records = tuple(replace(record, file=restored_shard(number, count)) for record in header.tensors)
-        files.append(RestoredFile(restored_shard(number, count), b"", records, header.file_nbytes, None, name))
+        records = tuple(replace(record, file=numbered_shard(number, count)) for record in header.tensors)
+        files.append(RestoredFile(numbered_shard(number, count), b"", records, header.file_nbytes, None, name))
     for number, layer in enumerate(layers, len(passed) + 1):
         groups = sorted(layer.groups, key=lambda group: group.leaf.is_scalar)
         specs = [spec for group in groups for spec in group.specs(layer.dims.experts)]
-        header_bytes, records = encode_header(restored_shard(number, count), specs, {"format": "pt"})
+        header_bytes, records = encode_header(numbered_shard(number, count), specs, {"format": "pt"})
         nbytes = len(header_bytes) + sum(spec.nbytes for spec in specs)
-        files.append(RestoredFile(restored_shard(number, count), header_bytes, records, nbytes, layer, ""))
+        files.append(RestoredFile(numbered_shard(number, count), header_bytes, records, nbytes, layer, ""))
     return files
 
 
@@ -56,7 +57,7 @@ def restored_side_files(checkpoint: PreparedCheckpoint) -> dict[str, SourceFile]
     return {
         file.name: file
         for file in checkpoint.files.files()
-        if (record := records.get(file.name)) is not None and record.kind == "side"
+        if (record := records.get(file.name)) is not None and record.kind == SIDE
     }
 
 

@@ -19,7 +19,7 @@ import torch
 
 from nvfp4_prep._util.arguments import PATH, check_fields, checked, instance, integer, optional
 from nvfp4_prep._util.buffers import byte_view
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, README
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, README, numbered_shard
 from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.tensors import TensorSpec
 from nvfp4_prep.errors import ConversionInterrupted, TargetError, UsageError
@@ -143,7 +143,7 @@ def _write(files: _NewFiles, model: SampleModel) -> int:
     weight_map: dict[str, str] = {}
     total = 0
     for number, specs in enumerate(bundles, 1):
-        name = f"model-{number:05d}-of-{len(bundles):05d}.safetensors"
+        name = numbered_shard(number, len(bundles))
         header, _ = encode_header(name, specs, {"format": "pt"})
         with files.create(name) as stream:
             stream.write(header)

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.digests import is_sha256
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.errors import SourceError
 from nvfp4_prep.hub.errors import Patience, hub_errors, malformed, persist, well_formed
@@ -25,7 +26,6 @@ __all__ = [
     "git_blob_sha1",
     "hash_matches",
     "is_git_id",
-    "is_sha256",
     "read_snapshot",
 ]
 
@@ -33,7 +33,6 @@ _CHUNK_NBYTES = 8 << 20
 _MAX_FILES = 100_000
 """Most files of one listing, which a server could make endless."""
 _MAX_NBYTES = 1 << 60
-_SHA256 = re.compile("[0-9a-f]{64}")
 _GIT_ID = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -108,11 +107,6 @@ class LocalFile:
         return None if git_blob_sha1(content) == remote.git_sha1 else "has another content"
 
 
-def is_sha256(value: object) -> bool:
-    """Return whether this is a sha256 as the Hub writes it: it becomes the name of a file."""
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
-
-
 def is_git_id(value: object) -> bool:
     """Return whether this is the id of a git object: it becomes the name of a file, and part of addresses."""
     return isinstance(value, str) and _GIT_ID.fullmatch(value) is not None
@@ -153,7 +147,7 @@ def _remote_file(repo_id: str, entry: RepoFile) -> RemoteFile:
     if not isinstance(name, str) or not is_safe_name(name):
         raise SourceError("unsafe file name on the Hub", where=repo_id, actual=repr(name)[:200])
     sha256 = entry.lfs.sha256 if entry.lfs else None
-    if entry.lfs and not is_sha256(sha256):
+    if entry.lfs and not is_sha256(sha256):  # it becomes the name of a file
         raise malformed(where, "the LFS sha256", sha256)
     if not is_git_id(entry.blob_id):
         raise malformed(where, "the git id", entry.blob_id)

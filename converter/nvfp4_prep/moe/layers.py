@@ -18,7 +18,10 @@ from nvfp4_prep.formats import Leaf
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.gate_up import join_alternating_rows, split_alternating_rows
 
-__all__ = ["ByteRange", "LayerWithLayout", "MoeLayer", "TensorGroup"]
+__all__ = ["SOURCE_BLOCK_SCALE", "ByteRange", "LayerWithLayout", "MoeLayer", "TensorGroup"]
+
+SOURCE_BLOCK_SCALE = "source_block_scale"
+"""The tensor of a layer's original block scales, beside :class:`~nvfp4_prep_kernels.PreparedTensor`."""
 
 
 @dataclass(frozen=True, slots=True)

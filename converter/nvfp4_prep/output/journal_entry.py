@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from nvfp4_prep._util.digests import is_sha256
 from nvfp4_prep.checkpoint.filenames import is_safe_name
 from nvfp4_prep.output.experts_fact import ExpertsFact, is_count
 
 __all__ = ["JournalEntry"]
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,9 @@ class JournalEntry:
             isinstance(name, str)
             and is_safe_name(name)
             and is_count(nbytes)
-            and (sha256 is None or _is_sha256(sha256))
+            and (sha256 is None or is_sha256(sha256))
             and isinstance(digests, dict)
-            and all(_is_sha256(value) for value in digests.values())
+            and all(is_sha256(value) for value in digests.values())
         )
         known = tuple(fact for fact in facts if fact is not None)
         return cls(str(name), int(str(nbytes)), sha256, digests, known) if valid and len(known) == len(facts) else None
-
-
-def _is_sha256(value: object) -> bool:
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None

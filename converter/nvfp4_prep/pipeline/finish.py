@@ -12,6 +12,7 @@ from nvfp4_prep.errors import NvfpPrepError, TargetError
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
+from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.model_card import make_model_card
 from nvfp4_prep.prepared.served_config import expected_config
 
@@ -39,7 +40,7 @@ def write_made_files(
         The manifest as it was written, with the made files in it.
     """
     texts = {INDEX: make_index(served), README: make_model_card(draft), CONFIG: expected_config(draft)}
-    made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), "made") for name, text in texts.items()}
+    made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), MADE) for name, text in texts.items()}
     manifest = replace(draft, files={**draft.files, **made})
     texts[MANIFEST] = _manifest_text(target, manifest)
     target.remove_file(CONFIG)  # of a run that was killed after it, and may be judged anew

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, EXPERTS_PREFIX, SOURCE_SCALES, FileKind
+from nvfp4_prep.checkpoint.filenames import EXPERT_SCALES, EXPERTS_PREFIX, SOURCE_SCALES, FileKind, numbered_shard
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.safetensors_header import encode_header
 from nvfp4_prep.checkpoint.tensors import DTYPE_BITS, TensorRecord, TensorSpec
 from nvfp4_prep.errors import SourceError
+from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.planning.output_bounds import check_header
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep_kernels import PreparedTensor
@@ -79,7 +80,7 @@ def _block_scales_file(plan: LayerPlan, position: int, label: str) -> OutputFile
     rows, cols = plan.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, plan.dims)
     count = len(plan.reconciled)
     dtype = PreparedTensor.W13_WEIGHT_SCALE.dtype
-    specs = [TensorSpec(plan.prepared_name("source_block_scale"), dtype, (count, rows, cols))]
+    specs = [TensorSpec(plan.prepared_name(SOURCE_BLOCK_SCALE), dtype, (count, rows, cols))]
     shards = frozenset(
         record.file for group in plan.groups_for(PreparedTensor.W13_WEIGHT_SCALE) for record in group.records
     )
@@ -108,7 +109,7 @@ def passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) -> 
         # Wide elements first keeps every tensor aligned to its element size.
         bundle.sort(key=lambda record: -DTYPE_BITS[record.dtype])
         specs = [TensorSpec(record.name, record.dtype, record.shape) for record in bundle]
-        name = f"model-{number:05d}-of-{len(bundles):05d}.safetensors"
+        name = numbered_shard(number, len(bundles))
         needs = frozenset(record.file for record in bundle)
         files.append(_file(name, FileKind.PASSTHROUGH, specs, needs, copies=tuple(bundle)))
     return files

@@ -6,7 +6,7 @@ import torch
 
 from nvfp4_prep._util.buffers import contiguous, empty_like_pooled
 from nvfp4_prep.errors import CheckpointError
-from nvfp4_prep.moe.layers import TensorGroup
+from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE, TensorGroup
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import PreparedTensor, Projection
@@ -26,7 +26,7 @@ def original_block_scales(
     if not found:
         return None
     position, side = found[0]
-    record = checkpoint.record(layer.prepared_name("source_block_scale"))
+    record = checkpoint.record(layer.prepared_name(SOURCE_BLOCK_SCALE))
     shape = layer.layout.source_shape(PreparedTensor.W13_WEIGHT_SCALE, layer.dims)
     if record.shape != (len(layer.gate_up.reconciled), *shape):
         raise CheckpointError(f"tensor {record.name!r} has the wrong shape", where=str(checkpoint.path / record.file))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name
+from nvfp4_prep._util.digests import is_sha256
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, FileKind, is_safe_name
 
 __all__ = [
     "MADE",
@@ -32,8 +32,7 @@ __all__ = [
 SIDE, MADE = "side", "made"
 """Kinds of files beside :class:`~nvfp4_prep.checkpoint.filenames.FileKind`'s: copied unchanged, and written anew."""
 _MAX_WHOLE = 2**63 - 1
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_TENSOR_KINDS = frozenset(("experts", "source-block-scales", "passthrough", "expert-scales", "source-scales"))
+_TENSOR_KINDS = frozenset(kind.value for kind in FileKind)
 _MADE_NAMES = frozenset((CONFIG, INDEX, README))
 _TEXT_NAMES = frozenset((CONFIG, HF_QUANT_CONFIG, INDEX, README))
 """The source files that a prepared checkpoint replaces; restore writes them back, so no other name is accepted."""
@@ -85,7 +84,7 @@ def mapping(value: object, what: str) -> Mapping[str, Any]:
 
 def sha256(value: object, what: str) -> str:
     """Return a digest: 64 lower-case hexadecimal digits."""
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+    if not is_sha256(value):
         raise ValueError(f"{what} must be a sha256 of 64 hexadecimal digits, not {_short(value)}")
     return value
 

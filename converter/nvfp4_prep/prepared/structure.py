@@ -17,6 +17,7 @@ from nvfp4_prep.checkpoint.filenames import (
     restored_shards,
 )
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, OpenFilesError, VerificationError
+from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
@@ -151,7 +152,7 @@ def _check_tensors(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         },
         FileKind.SOURCE_SCALES: {g.key for layer in layers for g in layer.groups if g.leaf.is_scalar},
         FileKind.SOURCE_BLOCK_SCALES: {
-            layer.prepared_name("source_block_scale") for layer in layers if layer.gate_up.reconciled
+            layer.prepared_name(SOURCE_BLOCK_SCALE) for layer in layers if layer.gate_up.reconciled
         },
     }
     for kind, known in expected.items():

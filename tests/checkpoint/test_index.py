@@ -331,6 +331,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
         index(tmp_path)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
 @settings(max_examples=60, deadline=None)
 def test_fuzz_index_file(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:

@@ -203,6 +203,7 @@ def test_fuzz_random_bytes(blob: bytes) -> None:
     assert not accepts(blob) or official_accepts(blob)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 @settings(max_examples=500, deadline=None)
 def test_fuzz_changed_bytes(changes: list[tuple[int, int]]) -> None:

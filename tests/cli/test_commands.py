@@ -183,6 +183,7 @@ def test_what_the_system_refuses_is_one_line(sample_prepared: Path, monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: no such file')")
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from nvfp4_prep.cli import main; main()"

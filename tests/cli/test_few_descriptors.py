@@ -16,6 +16,7 @@ from nvfp4_prep.cli import cli
 from nvfp4_prep.cli.output import report_errors
 from nvfp4_prep.errors import LoadError, OpenFilesError
 from nvfp4_prep.prepared.problems import Problems
+from support.cases import slow_after
 
 NO_SMOKE = ("--no-smoke", "-q")
 COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
@@ -56,7 +57,7 @@ def descriptors() -> Iterator[Callable[[int | None], None]]:
     limit(None)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_after(2, COMMANDS))
 def test_every_command_says_the_same(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, name: str, descriptors: Callable[[int | None], None]
 ) -> None:

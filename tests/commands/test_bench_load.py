@@ -65,6 +65,7 @@ def test_ranks_alone_read_whole_rows(written: Written) -> None:
     assert figures.read_nbytes == pytest.approx(found.nbytes * 4 / 3, rel=0.001)  # w13 once, w2 by both
 
 
+@pytest.mark.slow
 def test_the_command(written: Written) -> None:
     arguments = ["bench-load", str(written.root), "--device", "cpu", "--repeats", "1", "--threads", "1"]
     shown = CliRunner().invoke(cli, [*arguments, "--from", "both"])

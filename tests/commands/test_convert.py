@@ -155,6 +155,7 @@ def test_bytes_do_not_depend_on_threads(
     assert file_digests(convert(sample_source, tmp_path / "out", threads=threads).path) == file_digests(sample_prepared)
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_memory(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
     for memory in (3_000_000, 10**9):
         out = convert(sample_source, tmp_path / "out", memory_nbytes=memory).path
@@ -247,6 +248,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     assert file_digests(out) == reference
 
 
+@pytest.mark.slow
 def test_terminated_run_says_how_to_continue(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_sample(source, SampleModel(layers=4, experts=32, intermediate=512, hidden=1024))

@@ -35,6 +35,7 @@ from nvfp4_prep.errors import (
 from nvfp4_prep.output.journal_line import to_line
 from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
 from nvfp4_prep.output.target import Target
+from support.cases import slow_after
 from support.checkpoint_files import file_digests
 
 
@@ -52,7 +53,9 @@ def whole(source: Path) -> dict[str, str]:
     return file_digests(convert(source, source.parent / "whole").path)
 
 
-@pytest.mark.parametrize("cuts", [["1-2", "3-5"], ["1/3", "2/3", "3/3"], ["5", "1,3", "2,4"], ["0-3", "2-99"]])
+@pytest.mark.parametrize(
+    "cuts", slow_after(1, [["5", "1,3", "2,4"], ["1/3", "2/3", "3/3"], ["1-2", "3-5"], ["0-3", "2-99"]])
+)
 def test_joined_bytes_are_those_of_one_conversion(
     source: Path, whole: dict[str, str], tmp_path: Path, cuts: list[str]
 ) -> None:
@@ -122,7 +125,7 @@ def test_killed_part_continues(source: Path, whole: dict[str, str], tmp_path: Pa
     assert file_digests(out) == whole
 
 
-@pytest.mark.parametrize("after", range(0, 12, 2))
+@pytest.mark.parametrize("after", slow_after(2, range(0, 12, 2)))
 def test_join_killed_while_it_takes_files_over(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -11,6 +11,7 @@ import nvfp4_prep.pipeline.relayout_jobs as jobs
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep_kernels import PreparedTensor
+from support.cases import slow_after
 from support.relayout_cases import flip, same_but_for_provenance, source
 from support.tiny_checkpoints import TinyLayer, config, write
 
@@ -22,9 +23,9 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=lambda other: "-".join(map(str, other.values())))
+@pytest.mark.parametrize("other", slow_after(1, OTHERS), ids=lambda other: "-".join(map(str, other.values())))
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
-@pytest.mark.parametrize("kind", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("kind", slow_after(1, ["modelopt", "compressed-tensors"]))
 def test_both_ways_equal_conversions_of_the_source(
     tmp_path: Path, other: dict[str, Any], policy: GateUpPolicy, kind: str
 ) -> None:

@@ -32,6 +32,7 @@ def test_round_trip(sample_source: Path, sample_prepared: Path, tmp_path: Path) 
     assert_same(sample_source, result.path)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     experts=st.integers(1, 5),

@@ -19,6 +19,7 @@ from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, UsageError, VerificationError
+from support.cases import slow_after
 
 LAYER = "experts-layer-00001.safetensors"
 PREFIX = "model.layers.1.mlp.experts.routed_experts"
@@ -498,7 +499,7 @@ def with_side_files(sample_source: Path, tmp_path_factory: pytest.TempPathFactor
     return source, convert(source, folder / "prepared").path
 
 
-@pytest.mark.parametrize("damage", [_remove, _shorten, _lengthen, _empty, _replace_by_folder])
+@pytest.mark.parametrize("damage", slow_after(1, [_shorten, _remove, _lengthen, _empty, _replace_by_folder]))
 @pytest.mark.parametrize("name", _LISTED)
 def test_a_damaged_file_is_a_verdict_at_every_depth(
     with_side_files: tuple[Path, Path], tmp_path: Path, name: str, damage: Callable[[Path], None]

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from nvfp4_prep import SampleModel, errors, write_sample
 from nvfp4_prep.cli import cli
+from support.cases import slow_after
 from support.command_line import COMMANDS
 from support.paths import ROOT
 
@@ -81,7 +82,7 @@ def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> N
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the pages show a machine without a card")
-@pytest.mark.parametrize("page", ["README.md", "docs/first-half-hour.md", "docs/runbook.md"])
+@pytest.mark.parametrize("page", slow_after(1, ["README.md", "docs/first-half-hour.md", "docs/runbook.md"]))
 def test_transcripts(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages show what the commands print, figures aside: all of stdout but what a line ``...`` stands for. Lines of
     stderr may be left out (progress)."""

@@ -148,6 +148,7 @@ def test_notebook_outputs_stand_under_their_cells() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_page_has_every_command() -> None:
     text = load("reference_pages").command_line_page(ROOT)
     assert set(re.findall(r"^## (\S+)$", text, re.MULTILINE)) == set(COMMANDS)

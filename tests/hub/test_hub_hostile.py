@@ -248,6 +248,7 @@ def test_a_host_without_address_is_told_at_once(tmp_path: Path) -> None:
     assert "Check HF_ENDPOINT" in output and "continues where it stopped" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "limit_s"), [(True, 3.0), (False, 60.0)])
 def test_patience_with_names_that_cannot_be_resolved(first: bool, limit_s: float) -> None:
     """Only where nothing has worked yet is a missing name final: later it is a bad night."""

@@ -12,6 +12,7 @@ from nvfp4_prep.errors import HubError, SourceError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 from nvfp4_prep.hub.errors import Patience
 from nvfp4_prep.hub.source import HubSource
+from support.cases import slow_after
 from support.hub_server import LoopbackHub
 from support.hub_support import QUICK, PeakWatch, folder_nbytes, shard
 
@@ -223,18 +224,18 @@ def test_shards_come_whole_and_go(hub: LoopbackHub, shards: dict[str, bytes], tm
 
 FAULTS = {
     "dropped": {"kind": "drop", "after_bytes": 300_000},
+    "one byte short": {"kind": "short"},
+    "corrupt": {"kind": "corrupt"},
     "reset": {"kind": "reset", "after_bytes": 200_000},
     "refused": {"kind": "reset"},
     "rate limited": {"kind": "status", "status": 429, "headers": {"Retry-After": "0"}},
     "server error": {"kind": "status", "status": 500},
     "unavailable": {"kind": "status", "status": 503, "times": 4},
-    "one byte short": {"kind": "short"},
-    "corrupt": {"kind": "corrupt"},
     "stalled": {"kind": "stall", "after_bytes": 200_000, "seconds": 2.5},
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", slow_after(3, FAULTS))
 def test_faults_cost_time_only(hub: LoopbackHub, shards: dict[str, bytes], tmp_path: Path, name: str) -> None:
     for content in list(shards.values())[::2]:
         hub.fault(storage_path(content), **FAULTS[name])  # type: ignore[arg-type]
@@ -244,7 +245,7 @@ def test_faults_cost_time_only(hub: LoopbackHub, shards: dict[str, bytes], tmp_p
     assert all(fault.times == 0 for fault in hub.faults), "a fault did not happen: the test shows nothing"
 
 
-@pytest.mark.parametrize("kind", ["drop", "reset", "stall"])
+@pytest.mark.parametrize("kind", slow_after(1, ["drop", "reset", "stall"]))
 def test_transfers_resume_within_a_file(
     hub: LoopbackHub,
     shards: dict[str, bytes],

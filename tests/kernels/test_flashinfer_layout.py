@@ -154,6 +154,7 @@ def test_activations_bind_or_are_refused(activation: MoeActivation, first: str) 
                 bind_call(*arguments)
 
 
+@pytest.mark.slow
 def test_the_installed_version_is_the_recorded_one() -> None:
     """The records were made by reading the wheels; where FlashInfer is installed they must say the same."""
     needs_flashinfer()

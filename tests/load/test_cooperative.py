@@ -31,6 +31,7 @@ from nvfp4_prep.load import (
 )
 from nvfp4_prep.load import options as load_options
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
+from support.cases import slow_after
 from support.load_files import BATCHED, Written, write_checkpoint
 from support.load_ranks import Outcome, run_ranks
 
@@ -83,8 +84,10 @@ class Equal:
         return compared
 
 
-@pytest.mark.parametrize("network", [False, True], ids=["local", "network"])
-@pytest.mark.parametrize(("size", "layout"), [(2, "standard"), (2, "batched"), (2, "not gated"), (4, "standard")])
+@pytest.mark.parametrize("network", slow_after(1, [False, True]), ids=["local", "network"])
+@pytest.mark.parametrize(
+    ("size", "layout"), slow_after(1, [(2, "standard"), (2, "batched"), (2, "not gated"), (4, "standard")])
+)
 def test_every_tensor_equals_the_file(tmp_path: Path, size: int, layout: str, network: bool) -> None:
     options = BATCHED if layout == "batched" else None
     written = write_checkpoint(tmp_path, DIMS, gated=layout != "not gated", options=options)
@@ -137,6 +140,7 @@ def test_the_ranks_read_the_file_once_in_long_ranges(tmp_path: Path) -> None:
     assert sum(sum(reads) for _, reads in values) == 2 * LARGE.experts * LARGE.hidden * LARGE.intermediate // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [False, True], ids=["local", "network"])
 def test_short_rows_of_w13_on_network_storage(tmp_path: Path, network: bool) -> None:
     """Scales of w13 have 0.5 MiB an expert: each rank reads its half of each, or whole experts one after the other."""
@@ -267,6 +271,7 @@ class Killed:
         load_layer(self.root, 1, tp=(rank, size), options=OPTIONS, group=together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "hang"), [(2, False), (2, True), (4, False)])
 def test_a_killed_or_hanging_rank_ends_the_others_and_is_named(tmp_path: Path, size: int, hang: bool) -> None:
     write_checkpoint(tmp_path, DIMS)

@@ -33,6 +33,7 @@ from nvfp4_prep.load import (
 from nvfp4_prep.load.options import default_threads
 from nvfp4_prep.load.reader import FileReader
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice, take_rank
+from support.cases import slow_after
 from support.load_files import BATCHED, Written, write_checkpoint
 
 DIMS = MoeDims(experts=6, intermediate=512, hidden=512)
@@ -90,7 +91,7 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("tp", "ep"), COMBINATIONS)
+@pytest.mark.parametrize(("tp", "ep"), slow_after(25, COMBINATIONS))
 @pytest.mark.parametrize("direct_io", DirectIO)
 @pytest.mark.parametrize("gather", Gather)
 def test_reads_exactly_the_share_or_whole_rows(

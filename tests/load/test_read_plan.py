@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,6 +90,7 @@ def test_pieces_cover_a_range_and_end_at_pages(offset: int, nbytes: int, limit: 
     assert all(max(begin, offset) < end for begin, end in zip(begins, ends, strict=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]))
 def test_windows_cover_each_expert_once_and_hold_their_segments(

@@ -19,6 +19,7 @@ from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.prepared.stamp import config_bytes
 from nvfp4_prep.prepared.stamp import stamped as stamp_config
 from nvfp4_prep_kernels import MoeDims
+from support.cases import slow_after
 from support.checkpoint_files import as_bytes, read_tensors
 from support.paths import DATA
 from support.tiny_checkpoints import TinyLayer, write
@@ -171,7 +172,9 @@ def test_fewer_experts_than_the_config_promises(tmp_path: Path, model: Model) ->
         plan(source)
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if "K2.6" not in m.name], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    "model", slow_after(1, [m for m in MODELS if "K2.6" not in m.name]), ids=lambda model: model.name
+)
 def test_round_trip_under_the_real_config_and_names(tmp_path: Path, model: Model) -> None:
     """The real number of experts and spelling, small random matrices."""
     layer = TinyLayer(model.path, model.dims.experts, intermediate=32, hidden=64, names=model.projections)

@@ -20,6 +20,7 @@ from data.synthetic_torch import stacked_like_llama4, to_torch
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, inspect, restore, verify
 from nvfp4_prep.errors import UnsupportedCheckpointError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
+from support.cases import slow_after
 from support.checkpoint_files import IN_REPOSITORY, WHOLE, load_tensors, raw_bytes, read_tensors
 from support.paths import DATA
 from support.tiny_checkpoints import Tensors, config, write
@@ -177,7 +178,7 @@ RANKS = [
 ]
 
 
-@pytest.mark.parametrize(("key", "layer"), RANKS, ids=[key for key, _ in RANKS])
+@pytest.mark.parametrize(("key", "layer"), slow_after(10, RANKS), ids=[key for key, _ in RANKS])
 def test_a_rank_of_a_file_made_for_its_size_gets_what_vllm_prepares(
     tmp_path: Path, key: str, layer: SyntheticLayer
 ) -> None:

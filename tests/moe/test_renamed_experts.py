@@ -13,6 +13,7 @@ from nvfp4_prep import ConvertOptions, LayoutName, convert, inspect, relayout, r
 from nvfp4_prep.formats import formats, namings
 from nvfp4_prep.moe.discovery import find_layers
 from nvfp4_prep.prepared.layer_record_checks import check_groups
+from support.cases import slow_after
 from support.checkpoint_files import as_bytes, load_tensors
 from support.tensor_records import records
 from support.tiny_checkpoints import LEAVES, Tensors, TinyLayer, config, merged, others, write
@@ -90,7 +91,7 @@ def prepared(folder: Path) -> dict[str, object]:
     return {name: data for name, data in as_bytes(load_tensors(folder)).items() if ".routed_experts." in name}
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("spelling", slow_after(5, SPELLINGS.values()), ids=SPELLINGS)
 def test_renamed_experts_give_the_same_bytes_and_come_back(tmp_path: Path, spelling: Spelling) -> None:
     renamed = source(tmp_path / "renamed", spelling)
     ordinary = source(tmp_path / "ordinary", spelling.ordinary())

@@ -35,6 +35,7 @@ def test_values_of_a_header(values: int) -> None:
             check_header("x", 900_000, values - 7_200_000)
 
 
+@pytest.mark.slow
 def test_long_names_and_texts() -> None:
     record = TensorRecord("n" * 10_000_000, "U8", (1,), "x", 0, 1)
     check_made_files("s", [record] * 19, {})

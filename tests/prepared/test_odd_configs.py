@@ -11,6 +11,7 @@ import pytest
 
 from nvfp4_prep import convert, inspect, relayout, restamp, restore, verify
 from nvfp4_prep.checkpoint.bounded_json import SOURCE_MAX_DEPTH
+from support.cases import slow_after
 
 DEEP = SOURCE_MAX_DEPTH - 3
 
@@ -24,16 +25,19 @@ def nested(depth: int, kind: str) -> Any:
 
 @pytest.mark.parametrize(
     "added",
-    [
-        {"deep": nested(DEEP, "lists")},
-        {"deep": nested(DEEP, "objects")},
-        {"quantization_config": {"deep": nested(DEEP, "lists")}},
-        {"quantization_config": {"deep": nested(DEEP, "objects")}},
-        {"text_config": {"quantization_config": {"deep": nested(DEEP - 1, "objects")}}},
-        {"quantization_config": {"ignore": nested(DEEP, "lists")}},
-        {"odd": float("nan"), "quantization_config": {"odd": [float("nan"), float("inf"), 1e400]}},
-        {"quantization_config": {"odd": {"x": [1, 1.0, True, None, -0.0, 2**70]}}},
-    ],
+    slow_after(
+        2,
+        [
+            {"quantization_config": {"odd": {"x": [1, 1.0, True, None, -0.0, 2**70]}}},
+            {"deep": nested(DEEP, "objects")},
+            {"deep": nested(DEEP, "lists")},
+            {"quantization_config": {"deep": nested(DEEP, "lists")}},
+            {"quantization_config": {"deep": nested(DEEP, "objects")}},
+            {"text_config": {"quantization_config": {"deep": nested(DEEP - 1, "objects")}}},
+            {"quantization_config": {"ignore": nested(DEEP, "lists")}},
+            {"odd": float("nan"), "quantization_config": {"odd": [float("nan"), float("inf"), 1e400]}},
+        ],
+    ),
 )
 def test_every_command_takes_it(sample_source: Path, tmp_path: Path, added: dict[str, Any]) -> None:
     source = Path(shutil.copytree(sample_source, tmp_path / "source"))

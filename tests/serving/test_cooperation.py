@@ -20,6 +20,7 @@ from nvfp4_prep.load.options import default_threads, rank_threads
 from nvfp4_prep.serving import cooperation
 from nvfp4_prep.serving.cooperation import Alone, Cooperation, ServerRanks, server_ranks
 from nvfp4_prep_kernels import MoeDims, PreparedTensor, rank_slice, take_rank
+from support.cases import slow_after
 from support.load_files import Written, write_checkpoint
 from support.load_ranks import Outcome, run_ranks
 
@@ -101,15 +102,18 @@ TOGETHER = "The 2 tensor-parallel ranks of this host load prepared experts toget
 
 @pytest.mark.parametrize(
     ("mode", "told", "kind"),
-    [
-        ("", TOGETHER, "GroupLoader"),
-        ("off", 'Each rank loads its prepared experts by itself: "cooperative" is false.', "ExpertLoader"),
-        (
-            "other host",
-            "Each rank loads its prepared experts by itself: the tensor-parallel ranks are on several hosts.",
-            "ExpertLoader",
-        ),
-    ],
+    slow_after(
+        1,
+        [
+            ("", TOGETHER, "GroupLoader"),
+            ("off", 'Each rank loads its prepared experts by itself: "cooperative" is false.', "ExpertLoader"),
+            (
+                "other host",
+                "Each rank loads its prepared experts by itself: the tensor-parallel ranks are on several hosts.",
+                "ExpertLoader",
+            ),
+        ],
+    ),
 )
 def test_the_path_is_told_and_the_bytes_are_right(tmp_path: Path, mode: str, told: str, kind: str) -> None:
     outcomes, _ = run_ranks(Loading(write_checkpoint(tmp_path, DIMS, layers=LAYERS), mode), 2, tmp_path)

@@ -39,6 +39,7 @@ from nvfp4_prep.errors import (
 from nvfp4_prep.output.journal_line import parse_line
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke import gate as smoke_gate
+from support.cases import slow_after
 
 pytestmark = pytest.mark.default_smoke
 
@@ -79,7 +80,7 @@ def stop_in_smoke_run(monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
     monkeypatch.setattr("nvfp4_prep.pipeline.runner.pass_smoke_run", stopped)
 
 
-@pytest.mark.parametrize("spoil", [False, True], ids=["whole", "damaged"])
+@pytest.mark.parametrize("spoil", slow_after(1, [False, True]), ids=["whole", "damaged"])
 def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: bool
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_run_stopped_before_the_smoke_run_runs_it_next_time(
     assert (out / "config.json").exists() and not (out / ".nvfp4_prep").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "narrower", [SmokePolicy(layers=(2,), sample=1), SmokePolicy(layers=(2,)), SmokePolicy(sample=1)]
 )
@@ -154,7 +156,7 @@ def test_damage_is_damage_without_the_source_too(tmp_path: Path, what: str) -> N
     assert run("verify", out, "--smoke", "-q") == 6
 
 
-@pytest.mark.parametrize("ending", [KeyboardInterrupt, MemoryError, RuntimeError])
+@pytest.mark.parametrize("ending", slow_after(1, [KeyboardInterrupt, MemoryError, RuntimeError]))
 def test_a_verdict_stands_from_the_moment_a_layer_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
 ) -> None:
@@ -238,14 +240,17 @@ def test_ctrl_c_in_the_smoke_run_leaves_it_due(source: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize(
     ("leaf", "data"),
-    [
-        (".weight", b"\x00"),
-        (".weight_scale", b"\x00"),
-        (".weight_scale", b"\x7f"),
-        (".weight_scale_2", bytes.fromhex("b8db561a")),  # 4.4e-23: silu(gate) * up underflows
-        (".weight_scale_2", bytes.fromhex("50e36c00")),  # 1e-38
-        (".weight_scale_2", bytes.fromhex("caf24971")),  # 1e30
-    ],
+    slow_after(
+        1,
+        [
+            (".weight", b"\x00"),
+            (".weight_scale", b"\x00"),
+            (".weight_scale", b"\x7f"),
+            (".weight_scale_2", bytes.fromhex("b8db561a")),  # 4.4e-23: silu(gate) * up underflows
+            (".weight_scale_2", bytes.fromhex("50e36c00")),  # 1e-38
+            (".weight_scale_2", bytes.fromhex("caf24971")),  # 1e30
+        ],
+    ),
     ids=["codes-0", "blocks-0", "blocks-nan", "underflow", "1e-38", "1e30"],
 )
 def test_an_expert_that_is_degenerate_in_the_source_is_no_failure(tmp_path: Path, leaf: str, data: bytes) -> None:
@@ -276,14 +281,17 @@ def scale_all(source: Path, leaf: str, factor: float) -> None:
 
 @pytest.mark.parametrize(
     ("leaf", "factor", "result", "why"),
-    [
-        ("_proj.weight_scale_2", 1e6, "inconclusive", "values are out of range"),
-        ("_proj.weight_scale_2", 1e15, "inconclusive", "values are out of range"),
-        ("_proj.input_scale", 1e10, "inconclusive", "values are out of range"),
-        ("down_proj.input_scale", 1e10, "inconclusive", "reference is zero"),
-        ("down_proj.weight_scale_2", 1e30, "passed", None),
-        ("down_proj.input_scale", 1e-10, "passed", None),
-    ],
+    slow_after(
+        1,
+        [
+            ("_proj.weight_scale_2", 1e6, "inconclusive", "values are out of range"),
+            ("_proj.weight_scale_2", 1e15, "inconclusive", "values are out of range"),
+            ("_proj.input_scale", 1e10, "inconclusive", "values are out of range"),
+            ("down_proj.input_scale", 1e10, "inconclusive", "reference is zero"),
+            ("down_proj.weight_scale_2", 1e30, "passed", None),
+            ("down_proj.input_scale", 1e-10, "passed", None),
+        ],
+    ),
 )
 def test_right_bytes_of_values_out_of_range_are_not_called_wrong(
     source: Path, tmp_path: Path, leaf: str, factor: float, result: str, why: str | None

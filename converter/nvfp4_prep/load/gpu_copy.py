@@ -3,7 +3,7 @@
 A reading thread copies its one buffer as soon as it is full, and waits until the bytes have arrived: then the buffer
 is still in the processor's caches when it is filled again, and the other threads read meanwhile. One call of the driver
 a chunk is all that the interpreter is asked for; through torch it would be eight, and each of them waits for the
-interpreter lock while sixteen threads want it.
+GIL while sixteen threads want it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class GpuCopies:
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    """Return the CUDA driver's library, which torch has opened already; calls release the interpreter lock."""
+    """Return the CUDA driver's library, which torch has opened already; calls release the GIL."""
     library = ctypes.CDLL(_DRIVER)
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.restype = ctypes.c_int

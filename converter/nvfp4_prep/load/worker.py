@@ -177,7 +177,7 @@ class Reading:
             )
 
     def _run_pieces(self, job: Job, pieces: Iterator[int]) -> None:
-        """Do the usual work with as little Python as possible: all threads wait for the interpreter lock."""
+        """Do the usual work with as little Python as possible: all threads wait for the GIL."""
         self.left = 0
         target, tensor, limit = job.targets[0], job.task.tensor, self.buffers.chunk_nbytes
         if target is None:

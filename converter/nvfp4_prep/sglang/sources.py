@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.safetensors_header import read_header
-from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving import updates
 from nvfp4_prep.serving.stamped import Stamp
-from nvfp4_prep.sglang.source_config import adopted_stamp, stamp_in
+from nvfp4_prep.sglang.source_config import adopted_stamp
 
 __all__ = ["check_same_layout", "check_same_tensors", "folder_of", "remember_listing"]
 
@@ -44,23 +42,9 @@ def check_same_layout(source: Any) -> None:
     """
     model_config = getattr(source, "model_config", None)
     served = None if model_config is None else adopted_stamp(model_config.hf_config)
-    file = Path(str(source.model_or_path)) / CONFIG
-    if served is None or not file.is_file():
-        return
-    raw = read_small_file(file, ServingError, "Give another directory.")
-    config = parse_json(raw, str(file), ServingError, max_depth=MAX_DEPTH)
-    found = stamp_in(config) if isinstance(config, dict) else None
-    other = None if found is None else Stamp.parse(found)
-    here = Stamp.parse(served)
-    if other is not None and replace(other, source={}) == replace(here, source={}):
-        return
-    raise ServingError(
-        "weights of another layout than the served one",
-        where=str(file),
-        expected=_layout_words(here),
-        actual="no stamp of nvfp4-prep" if other is None else _layout_words(other),
-        next_step="Convert it with the layout of the running server (`nvfp4-prep relayout`), or start a server on it.",
-    )
+    directory = Path(str(source.model_or_path))
+    if served is not None and (directory / CONFIG).is_file():
+        updates.check_same_layout(Stamp.parse(served), updates.read_config(directory), str(directory / CONFIG))
 
 
 def check_same_tensors(loader: Any, source: Any, resolved: Any = None) -> None:
@@ -97,7 +81,3 @@ def _difference(served: Tensors, found: Tensors) -> str | None:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             return f"it {words} {', '.join(names[:_SHOWN])}{more}"
     return None
-
-
-def _layout_words(stamp: Stamp) -> str:
-    return f"{stamp.layout_name}, gate/up block {stamp.gate_up_block}, moe-tp {stamp.moe_tp}"

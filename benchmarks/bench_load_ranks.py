@@ -112,10 +112,9 @@ class Rank:
         made = []
         for tensor in PreparedTensor:
             part = rank_slice(LAYOUT, tensor, files.dims, share.tp_rank, share.tp_size)
-            whole = rank_slice(LAYOUT, tensor, files.dims, 0, 1)
             data = torch.zeros((len(experts), *part.shape), dtype=torch.uint8, device=self.device)
             record = files.records[tensor.value]
-            made.append(SharedParameter(files.prepared, record, whole, part, experts, data, None))
+            made.append(SharedParameter(files.prepared, record, part, experts, data, None))
         return made
 
     def alone(self, parameters: list[SharedParameter], loader: ExpertLoader) -> LoadReport:

@@ -43,11 +43,12 @@ class OverNccl:
 
     written: Written
     work: Callable[[Written, int, dist.ProcessGroup, dist.ProcessGroup], Any]
+    timeout: timedelta = timedelta(seconds=60)
 
     def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> Any:
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         torch.cuda.set_device(rank)
-        over_nccl = dist.new_group(backend="nccl", timeout=timedelta(seconds=60))
+        over_nccl = dist.new_group(backend="nccl", timeout=self.timeout)
         dist.all_reduce(torch.zeros(1, device="cuda"), group=over_nccl)
         return self.work(self.written, rank, over_nccl, group)
 
@@ -146,7 +147,8 @@ def load_until_killed(written: Written, rank: int, group: dist.ProcessGroup, cpu
 
 def test_a_killed_rank_ends_the_other_one(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, DIMS)
-    outcomes, seconds = run_ranks(OverNccl(written, load_until_killed), 2, tmp_path, timeout=timedelta(seconds=20))
+    within = timedelta(seconds=20)
+    outcomes, seconds = run_ranks(OverNccl(written, load_until_killed, within), 2, tmp_path, timeout=within)
     survivor, killed = outcomes
     assert killed is None and seconds < 60  # the timeout, and the start and end of two processes with a GPU each
     if survivor is not None:  # else NCCL's watchdog saw it first and ended the process, as it does in a server

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nvfp4_prep import ConvertOptions, SampleModel, convert, write_sample
 from nvfp4_prep.errors import CheckpointError, LoadError, NvfpPrepError, UsageError, VerificationError
 from nvfp4_prep.load import (
     Catalog,
@@ -482,3 +483,23 @@ def test_on_a_gpu(written: Written, tp: tuple[int, int], verify: bool, direct_io
     on_host = {name: tensor.cpu() for name, tensor in loaded.tensors.items()}
     assert all(tensor.is_cuda for tensor in loaded.tensors.values())
     assert_share(LoadedLayer(loaded.record, loaded.share, on_host), written)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_file_padded_for_some_ranks_serves_them(tmp_path: Path, rank: int) -> None:
+    """It has no slice for one rank alone."""
+    dims = MoeDims(3, 128, 256)
+    write_sample(tmp_path / "source", SampleModel(layers=2, experts=3, hidden=256, intermediate=128))
+    prepared = convert(tmp_path / "source", tmp_path / "out", ConvertOptions(moe_tp=4), smoke=None).path
+    checkpoint = Catalog.open(prepared)
+    layer = checkpoint.layer(1)
+    assert layer.dims.intermediate == dims.intermediate and layer.layout.tp_sizes(layer.dims) == (4,)
+    loaded = load_layer(prepared, 1, tp=(rank, 4))
+    for tensor in PreparedTensor:
+        record = checkpoint.records(layer)[tensor.value]
+        whole = torch.frombuffer(bytearray((prepared / record.file).read_bytes()), dtype=torch.uint8)
+        whole = whole[record.offset_bytes : record.offset_bytes + record.nbytes].view(3, -1)
+        part = rank_slice(layer.layout, tensor, layer.dims, rank, 4)
+        begins = [part.offset_bytes + run * part.stride_bytes for run in range(part.runs)]
+        rows = torch.stack([whole[:, begin : begin + part.run_nbytes] for begin in begins], dim=1)
+        assert torch.equal(loaded.tensors[tensor.value].view(torch.uint8).flatten(), rows.flatten())

@@ -234,7 +234,6 @@ class LayerLoad:
         return SharedParameter(
             self._catalog.root / record.file,
             record,
-            self._part(tensor, 0, 1),
             self._part(tensor, self._share.tp_rank, self._share.tp_size),
             self._experts,
             self._tensors[tensor.value],

@@ -64,7 +64,6 @@ class SharedParameter:
 
     Attributes:
         path, record: the stored tensor.
-        whole: all bytes of an expert.
         part: this rank's.
         experts: the stored expert of each slot; the same on all ranks.
         parameter: of this rank, ``[slots, *part.shape]``.
@@ -73,11 +72,16 @@ class SharedParameter:
 
     path: Path
     record: TensorRecord
-    whole: ExpertSlice
     part: ExpertSlice
     experts: tuple[int, ...]
     parameter: torch.Tensor
     crc32: Sequence[int] | None
+
+    @property
+    def whole(self) -> ExpertSlice:
+        """Return all stored bytes of an expert; a file that is padded for some ranks has no slice for one."""
+        stored = self.record.nbytes // self.record.shape[0]
+        return ExpertSlice((self.part.shape[0], stored // self.part.shape[0]), 0, stored, stored, 1)
 
     def submit(self, loader: ExpertLoader, slots: slice = slice(None)) -> None:
         """Queue this rank's share of some slots, read by itself."""

@@ -103,9 +103,7 @@ class GroupLoader:
         crc32: Sequence[int] | None = None,
     ) -> None:
         """Queue the load of one parameter, or keep it for the exchange; see :meth:`ExpertLoader.submit`."""
-        stored = record.nbytes // record.shape[0]
-        whole = ExpertSlice((part.shape[0], stored // part.shape[0]), 0, stored, stored, 1)
-        item = SharedParameter(path, record, whole, part, as_experts(experts), parameter, crc32)
+        item = SharedParameter(path, record, part, as_experts(experts), parameter, crc32)
         if item.is_exchanged(self._waiting.size):
             self._shared.append(item)
         else:

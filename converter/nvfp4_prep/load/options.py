@@ -71,13 +71,12 @@ class LoadOptions:
 
     Attributes:
         threads: reading threads; 0 means :func:`default_threads`.
-        chunk_nbytes: size of one staging buffer, a multiple of 4096 and at least 64 KiB; 0 means 4 MiB, or 3 MiB for a
-            rank of at most four threads, beside which others load: eight ranks of three threads each on two H100
-            loaded 44.5 GB/s together with 4 MiB, 55.6 with 3 MiB and 49.5 with 2 MiB. Resolved when made.
-        buffers: staging buffers in all; 0 means two a thread, of which it fills one while the other is copied. Pinned
-            memory is ``buffers * (chunk_nbytes + 8 KiB)``, 96 MiB for 12 threads; more than the processor's caches
-            hold makes loading slower, smaller chunks as well, because Python then has more to do: 12 threads beside
-            an H100 loaded 25.3, 41.9, 37.3 and 32.5 GB/s with two buffers each of 2, 4, 6 and 8 MiB.
+        chunk_nbytes: size of one staging buffer, a multiple of 4096 and at least 64 KiB; 0 means 4 MiB. Resolved when
+            made.
+        buffers: staging buffers in all; 0 means one a thread, which fills it and copies it in turn. Pinned memory is
+            ``buffers * (chunk_nbytes + 8 KiB)``, 48 MiB for 12 threads; more than the processor's caches hold makes
+            loading slower, smaller chunks as well, because Python then has more to do: 12 threads each beside two H100
+            loaded 43.5, 60.5 and 43.6 GB/s together with one buffer of 2, 4 and 8 MiB, and 47.0 with two of 4 MiB.
         direct_io: see :class:`DirectIO`.
         gather: see :class:`Gather`.
         verify: compare every expert's stored bytes with the manifest's checksums while they pass through memory.

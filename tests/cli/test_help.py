@@ -38,9 +38,19 @@ def test_every_option_is_in_one_group(name: str) -> None:
 
 def test_common_options_come_first() -> None:
     groups = sections(shown("convert"))
-    assert next(iter(groups)) == "Common" and list(groups)[-1] == "Output and log"
+    assert list(groups)[:2] == ["Arguments", "Common"] and list(groups)[-1] == "Output and log"
     assert groups["Common"] == ["--dry-run", "--layout", "--moe-tp"]
     assert "[default: cutedsl]" in " ".join(shown("convert").split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_is_explained(name: str) -> None:
+    command = COMMANDS[name]
+    context = click.Context(command)
+    arguments = [item.make_metavar(context) for item in command.params if isinstance(item, click.Argument)]
+    lines = shown(name).split("Arguments:\n")[1].splitlines() if arguments else []
+    assert all(any(re.match(rf"  {re.escape(word)}\s+\w", line) for line in lines) for word in arguments)
+    assert bool(arguments) == ("Arguments:" in shown(name))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -57,12 +57,30 @@ PAGES = {
 """The page of the documentation that says more, by command."""
 
 
+ARGUMENTS = {
+    "checkpoint": "A prepared checkpoint: a directory.",
+    "verify checkpoint": "A prepared checkpoint: a directory, or the name of a repository on the Hub.",
+    "directory": "Where a checkpoint is to be written; its disk is measured.",
+    "inspect checkpoint": "A checkpoint, original or prepared: a directory, or the name of a repository on the Hub.",
+    "repository": "Repository on the Hub; made if it does not exist.",
+    "shell": "The shell to complete in.",
+    "source": "The checkpoint to convert: a directory, or the name of a repository on the Hub.",
+    "target": "A directory that does not exist, is empty, or holds an unfinished run of the same command.",
+}
+"""What an argument is, by its name, or by command and name where it is something else there."""
+
+
 class HelpfulCommand(click.Command):
     """A command whose help has groups of options, and ends with a link."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the groups in their order, each option in one of them."""
-        known = {option.name: option.get_help_record(ctx) for option in self.get_params(ctx)}
+        arguments = [item for item in self.get_params(ctx) if isinstance(item, click.Argument)]
+        options = [item for item in self.get_params(ctx) if not isinstance(item, click.Argument)]
+        known = {option.name: option.get_help_record(ctx) for option in options}
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl([(item.make_metavar(ctx), _meaning(self.name, item.name)) for item in arguments])
         records = {name: record for name, record in known.items() if name is not None and record is not None}
         for title, names in (*GROUPS[self.name or ""], _OUTPUT):
             rows = [records.pop(name) for name in names.split() if name in records]
@@ -76,6 +94,10 @@ class HelpfulCommand(click.Command):
         """Write where to read more."""
         formatter.write_paragraph()
         formatter.write_text(f"Learn more: {learn_more(PAGES[self.name or ''])}")
+
+
+def _meaning(command: str | None, argument: str | None) -> str:
+    return ARGUMENTS.get(f"{command} {argument}") or ARGUMENTS[argument or ""]
 
 
 def learn_more(page: str) -> str:

@@ -53,9 +53,10 @@ def rank_slice(layout: MoeLayout, tensor: PreparedTensor, dims: MoeDims, rank: i
         raise LayoutError(f"tensor-parallel rank {rank} of {size} does not exist")
     if size not in layout.tp_sizes(dims, limit=size):
         sizes = ", ".join(map(str, layout.tp_sizes(dims)))
+        helps = f"; convert again with --moe-tp {size}" if dims.intermediate % size == 0 else ""
         raise LayoutError(
             f"cannot serve {size} tensor-parallel ranks: intermediate size {dims.intermediate} is padded for"
-            f" {layout.moe_tp}; it serves {sizes}; convert again with --moe-tp {size}"
+            f" {layout.moe_tp}; it serves {sizes}{helps}"
         )
     rows, row_nbytes = layout.expert_shape(tensor, dims)
     if tensor.is_w13:

@@ -183,4 +183,9 @@ RANK = RankTurn(0, 0, "cuda:0", 10.0, 12.0, 100, 100, 10, 0, 0, 4, read_s=0.0, c
     ids=["storage", "one thread", "cores", "staging", "copies", "short copies", "ranks", "more threads than cores"],
 )
 def test_what_limits(times: dict[str, float], cores: int, limit: Limit) -> None:
-    assert find_limit([replace(RANK, **times)], 2.0, cores) is limit
+    ranks = 2 if limit is Limit.RANKS else 1
+    assert find_limit([replace(RANK, **times)] * ranks, 2.0, cores) is limit
+
+
+def test_one_rank_does_not_wait_for_others() -> None:
+    assert find_limit([replace(RANK, read_s=1.0, cpu_s=0.1)], 2.0, 16) is Limit.STORAGE

@@ -168,7 +168,7 @@ def test_tensor_parallel_sizes_that_cannot_be_served_are_said(tmp_path: Path) ->
     assert "cannot serve TP 8: intermediate size 192 cannot be split over 8 tensor-parallel ranks" in text
     text = plan_text(made(tmp_path / "b", replace(LAYER, intermediate=192).tensors(), ConvertOptions(moe_tp=2)))
     assert "serves tensor-parallel sizes 1, 2, 3" not in text
-    assert "serves tensor-parallel sizes 2, and any" in text
+    assert "serves tensor-parallel size 2, no expert parallelism: its experts are padded" in text
     assert "cannot serve TP 1: convert with --moe-tp 1 for that" in text
 
 

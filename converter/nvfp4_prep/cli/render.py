@@ -207,7 +207,9 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "conver
     how to serve them, with this command."""
     known = list(dict.fromkeys(layers))
     served = set.intersection(*(set(layout.tp_sizes(dims)) for layout, dims in known))
-    yield f"serves tensor-parallel sizes {', '.join(map(str, sorted(served))) or 'none'}, and any expert parallelism"
+    sizes = ", ".join(map(str, sorted(served))) or "none"
+    experts = "and any expert parallelism" if 1 in served else "no expert parallelism: its experts are padded"
+    yield f"serves tensor-parallel size{'s' * (len(served) != 1)} {sizes}, {experts}"
     for size in (size for size in _COMMON_TP_SIZES if size not in served):
         try:
             for layout, dims in known:

@@ -163,7 +163,9 @@ def find_limit(ranks: Sequence[RankTurn], seconds: float, cores: int) -> Limit:
     blocked = max(0.0, sum(rank.read_s for rank in ranks) - reading)
     if reading >= waiting and reading + copying >= _MOSTLY * min(cores * seconds, of_threads):
         return Limit.CORES if reading + copying >= _MOSTLY * cores * seconds else Limit.ONE_THREAD
-    shares = {Limit.STORAGE: blocked, Limit.COPIES: waiting, Limit.RANKS: of_threads - reading - waiting - blocked}
+    shares = {Limit.STORAGE: blocked, Limit.COPIES: waiting}
+    if len(ranks) > 1:
+        shares[Limit.RANKS] = of_threads - reading - waiting - blocked
     if sum(rank.threads for rank in ranks) > cores and blocked < of_threads / 2:
         return Limit.CORES  # threads wait for a core, which counts as neither
     return max(shares, key=lambda limit: shares[limit])

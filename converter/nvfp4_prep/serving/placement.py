@@ -46,12 +46,13 @@ class Placement:
         if self.tp_size in self.layout.tp_sizes(self.dims, limit=self.tp_size):
             return
         sizes = self.layout.tp_sizes(self.dims)
+        alone = " or with expert parallelism" if 1 in sizes else ""
         raise ServingError(
             f"prepared for tensor-parallel sizes {', '.join(map(str, sizes))} of the experts, not for {self.tp_size}:"
             f" {self.dims.intermediate} / {self.tp_size} needs other padding",
             where=self.layer_name,
-            next_step="Serve with one of these sizes or with expert parallelism, or convert the source again"
-            f" with --moe-tp {self.tp_size}.",
+            next_step=f"Serve with one of these sizes{alone}, or convert the source again"
+            f" with --moe-tp {self.tp_size}, if that divides {self.dims.intermediate}.",
         )
 
     @property

@@ -145,6 +145,28 @@ def test_damage_is_counted_once_and_named_by_its_check(
     assert f"{len(found.problems)} problems" in words
 
 
+def test_a_layer_that_a_missing_file_leaves_unchecked_is_not_green(sample_prepared: Path, tmp_path: Path) -> None:
+    """The place of such a problem is the checkpoint; its text names the tensor."""
+    out = Path(shutil.copytree(sample_prepared, tmp_path / "out"))
+    (out / "source-scales.safetensors").unlink()
+    found = verify(out)
+    assert all(problems for _, problems in found.layer_problems)
+    assert {cell.kind for cell in found.layer_cells} == {"bad"}
+
+
+@pytest.mark.parametrize(
+    ("errors", "box"),
+    [
+        (ERRORS, "good"),
+        (replace(ERRORS, worst=2.0, relative=0.5, cosine=0.1), "bad"),
+        (replace(ERRORS, reference_rms=0.0), "soft"),
+    ],
+    ids=["passed", "failed", "inconclusive"],
+)
+def test_the_first_box_is_green_for_a_pass_alone(errors: ErrorFigures, box: str) -> None:
+    assert f"<div class='verdict {box}'>" in make_page(make_report(errors))
+
+
 def test_the_summary_covers_routings_too() -> None:
     layer = make_report(ERRORS).layers[0]
     far = replace(layer.cases[0], errors=replace(ERRORS, cosine=0.5, relative=0.2, worst=0.9))

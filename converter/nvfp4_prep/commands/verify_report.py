@@ -93,10 +93,11 @@ class VerifyReport:
 
     @property
     def layer_problems(self) -> tuple[tuple[LayerRecord, tuple[Problem, ...]], ...]:
-        """Every prepared layer, with the problems whose place is one of its tensors or files."""
+        """Every prepared layer, with the problems that name one of its tensors or files."""
 
         def concerns(problem: Problem, layer: LayerRecord) -> bool:
-            return layer.experts_path in problem.where or any(name in problem.where for name in layer.files)
+            named = f"{problem.where} {problem.what}"
+            return layer.experts_path in named or any(name in named for name in layer.files)
 
         return tuple(
             (layer, tuple(problem for problem in self.problems if concerns(problem, layer)))

@@ -27,9 +27,9 @@ class Verdict:
     sentences: tuple[str, ...]
 
     @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.word != "Failed"
+    def colour(self) -> str:
+        """Class of the page's first box: nothing but a pass is green."""
+        return {"Passed": "good", "Failed": "bad"}.get(self.word, "soft")
 
 
 def judge(verification: VerifyReport | None, smoke: SmokeReport | None) -> Verdict:

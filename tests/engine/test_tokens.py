@@ -26,10 +26,11 @@ from support.paths import ROOT
 
 PROMPTS = [[5, 6, 7, 8], list(range(10, 31)), [99, 3, 200], [250] * 40]
 MAX_TOKENS = 24
-BOUND = 0.02
-"""Greatest difference of a token's log-probability: one step of a float16 logit between 16 and 32.
+BOUND = 0.1
+"""Greatest difference of a token's log-probability. Wrong experts: 1.6 and more.
 
-Seen: 0.005 for the gated models, on an AMD EPYC. Wrong experts: 1.7.
+Seen: 0.005 for the gated models, and 0.055 once, on a machine that other suites kept busy, with all tokens equal. Which
+requests share a step of the server depends on time, and an activation that is rounded to the other FP4 value is seen.
 """
 MODELS = [QWEN3_MOE, DEEPSEEK_V3, NEMOTRON_H]
 

@@ -67,21 +67,23 @@ ARGUMENTS = {
     "source": "The checkpoint to convert: a directory, or the name of a repository on the Hub.",
     "target": "A directory that does not exist, is empty, or holds an unfinished run of the same command.",
 }
-"""What an argument is, by its name, or by command and name where it is something else there."""
+"""Meaning of an argument, by its name, or by command and name where it is something else there."""
 
 
 class HelpfulCommand(click.Command):
     """A command whose help has groups of options, and ends with a link."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the groups in their order, each option in one of them."""
-        arguments = [item for item in self.get_params(ctx) if isinstance(item, click.Argument)]
-        options = [item for item in self.get_params(ctx) if not isinstance(item, click.Argument)]
-        known = {option.name: option.get_help_record(ctx) for option in options}
+        """Write the arguments, then the groups in their order, each option in one of them."""
+        arguments, records = [], {}
+        for item in self.get_params(ctx):
+            if isinstance(item, click.Argument):
+                arguments.append((item.make_metavar(ctx), _meaning(self.name, item.name)))
+            elif item.name is not None and (record := item.get_help_record(ctx)) is not None:
+                records[item.name] = record
         if arguments:
             with formatter.section("Arguments"):
-                formatter.write_dl([(item.make_metavar(ctx), _meaning(self.name, item.name)) for item in arguments])
-        records = {name: record for name, record in known.items() if name is not None and record is not None}
+                formatter.write_dl(arguments)
         for title, names in (*GROUPS[self.name or ""], _OUTPUT):
             rows = [records.pop(name) for name in names.split() if name in records]
             if title == _OUTPUT[0]:

@@ -94,7 +94,7 @@ class Task:
 
     @property
     def units(self) -> int:
-        """What is counted down until it is complete: its bytes, and the comparison of a checksum."""
+        """Count that reaches zero when it is complete: its bytes, and the comparison of a checksum."""
         return self.nbytes + (self.crc32 is not None)
 
 

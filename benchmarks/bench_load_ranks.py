@@ -236,7 +236,7 @@ class Phases:
             mock.patch.object(owner, name, self._around(getattr(owner, name), phase))
             for phase, (owner, name) in zip(
                 self.seconds,
-                ((ExpertLoader, "wait_for"), (Ranks, "_finish"), (ExpertLoader, "finish")),
+                ((ExpertLoader, "wait_for"), (Ranks, "_wait"), (ExpertLoader, "finish")),
                 strict=True,
             )
         ]

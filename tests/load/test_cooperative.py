@@ -199,6 +199,7 @@ class Shortened:
 
     good: Path
     bad: Path
+    rounds_a_question: int
 
     def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> None:
         root, reading = (self.bad, cooperative.CooperativeLoad._read) if rank == 1 else (self.good, None)
@@ -216,21 +217,25 @@ class Shortened:
             exchange(load, number)
 
         cooperative.CooperativeLoad._exchange = counted  # type: ignore[method-assign]
+        cooperative._ROUNDS_A_QUESTION = self.rounds_a_question
         if reading is not None:
             cooperative.CooperativeLoad._read = read  # type: ignore[method-assign]
         together = CooperativeGroup(group, MIB // 2)
         load_layer(root, 1, tp=(rank, size), options=replace(OPTIONS, chunk_nbytes=65536), group=together)
 
 
-def test_a_file_that_becomes_shorter_in_a_later_round_fails_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounds_a_question", "last"), [(1, (2, 3, 4)), (8, (5,))])
+def test_a_file_that_becomes_shorter_in_a_later_round_fails_all(
+    rounds_a_question: int, last: tuple[int, ...], tmp_path: Path
+) -> None:
     (tmp_path / "good").mkdir()
     written = write_checkpoint(tmp_path / "good", DIMS)
     file = copy_of(written, tmp_path / "bad")
-    outcomes, seconds = run_ranks(Shortened(written.root, file.parent), 2, tmp_path)
+    outcomes, seconds = run_ranks(Shortened(written.root, file.parent, rounds_a_question), 2, tmp_path)
     assert_all_name(outcomes, "rank 1 of 2", str(file), "file ended while it was read")
     assert seconds < 10
     rounds = {(tmp_path / f"rounds-{rank}").read_text() for rank in range(2)}
-    assert rounds < {"1 of 5", "2 of 5", "3 of 5"} and len(rounds) == 1
+    assert rounds < {f"{number} of 5" for number in (*last, 0)} and len(rounds) == 1
 
 
 def test_a_damaged_expert_is_found_by_the_rank_that_reads_it(tmp_path: Path) -> None:

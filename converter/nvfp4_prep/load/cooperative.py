@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,8 @@ __all__ = ["CooperativeGroup", "CooperativeLoad", "SharedParameter"]
 
 _BUFFERS = 4
 """Two that are read into, one to send from, one to receive into."""
+_ROUNDS_A_QUESTION = 8
+"""Rounds after which the ranks ask each other for failures: a question takes the time of an exchange."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class CooperativeLoad:
         self._ranks = group.on(loader.device)
         self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
         self._rounds: list[tuple[SharedParameter, Round]] = []
+        self._views: dict[tuple[ExpertSlice, tuple[int, ...], int], _Views] = {}
+        self._end: Callable[[], bool] | None = None
         self._own: Sequence[SharedParameter] = ()
         self._fed = 0
         self._reading: deque[Submission | None] = deque()
@@ -186,7 +190,8 @@ class CooperativeLoad:
         with self._on_stream():
             for number in range(len(self._rounds)):
                 self._exchange(number)
-        self._stages = []
+            self._end_exchange()
+        self._stages, self._views = [], {}
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -206,28 +211,35 @@ class CooperativeLoad:
             return self._loader.finish()
 
     def _exchange(self, number: int) -> None:
+        """Exchange a round that this rank has begun to read, and begin to read the next but one.
+
+        Up to here the ranks have read while the last round was exchanged; its memory is sent from again now.
+        """
         (item, planned), submission = self._rounds[number], self._reading.popleft()
         failure = None if submission is None else self._loader.wait_for(submission)
         self._error = self._error or failure
-        counts, unit = [len(experts) for experts in planned.readers], item.part.nbytes
-        mine = counts[self._ranks.rank] * item.whole.nbytes
-        sent, received = self._stages[2][:mine], self._stages[3][: planned.count * unit]
-        _slice_panels(self._stages[number % 2][:mine], sent, item.part, self._ranks.size)
-        end = self._ranks.exchange(received, sent, counts, unit, self._error is not None)
+        self._end_exchange()
+        views = self._views_of(number)
+        views.panels.copy_(views.columns)
         try:
             self._read(number + 2)
             own_slots = sum(len(item.experts) for item in self._own)
             self._feed(own_slots * (number + 1) // len(self._rounds))
         except NvfpPrepError as error:
             self._error = self._error or error
-        if end():
-            self._ranks.agree(self._error)
-        slots = item.parameter.detach().view(torch.uint8).view(-1, unit)
-        arrived = received.view(-1, unit)
+        asked = number % _ROUNDS_A_QUESTION == _ROUNDS_A_QUESTION - 1 or number == len(self._rounds) - 1
+        failed = self._error is not None if asked else None
+        self._end = self._ranks.exchange(views.received, views.sent, views.incoming, views.outgoing, failed)
+        slots = item.parameter.detach().view(torch.uint8).view(-1, item.part.nbytes)
         torch._foreach_copy_(
             [slots[copy.slot : copy.slot + copy.count] for copy in planned.copies],
-            [arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
+            [views.arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
         )
+
+    def _end_exchange(self) -> None:
+        end, self._end = self._end, None
+        if end is not None and end():
+            self._ranks.agree(self._error)
 
     def _read(self, number: int) -> None:
         """Queue a round's reads of this rank."""
@@ -237,9 +249,17 @@ class CooperativeLoad:
         experts = planned.readers[self._ranks.rank]
         self._reading.append(None)
         if experts:
-            stage = self._stages[number % 2][: len(experts) * item.whole.nbytes]
-            target = stage.view(len(experts), *item.whole.shape)
+            target = self._views_of(number).experts
             self._reading[-1] = self._loader.submit(item.path, item.record, item.whole, experts, target, item.crc32)
+
+    def _views_of(self, number: int) -> _Views:
+        item, planned = self._rounds[number]
+        counts = tuple(map(len, planned.readers))
+        key = (item.part, counts, number % 2)
+        if key not in self._views:
+            stage, sent, received = self._stages[number % 2], *self._stages[2:]
+            self._views[key] = _Views.of(stage, sent, received, item, counts, self._ranks.rank)
+        return self._views[key]
 
     def _feed(self, until: int) -> None:
         """Queue what this rank reads for itself, so many slots from the first one on."""
@@ -274,10 +294,52 @@ def _on_network(path: Path) -> bool:
         return False  # said with the right words when it is opened
 
 
-def _slice_panels(stage: torch.Tensor, panels: torch.Tensor, part: ExpertSlice, size: int) -> None:
-    """Copy whole experts ``[E, runs, size, run]`` to one panel of columns a rank, ``[size, E, runs, run]``."""
-    width = part.run_nbytes
-    if width % 8 == 0:
-        stage, panels, width = stage.view(torch.int64), panels.view(torch.int64), width // 8
-    experts = stage.view(-1, part.runs, size, width)
-    panels.view(size, -1, part.runs, width).copy_(experts.permute(2, 0, 1, 3))
+@dataclass(frozen=True)
+class _Views:
+    """What a round has of the stages. Made once for all rounds of a kind: every call of torch waits for the GIL.
+
+    Attributes:
+        experts: that this rank reads, ``uint8 [E, *shape]``.
+        columns: the same, one panel of columns a rank, ``[size, E, runs, run]``.
+        panels: where these go, in the same shape; the bytes of ``sent``.
+        sent, received: flat ``uint8``.
+        arrived: ``received`` as ``[experts of all ranks, bytes of a part]``.
+        outgoing, incoming: bytes for each rank, and from each.
+    """
+
+    experts: torch.Tensor
+    columns: torch.Tensor
+    panels: torch.Tensor
+    sent: torch.Tensor
+    received: torch.Tensor
+    arrived: torch.Tensor
+    outgoing: list[int]
+    incoming: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        stage: torch.Tensor,
+        sent: torch.Tensor,
+        received: torch.Tensor,
+        item: SharedParameter,
+        counts: Sequence[int],
+        rank: int,
+    ) -> _Views:
+        """Take the views of a round in which each rank reads so many experts."""
+        unit, size, width = item.part.nbytes, len(counts), item.part.run_nbytes
+        mine = counts[rank] * item.whole.nbytes
+        read, sent, received = stage[:mine], sent[:mine], received[: sum(counts) * unit]
+        wide, panels = read, sent
+        if width % 8 == 0:
+            wide, panels, width = read.view(torch.int64), sent.view(torch.int64), width // 8
+        return cls(
+            experts=read.view(-1, *item.whole.shape),
+            columns=wide.view(-1, item.part.runs, size, width).permute(2, 0, 1, 3),
+            panels=panels.view(size, -1, item.part.runs, width),
+            sent=sent,
+            received=received,
+            arrived=received.view(-1, unit),
+            outgoing=[counts[rank] * unit] * size,
+            incoming=[count * unit for count in counts],
+        )

@@ -20,6 +20,8 @@ from nvfp4_prep.load.strided_copy import run_views
 __all__ = ["Copies", "CopyError", "GpuCopies"]
 
 _DRIVER = "libcuda.so.1"
+_ON_DEVICE = 2
+"""CU_MEMORYTYPE_DEVICE."""
 
 
 class CopyError(RuntimeError):
@@ -34,6 +36,24 @@ class Copies(Protocol):
 
     def copy_runs(self, source: int, cut: Segment, target: torch.Tensor, ready: torch.cuda.Event | None) -> None:
         """Copy the runs of ``cut``, the first of which begins at ``source``, to ``target``, flat ``uint8``."""
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of the driver's interface."""
+
+    _fields_ = [
+        (side + name, kind)
+        for side in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", ctypes.c_size_t),
+            ("Y", ctypes.c_size_t),
+            ("MemoryType", ctypes.c_int),
+            ("Host", ctypes.c_void_p),
+            ("Device", ctypes.c_uint64),
+            ("Array", ctypes.c_void_p),
+            ("Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
 
 
 class GpuCopies:
@@ -62,8 +82,20 @@ class GpuCopies:
         if len(self._rows) < cut.span_nbytes:
             self._rows = torch.empty(cut.span_nbytes, dtype=torch.uint8, device=self._device)
         self._send(source, self._rows.data_ptr(), cut.span_nbytes)
-        runs, place = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
-        place.copy_(runs)
+        runs = _Copy2D(
+            srcMemoryType=_ON_DEVICE,
+            srcDevice=self._rows.data_ptr(),
+            srcPitch=cut.stride_bytes,
+            dstMemoryType=_ON_DEVICE,
+            dstDevice=target.data_ptr(),
+            dstPitch=cut.run_nbytes,
+            WidthInBytes=cut.run_nbytes,
+            Height=cut.runs,
+        )
+        # The driver need not take these distances, which it did not choose; torch takes any.
+        if _driver().cuMemcpy2DAsync_v2(ctypes.byref(runs), self._handle):
+            rows, place = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+            place.copy_(rows)
         self._wait(stream)
 
     def _opened(self, ready: torch.cuda.Event | None) -> torch.cuda.Stream:
@@ -95,4 +127,6 @@ def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL(_DRIVER)
     library.cuMemcpyHtoDAsync_v2.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     library.cuMemcpyHtoDAsync_v2.restype = ctypes.c_int
+    library.cuMemcpy2DAsync_v2.argtypes = [ctypes.POINTER(_Copy2D), ctypes.c_void_p]
+    library.cuMemcpy2DAsync_v2.restype = ctypes.c_int
     return library

@@ -206,7 +206,7 @@ class ExpertLoader:
         return self._accounts.wait_for(submission)
 
     def _queue(self, reader: FileReader, tasks: Sequence[Task], parameter: torch.Tensor) -> Submission:
-        target = parameter.detach().view(torch.uint8).view(-1)
+        target = _flat(parameter)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
         places = _places(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
@@ -342,8 +342,17 @@ def _in_use() -> LoadError:
     )
 
 
+def _flat(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a parameter by as few calls of torch as it takes: the reading threads want the GIL, too."""
+    data = parameter.detach() if parameter.requires_grad else parameter
+    data = data if data.dtype == torch.uint8 else data.view(torch.uint8)
+    return data if data.dim() == 1 else data.view(-1)
+
+
 def _places(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
     """Return each chunk's place by its offset: one call for all, instead of one in the way of the reading threads."""
     chunks = sorted((chunk.destination_bytes, chunk.nbytes) for task in tasks for chunk in task.chunks if chunk.nbytes)
+    if len(chunks) == 1:
+        return {chunks[0][0]: target}
     parts = target.split([nbytes for _, nbytes in chunks])
     return {offset: part for (offset, _), part in zip(chunks, parts, strict=True)}

@@ -83,38 +83,51 @@ class Ranks:
         return [bytes(each.cpu().tolist()) for each in gathered]
 
     def exchange(
-        self, received: torch.Tensor, sent: torch.Tensor, counts: Sequence[int], unit: int, failed: bool
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        incoming: list[int],
+        outgoing: list[int],
+        failed: bool | None,
     ) -> Callable[[], bool]:
-        """Begin to give each rank its part of ``sent``, and to tell the others of a failure.
+        """Give each rank its part of ``sent``.
+
+        On a GPU in the order of the current stream, which waits for the other ranks; on the CPU before it returns.
 
         Args:
-            received: ``uint8 [sum(counts) * unit]``: what each rank sends to this one, in their order.
-            sent: ``uint8 [size * counts[rank] * unit]``.
-            counts: units that each rank sends to each.
-            unit: bytes.
-            failed: whether this rank has failed; what it sends is void then.
+            received: ``uint8``: what each rank sends to this one, in their order.
+            sent: ``uint8``: what each rank gets, in their order.
+            incoming: bytes from each rank.
+            outgoing: bytes for each rank.
+            failed: whether this rank has failed; what it sends is void then. None, on all ranks, to ask nobody.
 
         Returns:
-            What is to be called for the end: it says whether a rank has failed.
+            What is to be called before the next exchange: it waits for this one, with the timeout, and says whether a
+            rank has failed.
+
+        Raises:
+            LoadError: if a rank is missing; as what it returns.
         """
-        self._flag.fill_(failed)
-        outgoing, incoming = [counts[self.rank] * unit] * self.size, [count * unit for count in counts]
-        works = self._begin(
-            [
-                lambda: dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True),
-                lambda: dist.all_to_all_single(received, sent, incoming, outgoing, group=self.group, async_op=True),
-            ]
+        calls: list[Callable[[], Any]] = []
+        if failed is not None:
+            self._flag.fill_(failed)
+            calls.append(lambda: dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self.group, async_op=True))
+        calls.append(
+            lambda: dist.all_to_all_single(received, sent, incoming, outgoing, group=self.group, async_op=True)
         )
+        self._order(self._begin(calls))
+        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
         def end() -> bool:
-            self._finish(works)
-            return bool(self._flag.item())
+            self._wait(done)
+            return failed is not None and bool(self._flag.item())
 
         return end
 
     def complete(self, calls: Sequence[Callable[[], Any]]) -> None:
         """Make asynchronous calls and wait for them; raises :class:`LoadError` that says who is missing."""
-        self._finish(self._begin(calls))
+        self._order(self._begin(calls))
+        self._wait(torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None)
 
     def _begin(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         self._calls += 1
@@ -123,24 +136,27 @@ class Ranks:
         except RuntimeError as error:
             self._missing(error)
 
-    def _finish(self, works: Sequence[Any]) -> None:
+    def _order(self, works: Sequence[Any]) -> None:
+        """Let the current stream wait for calls; on the CPU wait for them."""
         try:
             for work in works:
                 # NCCL's wait with a time would end the process's communicators from its own thread.
                 work.wait() if self.device.type == "cuda" else work.wait(self.timeout)
-            if self.device.type == "cuda":
-                self._synchronize()
         except (RuntimeError, TimeoutError) as error:
             self._missing(error)
 
-    def _synchronize(self) -> None:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+    def _wait(self, done: torch.cuda.Event | None) -> None:
+        """Wait for an event of a GPU."""
+        if done is None:
+            return
         deadline = time.monotonic() + self.timeout.total_seconds()
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no answer within {self.timeout.total_seconds():g} s")
-            time.sleep(_POLL_S)
+        try:
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no answer within {self.timeout.total_seconds():g} s")
+                time.sleep(_POLL_S)
+        except (RuntimeError, TimeoutError) as error:
+            self._missing(error)
 
     def _missing(self, error: BaseException) -> NoReturn:
         """Raise the error of a call that failed: every rank that still lives comes here, the others are missing."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ from nvfp4_prep_kernels import ExpertSlice
 
 __all__ = ["CooperativeGroup", "CooperativeLoad", "SharedParameter"]
 
-_BUFFERS = 4
-"""Two that are read into, one to send from, one to receive into."""
+_BUFFERS = 3
+"""Two that are read into, one to send from; one more to receive into where slots do not follow the stored experts."""
 _ROUNDS_A_QUESTION = 8
 """Rounds after which the ranks ask each other for failures: a question takes the time of an exchange."""
 
@@ -78,6 +79,16 @@ class SharedParameter:
     experts: tuple[int, ...]
     parameter: torch.Tensor
     crc32: Sequence[int] | None
+
+    @property
+    def in_order(self) -> bool:
+        """Return whether the slots follow the stored experts, so that what is received is in its place at once."""
+        return all(one < other for one, other in pairwise(self.experts))
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """Return the bytes of :attr:`parameter`."""
+        return self.parameter.detach().view(torch.uint8).view(-1)
 
     @property
     def whole(self) -> ExpertSlice:
@@ -128,7 +139,7 @@ class CooperativeLoad:
         self._limit = group.exchange_nbytes
         self._ranks = group.on(loader.device)
         self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
-        self._rounds: list[tuple[SharedParameter, Round]] = []
+        self._rounds: list[tuple[SharedParameter, torch.Tensor, Round]] = []
         self._views: dict[tuple[ExpertSlice, tuple[int, ...], int], _Views] = {}
         self._end: Callable[[], bool] | None = None
         self._own: Sequence[SharedParameter] = ()
@@ -165,19 +176,21 @@ class CooperativeLoad:
             LoadError: if there is no memory for the exchange, or a file cannot be opened.
             UsageError: if the parameters are not this rank's share.
         """
-        ranks, each, self._own = self._ranks, self._limit // _BUFFERS, own
-        nbytes = 0
+        ranks, self._own = self._ranks, own
+        buffers = _BUFFERS + (not all(item.in_order for item in parameters))
+        each, nbytes = self._limit // buffers, 0
         for item in parameters:
             item.check_panels(ranks.rank, ranks.size)
             at_once = max(1, each // item.whole.nbytes)
             rounds = plan_rounds(item.experts, ranks.size, at_once)
             nbytes = max(nbytes, *(max(map(len, planned.readers)) * item.whole.nbytes for planned in rounds))
-            self._rounds += [(item, planned) for planned in rounds]
+            flat = item.flat
+            self._rounds += [(item, flat, planned) for planned in rounds]
             self._digest.update(f"{item.record} {item.experts} {item.part.runs}".encode())
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._loader.device))
         with self._on_stream():
-            self._stages = self._allocate(nbytes)
+            self._stages = self._allocate(buffers, nbytes)
             for number in range(2):
                 self._read(number)
 
@@ -215,7 +228,7 @@ class CooperativeLoad:
 
         Up to here the ranks have read while the last round was exchanged; its memory is sent from again now.
         """
-        (item, planned), submission = self._rounds[number], self._reading.popleft()
+        (item, flat, planned), submission = self._rounds[number], self._reading.popleft()
         failure = None if submission is None else self._loader.wait_for(submission)
         self._error = self._error or failure
         self._end_exchange()
@@ -229,12 +242,16 @@ class CooperativeLoad:
             self._error = self._error or error
         asked = number % _ROUNDS_A_QUESTION == _ROUNDS_A_QUESTION - 1 or number == len(self._rounds) - 1
         failed = self._error is not None if asked else None
-        self._end = self._ranks.exchange(views.received, views.sent, views.incoming, views.outgoing, failed)
-        slots = item.parameter.detach().view(torch.uint8).view(-1, item.part.nbytes)
-        torch._foreach_copy_(
-            [slots[copy.slot : copy.slot + copy.count] for copy in planned.copies],
-            [views.arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
-        )
+        unit = item.part.nbytes
+        received = self._stages[-1] if len(self._stages) > _BUFFERS else flat[planned.copies[0].slot * unit :]
+        received = received[: planned.count * unit]
+        self._end = self._ranks.exchange(received, views.sent, views.incoming, views.outgoing, failed)
+        if len(self._stages) > _BUFFERS:
+            slots, arrived = flat.view(-1, unit), received.view(-1, unit)
+            torch._foreach_copy_(
+                [slots[copy.slot : copy.slot + copy.count] for copy in planned.copies],
+                [arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
+            )
 
     def _end_exchange(self) -> None:
         end, self._end = self._end, None
@@ -245,7 +262,7 @@ class CooperativeLoad:
         """Queue a round's reads of this rank."""
         if number >= len(self._rounds):
             return
-        item, planned = self._rounds[number]
+        item, _, planned = self._rounds[number]
         experts = planned.readers[self._ranks.rank]
         self._reading.append(None)
         if experts:
@@ -253,12 +270,12 @@ class CooperativeLoad:
             self._reading[-1] = self._loader.submit(item.path, item.record, item.whole, experts, target, item.crc32)
 
     def _views_of(self, number: int) -> _Views:
-        item, planned = self._rounds[number]
+        item, _, planned = self._rounds[number]
         counts = tuple(map(len, planned.readers))
         key = (item.part, counts, number % 2)
         if key not in self._views:
-            stage, sent, received = self._stages[number % 2], *self._stages[2:]
-            self._views[key] = _Views.of(stage, sent, received, item, counts, self._ranks.rank)
+            stage, sent = self._stages[number % 2], self._stages[2]
+            self._views[key] = _Views.of(stage, sent, item, counts, self._ranks.rank)
         return self._views[key]
 
     def _feed(self, until: int) -> None:
@@ -272,13 +289,13 @@ class CooperativeLoad:
             begin = end
         self._fed = until
 
-    def _allocate(self, nbytes: int) -> list[torch.Tensor]:
+    def _allocate(self, buffers: int, nbytes: int) -> list[torch.Tensor]:
         device = self._loader.device
         try:
-            return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)]
+            return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(buffers)]
         except (RuntimeError, MemoryError) as error:
             raise LoadError(
-                f"no memory for the exchange of {format_nbytes(_BUFFERS * nbytes)} on {device}"
+                f"no memory for the exchange of {format_nbytes(buffers * nbytes)} on {device}"
                 f" ({str(error).splitlines()[0]})",
                 next_step="Give the group fewer exchange_nbytes.",
             ) from error
@@ -302,8 +319,7 @@ class _Views:
         experts: that this rank reads, ``uint8 [E, *shape]``.
         columns: the same, one panel of columns a rank, ``[size, E, runs, run]``.
         panels: where these go, in the same shape; the bytes of ``sent``.
-        sent, received: flat ``uint8``.
-        arrived: ``received`` as ``[experts of all ranks, bytes of a part]``.
+        sent: flat ``uint8``.
         outgoing, incoming: bytes for each rank, and from each.
     """
 
@@ -311,8 +327,6 @@ class _Views:
     columns: torch.Tensor
     panels: torch.Tensor
     sent: torch.Tensor
-    received: torch.Tensor
-    arrived: torch.Tensor
     outgoing: list[int]
     incoming: list[int]
 
@@ -321,7 +335,6 @@ class _Views:
         cls,
         stage: torch.Tensor,
         sent: torch.Tensor,
-        received: torch.Tensor,
         item: SharedParameter,
         counts: Sequence[int],
         rank: int,
@@ -329,7 +342,7 @@ class _Views:
         """Take the views of a round in which each rank reads so many experts."""
         unit, size, width = item.part.nbytes, len(counts), item.part.run_nbytes
         mine = counts[rank] * item.whole.nbytes
-        read, sent, received = stage[:mine], sent[:mine], received[: sum(counts) * unit]
+        read, sent = stage[:mine], sent[:mine]
         wide, panels = read, sent
         if width % 8 == 0:
             wide, panels, width = read.view(torch.int64), sent.view(torch.int64), width // 8
@@ -338,8 +351,6 @@ class _Views:
             columns=wide.view(-1, item.part.runs, size, width).permute(2, 0, 1, 3),
             panels=panels.view(size, -1, item.part.runs, width),
             sent=sent,
-            received=received,
-            arrived=received.view(-1, unit),
             outgoing=[counts[rank] * unit] * size,
             incoming=[count * unit for count in counts],
         )

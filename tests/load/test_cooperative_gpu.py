@@ -150,7 +150,7 @@ def test_a_killed_rank_ends_the_other_one(tmp_path: Path) -> None:
     within = timedelta(seconds=20)
     outcomes, seconds = run_ranks(OverNccl(written, load_until_killed, within), 2, tmp_path, timeout=within)
     survivor, killed = outcomes
-    assert killed is None and seconds < 60  # the timeout, and the start and end of two processes with a GPU each
+    assert killed is None and seconds < 120  # the timeout, and the start and end of two processes with a GPU each
     if survivor is not None:  # else NCCL's watchdog saw it first and ended the process, as it does in a server
         assert survivor.error == "LoadError"
         assert "rank 1 of 2" in survivor.text and "did not take part" in survivor.text

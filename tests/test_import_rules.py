@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from nvfp4_prep.layouts import LAYOUTS
 from support.paths import ROOT
 
 CONVERTER = ROOT / "converter"
 KERNELS = ROOT / "kernels"
 PACKAGE = "nvfp4_prep"
 
-GROUND = ("_version", "errors", "options", "_util")
+GROUND = ("_version", "errors", "layouts", "options", "_util")
 """Modules and packages that everything may import."""
 ORDER = (
     "checkpoint",
@@ -140,6 +141,17 @@ def test_imports_go_one_way() -> None:
 )
 def test_the_rule_can_fail(importer: str, imported: str) -> None:
     assert not may_import(importer, imported)
+
+
+def test_the_names_of_layouts_and_kernels_stand_in_one_module() -> None:
+    names = {name for facts in LAYOUTS.values() for name in (facts.kernel, facts.vllm_backend, facts.flag)}
+    found = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"nvfp4_prep.layouts"}
 
 
 def test_no_import_cycle() -> None:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.verify_published import verify_published
     from nvfp4_prep.commands.verify_report import VerifyReport
     from nvfp4_prep.hub.publish_options import PublishOptions
+    from nvfp4_prep.layouts import LayoutName
     from nvfp4_prep.load.flashinfer import ReadyLayer, load_layer
-    from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+    from nvfp4_prep.options import ConvertOptions, GateUpPolicy
     from nvfp4_prep.planning.plan import Plan
     from nvfp4_prep.publish.preview import PushPreview, preview_push
     from nvfp4_prep.publish.push import PushResult, push
@@ -94,7 +95,7 @@ _HOMES = {
     "Diagnosis": "commands.doctor",
     "GateUpPolicy": "options",
     "Inspection": "commands.inspect",
-    "LayoutName": "options",
+    "LayoutName": "layouts",
     "LoadBench": "commands.bench_load_figures",
     "LoadFigures": "commands.bench_load_figures",
     "PartResult": "commands.convert_parts",

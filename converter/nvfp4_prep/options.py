@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.arguments import check_fields, integer, member, one_number_of
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.layouts import GATE_UP_BLOCKS, LAYOUTS, LayoutName
 
 if TYPE_CHECKING:
     from nvfp4_prep_kernels import MoeLayout
@@ -18,15 +19,7 @@ MAX_MOE_TP = 1024
 """Largest tensor-parallel size to pad for."""
 
 
-class LayoutName(enum.StrEnum):
-    """Prepared layouts by the name that the command line uses."""
-
-    CUTEDSL = "cutedsl"
-    CUTEDSL_BATCHED = "cutedsl-batched"
-    TRTLLM = "trtllm"
-
-
-LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), one_number_of(16, 32, 64), integer(1, MAX_MOE_TP)
+LAYOUT, GATE_UP_BLOCK, MOE_TP = member(LayoutName), one_number_of(*sorted(GATE_UP_BLOCKS)), integer(1, MAX_MOE_TP)
 """Kinds of the options that say which layout; ``relayout`` takes them one by one."""
 
 
@@ -55,7 +48,7 @@ class ConvertOptions:
     """
 
     layout: LayoutName = LayoutName.CUTEDSL
-    gate_up_block: int = 64
+    gate_up_block: int = GATE_UP_BLOCKS[0]
     gate_up_scales: GateUpPolicy = GateUpPolicy.RECONCILE
     moe_tp: int = 1
 
@@ -67,12 +60,10 @@ class ConvertOptions:
             gate_up_scales=member(GateUpPolicy),
             moe_tp=MOE_TP,
         )
-        if self.layout is not LayoutName.CUTEDSL and self.gate_up_block != 64:
-            batched = self.layout is LayoutName.CUTEDSL_BATCHED
+        facts = LAYOUTS[self.layout]
+        if not facts.has_blocks and self.gate_up_block != GATE_UP_BLOCKS[0]:
             raise UsageError(
-                "the batched layout does not interleave gate and up"
-                if batched
-                else "the TRTLLM-gen layout alternates gate and up row by row, without blocks of a height to choose",
+                f"the {facts.kernel} layout has no gate/up blocks whose height can be chosen",
                 expected="no --gate-up-block",
                 actual=self.gate_up_block,
             )
@@ -87,17 +78,9 @@ class ConvertOptions:
         from nvfp4_prep_kernels import LayoutError, MoeLayout  # imports torch; `convert --help` needs the names only
 
         try:
-            if self.layout is LayoutName.CUTEDSL:
-                return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
-            if self.layout is LayoutName.TRTLLM:
-                return MoeLayout.trtllm(gated=gated, moe_tp=self.moe_tp)
-            if gated:
-                return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)
+            return MoeLayout.named(self.layout, gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
         except LayoutError as error:
             raise UsageError(str(error)) from error
-        raise UsageError(
-            "the batched kernel computes SiLU-gated experts only", next_step="Use --layout cutedsl for this model."
-        )
 
     @property
     def gives_scales_up(self) -> bool:

@@ -159,10 +159,8 @@ class FlashInferMoe:
         self, experts: PreparedExperts, tokens: MoeTokens, activation: MoeActivation, out: torch.Tensor
     ) -> MoeTrace | None:
         """See :class:`~nvfp4_prep_kernels.moe_types.MoeBackend`; the intermediate stays inside the kernel."""
-        if experts.layout.concatenated:
-            raise FlashInferUnavailableError("the batched layout is for another kernel; use the triton backend")
-        if experts.layout.shuffled:
-            raise FlashInferUnavailableError("the TRTLLM-gen layout is for another kernel; use the triton backend")
+        if (name := experts.layout.name) != "cutedsl":
+            raise FlashInferUnavailableError(f"the layout {name} is for another kernel; use the triton backend")
         if experts.w13_weight_scale_2_up is not None:
             raise FlashInferUnavailableError("the CuteDSL kernel takes one global scale for gate and up, not two")
         version, function = find_entry_point()

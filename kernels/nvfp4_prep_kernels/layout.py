@@ -91,6 +91,30 @@ class MoeLayout:
         """Return the layout of the TRTLLM-gen kernels (vLLM's FLASHINFER_TRTLLM backend)."""
         return cls(ShuffledRows(gated), moe_tp=moe_tp)
 
+    @classmethod
+    def named(cls, name: str, *, gated: bool, gate_up_block: int = 64, moe_tp: int = 1) -> MoeLayout:
+        """Return the layout of a :attr:`name`; ``gate_up_block`` is of no influence where there are no such blocks.
+
+        Raises:
+            LayoutError: if there is no such layout, or it has no such layers.
+        """
+        if name == "cutedsl":
+            return cls.cutedsl(gated=gated, gate_up_block=gate_up_block, moe_tp=moe_tp)
+        if name == "trtllm":
+            return cls.trtllm(gated=gated, moe_tp=moe_tp)
+        if name != "cutedsl-batched":
+            raise LayoutError(f"unknown layout {name!r}")
+        if not gated:
+            raise LayoutError("the batched kernel computes SiLU-gated experts only; use the standard layout (cutedsl)")
+        return cls.cutedsl_batched(moe_tp=moe_tp)
+
+    @property
+    def name(self) -> str:
+        """The name that :meth:`named` takes."""
+        if self.shuffled:
+            return "trtllm"
+        return "cutedsl-batched" if self.concatenated else "cutedsl"
+
     def for_moe_tp(self, moe_tp: int) -> MoeLayout:
         """Return the same layout, padded for another tensor-parallel size."""
         return replace(self, moe_tp=moe_tp)

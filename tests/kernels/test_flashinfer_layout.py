@@ -73,8 +73,8 @@ def test_flashinfers_row_orders_for_trtllm_give_our_bytes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": MoeLayout.trtllm(gated=True)}, "TRTLLM-gen layout is for another kernel"),
-        ({"layout": MoeLayout.cutedsl_batched()}, "batched layout is for another kernel"),
+        ({"layout": MoeLayout.trtllm(gated=True)}, "layout trtllm is for another kernel"),
+        ({"layout": MoeLayout.cutedsl_batched()}, "layout cutedsl-batched is for another kernel"),
         ({"w13_weight_scale_2_up": torch.ones(2)}, "one global scale"),
     ],
     ids=["trtllm", "batched", "two scales"],

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvfp4_prep.layouts import GATE_UP_BLOCKS, LAYOUTS, LayoutName
 from nvfp4_prep_kernels import LayoutError, MoeDims, MoeLayout, PreparedTensor, Projection
 from nvfp4_prep_kernels.fingerprint import fingerprint
 from nvfp4_prep_kernels.row_order import BlockRows, ShuffledRows, place_of_row, row_at_place
@@ -199,6 +200,20 @@ def test_trtllm_shares_sizes_with_cutedsl_and_no_bytes(tensor: PreparedTensor, g
     assert trtllm.tp_sizes(dims) == cutedsl.tp_sizes(dims)
     parts = random_parts(trtllm, tensor, dims)
     assert not torch.equal(trtllm.apply(tensor, *parts), cutedsl.apply(tensor, *parts))
+
+
+@pytest.mark.parametrize("name", LayoutName)
+def test_every_layout_of_the_table_is_made_by_its_name(name: LayoutName) -> None:
+    assert MoeLayout.named(name, gated=True, moe_tp=2).name == name
+    heights = {MoeLayout.named(name, gated=True, gate_up_block=block).rows for block in GATE_UP_BLOCKS}
+    assert len(heights) == (len(GATE_UP_BLOCKS) if LAYOUTS[name].has_blocks else 1)
+
+
+def test_a_name_without_a_layout() -> None:
+    with pytest.raises(LayoutError, match="unknown layout 'marlin'"):
+        MoeLayout.named("marlin", gated=True)
+    with pytest.raises(LayoutError, match="SiLU-gated experts only"):
+        MoeLayout.named("cutedsl-batched", gated=False)
 
 
 @pytest.mark.parametrize("layout", [MoeLayout.cutedsl(gated=True), TRTLLM], ids=["cutedsl", "trtllm"])

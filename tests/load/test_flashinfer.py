@@ -82,7 +82,7 @@ def test_the_batched_layout_is_refused_before_it_is_read(tmp_path: Path) -> None
     out = nvfp4_prep.convert(source, tmp_path / "out", options).path
     assert load_layer(out, 1).tensors["w13_weight"].shape == (2, 128, 128)
     (out / "experts-layer-00001.safetensors").unlink()
-    with pytest.raises(UsageError, match="batched layout is not that of FlashInfer"):
+    with pytest.raises(UsageError, match="batched CuteDSL layout is not that of FlashInfer"):
         nvfp4_prep.load_layer(out, 1)
 
 

@@ -182,7 +182,7 @@ def test_batched_layout_takes_plain_silu_only(tmp_path: Path) -> None:
     ungated = TinyLayer(names=("up_proj", "down_proj")).tensors()
     assert "these experts have relu2" in refusal(tmp_path / "c", ungated, batched, hidden_act="relu2")
     assert "pads nothing" in refusal(tmp_path / "d", replace(LAYER, intermediate=96).tensors(), batched)
-    with pytest.raises(UsageError, match="does not interleave"):
+    with pytest.raises(UsageError, match="batched CuteDSL layout has no gate/up blocks"):
         ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED, gate_up_block=16)
 
 

@@ -42,7 +42,7 @@ def make_report(*figures: ErrorFigures, checkpoint: str = "org/model") -> SmokeR
         dirty_padding=0,
         wrong_scalars=(),
     )
-    return SmokeReport(checkpoint, "source", BackendFacts("torch", False, "no GPU", "CPU", {}), 1, (layer,))
+    return SmokeReport(checkpoint, "source", BackendFacts("torch", False, "no GPU", "CPU", {}, "CuteDSL"), 1, (layer,))
 
 
 def make_page(smoke: SmokeReport) -> str:

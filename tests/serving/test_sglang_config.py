@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.stamp import make_stamp
-from nvfp4_prep.serving.stamped import STAMP_KEY, TRTLLM, Stamp
+from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
 from nvfp4_prep.sglang.arrivals import parameter_name
 from nvfp4_prep.sglang.source_config import adopt_source, adopted_stamp, stamped_configs
 from nvfp4_prep.sglang.versions import TESTED, version_problem
@@ -74,7 +75,8 @@ def test_stock_configs_are_not_looked_at() -> None:
 def test_trtllm_stamps_are_read() -> None:
     layout = MoeLayout.trtllm(gated=True)
     written = stamp_of(FLAT)
-    written["layout"] = {**written["layout"], "name": TRTLLM, "fingerprint": fingerprint(layout)}
+    name = LAYOUTS[LayoutName.TRTLLM].stamp_name
+    written["layout"] = {**written["layout"], "name": name, "fingerprint": fingerprint(layout)}
     stamp = Stamp.parse(written)
     assert stamp.moe_layout(gated=True) == layout
     stamp.check_fingerprint(gated=True)

@@ -153,7 +153,7 @@ def test_deepep_with_the_standard_layout(copy: Callable[..., Path]) -> None:
 
 def test_batched_layout_without_deepep(copy: Callable[..., Path]) -> None:
     directory = copy(options=ConvertOptions(layout=LayoutName.CUTEDSL_BATCHED))
-    assert "reads the standard one" in refusal(directory, "batched layout without DeepEP")
+    assert "reads the CuteDSL one" in refusal(directory, "batched layout without DeepEP")
 
 
 def test_hidden_size_padded(copy: Callable[..., Path]) -> None:

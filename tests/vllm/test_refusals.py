@@ -266,7 +266,7 @@ def test_the_standard_layout_under_batched_all_to_all(prepared: Path) -> None:
     with batched_all_to_all():
         refused(
             "the standard layout with a batched all-to-all",
-            "prepared for the standard CuteDSL kernel",
+            "prepared for the CuteDSL kernel, but this deployment",
             "FLASHINFER_CUTEDSL_BATCHED",
             "--layout cutedsl-batched",
             by=lambda: serve(prepared),

@@ -21,8 +21,8 @@ from nvfp4_prep.cli.render import (
     tp_lines,
 )
 from nvfp4_prep.cli.smoke import say_smoke
+from nvfp4_prep.layouts import LAYOUTS
 from nvfp4_prep.options import GateUpPolicy
-from nvfp4_prep.prepared.kernel_choice import kernel_lines
 from nvfp4_prep.report.page import Subject, write_page
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _say_result(result: ConvertResult, pushed: PushResult | None, request: Conve
     lines = [
         f"{result.path}: {count(len(manifest.layers), 'MoE layer')} prepared,"
         f" {format_nbytes(result.written_nbytes)} written{' (continued)' if result.resumed else ''}",
-        *kernel_lines(manifest.options.layout),
+        *LAYOUTS[manifest.options.layout].kernel_lines(),
         *tp_lines((record.layout, record.dims) for record in manifest.layers),
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
         *(f"left out {line}" for line in left_out_lines(result.left_out_reasons)),

@@ -14,7 +14,8 @@ from nvfp4_prep._util import arguments
 from nvfp4_prep._util.arguments import Kind
 from nvfp4_prep.cli.output import report_errors
 from nvfp4_prep.hub.publish_options import PublishOptions
-from nvfp4_prep.options import MAX_MOE_TP, ConvertOptions, GateUpPolicy, LayoutName
+from nvfp4_prep.layouts import GATE_UP_BLOCKS, LayoutName
+from nvfp4_prep.options import MAX_MOE_TP, ConvertOptions, GateUpPolicy
 
 __all__ = [
     "EnumChoice",
@@ -36,7 +37,6 @@ __all__ = [
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Member = TypeVar("_Member", bound=enum.StrEnum)
-_GATE_UP_BLOCKS = (64, 32, 16)
 
 
 class _CheckedPath(click.Path):
@@ -123,7 +123,7 @@ def layout_option(text: str, **extra: Any) -> Callable[[_Command], _Command]:
 def gate_up_block_option(**extra: Any) -> Callable[[_Command], _Command]:
     """Return ``--gate-up-block``."""
     return click.option(
-        "--gate-up-block", type=click.Choice(_GATE_UP_BLOCKS), help="Rows in one gate/up block.", **extra
+        "--gate-up-block", type=click.Choice(GATE_UP_BLOCKS), help="Rows in one gate/up block.", **extra
     )
 
 

@@ -22,8 +22,7 @@ from nvfp4_prep.cli.options import (
 )
 from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, tell_leftovers
 from nvfp4_prep.cli.render import layout_text, tp_lines
-from nvfp4_prep.options import LayoutName
-from nvfp4_prep.prepared.kernel_choice import kernel_lines
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
 
 __all__ = ["relayout"]
 
@@ -82,7 +81,7 @@ def relayout(
         f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )
     for line in (
-        *kernel_lines(result.manifest.options.layout),
+        *LAYOUTS[result.manifest.options.layout].kernel_lines(),
         *tp_lines(((it.layout, it.dims) for it in layers), "relayout"),
     ):
         say(line)

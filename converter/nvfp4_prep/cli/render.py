@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep._util.printable import join_lines, printable
 from nvfp4_prep._util.text import bounded, count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import FileKind
+from nvfp4_prep.layouts import LAYOUTS
 from nvfp4_prep.moe.model_config import quantization_configs
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.pipeline.workers import default_memory_nbytes
 from nvfp4_prep.planning.disk_space import SMALL_FILES_NBYTES, Room
-from nvfp4_prep.prepared.kernel_choice import kernel_lines
 
 if TYPE_CHECKING:  # these import torch, for which --help must not wait
     from nvfp4_prep.commands.inspect import InspectedLayer, Inspection
@@ -104,7 +104,7 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
         f" {sum(len(PreparedTensor) + len(item.layout.scale_vectors) for item in plan.layers)}",
     ]
     lines += ["         " + line for line in _layer_lines(plan)]
-    lines += [f"kernel   {line}" for line in kernel_lines(plan.options.layout)]
+    lines += [f"kernel   {line}" for line in LAYOUTS[plan.options.layout].kernel_lines()]
     lines += [f"TP       {line}" for line in tp_lines((item.layout, item.dims) for item in plan.layers)]
     configs = quantization_configs(plan.index.config, plan.index.hf_quant_config)
     lines += [f"vLLM     {line}" for line in quantization_lines(configs.values())]
@@ -197,7 +197,7 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
 
 def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
     """Return conversion options in one line; what concerns gate and up only where there is a gate."""
-    block = f"gate/up block {options['gate_up_block']}, " if options["layout"] != "trtllm" else ""
+    block = f"gate/up block {options['gate_up_block']}, " if LAYOUTS[options["layout"]].has_blocks else ""
     gate_up = f"{block}gate/up scales {options['gate_up_scales']}, " if gated else ""
     return f"{options['layout']}, {gate_up}moe-tp {options['moe_tp']}"
 

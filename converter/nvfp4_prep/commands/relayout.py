@@ -21,8 +21,9 @@ from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.commands.preflight import check_apart, check_reachable
 from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, plan_layers
+from nvfp4_prep.layouts import LayoutName
 from nvfp4_prep.moe.scalars import expert_scale_vectors
-from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions, LayoutName
+from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions
 from nvfp4_prep.output.experts_fact import ReconciledExpert
 from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.target import Target

@@ -8,7 +8,8 @@ from pathlib import Path
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.commands.finished_conversion import read_manifest
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.finished_output import has_files
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import check_batched
@@ -26,7 +27,7 @@ def new_options(
 ) -> ConvertOptions:
     """Return the checkpoint's options with what shall change; raise :class:`UsageError` if nothing does."""
     chosen = old.layout if layout is None else layout
-    inherited = old.gate_up_block if chosen is LayoutName.CUTEDSL else ConvertOptions().gate_up_block
+    inherited = old.gate_up_block if LAYOUTS[chosen].has_blocks else ConvertOptions().gate_up_block
     options = replace(
         old,
         layout=chosen,

@@ -18,6 +18,7 @@ from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import CheckpointError, UsageError
+from nvfp4_prep.layouts import facts_of
 from nvfp4_prep.load import Catalog, LoadedLayer, LoadOptions
 from nvfp4_prep.load import load_layer as load_tensors
 from nvfp4_prep.load.arguments import as_experts
@@ -91,10 +92,9 @@ def load_layer(
     """
     # before anything large is read
     record = Catalog.open(path).layer(layer)
-    if record.layout.concatenated or record.layout.shuffled:
-        which = "batched" if record.layout.concatenated else "TRTLLM-gen"
+    if not (facts := facts_of(record.layout)).single_call:
         raise UsageError(
-            f"the {which} layout is not that of FlashInfer's cute_dsl_fused_moe",
+            f"the {facts.kernel} layout is not that of FlashInfer's cute_dsl_fused_moe",
             where=str(path),
             next_step="Take the tensors from nvfp4_prep.load.load_layer, or run nvfp4-prep relayout with"
             " --layout cutedsl.",

@@ -18,12 +18,13 @@ from nvfp4_prep.checkpoint.filenames import (
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.source import Source, SourceFile
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.layouts import LAYOUTS
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
 from nvfp4_prep.moe.scalar_reader import read_scalars
 from nvfp4_prep.moe.scalars import LayerScalars
-from nvfp4_prep.options import ConvertOptions, GateUpPolicy, LayoutName
+from nvfp4_prep.options import ConvertOptions, GateUpPolicy
 from nvfp4_prep.planning.output_bounds import check_header, check_made_files
 from nvfp4_prep.planning.output_files import in_shard_order, layer_files, passthrough_files, scale_files
 from nvfp4_prep.planning.plan import LayerPlan, OutputFile, Plan
@@ -149,10 +150,11 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
 def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:
     """Refuse what vLLM's FlashInferCuteDSLBatchedExperts does not compute: it knows plain SiLU only."""
     plain = activation.kind is ActivationKind.SILU and activation.clamp is None
-    if options.layout is LayoutName.CUTEDSL_BATCHED and not plain:
+    facts = LAYOUTS[options.layout]
+    if facts.plain_silu_only and not plain:
         clamp = f" clamped at {activation.clamp:g}" if activation.clamp is not None else ""
         raise UnsupportedCheckpointError(
-            f"the batched kernel computes plain SiLU only, these experts have {activation.kind.value}{clamp}",
+            f"the {facts.kernel} kernel computes plain SiLU only, these experts have {activation.kind.value}{clamp}",
             where=layer.experts_path,
             next_step="Use --layout cutedsl.",
         )

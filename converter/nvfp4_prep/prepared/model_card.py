@@ -11,9 +11,8 @@ import yaml  # a dependency of huggingface-hub, which reads the front matter wit
 
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import README
-from nvfp4_prep.options import LayoutName
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
-from nvfp4_prep.prepared.kernel_choice import KERNELS
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.markdown import code_span, plain_text
 
@@ -90,7 +89,7 @@ def _body(manifest: Manifest) -> Iterator[str]:
 def _head(manifest: Manifest) -> Iterator[str]:
     source = plain_text(manifest.source)
     name = f"[{source}](https://huggingface.co/{manifest.source})" if _is_hub_id(manifest) else source
-    yield f"# {source}, prepared for {KERNELS[manifest.options.layout]}"
+    yield f"# {source}, prepared for {LAYOUTS[manifest.options.layout].runs}"
     yield ""
     yield (
         f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
@@ -103,7 +102,7 @@ def _head(manifest: Manifest) -> Iterator[str]:
 def _what(manifest: Manifest) -> Iterator[str]:
     options, layouts = manifest.options, {layer.layout for layer in manifest.layers}
     alignment = sorted({(layout.hidden_alignment, layout.intermediate_alignment) for layout in layouts})
-    blocks = options.layout is not LayoutName.TRTLLM and any(layer.gated for layer in manifest.layers)
+    blocks = LAYOUTS[options.layout].has_blocks and any(layer.gated for layer in manifest.layers)
     gate_up = f"gate/up block {options.gate_up_block}, " if blocks else ""
     rows = [
         (
@@ -221,7 +220,7 @@ def _use(manifest: Manifest) -> Iterator[str]:
         f"    vllm serve <this repository> {for_vllm}",
         *_sglang_lines(for_sglang),
         "",
-        f"Needs a GPU that runs {KERNELS[manifest.options.layout]} (Blackwell, compute capability 10.x).",
+        f"Needs a GPU that runs {LAYOUTS[manifest.options.layout].runs} (Blackwell, compute capability 10.x).",
         "",
         "## Check and restore",
         "",
@@ -250,13 +249,14 @@ def _server_options(manifest: Manifest) -> tuple[str, str]:
     """
     size = manifest.tp_sizes[-1] if manifest.tp_sizes else 1
     sglang_size, more = _sglang_size(manifest), ""
-    if manifest.options.layout is LayoutName.CUTEDSL_BATCHED:
+    facts = LAYOUTS[manifest.options.layout]
+    if facts.behind_deepep:
         for_vllm = f"--data-parallel-size {size} --enable-expert-parallel --all2all-backend deepep_low_latency"
         more = " --moe-a2a-backend deepep"
     else:
         for_vllm = f"--tensor-parallel-size {size}"
-        if manifest.options.layout is LayoutName.CUTEDSL and any(map(_is_padded, manifest.layers)):
-            more = " --moe-runner-backend flashinfer_trtllm"
+        if not facts.sglang_pads and any(map(_is_padded, manifest.layers)):
+            more = f" --moe-runner-backend {LAYOUTS[LayoutName.TRTLLM].flag}"
     return for_vllm, f"--tp {sglang_size}{more}" if sglang_size else ""
 
 
@@ -267,7 +267,7 @@ def _sglang_size(manifest: Manifest) -> int:
         compressed = layer.source.format == _COMPRESSED
         if layer.dims.hidden % _SGLANG_ROWS or (compressed and _is_padded(layer)):
             return 0
-        if compressed and manifest.options.layout is LayoutName.CUTEDSL_BATCHED:
+        if compressed and LAYOUTS[manifest.options.layout].behind_deepep:
             return 0  # SGLang has no such kernel
         if compressed:
             sizes = tuple(size for size in sizes if layer.dims.intermediate // size % _SGLANG_ROWS == 0)

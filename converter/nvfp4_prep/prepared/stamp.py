@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION, HF_QUANT_CONFIG
+from nvfp4_prep.layouts import LAYOUTS
 from nvfp4_prep.moe.model_config import NESTED_KEYS, quantization_configs
-from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.config_edits import find_edits, same_value
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
 __all__ = [
-    "LAYOUT_NAMES",
     "QUANT_METHOD",
     "changed_stamp",
     "config_bytes",
@@ -30,12 +30,6 @@ __all__ = [
 
 STAMPED_KEY = "quantization_config"
 QUANT_METHOD = "nvfp4_prep"
-LAYOUT_NAMES = {
-    LayoutName.CUTEDSL: "flashinfer_cutedsl",
-    LayoutName.CUTEDSL_BATCHED: "flashinfer_cutedsl_batched",
-    LayoutName.TRTLLM: "flashinfer_trtllm",
-}
-"""Layouts by the name that the stamp uses: that of vLLM's MoE backend."""
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
 
 
@@ -77,7 +71,7 @@ def make_stamp(source: Mapping[str, Any], options: ConvertOptions, *, gated: boo
 
 def _layout_dict(options: ConvertOptions, layout: MoeLayout) -> dict[str, Any]:
     return {
-        "name": LAYOUT_NAMES[options.layout],
+        "name": LAYOUTS[options.layout].stamp_name,
         "gate_up_block": options.gate_up_block,
         "scale_swizzle": "128x4",
         "hidden_alignment": layout.hidden_alignment,

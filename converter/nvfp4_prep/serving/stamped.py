@@ -9,17 +9,14 @@ from typing import Any, TypeGuard
 
 from nvfp4_prep.checkpoint.filenames import FORMAT_VERSION
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.options import LayoutName
+from nvfp4_prep.layouts import LAYOUTS, LayoutName, layout_of_backend
 from nvfp4_prep.prepared.manifest_values import sha256, text, whole
-from nvfp4_prep.prepared.stamp import LAYOUT_NAMES, QUANT_METHOD
-from nvfp4_prep_kernels import LayoutError, MoeLayout
+from nvfp4_prep.prepared.stamp import QUANT_METHOD
+from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
-__all__ = ["BATCHED", "STAMP_KEY", "STANDARD", "TRTLLM", "Stamp", "is_stamped", "stamp_in"]
+__all__ = ["STAMP_KEY", "Stamp", "is_stamped", "stamp_in"]
 
-STANDARD = LAYOUT_NAMES[LayoutName.CUTEDSL]
-BATCHED = LAYOUT_NAMES[LayoutName.CUTEDSL_BATCHED]
-TRTLLM = LAYOUT_NAMES[LayoutName.TRTLLM]
 STAMP_KEY = "nvfp4_prep_stamp"
 """Where the stamp goes once the source's own quantization_config has taken its place in memory."""
 _SWIZZLE = "128x4"
@@ -30,14 +27,14 @@ class Stamp:
     """A stamp that this version understands.
 
     Attributes:
-        layout_name: :data:`STANDARD`, :data:`BATCHED` or :data:`TRTLLM`.
+        layout: name of the layout.
         gate_up_block, moe_tp: parameters of the layout.
         hidden_alignment: what the layout of this name pads H to; another one is refused.
         fingerprint: digest of a fixed small layer in this layout.
         source: the original quantization_config.
     """
 
-    layout_name: str
+    layout: LayoutName
     gate_up_block: int
     hidden_alignment: int
     moe_tp: int
@@ -62,8 +59,9 @@ class Stamp:
             )
         try:
             layout, source = config["layout"], config["source"]
+            name = layout_of_backend(text(layout["name"], "name"))
             stamp = cls(
-                layout_name=text(layout["name"], "name"),
+                layout=name or LayoutName.CUTEDSL,
                 gate_up_block=whole(layout["gate_up_block"], "gate_up_block", 1),
                 hidden_alignment=whole(layout["hidden_alignment"], "hidden_alignment", 1),
                 moe_tp=whole(layout["moe_tp"], "moe_tp", 1),
@@ -73,7 +71,7 @@ class Stamp:
             if not isinstance(stamp.source.get("quant_method", ""), str):
                 raise TypeError("the source's quant_method is not a string")
             moe_layout = stamp.moe_layout(gated=True)
-            known = stamp.layout_name in (STANDARD, BATCHED, TRTLLM) and layout["scale_swizzle"] == _SWIZZLE
+            known = name is not None and layout["scale_swizzle"] == _SWIZZLE
             known = known and stamp.hidden_alignment == moe_layout.hidden_alignment
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ServingError(
@@ -85,17 +83,22 @@ class Stamp:
             raise ServingError(
                 "unknown layout in the stamp",
                 where="config.json, quantization_config.layout",
-                expected=f"name {STANDARD}, {BATCHED} or {TRTLLM}, hidden_alignment {moe_layout.hidden_alignment},"
-                f" scale_swizzle {_SWIZZLE}",
+                expected=f"name {' or '.join(facts.stamp_name for facts in LAYOUTS.values())},"
+                f" hidden_alignment {moe_layout.hidden_alignment}, scale_swizzle {_SWIZZLE}",
                 actual=dict(layout),
                 next_step="Install the version of nvfp4-prep that wrote the checkpoint.",
             )
         return stamp
 
     @property
+    def layout_name(self) -> str:
+        """The layout's name in the stamp."""
+        return LAYOUTS[self.layout].stamp_name
+
+    @property
     def batched(self) -> bool:
         """Whether the file is for the batched kernel."""
-        return self.layout_name == BATCHED
+        return self.layout is LayoutName.CUTEDSL_BATCHED
 
     def moe_layout(self, *, gated: bool) -> MoeLayout:
         """Return the layout of a layer in this checkpoint.
@@ -103,13 +106,7 @@ class Stamp:
         Raises:
             LayoutError: if the stamp's parameters make no layout.
         """
-        if self.layout_name == TRTLLM:
-            return MoeLayout.trtllm(gated=gated, moe_tp=self.moe_tp)
-        if not self.batched:
-            return MoeLayout.cutedsl(gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
-        if not gated:
-            raise LayoutError("the batched layout has no non-gated experts")
-        return MoeLayout.cutedsl_batched(moe_tp=self.moe_tp)
+        return MoeLayout.named(self.layout, gated=gated, gate_up_block=self.gate_up_block, moe_tp=self.moe_tp)
 
     def check_fingerprint(self, *, gated: bool) -> None:
         """Raise :class:`ServingError` unless our layout of this name gives the bytes that the writer's gave."""

@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
+from nvfp4_prep.layouts import LAYOUTS, SGLANG_FLAGS, LayoutName
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.stamped import TRTLLM, Stamp
+from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep_kernels import MoeLayout
 
@@ -15,17 +16,13 @@ __all__ = ["backend_of", "choose_backend", "wanted_layout"]
 
 logger = logging.getLogger(__name__)
 
-_TRTLLM = ("flashinfer_trtllm", "flashinfer_trtllm_routed")
-_CUTEDSL = "flashinfer_cutedsl"
+_CUTEDSL, _TRTLLM = LAYOUTS[LayoutName.CUTEDSL].flag, LAYOUTS[LayoutName.TRTLLM].flag
 _EVERY_START = f", or give --moe-runner-backend {_CUTEDSL} to rearrange the weights at every start."
-_CHOICES = f"{_CUTEDSL}, {' or '.join(_TRTLLM)}"
 
 
 def backend_of(stamp: Stamp) -> str:
     """Return the backend that reads the file's layout; SGLang has no CuteDSL kernel for compressed-tensors."""
-    if stamp.layout_name == TRTLLM or stamp.source.get("quant_method") == "compressed-tensors":
-        return _TRTLLM[0]
-    return _CUTEDSL
+    return _TRTLLM if stamp.source.get("quant_method") == "compressed-tensors" else LAYOUTS[stamp.layout].flag
 
 
 def choose_backend(server_args: Any) -> None:
@@ -47,7 +44,7 @@ def choose_backend(server_args: Any) -> None:
     asked = view.moe_runner_backend
     if asked == "auto":
         declare_resolution(server_args, QUANT_METHOD, moe_runner_backend=backend_of(stamp))
-    elif asked not in (*_TRTLLM, _CUTEDSL):
+    elif asked not in SGLANG_FLAGS:
         raise _other_backend(asked, "--moe-runner-backend")
 
 
@@ -66,19 +63,16 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
     backend = get_moe_runner_backend()
     if get_moe_a2a_backend().is_megamoe():
         raise _other_backend("megamoe", where)
-    trtllm = backend.is_flashinfer_trtllm() or backend.is_flashinfer_trtllm_routed()
     masked = is_flashinfer_cutedsl_v1_path()
-    if not trtllm and not backend.is_flashinfer_cutedsl():
+    read = LayoutName.CUTEDSL_BATCHED if masked else SGLANG_FLAGS.get(backend.value)
+    if read is None:
         raise _other_backend(backend.value, where)
     if masked == stamp.batched or (gated and get_server_args().moe_runner_backend != "auto"):
-        if masked:
-            return MoeLayout.cutedsl_batched(moe_tp=stamp.moe_tp)
-        make = MoeLayout.trtllm if trtllm else MoeLayout.cutedsl
-        return make(gated=gated, moe_tp=stamp.moe_tp)
+        return MoeLayout.named(read, gated=gated, moe_tp=stamp.moe_tp)
     a2a = get_moe_a2a_backend().value
     raise ServingError(
-        f"prepared in the {'batched' if stamp.batched else 'standard'} layout, but {backend.value} with"
-        f" --moe-a2a-backend {a2a} reads the {'batched' if masked else 'standard'} one",
+        f"prepared in the {LAYOUTS[stamp.layout].kernel} layout, but {backend.value} with"
+        f" --moe-a2a-backend {a2a} reads the {LAYOUTS[read].kernel} one",
         where=where,
         next_step=(
             "Serve with --moe-a2a-backend deepep and --moe-runner-backend flashinfer_cutedsl, or convert the source"
@@ -133,7 +127,7 @@ def _other_backend(asked: str, where: str) -> ServingError:
     return ServingError(
         "prepared for FlashInfer's CuteDSL and TRTLLM kernels, but another MoE runner backend was asked for",
         where=where,
-        expected=_CHOICES,
+        expected=" or ".join(SGLANG_FLAGS),
         actual=asked,
         next_step="Leave --moe-runner-backend out, or serve the source checkpoint (`nvfp4-prep restore`).",
     )

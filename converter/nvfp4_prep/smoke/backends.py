@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.layouts import LAYOUTS, LayoutFacts, LayoutName, facts_of
 from nvfp4_prep.smoke.report import BackendFacts
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.flashinfer_moe import FlashInferMoe, FlashInferUnavailableError
@@ -23,7 +24,6 @@ __all__ = ["BACKENDS", "ChosenBackend", "choose_backend"]
 BACKENDS = ("auto", "flashinfer", "triton", "torch")
 _LIBRARIES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
 _AMPERE = (8, 0)
-_CUTEDSL = "CuteDSL"
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def choose_backend(wanted: str = "auto", layouts: Iterable[MoeLayout] = ()) -> C
     """
     if wanted not in BACKENDS:
         raise UsageError("no such backend", expected=" or ".join(BACKENDS), actual=wanted)
-    kernel = _kernel(layouts)
-    no_flashinfer = _why_not_flashinfer(kernel)
+    facts = next(map(facts_of, layouts), LAYOUTS[LayoutName.CUTEDSL])  # all layers of a checkpoint have one kernel's
+    kernel, no_flashinfer = facts.kernel, _why_not_flashinfer(facts)
     no_triton = _why_not_triton()
     if wanted == "flashinfer" and no_flashinfer:
         raise UsageError(f"the flashinfer backend cannot run here: {no_flashinfer}", next_step="Use --backend auto.")
@@ -63,25 +63,16 @@ def choose_backend(wanted: str = "auto", layouts: Iterable[MoeLayout] = ()) -> C
     return _chosen(TorchMoe(), "cpu", reason, kernel)
 
 
-def _kernel(layouts: Iterable[MoeLayout]) -> str:
-    """Return the kernel that reads layers in these layouts; all layers of a checkpoint have one kernel's."""
-    for layout in layouts:
-        if layout.shuffled:
-            return "TRTLLM-gen"
-        if layout.concatenated:
-            return "batched CuteDSL"
-    return _CUTEDSL
-
-
-def _why_not_flashinfer(kernel: str) -> str:
+def _why_not_flashinfer(facts: LayoutFacts) -> str:
     """Empty if the real kernel can run here and is the one that the smoke run calls."""
     if not torch.cuda.is_available():
         return "no CUDA GPU"
-    if kernel != _CUTEDSL:
-        return f"the smoke test does not call the {kernel} kernels"
+    if not facts.single_call:
+        return f"the smoke test does not call the {facts.kernel} kernels"
     major, minor = torch.cuda.get_device_capability()
     if major != 10:
-        return f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, the CuteDSL kernel needs 10.x"
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}, the {facts.kernel} kernel needs 10.x"
     try:
         FlashInferMoe.check()
     except FlashInferUnavailableError as error:

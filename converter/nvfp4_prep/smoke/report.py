@@ -130,7 +130,7 @@ class BackendFacts:
     reason: str
     device: str
     versions: dict[str, str]
-    kernel: str = "CuteDSL"
+    kernel: str
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,12 @@ from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.serving.stamped import BATCHED, STANDARD, TRTLLM, Stamp
+from nvfp4_prep.layouts import LAYOUTS, SERVER_FLAGS, layout_of_backend
+from nvfp4_prep.serving.stamped import Stamp
 
 __all__ = ["pin_backend", "stock_choice", "tell_choice"]
 
 logger = init_logger(f"vllm.{__name__}")
-
-_OWN = {STANDARD: "flashinfer_cutedsl", BATCHED: "flashinfer_cutedsl", TRTLLM: "flashinfer_trtllm"}
-"""Value of --moe-backend by the layout's name in the stamp."""
-_SERVED = ("flashinfer_cutedsl", "flashinfer_trtllm")
-_FLAGS = {
-    "FLASHINFER_CUTEDSL": "flashinfer_cutedsl",
-    "FLASHINFER_CUTEDSL_BATCHED": "flashinfer_cutedsl",
-    "FLASHINFER_TRTLLM": "flashinfer_trtllm",
-}
-_LAYOUTS = {
-    "FLASHINFER_CUTEDSL": "cutedsl",
-    "FLASHINFER_CUTEDSL_BATCHED": "cutedsl-batched",
-    "FLASHINFER_TRTLLM": "trtllm",
-}
 
 
 def pin_backend(moe_config: FusedMoEConfig, stamp: Stamp, layer_name: str) -> bool:
@@ -47,15 +34,15 @@ def pin_backend(moe_config: FusedMoEConfig, stamp: Stamp, layer_name: str) -> bo
     """
     asked = moe_config.moe_backend
     if asked == "auto":
-        moe_config.moe_backend = _OWN[stamp.layout_name]
+        moe_config.moe_backend = LAYOUTS[stamp.layout].flag
         return False
-    if asked in _SERVED:
+    if asked in SERVER_FLAGS:
         return True
     raise ServingError(
-        f"prepared for the {'TRTLLM-gen' if stamp.layout_name == TRTLLM else 'CuteDSL'} kernels, but an MoE backend"
+        f"prepared for the {LAYOUTS[stamp.layout].kernel} kernels, but an MoE backend"
         " was asked for that wants weights in another form",
         where=layer_name,
-        expected=f"--moe-backend {' or '.join(_SERVED)} (or none)",
+        expected=f"--moe-backend {' or '.join(SERVER_FLAGS)} (or none)",
         actual=f"--moe-backend {asked}",
         next_step="Leave --moe-backend out, or serve the source checkpoint (`nvfp4-prep restore`).",
     )
@@ -76,18 +63,20 @@ def stock_choice(moe_config: FusedMoEConfig) -> str | None:
 def tell_choice(moe_config: FusedMoEConfig, running: str, *, asked: bool) -> None:
     """Log once which kernel runs, which one stock vLLM would have chosen for the source, and how to change it."""
     stock = stock_choice(moe_config)
+    other = layout_of_backend(stock or "")
+    own = layout_of_backend(running)
     why = "asked for by --moe-backend" if asked else "for which this checkpoint was made"
     if stock == running:
         logger.info_once("Prepared NVFP4 experts run %s, %s; vLLM chooses it for the source too.", running, why)
-    elif stock in _FLAGS and _FLAGS[stock] != _FLAGS[running]:
+    elif other and own and LAYOUTS[other].flag != LAYOUTS[own].flag:
         logger.info_once(
             "Prepared NVFP4 experts run %s, %s. For the source vLLM would have chosen %s here: --moe-backend %s serves"
             " this checkpoint with it, `nvfp4-prep relayout --layout %s` makes one for it.",
             running,
             why,
             stock,
-            _FLAGS[stock],
-            _LAYOUTS[stock],
+            LAYOUTS[other].flag,
+            other,
         )
     else:
         logger.info_once(

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend, c
 from vllm.model_executor.layers.quantization.utils.flashinfer_utils import align_fp4_moe_weights_for_fi
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.layouts import GATE_UP_BLOCKS, LAYOUTS, LayoutName, layout_of_backend
 from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.fingerprint import fingerprint_layer
@@ -29,7 +30,6 @@ from nvfp4_prep_kernels.scale_swizzle import swizzle_scales
 
 __all__ = ["InstalledLayout", "check_installed_layout", "installed_layout"]
 
-_BLOCKS = (64, 32, 16)
 Parts = Mapping[PreparedTensor, tuple[torch.Tensor, ...]]
 """For each prepared tensor the projections' bytes, ``uint8 [E, rows, bytes per row]`` each."""
 
@@ -86,24 +86,20 @@ def installed_layout(backend: NvFp4MoeBackend, *, gated: bool) -> InstalledLayou
     It runs on the CPU, where FlashInfer's ``nvfp4_block_scale_interleave`` (a CUDA kernel, for TRTLLM-gen) does not:
     our swizzle stands in for that one function, so that a changed swizzle of that kernel would not be noticed here.
     """
-    trtllm = backend == NvFp4MoeBackend.FLASHINFER_TRTLLM
     layouts = _candidates(backend, gated=gated)
     parts = fingerprint_layer(layouts[0])
-    with torch.device("cpu"), _quiet(), _interleave_on_cpu() if trtllm else contextlib.nullcontext():
+    with torch.device("cpu"), _quiet(), _interleave_on_cpu() if layouts[0].shuffled else contextlib.nullcontext():
         made = _prepare(parts, gated=gated, backend=backend)
         layout = next((layout for layout in layouts if _equal(layout, parts, made)), None)
         if layout is None:
             return InstalledLayout(None, pads=None)
-        batched = backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
-        return InstalledLayout(layout, pads=True if batched else _pads(layout, backend))
+        return InstalledLayout(layout, pads=True if layout.concatenated else _pads(layout, backend))
 
 
 def _candidates(backend: NvFp4MoeBackend, *, gated: bool) -> list[MoeLayout]:
-    if backend == NvFp4MoeBackend.FLASHINFER_TRTLLM:
-        return [MoeLayout.trtllm(gated=gated)]
-    if backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED:
-        return [MoeLayout.cutedsl_batched()]
-    return [MoeLayout.cutedsl(gated=gated, gate_up_block=block) for block in (_BLOCKS if gated else _BLOCKS[:1])]
+    name = layout_of_backend(backend.value) or LayoutName.CUTEDSL
+    blocks = GATE_UP_BLOCKS if gated and LAYOUTS[name].has_blocks else GATE_UP_BLOCKS[:1]
+    return [MoeLayout.named(name, gated=gated, gate_up_block=block) for block in blocks]
 
 
 def _pads(layout: MoeLayout, backend: NvFp4MoeBackend) -> bool | None:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.layouts import LAYOUTS, layout_of_backend
 from nvfp4_prep.serving.placement import Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
@@ -188,16 +189,15 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         )
 
     def _check_variant(self) -> None:
-        batched = self.nvfp4_backend == NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED
-        if batched == self.stamp.batched or self.asked:
+        wanted, stored = layout_of_backend(self.nvfp4_backend.value), LAYOUTS[self.stamp.layout]
+        if wanted is self.stamp.layout or self.asked:
             return
-        wanted = "cutedsl-batched" if batched else "cutedsl"
         raise ServingError(
-            f"prepared for the {'batched' if self.stamp.batched else 'standard'} CuteDSL kernel, but this deployment"
+            f"prepared for the {stored.kernel} kernel, but this deployment"
             f" uses {self.nvfp4_backend.value} (all2all backend {self.moe.moe_parallel_config.all2all_backend})",
             where=self.layer_name,
             next_step=f"Choose another --all2all-backend, write a checkpoint for it with `nvfp4-prep relayout --layout"
-            f" {wanted}`, or give --moe-backend flashinfer_cutedsl to rearrange the weights at every start.",
+            f" {wanted}`, or give --moe-backend {stored.flag} to rearrange the weights at every start.",
         )
 
     def _relayout(self, placement: Placement) -> RelayoutAtLoad | None:
@@ -225,7 +225,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
     @staticmethod
     def _same_kernel(stored: MoeLayout, wanted: MoeLayout) -> bool:
         """Return whether two layouts are the CuteDSL kernel's, with blocks of two heights."""
-        return (stored.shuffled, stored.concatenated) == (wanted.shuffled, wanted.concatenated)
+        return stored.name == wanted.name
 
     def _check_block_heights(self, stored: MoeLayout, wanted: MoeLayout) -> None:
         if os.environ.get(RELAYOUT_VARIABLE) != "1":

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.experts.flashinfer_cutedsl_moe import 
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.moe_types import (
     ActivationFunction,
@@ -49,7 +50,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 REFERENCE_VARIABLE = "NVFP4_PREP_REFERENCE_MOE"
 """Environment variable: 1 computes prepared experts in torch or Triton instead of FlashInfer's kernel."""
-_REPLACED = "flashinfer_cutedsl"
+_REPLACED = LAYOUTS[LayoutName.CUTEDSL].flag
 
 
 def reference_moe_asked_for() -> bool:

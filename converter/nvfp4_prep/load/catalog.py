@@ -14,7 +14,6 @@ from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord, 
 from nvfp4_prep.checkpoint.small_files import open_regular, os_error_kind, read_small_file
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["Catalog"]
 
@@ -78,22 +77,14 @@ class Catalog:
             CheckpointError: if a file is missing, malformed, of another size than the manifest says, or a tensor is
                 missing or has another shape.
         """
-        expected = self._expected(layer)
+        expected = {spec.name: short for short, spec in layer.stored_tensors().items()}
         found: dict[str, TensorRecord] = {}
         for file in (*layer.files, EXPERT_SCALES):
             for record in self._header(file).tensors:
-                short = expected.get(record.name)
-                if short is None:
-                    continue
-                if (record.dtype, record.shape) != short[1:]:
-                    raise CheckpointError(
-                        "tensor does not fit the manifest",
-                        where=f"{self.root / file}, tensor {record.name!r}",
-                        expected=f"{short[1]} {list(short[2])}",
-                        actual=f"{record.dtype} {list(record.shape)}",
-                    )
-                found[short[0]] = record
-        missing = [name for name, short in expected.items() if short[0] not in found]
+                if (short := expected.get(record.name)) is not None:
+                    layer.check_stored(short, record, self.root)
+                    found[short] = record
+        missing = [name for name, short in expected.items() if short not in found]
         if missing:
             raise CheckpointError(
                 f"{len(missing)} tensors are missing: {', '.join(missing)}",
@@ -143,17 +134,3 @@ class Catalog:
                 actual=f"{header.file_nbytes} bytes",
             )
         return header
-
-    def _expected(self, layer: LayerRecord) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-        """Return short name, dtype and shape of each tensor by its full name."""
-        dims, layout = layer.dims, layer.layout
-        big = {
-            layer.prepared_name(tensor): (
-                str(tensor.value),
-                tensor.dtype,
-                layout.stored_shape(tensor, dims),
-            )
-            for tensor in PreparedTensor
-        }
-        vectors = {layer.prepared_name(name): (name, "F32", (dims.experts,)) for name in layout.scale_vectors}
-        return {**big, **vectors}

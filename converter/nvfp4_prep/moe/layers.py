@@ -220,3 +220,10 @@ class LayerWithLayout:
     def prepared_name(self, tensor: str) -> str:
         """Return the name of a prepared tensor of this layer."""
         return self.source.prepared_name(tensor)
+
+    def stored_tensors(self) -> dict[str, TensorSpec]:
+        """Return the tensors that a server reads, by their short names: the four big ones and the scale vectors."""
+        layout, dims = self.layout, self.dims
+        stored = {str(tensor): (tensor.dtype, layout.stored_shape(tensor, dims)) for tensor in PreparedTensor}
+        vectors = dict.fromkeys(layout.scale_vectors, ("F32", (dims.experts,)))
+        return {short: TensorSpec(self.prepared_name(short), *kind) for short, kind in (stored | vectors).items()}

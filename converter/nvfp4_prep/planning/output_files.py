@@ -25,19 +25,12 @@ def layer_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
     files = []
     labels = _labels(layers)
     for position, plan in enumerate(layers):
-        dims = plan.dims
+        stored = plan.stored_tensors()
         parts = _split_tensors(plan)
         for number, tensors in enumerate(parts, 1):
             part = f"-part-{number:02d}-of-{len(parts):02d}" if len(parts) > 1 else ""
             name = f"{EXPERTS_PREFIX}{labels[position]}{part}.safetensors"
-            specs = [
-                TensorSpec(
-                    plan.prepared_name(tensor),
-                    tensor.dtype,
-                    plan.layout.stored_shape(tensor, dims),
-                )
-                for tensor in tensors
-            ]
+            specs = [stored[tensor] for tensor in tensors]
             read = list(tensors)
             if PreparedTensor.W13_WEIGHT in tensors and plan.scalars.differing:
                 read.append(PreparedTensor.W13_WEIGHT_SCALE)  # to measure what the policies do to the weights
@@ -117,11 +110,7 @@ def passthrough_files(index: CheckpointIndex, layers: tuple[LayerPlan, ...]) -> 
 
 def scale_files(layers: tuple[LayerPlan, ...]) -> list[OutputFile]:
     """Return the file of all scale vectors that a server reads, and that of the source's scalars."""
-    vectors = [
-        TensorSpec(plan.prepared_name(vector), "F32", (plan.dims.experts,))
-        for plan in layers
-        for vector in plan.layout.scale_vectors
-    ]
+    vectors = [plan.stored_tensors()[vector] for plan in layers for vector in plan.layout.scale_vectors]
     scalars = [
         TensorSpec(group.key, "F32", (len(plan.scalars.raw[group.key]) // 4,))
         for plan in layers

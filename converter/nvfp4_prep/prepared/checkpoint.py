@@ -190,22 +190,14 @@ class PreparedCheckpoint:
         self.files.read_into(record.file, record.offset_bytes + offset_bytes, byte_view(data))
         return data
 
-    def tensor_record(self, layer: LayerRecord, tensor: PreparedTensor) -> TensorRecord:
-        """Return the place of one of a layer's big tensors, with its dtype and shape checked.
+    def tensor_record(self, layer: LayerRecord, tensor: str) -> TensorRecord:
+        """Return the place of one of :meth:`~nvfp4_prep.moe.layers.LayerWithLayout.stored_tensors`, checked.
 
         Raises:
             CheckpointError: if it is missing or of another dtype or shape than the manifest says.
         """
-        record = self.record(layer.prepared_name(tensor.value))
-        dims = layer.dims
-        want = (tensor.dtype, layer.layout.stored_shape(tensor, dims))
-        if (record.dtype, record.shape) != want:
-            raise CheckpointError(
-                f"tensor {record.name!r} has the wrong dtype or shape",
-                where=str(self.path / record.file),
-                expected=f"{want[0]} {list(want[1])}",
-                actual=f"{record.dtype} {list(record.shape)}",
-            )
+        record = self.record(layer.prepared_name(tensor))
+        layer.check_stored(tensor, record, self.path)
         return record
 
     def read_prepared(self, layer: LayerRecord, tensor: PreparedTensor, chunk: range) -> torch.Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from nvfp4_prep.checkpoint.tensors import TensorRecord
+from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.layers import LayerWithLayout, MoeLayer, TensorGroup
@@ -63,6 +66,26 @@ class LayerRecord(LayerWithLayout):
     def tp_sizes(self) -> tuple[int, ...]:
         """Tensor-parallel sizes that this layer serves bit-exactly."""
         return self.layout.tp_sizes(self.dims)
+
+    def check_stored(self, tensor: str, record: TensorRecord, directory: Path) -> None:
+        """Check one of :meth:`stored_tensors`.
+
+        Args:
+            tensor: its short name.
+            record: its place in the file.
+            directory: of the checkpoint, for the message.
+
+        Raises:
+            CheckpointError: if it has another dtype or shape than this record says.
+        """
+        wanted = self.stored_tensors()[tensor]
+        if (record.dtype, record.shape) != (wanted.dtype, wanted.shape):
+            raise CheckpointError(
+                f"tensor {record.name!r} has the wrong dtype or shape",
+                where=str(directory / record.file),
+                expected=f"{wanted.dtype} {list(wanted.shape)}",
+                actual=f"{record.dtype} {list(record.shape)}",
+            )
 
 
 def layer_to_dict(record: LayerRecord) -> dict[str, Any]:

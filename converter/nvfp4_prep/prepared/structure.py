@@ -20,7 +20,6 @@ from nvfp4_prep.errors import CheckpointError, NvfpPrepError, OpenFilesError, Ve
 from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE, SIDE
 from nvfp4_prep.prepared.problems import FOREIGN, Problems
@@ -60,11 +59,10 @@ def check_structure(checkpoint: PreparedCheckpoint, problems: Problems, *, with_
     check_manifest(checkpoint, problems)
     try:
         for layer in checkpoint.manifest.layers:
-            for tensor in PreparedTensor:
+            for tensor in layer.stored_tensors():
                 record = checkpoint.tensor_record(layer, tensor)
-                if record.file not in layer.files:
+                if tensor in layer.expert_crc32 and record.file not in layer.files:
                     problems.add(record.file, f"tensor {record.name!r} is in the wrong file", ", ".join(layer.files))
-            _check_vectors(checkpoint, layer, problems)
             checkpoint.scalars(layer)
         _check_index(checkpoint, problems)
     except NvfpPrepError as error:
@@ -189,14 +187,6 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         problems.add(MANIFEST, f"has another size or digest of {CONFIG}", recorded.sha256, found.sha256)
     else:
         problems.add(CONFIG, "was edited; these keys differ: none, only its formatting", next_step=RESTAMP)
-
-
-def _check_vectors(checkpoint: PreparedCheckpoint, layer: LayerRecord, problems: Problems) -> None:
-    experts = layer.dims.experts
-    for vector in layer.layout.scale_vectors:
-        record = checkpoint.record(layer.prepared_name(vector))
-        if (record.dtype, record.shape) != ("F32", (experts,)):
-            problems.add(record.file, f"tensor {record.name!r} has the wrong dtype or shape", f"F32 [{experts}]")
 
 
 def _check_index(checkpoint: PreparedCheckpoint, problems: Problems) -> None:

@@ -122,14 +122,7 @@ class CheckpointReader:
                 found[position] = self._checkpoint.read_prepared(record, tensor, range(expert, expert + 1))[0]
             tensors[tensor.value] = found
         for vector in layout.scale_vectors:
-            stored = self._checkpoint.record(layer.prepared_name(vector))
-            if stored.nbytes != 4 * layer.dims.experts:
-                raise CheckpointError(
-                    f"tensor {stored.name!r} has the wrong size",
-                    where=stored.file,
-                    expected=f"{4 * layer.dims.experts} bytes",
-                    actual=f"{stored.nbytes} bytes",
-                )
+            stored = self._checkpoint.tensor_record(record, vector)
             values = torch.empty(layer.dims.experts, dtype=torch.float32)
             byte_view(values)[:] = byte_view(self._checkpoint.read(stored))
             tensors[vector] = values[list(experts)].to(self._device)

@@ -10,10 +10,9 @@ import pytest
 
 from nvfp4_prep import ConvertOptions, LayoutName
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.moe.model_config import quantization_configs
-from nvfp4_prep.prepared.stamp import QUANT_METHOD, config_bytes, make_stamp
+from nvfp4_prep.moe.model_config import NESTED_KEYS, quantization_configs
+from nvfp4_prep.prepared.stamp import QUANT_METHOD, Stamp, config_bytes, make_stamp, stamp_in
 from nvfp4_prep.prepared.stamp import stamped as stamp_config
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.fingerprint import fingerprint
 
@@ -53,6 +52,13 @@ def test_nested_only_and_both_places() -> None:
     both = stamped({"quantization_config": QUANT, "text_config": {"quantization_config": {"other": 1}}})
     assert both["quantization_config"] == both["text_config"]["quantization_config"]
     assert both["quantization_config"]["source"] == QUANT
+
+
+@pytest.mark.parametrize("holder", ["", *NESTED_KEYS])
+def test_the_stamp_is_found_wherever_it_was_written(holder: str) -> None:
+    config = {"quantization_config": QUANT}
+    found = stamp_in(stamped({holder: config} if holder else config))
+    assert found is not None and found["source"] == QUANT
 
 
 def test_hf_quant_config_counts_only_where_the_config_has_none() -> None:

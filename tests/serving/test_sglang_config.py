@@ -10,8 +10,7 @@ import pytest
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.prepared.stamp import make_stamp
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
+from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp, make_stamp
 from nvfp4_prep.sglang.arrivals import parameter_name
 from nvfp4_prep.sglang.source_config import adopt_source, adopted_stamp, stamped_configs
 from nvfp4_prep.sglang.versions import TESTED, version_problem

@@ -15,8 +15,8 @@ from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import CheckpointError, ServingError
 from nvfp4_prep.load import Catalog
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving.placement import Placement
-from nvfp4_prep.serving.stamped import Stamp, stamp_in
 from nvfp4_prep.serving.updates import check_holds_layers, check_same_layout, read_config
 from support.tiny_checkpoints import TinyLayer, write
 

@@ -18,8 +18,8 @@ from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load import Catalog
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving.placement import Placement
-from nvfp4_prep.serving.stamped import Stamp, stamp_in
 
 __all__ = ["check_holds_layers", "check_same_layout", "read_config"]
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.layouts import LAYOUTS, SGLANG_FLAGS, LayoutName
-from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep.prepared.stamp import QUANT_METHOD, Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep_kernels import MoeLayout
 

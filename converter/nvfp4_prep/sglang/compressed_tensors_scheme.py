@@ -8,9 +8,9 @@ import torch
 from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Nvfp4MoE
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.placement import STORED_TENSORS
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
 from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, placement_of

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
 from nvfp4_prep.serving.placement import STORED_TENSORS, Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR

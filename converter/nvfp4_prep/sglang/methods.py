@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
+from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
 __all__ = [

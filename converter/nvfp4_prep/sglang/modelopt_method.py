@@ -14,8 +14,8 @@ from sglang.srt.layers.quantization import modelopt_quant, utils
 from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, ModelOptNvFp4FusedMoEMethod
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
 from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, placement_of

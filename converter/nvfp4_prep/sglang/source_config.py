@@ -7,7 +7,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp, is_stamped
+from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp, is_stamped
 
 __all__ = ["SOURCE_METHODS", "adopt_source", "adopted_stamp", "stamped_configs"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving import updates
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
 __all__ = ["check_same_layout", "check_same_tensors", "folder_of", "remember_listing"]

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dyna
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import LAYOUTS, SERVER_FLAGS, layout_of_backend
-from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep.prepared.stamp import Stamp
 
 __all__ = ["pin_backend", "stock_choice", "tell_choice"]
 

@@ -23,8 +23,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp
+from nvfp4_prep.prepared.stamp import QUANT_METHOD, STAMP_KEY, Stamp
 from nvfp4_prep.vllm.compat import normalized_source
 from nvfp4_prep.vllm.moe_method import PreparedNvFp4MoEMethod
 

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.quantization.utils.flashinfer_utils import align
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import GATE_UP_BLOCKS, LAYOUTS, LayoutName, layout_of_backend
-from nvfp4_prep.serving.stamped import Stamp
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 from nvfp4_prep_kernels.fingerprint import fingerprint_layer
 from nvfp4_prep_kernels.scale_swizzle import swizzle_scales

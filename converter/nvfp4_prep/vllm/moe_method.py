@@ -16,10 +16,10 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import LAYOUTS, layout_of_backend
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.placement import Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
 from nvfp4_prep.vllm.compat import activation_override

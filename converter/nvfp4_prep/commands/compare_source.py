@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,6 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes, same_bytes
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import MANIFEST, FileKind, quoted
 from nvfp4_prep.checkpoint.index import read_index
-from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError
@@ -31,11 +29,11 @@ __all__ = ["SourceComparison"]
 class SourceComparison:
     """The source's side of a verification."""
 
-    def __init__(self, checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> None:
+    def __init__(self, checkpoint: PreparedCheckpoint, source: Source, name: str, problems: Problems) -> None:
         """Index the source; raises :class:`SourceError` if it cannot be read."""
         self._checkpoint = checkpoint
-        self._name = str(source) if isinstance(source, str | Path) else source.label
-        self._source: Source = LocalSource(Path(source)) if isinstance(source, str | Path) else source
+        self._name = name
+        self._source = source
         self._all_problems = problems
         self._problems = Problems()  # of the comparison; see finish
         self._differing: set[str] = set()

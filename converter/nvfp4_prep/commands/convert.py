@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Self
 
 from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, one_of, optional
 from nvfp4_prep._util.progress import Progress
-from nvfp4_prep._util.system import check_linux
-from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.preflight import check_place, judged_wrong, preflight
+from nvfp4_prep.hub import open_source
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
@@ -30,7 +29,7 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokePolicy, pass_smoke_run
 if TYPE_CHECKING:
     from nvfp4_prep.smoke import SmokeReport
 
-__all__ = ["OPTIONS", "SMOKE", "ConvertResult", "check_smoke_policy", "convert", "execute", "open_source", "plan"]
+__all__ = ["OPTIONS", "SMOKE", "ConvertResult", "check_smoke_policy", "convert", "execute", "plan"]
 
 OPTIONS, SMOKE = optional(instance(ConvertOptions)), optional(instance(SmokePolicy))
 SINK = offering("a sink of files", "sequential", "begin", "holds", "room_nbytes", "before_file", "file_done", "drain")
@@ -167,7 +166,7 @@ def convert(
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
     torch_device, path, used = choose_device(device), Path(target), sink or KeepFiles()
-    with contextlib.closing(open_source(source, path)) as opened:
+    with contextlib.closing(open_source(source, target=path)) as opened:
         check_place(opened, path, restart=restart)
         plan = make_plan(opened, options)
         check_smoke_policy(smoke, plan)
@@ -216,25 +215,3 @@ def execute(
     written = execution.write(running)
     manifest, report = execution.finish(smoke)
     return ConvertResult.of(plan, target.path, manifest, report, run=target, written_nbytes=written)
-
-
-def open_source(source: str | Path | Source, target: Path | None = None) -> Source:
-    """Open a directory or, where none has that name, a Hub id (``ORG/NAME``, ``hf://…``); an opened source stays as is.
-
-    Args:
-        source: as the user gave it.
-        target: the conversion's, whose work folder takes downloads.
-
-    Raises:
-        SourceError, HubError, UsageError: if it cannot be read.
-    """
-    check_linux()
-    if not isinstance(source, str | Path):
-        return source
-    if isinstance(source, str):
-        from nvfp4_prep.hub import open_source as open_address
-
-        named = open_address(source, target=target)
-        if not isinstance(named, str):
-            return named
-    return LocalSource(Path(source))

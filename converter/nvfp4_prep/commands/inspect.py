@@ -13,9 +13,9 @@ from nvfp4_prep._util.notebook import notebook_html
 from nvfp4_prep._util.text import count, format_nbytes
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
-from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
+from nvfp4_prep.hub import open_source, parse_address
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
@@ -135,22 +135,17 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         SourceError: if it cannot be read.
         CheckpointError: if it is a prepared checkpoint with a broken manifest, or an unfinished one.
     """
-    if isinstance(checkpoint, str):
-        from nvfp4_prep.hub import open_source
-
-        checkpoint = open_source(checkpoint)
-    if isinstance(checkpoint, str | Path):
-        root = Path(checkpoint)
+    on_disk = isinstance(checkpoint, Path) or (isinstance(checkpoint, str) and parse_address(checkpoint) is None)
+    if on_disk:
+        root = Path(str(checkpoint))
         unfinished = has_journal(root) or ((root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file())
         if unfinished or (root / MANIFEST).is_file():
-            return _inspect_prepared(PreparedCheckpoint(checkpoint))
-        source: Source = LocalSource(Path(checkpoint))
-    else:
-        source = checkpoint
-        if any(file.name == MANIFEST for file in source.files()):
-            return _inspect_prepared(PreparedCheckpoint(source.label, source))
+            return _inspect_prepared(PreparedCheckpoint(root))
+    source = open_source(checkpoint)
+    if any(file.name == MANIFEST for file in source.files()):
+        return _inspect_prepared(PreparedCheckpoint(source.label, source))
     try:
-        return _inspect_source(source, str(checkpoint) if isinstance(checkpoint, str | Path) else source.label)
+        return _inspect_source(source, str(checkpoint) if on_disk else source.label)
     finally:
         source.close()
 

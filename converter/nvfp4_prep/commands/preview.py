@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nvfp4_prep._util.arguments import SOURCE, checked, instance, optional
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.commands.convert import open_source
 from nvfp4_prep.commands.convert_request import ConvertRequest
 from nvfp4_prep.commands.preflight import Outlook, TargetState, look_ahead
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
+from nvfp4_prep.hub import open_source
 from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.disk_space import Room, room_for

@@ -21,11 +21,12 @@ from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep._util.steps import step
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import FileKind
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.compare_source import SourceComparison
 from nvfp4_prep.commands.verify_report import STRUCTURE, VerifyReport, edited_config_lines
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.hub import open_ranges, parse_address, quiet_client
+from nvfp4_prep.hub import open_source, parse_address, quiet_client
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.pipeline.engine import Hooks, run_jobs
@@ -92,9 +93,11 @@ def verify(
             check_structure(opened, problems.of("structure"))
         checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
         depth, nbytes = "quick", 0
-        if isinstance(source, str):
-            source = open_ranges(source)  # a Hub id is read by ranges and never downloaded
-        comparison = None if source is None else SourceComparison(opened, source, problems.of("source"))
+        comparison = None
+        if source is not None:
+            right = open_source(source, by_ranges=True)
+            name = str(source) if isinstance(right, LocalSource) and right is not source else right.label
+            comparison = SourceComparison(opened, right, name, problems.of("source"))
         try:
             if comparison is not None:
                 comparison.check_names()

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as a source, through the official client (1.x and 2.x): a user's text becomes an opened source.
+"""Sources by what a user calls them: a directory, or a repository of the Hugging Face Hub through the official client.
 
 The work is done in the modules beside this one; publishing is in :mod:`nvfp4_prep.publish`.
 """
@@ -8,61 +8,53 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nvfp4_prep._util.system import check_linux
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.checkpoint.local_source import LocalSource
+from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import HubError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
-if TYPE_CHECKING:
-    from nvfp4_prep.hub.range_source import RangeSource
-    from nvfp4_prep.hub.source import HubSource
-
-__all__ = ["HubAddress", "open_ranges", "open_source", "parse_address", "quiet_client"]
+__all__ = ["HubAddress", "open_source", "parse_address", "quiet_client"]
 
 
-def open_source(text: str, *, target: Path | None = None, keep_source: bool = False) -> str | HubSource:
-    """Return a Hub id as an opened source, anything else as it is: a path.
+def open_source(
+    source: str | Path | Source, *, target: Path | None = None, keep_source: bool = False, by_ranges: bool = False
+) -> Source:
+    """Open a directory or, where none has that name, a Hub id (``ORG/NAME``, ``hf://…``); an opened source stays as is.
 
     Args:
-        text: as the user wrote it.
+        source: as the user gave it; a :class:`Path` is never a Hub id.
         target: the conversion's target, whose work folder takes the downloads; None where nothing is downloaded.
         keep_source: download to the user's cache instead, and leave it there.
+        by_ranges: read what is on the Hub by ranges and never download it.
 
     Raises:
         UsageError: if ``hf://`` is followed by no model repository, or ``keep_source`` would do nothing.
-        HubError: if the repository cannot be read.
+        SourceError: if a directory cannot be read.
+        HubError: if a repository cannot be read.
     """
-    address = parse_address(text)
+    if not isinstance(source, str | Path):
+        return source
+    address = parse_address(source) if isinstance(source, str) else None
     if address is None:
         if keep_source:
             raise UsageError(
                 "--keep-source is about a download, but SOURCE is on this machine",
-                where=text,
+                where=str(source),
                 next_step="Leave it out: a source is never touched.",
             )
-        return text
-    from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+        check_linux()
+        return LocalSource(Path(source))
+    from nvfp4_prep.hub.range_source import RangeSource
     from nvfp4_prep.hub.source import HubSource
     from nvfp4_prep.output.target_checks import SOURCE_FOLDER
 
     quiet_client()
     work_dir = None if target is None else target / WORK_FOLDER / SOURCE_FOLDER
-    with _naming_directory(text):
-        return HubSource(address, work_dir=work_dir, keep_source=keep_source)
-
-
-def open_ranges(text: str) -> str | RangeSource:
-    """Return a Hub id as a source that is read by ranges and never downloaded, anything else as it is; errors as
-    :func:`open_source`.
-    """
-    address = parse_address(text)
-    if address is None:
-        return text
-    from nvfp4_prep.hub.range_source import RangeSource
-
-    quiet_client()
-    with _naming_directory(text):
-        return RangeSource(address)
+    with _naming_directory(str(source)):
+        return RangeSource(address) if by_ranges else HubSource(address, work_dir=work_dir, keep_source=keep_source)
 
 
 @contextmanager

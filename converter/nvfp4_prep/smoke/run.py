@@ -24,10 +24,9 @@ from nvfp4_prep._util.arguments import (
     sequence,
 )
 from nvfp4_prep._util.torch_threads import one_torch_thread
-from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.hub import open_ranges
+from nvfp4_prep.hub import open_source
 from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
@@ -87,9 +86,7 @@ def run_smoke(
         checkpoint = held.enter_context(opening)
         records = choose_layers(checkpoint.manifest, layers)
         chosen = choose_backend(backend, {record.layout for record in records})
-        opened = open_ranges(source) if isinstance(source, str) else source
-        if isinstance(opened, str | Path):
-            opened = LocalSource(Path(opened))
+        opened = None if source is None else open_source(source, by_ranges=True)
         if opened is not None and opened is not source:
             held.callback(opened.close)
         reader = CheckpointReader(checkpoint, opened, chosen.device)

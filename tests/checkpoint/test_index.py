@@ -369,7 +369,7 @@ def test_fuzz_weight_map(tmp_path_factory: pytest.TempPathFactory, weight_map: d
         (["model-00001-of-00002", "model-00002-of-00002"], None),
         (["model-00000-of-00002", "model-00001-of-00002"], None),
         (["model-00001-of-00003", "model-00003-of-00003"], "1 of 3 shards are missing: number 2"),
-        (["model-00001-of-00009", "model"], "8 of 9 shards are missing: number 2, 3, 4, 5, 6 …"),
+        (["model-00001-of-00009", "model"], "8 of 9 shards are missing: number 2, 3, 4, 5, 6 and 3 more"),
         (["model", "consolidated-00001-of-00002"], "1 of 2 shards are missing: number 2"),
     ],
 )

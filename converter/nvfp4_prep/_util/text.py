@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-__all__ = ["bounded", "count", "format_duration", "format_nbytes", "spans"]
+__all__ = ["and_more", "bounded", "count", "first_of", "format_duration", "format_nbytes", "spans"]
 
 
 def bounded(text: str, limit: int) -> str:
@@ -34,6 +34,18 @@ def format_duration(seconds: float) -> str:
 def count(number: int, what: str) -> str:
     """Return a number with its noun: ``1 file``, ``2 files``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def first_of(names: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+    """Return the first names, at most 200 characters of each, and how many others there are: ``a, b and 7 more``."""
+    known = [*names]
+    others = f" and {len(known) - most} more" if known[most:] else ""
+    return separator.join(bounded(str(name), 200) for name in known[:most]) + others
+
+
+def and_more(number: int, what: str) -> str:
+    """Return how many others there are, to be set behind the first: `` (and 7 more problems)``; empty for none."""
+    return f" (and {count(number, f'more {what}')})" if number else ""
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG, quoted
 
 __all__ = ["ADAPTER_CONFIG", "Contents", "recognise"]
@@ -100,7 +101,7 @@ def _spelling(names: Collection[str]) -> Contents | None:
             return Contents(f", but {quoted(config)}", f"Rename it: servers read {CONFIG} only.")
     odd = [name for name in names if _is_top(name) and _has_suffix(name, _SAFETENSORS)]
     if odd and not any(name.endswith(_SAFETENSORS) for name in odd):
-        return Contents(f", but {_some(odd)}", "Rename them: servers read *.safetensors only, in lower case.")
+        return Contents(f", but {first_of(odd)}", "Rename them: servers read *.safetensors only, in lower case.")
     return None
 
 
@@ -114,7 +115,7 @@ def _checkpoint_below(names: Collection[str]) -> Contents | None:
     if not folders:
         return None
     held = f"{len(folders)} checkpoints are in the folders" if folders[1:] else "a checkpoint is in the folder"
-    return Contents(f": {held} {_some(folders)}", f"Give the folder: …/{folders[0][:200]}.")
+    return Contents(f": {held} {first_of(folders)}", f"Give the folder: …/{folders[0][:200]}.")
 
 
 def _format(names: Collection[str]) -> Contents | None:
@@ -125,7 +126,7 @@ def _format(names: Collection[str]) -> Contents | None:
         found = [name for name in weights if _has_suffix(name, suffix)]
         if found:
             return Contents(
-                f": its weights are {form} files ({_some(found, 1)}), not safetensors",
+                f": its weights are {form} files ({first_of(found, 1)}), not safetensors",
                 _NEXT_STEPS.get(suffix, _PUBLISHED),
             )
     return None
@@ -137,8 +138,3 @@ def _is_top(name: str) -> bool:
 
 def _has_suffix(name: str, suffix: str) -> bool:
     return name[-len(suffix) :].casefold() == suffix
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if names[most:] else ""
-    return ", ".join(name[:200] for name in names[:most]) + more

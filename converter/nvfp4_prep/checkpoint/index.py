@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import count, first_of
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, SOURCE_MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.contents import recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, quoted
@@ -186,10 +186,10 @@ def _merge(
         raise SourceError(
             "lists none of the tensors that its files hold",
             where=source.place(INDEX),
-            actual=", ".join(map(quoted, ghosts[:3])),
+            actual=first_of(map(quoted, ghosts)),
             next_step="The index is of another checkpoint: get the one that belongs to the shards, or remove it.",
         )
-    listed = ", ".join(map(quoted, ghosts[:3])) + (", …" if ghosts[3:] else "")
+    listed = first_of(map(quoted, ghosts))
     return tensors, (
         f"{INDEX} lists {count(len(ghosts), 'tensor')} that no file holds ({listed}): it is wrong as published;"
         " servers read what the files hold, and so does the conversion",

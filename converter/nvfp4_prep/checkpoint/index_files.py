@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
 from nvfp4_prep.checkpoint.source import SourceFile
@@ -80,8 +81,7 @@ def _check_numbers(where: str, names: list[str]) -> None:
         missing = sorted(set(range(0 if 0 in there else 1, int(count) + (0 not in there))) - there)
         if missing:
             raise SourceError(
-                f"{len(missing)} of {int(count)} shards are missing: number {', '.join(map(str, missing[:5]))}"
-                + (" …" if len(missing) > 5 else ""),
+                f"{len(missing)} of {int(count)} shards are missing: number {first_of(missing, 5)}",
                 where=f"{where.rstrip('/')}/{stem}-*-of-{count}.safetensors",
                 next_step="Complete the download.",
             )
@@ -121,19 +121,15 @@ def check_weight_map(where: str, weight_map: object, names: Iterable[str]) -> Ma
 
 
 def _missing_error(where: str, missing: list[str], of: int, unlisted: list[str]) -> SourceError:
-    what = f"names {len(missing)} of {of} files that do not exist: {_some(missing)}"
+    what = f"names {len(missing)} of {of} files that do not exist: {first_of(missing, 5)}"
     if not unlisted:
         return SourceError(what, where=where, next_step="Complete the download.")
     return SourceError(
-        f"{what}; and does not name files that do: {_some(unlisted)}",
+        f"{what}; and does not name files that do: {first_of(unlisted, 5)}",
         where=where,
         next_step="The index seems left over from an earlier export: replace it by the one that belongs to the files,"
         " or remove it (without an index every *.safetensors file is read). Or complete the download.",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(name[:200] for name in names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def split_files(

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from nvfp4_prep._util.printable import join_lines, printable
-from nvfp4_prep._util.text import bounded, count, format_nbytes, spans
+from nvfp4_prep._util.text import bounded, count, first_of, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.layouts import LAYOUTS
 from nvfp4_prep.moe.model_config import quantization_configs
@@ -131,8 +131,7 @@ def left_out_lines(reasons: Mapping[str, str]) -> Iterable[str]:
     for folder, run in groupby(reasons, key=lambda name: name.split("/")[0] if "/" in name else ""):
         inside = list(run)
         if folder:
-            more = f" and {len(inside) - 3} more" if inside[3:] else ""
-            yield f"{', '.join(inside[:3])}{more} ({reasons[inside[0]]})"
+            yield f"{first_of(inside)} ({reasons[inside[0]]})"
         else:
             yield from (f"{name} ({reasons[name]})" for name in inside)
 

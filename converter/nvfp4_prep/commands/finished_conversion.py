@@ -7,7 +7,7 @@ import stat
 from collections.abc import Mapping, Set
 from pathlib import Path
 
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import and_more, first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.commands.verify import verify
@@ -61,8 +61,7 @@ def _check_undamaged(path: Path) -> None:
     """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
     report = verify(path, quick=True)
     if report.problems:
-        rest = len(report.problems) - 1
-        more = f" (and {count(rest, 'more problem')})" if rest else ""
+        more = and_more(len(report.problems) - 1, "problem")
         raise VerificationError(
             f"was converted before, but is damaged: {report.problems[0]}{more}",
             where=str(path),
@@ -99,9 +98,7 @@ def _other_texts(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> set[str]
 
 
 def _changed_names(how: str, names: Set[str]) -> list[str]:
-    known = sorted(names)
-    more = f" and {len(known) - 3} more" if known[3:] else ""
-    return [f"{how} {', '.join(name[:200] for name in known[:3])}{more}"] if known else []
+    return [f"{how} {first_of(sorted(names))}"] if names else []
 
 
 def read_manifest(path: Path) -> Manifest:

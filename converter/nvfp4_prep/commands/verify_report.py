@@ -9,7 +9,7 @@ from typing import Any
 
 from nvfp4_prep._util.layer_strip import LayerCell
 from nvfp4_prep._util.notebook import notebook_html
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import and_more, count
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.problems import Problem
@@ -130,7 +130,7 @@ class VerifyReport:
         if self.problems:
             first, more = self.problems[0], len(self.problems) - 1
             raise VerificationError(
-                first.what + (f" (and {count(more, 'more problem')})" if more else ""),
+                first.what + and_more(more, "problem"),
                 where=first.where if Path(first.where).is_absolute() else f"{self.path}, {first.where}",
                 expected=first.expected,
                 actual=first.actual,

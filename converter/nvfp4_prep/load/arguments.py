@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, UsageError
 from nvfp4_prep_kernels import ExpertSlice
@@ -102,7 +103,7 @@ def check_experts(record: TensorRecord, experts: Sequence[int]) -> None:
             "no such experts" if wrong else "no experts to load",
             where=where,
             expected=f"0 to {stored - 1}",
-            actual=", ".join(map(str, wrong[:8])),
+            actual=first_of(wrong, 8),
         )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import count, first_of
 from nvfp4_prep.checkpoint.filenames import quoted
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.layers import MoeLayer
@@ -233,5 +233,4 @@ def _list(value: object) -> list[Any]:
 
 
 def _some(names: Iterable[str]) -> str:
-    known = [*names]
-    return ", ".join(quoted(name, 80) for name in known[:3]) + (" …" if known[3:] else "")
+    return first_of(quoted(name, 80) for name in names)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nvfp4_prep._util.text import bounded
+from nvfp4_prep._util.text import bounded, first_of
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.formats import ExpertNaming, ExpertTensorName, Leaf, QuantFormat
 from nvfp4_prep.moe.activation import Activation
@@ -291,8 +291,7 @@ def _count_experts(members: _Tensors) -> int:
         missing = sorted(set(range(experts)) - numbers)
         raise refuse(
             "misnumbered",
-            f"experts are not numbered 0 to {experts - 1}: {', '.join(map(str, missing[:8]))}"
-            f"{' …' if len(missing) > 8 else ''} missing",
+            f"experts are not numbered 0 to {experts - 1}: {first_of(missing, 8)} missing",
             "Is the checkpoint complete?",
         )
     return experts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import count, first_of
 from nvfp4_prep.formats import Leaf, QuantFormat
 from nvfp4_prep.moe.layers import TensorGroup
 from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, Projection
@@ -51,7 +51,7 @@ def check_foreign(foreign: Collection[tuple[str, str]]) -> None:
     if not foreign:
         return
     names = sorted(name for _, name in foreign)
-    some = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    some = first_of(names)
     leaves = {leaf for leaf, _ in foreign}
     if any(leaf == "bias" or leaf.endswith(("_bias", ".bias")) for leaf in leaves):
         raise refuse(
@@ -145,8 +145,7 @@ def check_complete(groups: Sequence[TensorGroup], gated: bool, experts: int, for
         raise refuse(
             "incomplete",
             f"{count(len(missing), 'expert tensor')} {'is' if len(missing) == 1 else 'are'} missing: "
-            + ", ".join(missing[:4])
-            + (" …" if len(missing) > 4 else ""),
+            + first_of(missing, 4),
             f"Complete the download, or {calibrate}quantize again.",
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep._util.text import bounded
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
@@ -88,7 +88,7 @@ def check_identity(path: Path, found: object, identity: Mapping[str, Any]) -> No
     if _same(found, identity):
         return
     differences = list(_differences(found, identity))
-    text = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+    text = first_of(differences, 4, "; ")
     what = "holds an unfinished run of something else"
     next_step = "Repeat the first run's command to finish it, or use --restart to discard it."
     if isinstance(found, dict) and _without_files(found) == _without_files(identity):
@@ -122,8 +122,7 @@ def _differences(old: object, new: object, path: str = "") -> Sequence[str]:
 def _differing_files(key: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return one text for all files whose digests differ: the digests themselves say nothing to anybody."""
     names = [name for name in sorted({*old, *new}) if not _same(old.get(name), new.get(name))]
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return [f"{key} differs for {bounded(names[0], 200)}{more}"] if names else []
+    return [f"{key} differs for {first_of(names, 1)}"] if names else []
 
 
 def _same(old: object, new: object) -> bool:

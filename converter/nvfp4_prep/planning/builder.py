@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from nvfp4_prep._util.collector import collector_paused
 from nvfp4_prep._util.steps import step
-from nvfp4_prep._util.text import count
+from nvfp4_prep._util.text import and_more
 from nvfp4_prep.checkpoint.filenames import (
     CONFIG,
     INDEX,
@@ -102,7 +102,7 @@ def _check_supported(source: Source, index: CheckpointIndex, found: FoundLayers)
         )
     if found.refused:
         first = found.refused[0]
-        more = f" (and {count(len(found.refused) - 1, 'more layer')})" if len(found.refused) > 1 else ""
+        more = and_more(len(found.refused) - 1, "layer")
         raise UnsupportedCheckpointError(f"{first.reason}{more}", where=first.experts_path, next_step=first.instead)
     if found.layers:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, quoted
 from nvfp4_prep.checkpoint.index_files import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError
@@ -42,17 +43,14 @@ def refuse_strange(remote: RemoteRepository, state: Snapshot, known: Collection[
         model.append(CONFIG)
     if model:
         raise TargetError(
-            f"holds another model ({_some(model)})",
+            f"holds another model ({first_of(map(quoted, model), 1)})",
             where=where,
             next_step="Push to a new repository, or to a new branch of an empty one.",
         )
     if strange:
+        some = first_of(map(quoted, strange), 1)
         raise TargetError(
-            f"holds files that do not belong to this checkpoint ({_some(strange)}): whoever serves it may load them",
+            f"holds files that do not belong to this checkpoint ({some}): whoever serves it may load them",
             where=where,
             next_step="Delete them there, or push to a new repository. Nothing was published.",
         )
-
-
-def _some(names: list[str]) -> str:
-    return quoted(names[0]) + (f" and {len(names) - 1} more" if names[1:] else "")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_prep._util.arguments import checked
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import Progress, default_progress
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.index_files import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import UsageError, VerificationError
@@ -304,8 +305,7 @@ def withdrawal(batch: Mapping[str, LocalFile], surplus: Iterable[str]) -> Callab
 
 def summary(batch: Mapping[str, LocalFile]) -> str:
     """Return a commit's message."""
-    first = next(iter(batch))
-    return first if len(batch) == 1 else f"{first} and {len(batch) - 1} more"
+    return first_of(batch, 1)
 
 
 def _sha256(data: bytes) -> str:

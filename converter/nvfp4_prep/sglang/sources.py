@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.errors import ServingError
@@ -16,7 +17,6 @@ from nvfp4_prep.sglang.source_config import adopted_stamp
 __all__ = ["check_same_layout", "check_same_tensors", "folder_of", "remember_listing"]
 
 _FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
-_SHOWN = 3
 _SUFFIX = ".safetensors"
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -78,6 +78,5 @@ def _difference(served: Tensors, found: Tensors) -> str | None:
     other = sorted(name for name in served.keys() & found.keys() if served[name] != found[name])
     for words, names in (("does not have", missing), ("has besides", foreign), ("has in other sizes", other)):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            return f"it {words} {', '.join(names[:_SHOWN])}{more}"
+            return f"it {words} {first_of(names)}"
     return None

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from nvfp4_prep import inspect
+from nvfp4_prep.checkpoint.contents import WEIGHT_SUFFIXES
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.errors import SourceError
@@ -38,6 +39,16 @@ def refusal(folder: Path) -> str:
     with pytest.raises(SourceError) as caught:
         read_index(LocalSource(folder))
     return str(caught.value)
+
+
+def test_a_suffix_that_may_mean_something_else_is_copied(tmp_path: Path) -> None:
+    """Beside safetensors it does not say that the model's weights are there once more."""
+    write(tmp_path, TinyLayer().tensors())
+    names = [f"other{Path(name).suffix.casefold()}" for name in BY_NAME if not name.endswith(".SAFETENSORS")]
+    put(tmp_path, *names)
+    index = read_index(LocalSource(tmp_path))
+    assert set(index.left_out) == {name for name in names if name.endswith(WEIGHT_SUFFIXES)}
+    assert {"other.ckpt", "other.npz", "other.engine", "other.plan"} <= {file.name for file in index.side_files}
 
 
 def put(folder: Path, *names: str) -> None:

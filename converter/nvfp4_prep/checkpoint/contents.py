@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG, quoted
 
-__all__ = ["ADAPTER_CONFIG", "Contents", "recognise"]
+__all__ = ["ADAPTER_CONFIG", "WEIGHT_SUFFIXES", "Contents", "recognise"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model"
@@ -33,6 +33,11 @@ _FORMATS = {
     ".tflite": "TensorFlow Lite",
 }
 """Suffix to format, the most telling first: a GGUF repository may hold a .bin file too."""
+WEIGHT_SUFFIXES = (_SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+"""Suffixes of files that a conversion leaves out, because they hold the model's weights once more. Repositories of the
+Hub offer a model in these formats beside safetensors. The others of ``_FORMATS`` name a directory without safetensors;
+beside them they may hold anything else (statistics in ``.npz``), so they are copied.
+"""
 _NEXT_STEPS = {
     ".gguf": "A GGUF repository cannot be prepared: give the NVFP4 checkpoint in safetensors files.",
     ".engine": "An engine is built for one GPU and cannot be prepared: give the checkpoint that it was built from.",

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from nvfp4_prep._util.text import first_of
-from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, recognise
+from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, WEIGHT_SUFFIXES, recognise
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.errors import SourceError
 
-__all__ = ["SECOND_COPY", "WEIGHT_SUFFIXES", "check_weight_map", "split_files", "top_shards", "without_second_copy"]
+__all__ = ["SECOND_COPY", "check_weight_map", "split_files", "top_shards", "without_second_copy"]
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
-"""Files of weights, in whatever format, end so."""
 _INDEX_SUFFIXES = tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
 _NUMBERED_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{1,6})-of-(?P<count>[0-9]{1,6})\.safetensors")
 _OWN_CONFIGS = (CONFIG, "params.json", "model_index.json", ADAPTER_CONFIG)

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Collection, Mapping
 
 from nvfp4_prep._util.text import first_of
+from nvfp4_prep.checkpoint.contents import WEIGHT_SUFFIXES
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, quoted
-from nvfp4_prep.checkpoint.index_files import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.hub.listing import Snapshot
 from nvfp4_prep.hub.snapshot_reader import SnapshotReader

@@ -13,8 +13,8 @@ from nvfp4_prep._util.arguments import checked
 from nvfp4_prep._util.printable import printable
 from nvfp4_prep._util.progress import Progress, default_progress
 from nvfp4_prep._util.text import first_of
+from nvfp4_prep.checkpoint.contents import WEIGHT_SUFFIXES
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
-from nvfp4_prep.checkpoint.index_files import WEIGHT_SUFFIXES
 from nvfp4_prep.errors import UsageError, VerificationError
 from nvfp4_prep.hub.argument_kinds import PUSHING
 from nvfp4_prep.hub.errors import Patience

@@ -27,6 +27,7 @@ from nvfp4_prep.prepared.config_edits import (
     same_value,
 )
 from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.served_config import STAMP
 
 NAN = float("nan")
 
@@ -121,7 +122,7 @@ def test_the_stamp_stays(copy: Path, edit: Callable[[Any], object], named: str) 
     before = (copy / MANIFEST).read_bytes()
     report = verify(copy, quick=True)
     assert report.problems[0].what.startswith(f"its stamp was edited: {named}")
-    assert report.next_step == "Do not serve this checkpoint: remove it and convert again."
+    assert report.next_step == STAMP
     with pytest.raises(VerificationError, match=f"config.json: its stamp was edited: {named}"):
         restamp(copy)
     assert (copy / MANIFEST).read_bytes() == before

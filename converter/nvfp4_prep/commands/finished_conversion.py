@@ -17,6 +17,7 @@ from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import SIDE
+from nvfp4_prep.prepared.problems import renewal
 
 __all__ = ["find_complete", "read_manifest"]
 
@@ -28,8 +29,12 @@ def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
         TargetError: if it is a finished conversion of something else, or its files are not all there.
         VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
     """
-    if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file() or has_journal(path):
+    if not (path / MANIFEST).is_file() or has_journal(path):
         return None
+    if not (path / CONFIG).is_file():
+        raise TargetError(
+            f"holds a prepared checkpoint without its {CONFIG}", where=str(path), next_step=renewal(CONFIG)
+        )
     manifest = read_manifest(path)
     differences = _differences(manifest, plan)
     if differences:
@@ -103,7 +108,7 @@ def _changed_names(how: str, names: Set[str]) -> list[str]:
 
 def read_manifest(path: Path) -> Manifest:
     """Return the manifest of a finished target; raises :class:`TargetError` if it cannot be read."""
-    raw = read_small_file(path / MANIFEST, TargetError, "Give another target, or remove it.")
+    raw = read_small_file(path / MANIFEST, TargetError, renewal(MANIFEST))
     return Manifest.from_bytes(raw, str(path / MANIFEST))
 
 
@@ -120,7 +125,7 @@ def _check_size(path: Path, nbytes: int) -> None:
             where=str(path),
             expected=f"{nbytes} bytes",
             actual="nothing" if found is None else f"{found} bytes",
-            next_step="Remove the directory and run the command again; nvfp4-prep verify says what else is wrong.",
+            next_step=renewal(path.name),
         )
 
 

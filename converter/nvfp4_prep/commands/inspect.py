@@ -14,7 +14,7 @@ from nvfp4_prep._util.text import count, format_nbytes
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
+from nvfp4_prep.errors import NvfpPrepError, OpenFilesError, SourceError
 from nvfp4_prep.hub import open_source, parse_address
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
@@ -27,6 +27,8 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.planning.survey import survey
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.problems import Problems
+from nvfp4_prep.prepared.structure import check_structure, raise_damaged
 
 __all__ = ["InspectedLayer", "Inspection", "inspect"]
 
@@ -235,7 +237,7 @@ def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
             for where, reason in manifest.passed.items()
         )
         return Inspection(
-            **_facts(read_index(opened.files)),
+            **_facts(_read_prepared_index(opened)),
             path=str(opened.path),
             prepared=True,
             quantization=_short(next(iter(manifest.quantization.values()), {})),
@@ -248,6 +250,17 @@ def _inspect_prepared(checkpoint: PreparedCheckpoint) -> Inspection:
                 "tp_sizes": list(manifest.tp_sizes),
             },
         )
+
+
+def _read_prepared_index(checkpoint: PreparedCheckpoint) -> CheckpointIndex:
+    """Return the index; raise :class:`SourceError` that says what the manifest knows, if a file is not as it says."""
+    try:
+        return read_index(checkpoint.files)
+    except SourceError:
+        problems = Problems()
+        check_structure(checkpoint, problems)
+        raise_damaged(checkpoint, problems, SourceError)
+        raise
 
 
 def _facts(index: CheckpointIndex) -> dict[str, Any]:

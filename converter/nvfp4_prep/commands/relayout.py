@@ -216,7 +216,8 @@ class _Relayout:
         for name in self._copied:
             want = self._checkpoint.manifest.files[name].sha256
             if results[name].sha256 != want:
-                raise damaged(f"was changed: sha256 {want} expected, {results[name].sha256} found", name)
+                what = f"was changed: sha256 {want} expected, {results[name].sha256} found"
+                raise damaged(what, str(self._checkpoint.path / name), name)
 
     def _layer_record(self, position: int, results: dict[str, JobResult]) -> LayerRecord:
         layer, files = self._layers[position], self._experts_files(position)
@@ -227,7 +228,8 @@ class _Relayout:
                 crc32[fact.tensor.value] += fact.crc32
             for key, digest in results[file.name].digests.items():
                 if digest != old.source_sha256[key]:
-                    raise damaged(f"{key} is not what the source held", old.experts_path)
+                    behind = self._checkpoint.file_behind(old, key)
+                    raise damaged(f"{key} is not what the source held", old.experts_path, behind)
         return replace(
             old,
             layout=plan.layout,

@@ -32,8 +32,8 @@ from nvfp4_prep.prepared.config_edits import edits_to_json
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
 from nvfp4_prep.prepared.problems import Problems
-from nvfp4_prep.prepared.served_config import FOREIGN_CODE, ServedConfig, read_served_config
-from nvfp4_prep.prepared.structure import check_structure
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, STAMP, ServedConfig, read_served_config
+from nvfp4_prep.prepared.structure import check_structure, raise_damaged
 
 __all__ = ["RestampResult", "restamp"]
 
@@ -93,7 +93,7 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
         raise VerificationError(
             f"its stamp was edited: {', '.join(found.stamp)}",
             where=str(checkpoint.path / CONFIG),
-            next_step="Put these keys back as they were, or convert again: they say what the weights are.",
+            next_step=STAMP,
         )
     if found.code:
         raise VerificationError(
@@ -104,12 +104,7 @@ def _check(checkpoint: PreparedCheckpoint, found: ServedConfig) -> None:
     _check_fits(checkpoint, found.config)
     problems = Problems()
     check_structure(checkpoint, problems, with_config=False)
-    if problems.found:
-        raise VerificationError(
-            f"is damaged: {problems.found[0]}",
-            where=str(checkpoint.path),
-            next_step=problems.found[0].next_step or "Run nvfp4-prep verify for all problems.",
-        )
+    raise_damaged(checkpoint, problems)
 
 
 def _check_fits(checkpoint: PreparedCheckpoint, served: Mapping[str, Any]) -> None:

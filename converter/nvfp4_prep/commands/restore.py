@@ -32,12 +32,15 @@ from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.inverse import source_bytes, source_parts
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep.prepared.structure import require_sound
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RestoreResult", "restore"]
 
-_DAMAGED = "The prepared checkpoint is damaged: run nvfp4-prep verify. Once it is repaired, restore with --restart."
+
+def _renewal_of(file: str) -> str:
+    return f"{renewal(file)} Then restore with --restart."
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class _Restoration:
                     where=str(self._checkpoint.path / original),
                     expected=f"sha256 {want}",
                     actual=have,
-                    next_step=_DAMAGED,
+                    next_step=_renewal_of(original),
                 )
         for file in self._files:
             if file.layer is None:
@@ -161,7 +164,7 @@ class _Restoration:
                         where=str(self._target.path / file.name),
                         expected=f"sha256 {file.layer.source_sha256[group.key]}",
                         actual=digests.get(group.key),
-                        next_step=_DAMAGED,
+                        next_step=_renewal_of(self._checkpoint.file_behind(file.layer, group.key)),
                     )
 
     def _job(self, file: RestoredFile) -> FileJob:
@@ -186,14 +189,16 @@ class _Restoration:
         for expert in self._checkpoint.damaged_experts(layer, tensor, chunk, prepared):
             raise VerificationError(
                 f"expert {expert} of {layer.prepared_name(tensor.value)}: bytes differ from what was written",
-                where=self._path_of(layer, tensor),
-                next_step=_DAMAGED,
+                where=str(self._checkpoint.path / self._file_of(layer, tensor)),
+                next_step=_renewal_of(self._file_of(layer, tensor)),
             )
         try:
             parts = source_parts(self._checkpoint, layer, tensor, chunk, prepared)
         except ValueError as error:
             raise VerificationError(
-                f"{layer.prepared_name(tensor.value)}: {error}", where=self._path_of(layer, tensor), next_step=_DAMAGED
+                f"{layer.prepared_name(tensor.value)}: {error}",
+                where=str(self._checkpoint.path / self._file_of(layer, tensor)),
+                next_step=_renewal_of(self._file_of(layer, tensor)),
             ) from error
         result = UnitResult()
         for group, raw in source_bytes(layer, tensor, parts):
@@ -202,8 +207,8 @@ class _Restoration:
             result.digests.append((group.key, data))
         return result
 
-    def _path_of(self, layer: LayerRecord, tensor: PreparedTensor) -> str:
-        return str(self._checkpoint.path / self._checkpoint.tensor_record(layer, tensor).file)
+    def _file_of(self, layer: LayerRecord, tensor: PreparedTensor) -> str:
+        return self._checkpoint.tensor_record(layer, tensor).file
 
     def _restore_scalars(self, layer: LayerRecord, places: dict[str, TensorRecord]) -> UnitResult:
         scalars = self._checkpoint.scalars(layer)

@@ -12,7 +12,7 @@ from nvfp4_prep._util.notebook import notebook_html
 from nvfp4_prep._util.text import and_more, count
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep.prepared.problems import Problem
+from nvfp4_prep.prepared.problems import Problem, steps_for
 
 __all__ = ["STRUCTURE", "CheckFinding", "VerifyReport", "edited_config_lines"]
 
@@ -140,12 +140,9 @@ class VerifyReport:
     @property
     def next_step(self) -> str | None:
         """What to do about the problems: what helps each of them, if something does."""
-        if not self.problems:
-            return None
-        steps = [problem.next_step for problem in self.problems]
-        if None in steps:
-            return "Do not serve this checkpoint: remove it and convert again."
-        return " ".join(dict.fromkeys(step for step in steps if step is not None))
+        if self.problems and self.depth == "published":
+            return "Do not serve this checkpoint. Push it again from a directory that nvfp4-prep verify passes."
+        return steps_for(self.problems, self.manifest.files, str(self.path))
 
     def __repr__(self) -> str:
         state = "ok" if self.ok else count(len(self.problems), "problem")

@@ -267,7 +267,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
 def _read_vector(path: Path, record: TensorRecord) -> torch.Tensor:
     vector = torch.empty(record.shape, dtype=torch.float32, device="cpu")
-    descriptor, _ = open_regular(path, LoadError, "Complete the download.")
+    descriptor, _ = open_regular(path, LoadError, "Copy or download it again.")
     try:
         read_exactly(descriptor, str(path), record.offset_bytes, byte_view(vector))
     except SourceError as error:

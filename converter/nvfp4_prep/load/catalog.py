@@ -10,14 +10,15 @@ from pathlib import Path
 
 from nvfp4_prep._util.arguments import PATH
 from nvfp4_prep.checkpoint.filenames import CONFIG, EXPERT_SCALES, MANIFEST
+from nvfp4_prep.checkpoint.lfs_pointer import LFS_NEXT_STEP
 from nvfp4_prep.checkpoint.safetensors_header import ShardHeader, TensorRecord, read_header
 from nvfp4_prep.checkpoint.small_files import open_regular, os_error_kind, read_small_file
 from nvfp4_prep.errors import CheckpointError, SourceError, UsageError
+from nvfp4_prep.prepared.directory import refusal_of
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared.problems import renewal
 
 __all__ = ["Catalog"]
-
-_FINISHED = "Give a directory that `nvfp4-prep convert` finished."
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,12 @@ class Catalog:
         """
         folder = PATH.read("argument root", root)
         path = folder / MANIFEST
-        raw = read_small_file(path, CheckpointError, _FINISHED)
-        manifest = Manifest.from_bytes(raw, str(path))
-        os.close(open_regular(folder / CONFIG, CheckpointError, _FINISHED)[0])  # kept back until the smoke run passed
+        try:
+            manifest = Manifest.from_bytes(read_small_file(path, CheckpointError, renewal(MANIFEST)), str(path))
+            # the config is kept back until the smoke run passed
+            os.close(open_regular(folder / CONFIG, CheckpointError, renewal(CONFIG))[0])
+        except CheckpointError as error:
+            raise refusal_of(folder, absent=CheckpointError) or error from error
         return cls(folder, manifest)
 
     def layer(self, which: int | str) -> LayerRecord:
@@ -100,21 +104,21 @@ class Catalog:
             raise CheckpointError(
                 f"does not name {file}",
                 where=str(self.root / MANIFEST),
-                next_step="The manifest is damaged: download or convert the checkpoint again.",
+                next_step=renewal(MANIFEST),
             )
-        digest = hashlib.sha256(read_small_file(self.root / file, CheckpointError)).hexdigest()
+        digest = hashlib.sha256(read_small_file(self.root / file, CheckpointError, renewal(file))).hexdigest()
         if digest != listed.sha256:
             raise CheckpointError(
                 "does not have the bytes that were converted",
                 where=str(self.root / file),
                 expected=f"sha256 {listed.sha256}",
                 actual=digest,
-                next_step="The file is damaged: download or convert it again.",
+                next_step=renewal(file),
             )
 
     def _header(self, file: str) -> ShardHeader:
         path = self.root / file
-        os.close(open_regular(path, CheckpointError)[0])  # not a FIFO, which would be waited for
+        os.close(open_regular(path, CheckpointError, renewal(file))[0])  # not a FIFO, which would be waited for
         try:
             header = read_header(path, file)
         except SourceError as error:
@@ -123,7 +127,7 @@ class Catalog:
                 where=str(path),
                 expected=error.expected,
                 actual=error.actual,
-                next_step="The checkpoint is incomplete or damaged: run `nvfp4-prep verify` on it.",
+                next_step=error.next_step if error.next_step == LFS_NEXT_STEP else renewal(file),
             ) from error
         listed = self.manifest.files.get(file)
         if listed is None or listed.nbytes != header.file_nbytes:
@@ -132,5 +136,6 @@ class Catalog:
                 where=str(self.root / file),
                 expected="no such file" if listed is None else f"{listed.nbytes} bytes",
                 actual=f"{header.file_nbytes} bytes",
+                next_step=renewal(MANIFEST if listed is None else file),
             )
         return header

@@ -50,7 +50,7 @@ class OpenFiles:
                 where=f"{path}, tensor {record.name!r}",
                 expected=f"at least {record.offset_bytes + record.nbytes} bytes",
                 actual=f"{reader.nbytes} bytes",
-                next_step="The file is truncated: download it again.",
+                next_step="The file is truncated: copy or download it again.",
             )
         return reader
 

@@ -81,7 +81,7 @@ class FileReader:
         self._mapping: FileMapping | None = None
         self._lock = threading.Lock()
         self._direct_descriptor = -1
-        self._descriptor, self.nbytes = open_regular(path, LoadError, "Complete the download.")
+        self._descriptor, self.nbytes = open_regular(path, LoadError, "Copy or download it again.")
         self.direct = self.resident = self.share_rows = False
         if direct:
             self._open_direct()

@@ -125,7 +125,7 @@ def _by_safetensors(path: Path, name: str) -> torch.Tensor:
         raise LoadError(
             f"cannot be read ({error})",
             where=f"{path}, tensor {name!r}",
-            next_step="The file is damaged or truncated: download it again.",
+            next_step="The file is damaged or truncated: copy or download it again.",
         ) from error
     return tensor
 

@@ -16,6 +16,7 @@ from nvfp4_prep.load.gpu_copy import Copies, CopyError
 from nvfp4_prep.load.read_plan import Chunk, Task
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.strided_copy import gather_runs
+from nvfp4_prep.prepared.problems import renewal
 
 __all__ = ["Buffers", "Job", "Reading", "Submission", "Times", "as_load_error"]
 
@@ -173,7 +174,7 @@ class Reading:
                 where=f"{job.task.path}, tensor {job.task.tensor!r}",
                 expected=f"CRC-32 {job.task.crc32:08x}",
                 actual=f"{crc32:08x}",
-                next_step="The file is damaged: download or convert it again.",
+                next_step=renewal(job.task.path.name),
             )
 
     def _run_pieces(self, job: Job, pieces: Iterator[int]) -> None:

@@ -24,6 +24,7 @@ from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.inverse import source_bytes, with_original_scales
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.tile_relayout import can_relayout, keeps_tiles, relayout_tiles
 
@@ -98,14 +99,15 @@ class LayerRelayout:
         The two differ in block scales that were rescaled.
         """
         where, old = self._where(tensor, chunk), self.old
+        file = self.checkpoint.tensor_record(old, tensor).file
         stored = self.checkpoint.read_prepared(old, tensor, chunk)
         for expert in self.checkpoint.damaged_experts(old, tensor, chunk, stored):
-            raise damaged(f"bytes of expert {expert} differ from what was written", where)
+            raise damaged(f"bytes of expert {expert} differ from what was written", where, file)
         try:
             served = old.layout.invert(tensor, stored, old.dims, empty_like_pooled)
             return stored, served, with_original_scales(self.checkpoint, old, tensor, chunk, served)
         except ValueError as error:
-            raise damaged(str(error), where) from error
+            raise damaged(str(error), where, file) from error
 
     def _stays_in_tiles(self, tensor: PreparedTensor) -> bool:
         """Return whether bytes only move inside tiles, and moving them there is the fastest way.
@@ -135,8 +137,6 @@ class LayerRelayout:
         return f"{self.new.prepared_name(tensor)}, experts {chunk.start} to {chunk.stop - 1}"
 
 
-def damaged(what: str, where: str) -> VerificationError:
-    """Return the error for a checkpoint whose bytes are not what its manifest says."""
-    return VerificationError(
-        what, where=where, next_step="The prepared checkpoint is damaged: run nvfp4-prep verify on it."
-    )
+def damaged(what: str, where: str, file: str) -> VerificationError:
+    """Return the error for a checkpoint of which one file is not what its manifest says."""
+    return VerificationError(what, where=where, next_step=f"{renewal(file)} Then run relayout with --restart.")

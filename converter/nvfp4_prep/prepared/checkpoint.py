@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,21 +13,25 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, WORK_FOLDER, FileKind
+from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, FileKind
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.checkpoint.tensors import ShardHeader, TensorRecord
 from nvfp4_prep.errors import CheckpointError, SourceError
+from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
-from nvfp4_prep.output.target_checks import has_journal
+from nvfp4_prep.prepared.directory import refusal_of
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["PreparedCheckpoint", "source_configs"]
 
 
-_MAKE_ONE = "Make one with nvfp4-prep convert, or, if it was one, download the whole checkpoint."
+_LINK = (
+    "Put the file itself in its place (cp -rL copies a whole checkpoint so), or remove it if it does not belong there."
+)
 
 
 class PreparedCheckpoint:
@@ -54,8 +57,8 @@ class PreparedCheckpoint:
             SourceError: if it does not exist or cannot be read.
         """
         self.path = Path(path)
-        if files is None:
-            self._check_directory(in_work=in_work)
+        if files is None and (refusal := refusal_of(self.path, in_work=in_work)) is not None:
+            raise refusal
         self.files = files or self._open_directory()
         if MANIFEST not in self.sizes:
             raise CheckpointError(
@@ -73,31 +76,13 @@ class PreparedCheckpoint:
         except SourceError as error:
             if error.__cause__ is not None:  # the system's answer: no verdict on a checkpoint
                 raise
+            outside = "leaves the source" in error.what
             raise CheckpointError(
                 error.what.replace("leaves the source", "leaves the checkpoint"),
                 where=error.where,
                 actual=error.actual,
-                next_step="It does not belong to a prepared checkpoint: remove it.",
+                next_step=_LINK if outside else "It does not belong to a prepared checkpoint: remove it.",
             ) from error
-
-    def _check_directory(self, *, in_work: bool) -> None:
-        try:
-            unfinished = has_journal(self.path) and not in_work
-            if (self.path / MANIFEST).is_file() and not unfinished:
-                return
-        except OSError as error:  # a folder that may not be entered, a name too long: no verdict on a checkpoint
-            raise SourceError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
-        if unfinished or (self.path / WORK_FOLDER).is_dir():
-            what, next_step = "holds an unfinished run", "Repeat the command that was stopped: it continues."
-        elif os.path.lexists(self.path / MANIFEST):
-            what, next_step = f"has a {MANIFEST} that is not a regular file", "Remove it, or make it anew with convert."
-        elif os.path.lexists(self.path):
-            what, next_step = f"is not a prepared checkpoint (no {MANIFEST})", _MAKE_ONE
-        else:  # a typing error or a disk that is not mounted: no verdict on a checkpoint
-            raise SourceError(
-                "does not exist", where=str(self.path), next_step="Give the directory of a prepared checkpoint."
-            )
-        raise CheckpointError(what, where=str(self.path), next_step=next_step)
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -112,19 +97,20 @@ class PreparedCheckpoint:
             SourceError: if it cannot be read.
         """
         if name not in self.sizes:
-            raise CheckpointError("is missing", where=str(self.path / name))
+            raise CheckpointError("is missing", where=str(self.path / name), next_step=renewal(name))
         if self.sizes[name] > MAX_SMALL_NBYTES:
             raise CheckpointError(
                 "is too large",
                 where=str(self.path / name),
                 expected=f"at most {MAX_SMALL_NBYTES} bytes",
                 actual=f"{self.sizes[name]} bytes",
+                next_step=renewal(name),
             )
         return self.files.peek(name, 0, self.sizes[name])
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the object that a small file holds; raises as :meth:`read_file`, or if it holds none."""
-        return _json_object(self.read_file(name), str(self.path / name))
+        return _json_object(self.read_file(name), str(self.path / name), renewal(name))
 
     def __enter__(self) -> Self:
         return self
@@ -222,6 +208,15 @@ class PreparedCheckpoint:
         found = crc32_each(prepared)
         return [expert for expert, want, have in zip(chunk, wanted, found, strict=True) if want != have]
 
+    def file_behind(self, layer: LayerRecord, key: str) -> str:
+        """Return the damaged file if a restored tensor is not the source's, though the experts fit their checksums."""
+        group = next(group for group in layer.groups if group.key == key)
+        if group.leaf.is_scalar:
+            return self.record(key).file
+        if layer.gate_up.reconciled and group in layer.groups_for(PreparedTensor.W13_WEIGHT_SCALE):
+            return self.record(layer.prepared_name(SOURCE_BLOCK_SCALE)).file
+        return MANIFEST
+
     def scalars(self, layer: LayerRecord) -> LayerScalars:
         """Return the source's scalars of a layer.
 
@@ -266,16 +261,18 @@ def source_configs(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] |
         CheckpointError: if it does not have the first one, or either is not a JSON object.
     """
     if CONFIG not in manifest.texts:
-        raise CheckpointError(f"does not hold the source's {CONFIG}", where=MANIFEST)
+        raise CheckpointError(f"does not hold the source's {CONFIG}", where=MANIFEST, next_step=renewal(MANIFEST))
     config, quant = manifest.texts[CONFIG], manifest.texts.get(HF_QUANT_CONFIG)
     return (
-        _json_object(config, f"{MANIFEST}, the source's {CONFIG}"),
-        None if quant is None else _json_object(quant, f"{MANIFEST}, the source's {HF_QUANT_CONFIG}"),
+        _json_object(config, f"{MANIFEST}, the source's {CONFIG}", renewal(MANIFEST)),
+        None
+        if quant is None
+        else _json_object(quant, f"{MANIFEST}, the source's {HF_QUANT_CONFIG}", renewal(MANIFEST)),
     )
 
 
-def _json_object(raw: bytes, where: str) -> dict[str, Any]:
-    value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH)
+def _json_object(raw: bytes, where: str, next_step: str) -> dict[str, Any]:
+    value = parse_json(raw, where, CheckpointError, max_depth=MAX_DEPTH, next_step=next_step)
     if not isinstance(value, dict):
-        raise CheckpointError("must be a JSON object", where=where, actual=type(value).__name__)
+        raise CheckpointError("must be a JSON object", where=where, actual=type(value).__name__, next_step=next_step)
     return value

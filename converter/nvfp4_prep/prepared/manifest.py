@@ -19,11 +19,12 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.config_edits import ConfigEdit, edits_from_json, edits_to_json
 from nvfp4_prep.prepared.manifest_layers import GateUpRecord, LayerRecord, layer_from_dict, layer_to_dict
 from nvfp4_prep.prepared.manifest_values import file_kind, file_name, items, mapping, sha256, text, text_name, whole
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep_kernels import LayoutError
 
 __all__ = ["FileRecord", "GateUpRecord", "LayerRecord", "Manifest"]
 
-_DAMAGED = "The file is damaged: download it again, or convert again."
+_DAMAGED = renewal(MANIFEST)
 
 
 @dataclass(frozen=True)

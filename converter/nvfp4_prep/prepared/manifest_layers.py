@@ -15,6 +15,7 @@ from nvfp4_prep.moe.layers import LayerWithLayout, MoeLayer, TensorGroup
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.layer_record_checks import check_expert_crc32, check_gate_up, check_groups
 from nvfp4_prep.prepared.manifest_values import file_name, flag, items, mapping, number, sha256, text, whole
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, Projection
 
 __all__ = ["GateUpRecord", "LayerRecord", "layer_from_dict", "layer_to_dict"]
@@ -85,6 +86,7 @@ class LayerRecord(LayerWithLayout):
                 where=str(directory / record.file),
                 expected=f"{wanted.dtype} {list(wanted.shape)}",
                 actual=f"{record.dtype} {list(record.shape)}",
+                next_step=renewal(record.file),
             )
 
 

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 
-from nvfp4_prep._util.text import bounded
+from nvfp4_prep._util.text import bounded, count
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError
 
-__all__ = ["FOREIGN", "Problem", "Problems"]
+__all__ = ["FOREIGN", "Problem", "Problems", "renewal", "steps_for"]
 
 FOREIGN = "Move away what is not part of the checkpoint."
 """Next step for a file that conversion did not write."""
+_OTHER_SOURCE = (
+    "Give the source that it was made from. If this is it, do not serve this checkpoint: remove it and convert again."
+)
+_NAMED = 4
+"""Files that a next step names."""
+
+
+def renewal(*names: str) -> str:
+    """Return the next step for files of a prepared checkpoint that are not what its manifest says."""
+    shown = [*names[:_NAMED], *([count(len(names) - _NAMED, "more file")] if names[_NAMED:] else [])]
+    listed = " and ".join([*filter(None, [", ".join(shown[:-1])]), *shown[-1:]])
+    return (
+        f"Copy or download {listed} again; if that does not help, or this is the original, remove the directory and"
+        " convert again."
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,29 @@ class Problem:
     def to_dict(self) -> dict[str, str | None]:
         """Return the JSON value."""
         return asdict(self)
+
+
+def steps_for(problems: Sequence[Problem], files: Collection[str], place: str) -> str | None:
+    """Return what helps against problems: the next step of each, and a renewal of the files that are damaged.
+
+    Args:
+        problems: what is wrong.
+        files: names of the files that the manifest lists.
+        place: the directory, which absolute places begin with.
+    """
+    if not problems:
+        return None
+    steps = [problem.next_step for problem in problems if problem.next_step is not None]
+    unexplained = [problem for problem in problems if problem.next_step is None]
+    here = [problem.where.removeprefix(f"{place}/") for problem in unexplained if problem.check != "source"]
+    damaged = sorted({where for where in here if where in {*files, MANIFEST, CONFIG}})
+    if damaged:  # all else may follow from it
+        steps.insert(0, f"Do not serve this checkpoint. {renewal(*damaged)}")
+    elif here:  # every file is what the manifest says: it describes a wrong conversion
+        steps.insert(0, "Do not serve this checkpoint: remove it and convert again.")
+    elif unexplained:
+        steps.insert(0, _OTHER_SOURCE)
+    return " ".join(dict.fromkeys(steps))
 
 
 class Problems:

@@ -12,13 +12,23 @@ from nvfp4_prep.errors import CheckpointError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint, source_configs
 from nvfp4_prep.prepared.config_edits import ConfigEdit, apply_edits, find_edits
 from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep.prepared.stamp import changed_stamp, config_bytes, stamp_places, stamped
 
-__all__ = ["FOREIGN_CODE", "RESTAMP", "ServedConfig", "converted_config", "expected_config", "read_served_config"]
+__all__ = [
+    "FOREIGN_CODE",
+    "RESTAMP",
+    "STAMP",
+    "ServedConfig",
+    "converted_config",
+    "expected_config",
+    "read_served_config",
+]
 
 FOREIGN_CODE = (
     "It names code that the source does not: remove it, and do not serve with --trust-remote-code before that."
 )
+STAMP = f"Put these keys back as they were: they say what the weights are. Else: {renewal(CONFIG)}"
 RESTAMP = "To keep the edits run nvfp4-prep restamp on the directory; else put the file back."
 
 

@@ -16,17 +16,18 @@ from nvfp4_prep.checkpoint.filenames import (
     FileKind,
     restored_shards,
 )
+from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, OpenFilesError, VerificationError
 from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.moe.scalars import known_format
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest_checks import check_manifest
 from nvfp4_prep.prepared.manifest_values import MADE, SIDE
-from nvfp4_prep.prepared.problems import FOREIGN, Problems
-from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, read_served_config
+from nvfp4_prep.prepared.problems import FOREIGN, Problems, steps_for
+from nvfp4_prep.prepared.served_config import FOREIGN_CODE, RESTAMP, STAMP, read_served_config
 from nvfp4_prep_kernels import PreparedTensor
 
-__all__ = ["check_structure", "require_sound"]
+__all__ = ["check_structure", "raise_damaged", "require_sound"]
 
 _SERVED = (FileKind.EXPERTS, FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
 
@@ -73,12 +74,18 @@ def require_sound(checkpoint: PreparedCheckpoint) -> None:
     """Raise :class:`VerificationError` with the first problem of :func:`check_structure`, before any work."""
     problems = Problems()
     check_structure(checkpoint, problems)
+    raise_damaged(checkpoint, problems)
+
+
+def raise_damaged(
+    checkpoint: PreparedCheckpoint, problems: Problems, kind: type[NvfpPrepError] = VerificationError
+) -> None:
+    """Raise the first problem as an error of type ``kind``, with what helps against all of them."""
     if problems.found:
-        first = problems.found[0]
-        raise VerificationError(
-            f"is damaged: {first}",
+        raise kind(
+            f"is damaged: {problems.found[0]}",
             where=str(checkpoint.path),
-            next_step=first.next_step or "Run nvfp4-prep verify for all problems.",
+            next_step=steps_for(problems.found, checkpoint.manifest.files, str(checkpoint.path)),
         )
 
 
@@ -92,7 +99,10 @@ def _check_files(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         elif name not in there:
             problems.add(name, "is missing")
         elif there[name] != file.nbytes:
-            problems.add(name, "has the wrong size", f"{file.nbytes} bytes", f"{there[name]} bytes")
+            pointer = there[name] <= LFS_MAX_NBYTES and is_lfs_pointer(checkpoint.files.peek(name, 0, there[name]))
+            what = "is a git-lfs pointer, not the file itself" if pointer else "has the wrong size"
+            step = LFS_NEXT_STEP if pointer else None
+            problems.add(name, what, f"{file.nbytes} bytes", f"{there[name]} bytes", step)
         elif file.kind == MADE:
             _check_made(checkpoint, name, file.sha256, problems)
     for name in sorted(there.keys() - listed.keys() - {MANIFEST, CONFIG}):
@@ -174,7 +184,7 @@ def _check_config(checkpoint: PreparedCheckpoint, problems: Problems) -> None:
         return
     recorded = checkpoint.manifest.files.get(CONFIG)
     if found.stamp:
-        problems.add(CONFIG, f"its stamp was edited: {', '.join(found.stamp)}")
+        problems.add(CONFIG, f"its stamp was edited: {', '.join(found.stamp)}", next_step=STAMP)
     if found.code:
         problems.add(CONFIG, f"was edited to load code: {', '.join(found.code)}", next_step=FOREIGN_CODE)
     if found.unrecorded:

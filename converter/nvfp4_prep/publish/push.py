@@ -22,6 +22,7 @@ from nvfp4_prep.hub.listing import LocalFile, Snapshot
 from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep.publish.foreign_files import refuse_foreign, refuse_strange
 from nvfp4_prep.publish.repository import RemoteRepository
 
@@ -253,14 +254,14 @@ class Publication:
                     where=str(file.path),
                     expected=f"{file.nbytes} bytes",
                     actual="no file" if actual is None else f"{actual} bytes",
-                    next_step="Convert again.",
+                    next_step=renewal(name),
                 )
             if not name.endswith(WEIGHT_SUFFIXES) and _sha256(file.path.read_bytes()) != file.sha256:
                 raise VerificationError(  # before it is published, and not only after
                     "is not what the manifest says",
                     where=str(file.path),
                     expected=f"sha256 {file.sha256}",
-                    next_step="Verify the directory (not --quick).",
+                    next_step=renewal(name),
                 )
 
     def _batches(self, missing: list[str]) -> Iterator[dict[str, LocalFile]]:

@@ -60,7 +60,7 @@ class ExpertFiles:
         for root in {path.parent for path in self._files}:
             if not (root / MANIFEST).exists():
                 raise ServingError(
-                    f"verify needs {MANIFEST}", where=str(root), next_step="Download the whole checkpoint."
+                    f"verify needs {MANIFEST}", where=str(root), next_step="Copy or download the whole checkpoint."
                 )
             catalog = Catalog.open(root)
             catalog.check_sha256(EXPERT_SCALES)

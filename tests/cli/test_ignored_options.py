@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
-from nvfp4_prep import push, verify
+from nvfp4_prep import push, relayout, restore, verify
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import UsageError
 
@@ -37,6 +38,67 @@ def test_what_would_be_ignored_is_refused(
     done = run(*(names.get(word, word) for word in words))
     assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "SOURCE", "PREPARED", "--restart"],
+        ["convert", "SOURCE", "PREPARED", "--restart", "--dry-run"],
+        ["convert", "SOURCE", "PREPARED", "--restart", "--layers", "1/2"],
+        ["restore", "PREPARED", "back", "--restart"],
+        ["relayout", "PREPARED", "other", "--gate-up-block", "16", "--restart"],
+    ],
+    ids=" ".join,
+)
+def test_a_finished_output_is_not_restarted(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, words: list[str]
+) -> None:
+    """Nothing is overwritten, and nobody is told that it was made anew; without the option all is well."""
+    shutil.copytree(sample_prepared, tmp_path / "prepared")
+    restore(sample_prepared, tmp_path / "back")
+    relayout(sample_prepared, tmp_path / "other", gate_up_block=16)
+    names = {"SOURCE": sample_source, "PREPARED": tmp_path / "prepared"}
+    places = [names.get(word, tmp_path / word if word in ("back", "other") else word) for word in words]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = run(*places)
+    assert done.exit_code == 2 and "--restart discards an unfinished run, and this one is finished" in done.stderr
+    assert "Leave --restart out. To write it anew, remove the directory, or give another target." in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert run(*(place for place in places if place != "--restart")).exit_code == 0
+
+
+def test_more_layers_than_there_are_cannot_be_measured(sample_prepared: Path) -> None:
+    done = run("bench-load", sample_prepared, "--layers", "3", "--device", "cpu", "-q")
+    assert done.exit_code == 2 and "has fewer prepared layers; expected at most 2, found --layers 3" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is there")
+def test_a_dry_run_refuses_the_device_that_the_run_would_refuse(sample_source: Path, tmp_path: Path) -> None:
+    words = ["convert", sample_source, tmp_path / "new", "--device", "cuda"]
+    assert run(*words, "--dry-run").exit_code == run(*words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "9-20"], "--layers 9-20"),
+        (["--layers", "x"], "--layers"),
+        (["--backend", "flashinfer"], "flashinfer"),
+    ],
+    ids=str,
+)
+def test_a_smoke_test_that_cannot_be_is_refused_before_the_verification(
+    sample_prepared: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    """Which reads every byte of hundreds of gigabytes."""
+
+    def fail(*rest: object, **more: object) -> None:
+        raise AssertionError("verified first")
+
+    monkeypatch.setattr("nvfp4_prep.verify", fail, raising=False)
+    done = run("verify", sample_prepared, "--smoke", *options)
+    assert done.exit_code == 2 and message in done.stderr
 
 
 def test_python_refuses_the_same(sample_prepared: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nvfp4_prep import SmokePolicy, SmokeReport
     from nvfp4_prep.smoke import LayerReport
 
-__all__ = ["SmokeOptions", "say_smoke", "smoke_options", "smoke_policy", "smoke_run"]
+__all__ = ["SmokeOptions", "check_smoke", "say_smoke", "smoke_options", "smoke_policy", "smoke_run"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -59,6 +59,13 @@ def smoke_options(command: _Command) -> _Command:
         ),
     ]
     return decorated(run, decorators)  # type: ignore[return-value]
+
+
+def check_smoke(checkpoint: str, options: SmokeOptions) -> None:
+    """Raise what :func:`smoke_run` would raise for these options, before the verification, which takes long."""
+    from nvfp4_prep.smoke.run import check_smoke as check
+
+    check(checkpoint, layers=options.layers, backend=options.backend)
 
 
 def smoke_run(checkpoint: str, source: str | None, options: SmokeOptions, *, quiet: bool) -> SmokeReport:

@@ -14,7 +14,7 @@ from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import ADDRESS, checkpoint_argument, common, memory_option, report_option, threads_option
 from nvfp4_prep.cli.output import command_line, hint, make_progress, say_json, say_text, tell_address
 from nvfp4_prep.cli.render import verify_text
-from nvfp4_prep.cli.smoke import SmokeOptions, say_smoke, smoke_options, smoke_run
+from nvfp4_prep.cli.smoke import SmokeOptions, check_smoke, say_smoke, smoke_options, smoke_run
 from nvfp4_prep.errors import UsageError, VerificationError
 from nvfp4_prep.hub import parse_address
 from nvfp4_prep.output.report_file import check_report_path
@@ -72,6 +72,8 @@ def verify(
     _check_combination(checkpoint, source, smoke_options, smoke=smoke)
     if report is not None:
         check_report_path(report, checkpoint, source)
+    if smoke:
+        check_smoke(checkpoint, smoke_options)
     found = nvfp4_prep.verify(
         checkpoint,
         source=source,

@@ -72,6 +72,9 @@ def bench_load(
     chosen = catalog.manifest.layers[:layers]
     if not chosen:
         raise UsageError("has no prepared layers", where=str(path))
+    if len(chosen) < layers:
+        there = f"at most {len(chosen)}"
+        raise UsageError("has fewer prepared layers", where=str(path), expected=there, actual=f"--layers {layers}")
     _check_shares(chosen, tp, ep)
     devices = _devices(device, tp * ep)
     alone_because = _alone_because(tp, devices, together)

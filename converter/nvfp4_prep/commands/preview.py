@@ -13,6 +13,7 @@ from nvfp4_prep.commands.preflight import Outlook, TargetState, look_ahead
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
+from nvfp4_prep.pipeline.device import choose_device
 from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.disk_space import Room, room_for
 from nvfp4_prep.planning.plan import Plan
@@ -50,6 +51,7 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
         SourceError, UnsupportedCheckpointError: if there is nothing to plan; all other refusals are in the outlook.
     """
     request.check()
+    choose_device(request.device)
     sink = PublishedFiles() if request.stream_out else KeepFiles()
     opened = open_source(request.source if source is None else source)
     try:

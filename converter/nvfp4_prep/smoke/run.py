@@ -36,7 +36,7 @@ from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 
-__all__ = ["CPU_SAMPLE", "choose_layers", "run_smoke", "spread"]
+__all__ = ["CPU_SAMPLE", "check_smoke", "choose_layers", "run_smoke", "spread"]
 
 CPU_SAMPLE = 8
 """Experts of each layer that are run without a GPU, unless told otherwise: each takes seconds on a CPU."""
@@ -105,6 +105,13 @@ def run_smoke(
         layers_total=len(checkpoint.manifest.layers),
         layers=tuple(reports),
     )
+
+
+@checked(prepared=PATH, layers=optional(TEXT), backend=one_of(*BACKENDS))
+def check_smoke(prepared: str | Path, *, layers: str | None = None, backend: str = "auto") -> None:
+    """Raise what :func:`run_smoke` would raise for its arguments, before any long work; reads the manifest only."""
+    with PreparedCheckpoint(prepared) as opened:
+        choose_backend(backend, {record.layout for record in choose_layers(opened.manifest, layers)})
 
 
 def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> list[LayerRecord]:

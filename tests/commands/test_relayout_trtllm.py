@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import nvfp4_prep.pipeline.relayout_jobs as jobs
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
+from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep_kernels import PreparedTensor
 from support.cases import slow_after
@@ -85,6 +88,34 @@ def test_bytes_move_tile_by_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         convert(made, tmp_path / name, ConvertOptions(layout=LayoutName(name)), smoke=None)
         relayout(tmp_path / name, tmp_path / f"from {name}", layout=LayoutName.TRTLLM)
         assert set(moved) == expected
+
+
+def test_what_becomes_of_differing_scales_is_told_as_a_conversion_tells_it(tmp_path: Path) -> None:
+    """Block scales are rescaled, and some rounded, on the way to one scale for both; on the way back none is."""
+
+    def run(*words: object) -> str:
+        done = CliRunner().invoke(cli, [*map(str, words), "-q"])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    made = source(tmp_path / "source", intermediate=128)
+    told = run("convert", made, tmp_path / "direct", "--no-smoke").splitlines()
+    (line,) = [line for line in told if line.startswith("gate/up global scales differed in ")]
+    assert "(reconcile); worst layer's relative error of their weights: reconcile " in line
+    run("convert", made, tmp_path / "trtllm", "--layout", "trtllm", "--no-smoke")
+    assert line in run("relayout", tmp_path / "trtllm", tmp_path / "new", "--layout", "cutedsl").splitlines()
+    again = run("relayout", tmp_path / "direct", tmp_path / "other", "--layout", "trtllm")
+    assert "both are stored, nothing was rescaled; relative error of the weights: 0" in again
+    value = json.loads(run("relayout", tmp_path / "trtllm", tmp_path / "new", "--layout", "cutedsl", "--json"))
+    experts = int(line.split()[5])
+    assert value["gate_up"]["policy"] == "reconcile" and value["gate_up"]["rounded_block_scales"] > 0
+    assert value["gate_up"]["differing"] == value["gate_up"]["rescaled"] == experts
+    assert value["gate_up"] == json.loads(run("convert", made, tmp_path / "direct", "--json"))["gate_up"]
+    rounded = value["gate_up"]["rounded_block_scales"]
+    assert f"; block scales of {experts} experts rescaled, {rounded:,} of them rounded" in run(
+        "verify", tmp_path / "new"
+    )
+    assert "rescaled" not in run("verify", tmp_path / "trtllm")
 
 
 @pytest.mark.parametrize("name", ["source-block-scales-layer-00001.safetensors", "experts-layer-00001.safetensors"])

@@ -159,6 +159,10 @@ def test_gate_up_policies(tmp_path: Path) -> None:
     assert plan(folder, ConvertOptions(gate_up_scales=GateUpPolicy.VLLM)).layers[0].reconciled == ()
     reason = refusal(tmp_path / "e", tensors, ConvertOptions(gate_up_scales=GateUpPolicy.ERROR))
     assert "3 of 3 experts have different global scales" in reason
+    assert "Use --layout trtllm without --gate-up-scales (keeps both scales as they are), or --gate-up" in reason
+    assert plan(folder, ConvertOptions(layout=LayoutName.TRTLLM)).layers[0].reconciled == ()
+    refused = ConvertOptions(layout=LayoutName.TRTLLM, gate_up_scales=GateUpPolicy.ERROR)
+    assert "Leave --gate-up-scales out: this layout keeps both" in refusal(tmp_path / "f", tensors, refused)
 
 
 def test_tensor_parallel_sizes_that_cannot_be_served_are_said(tmp_path: Path) -> None:

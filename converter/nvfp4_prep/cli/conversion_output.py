@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
 from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.gate_up import gate_up_lines, gate_up_value, warn_of_policy
 from nvfp4_prep.cli.output import command_line, hint, say, say_json, say_next, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
 from nvfp4_prep.cli.render import (
@@ -17,12 +18,10 @@ from nvfp4_prep.cli.render import (
     plan_text,
     plan_value,
     quantization_lines,
-    relative_error_text,
     tp_lines,
 )
 from nvfp4_prep.cli.smoke import say_smoke
 from nvfp4_prep.layouts import LAYOUTS
-from nvfp4_prep.options import GateUpPolicy
 from nvfp4_prep.report.page import Subject, write_page
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: Co
         page = shell_line("verify", request.target, "--smoke", "--report", request.report)
         hint(f"no smoke test of what was complete already, and no {request.report}: {page} makes it")
     if not as_json and not result.already_complete:
-        _warn_of_policy(result.manifest)
+        warn_of_policy(result.manifest)
         say_next("verify", request.target, "--source", request.source)
 
 
@@ -140,6 +139,7 @@ def _value(result: ConvertResult, pushed: PushResult | None) -> dict[str, Any]:
         "layers": len(manifest.layers),
         "layer_count": len(manifest.layers),
         "tp_sizes": list(manifest.tp_sizes),
+        "gate_up": gate_up_value(manifest),
         "left_out": list(result.left_out),
         "left_out_reasons": dict(result.left_out_reasons),
         "warnings": list(result.warnings),
@@ -164,38 +164,10 @@ def _say_result(result: ConvertResult, pushed: PushResult | None, request: Conve
         *(f"vLLM {line}" for line in quantization_lines(manifest.quantization.values())),
         *(f"left out {line}" for line in left_out_lines(result.left_out_reasons)),
         *(f"warning: {warning}" for warning in result.warnings),
-        *_gate_up_lines(manifest),
+        *gate_up_lines(manifest),
         *(f"verified: {check['check']}: {check['result']}" for check in manifest.verified),
     ]
     say_text(join_lines(lines))
-
-
-def _gate_up_lines(manifest: Manifest) -> list[str]:
-    """Return one line where gate and up had different global scales, with the price of the policy."""
-    differing = sum(layer.gate_up.differing for layer in manifest.layers)
-    if not differing:
-        return []
-    policy = manifest.options.gate_up_scales.value
-    errors = [layer.gate_up.figures["relative_error"] for layer in manifest.layers if layer.gate_up.differing]
-    worst = max(errors, key=lambda figures: float(figures[policy]))
-    if not manifest.options.gives_scales_up:
-        return [
-            f"gate/up global scales differed in {count(differing, 'expert')}: both are stored, nothing was rescaled;"
-            f" relative error of the weights: 0 (with one scale for both: reconcile {worst['reconcile']:.3g},"
-            f" vllm {worst['vllm']:.3g})"
-        ]
-    return [
-        f"gate/up global scales differed in {count(differing, 'expert')} ({policy}); worst layer's"
-        f" {relative_error_text(worst)}"
-    ]
-
-
-def _warn_of_policy(manifest: Manifest) -> None:
-    """Warn on stderr if scales were given up."""
-    if manifest.options.gate_up_scales == GateUpPolicy.VLLM and any(
-        layer.gate_up.differing for layer in manifest.layers
-    ):
-        hint("warning: up's own scales are ignored as vLLM does; reconcile keeps them")
 
 
 def _complete_text(request: ConvertRequest) -> str:

@@ -8,6 +8,7 @@ import click
 
 import nvfp4_prep
 from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep.cli.gate_up import gate_up_lines, gate_up_value, warn_of_policy
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
     checkpoint_argument,
@@ -72,7 +73,8 @@ def relayout(
     layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
-        say_json({**value, "tp_sizes": list(sizes), "resumed": result.resumed})
+        gate_up = gate_up_value(result.manifest)
+        say_json({**value, "tp_sizes": list(sizes), "gate_up": gate_up, "resumed": result.resumed})
         return
     say(
         f"{result.path}: {count(len(layers), 'MoE layer')} in layout"
@@ -83,6 +85,8 @@ def relayout(
     for line in (
         *LAYOUTS[result.manifest.options.layout].kernel_lines(),
         *tp_lines(((it.layout, it.dims) for it in layers), "relayout"),
+        *gate_up_lines(result.manifest),
     ):
         say(line)
+    warn_of_policy(result.manifest)
     say_next("verify", target)

@@ -161,7 +161,7 @@ class _Verification:
         self.checks += [
             f"files: sha256 of {count(digested, 'file')}",
             f"experts: {experts} inverted; digests of the source's tensors, padding and checksums",
-            f"scales: global and input scale vectors of {count(computed, 'layer')} computed again",
+            f"scales: global and input scale vectors of {count(computed, 'layer')} computed again{self._rescaled()}",
         ]
         return total
 
@@ -172,6 +172,14 @@ class _Verification:
             done[name] += experts
         layers = [record.source for record in self._checkpoint.manifest.layers]
         return sum(min(done[layer.prepared_name(tensor)] for tensor in PreparedTensor) for layer in layers)
+
+    def _rescaled(self) -> str:
+        """Return what the layout made of experts whose gate and up have different global scales."""
+        layers = [layer.gate_up for layer in self._checkpoint.manifest.layers]
+        experts = count(sum(len(layer.reconciled) for layer in layers), "expert")
+        rounded = sum(layer.figures.get("rounded", 0) for layer in layers)
+        some = any(layer.reconciled for layer in layers)
+        return f"; block scales of {experts} rescaled, {rounded:,} of them rounded" if some else ""
 
     def _file_job(self, name: str) -> FileJob | None:
         file = self._checkpoint.manifest.files[name]

@@ -18,7 +18,7 @@ from nvfp4_prep.checkpoint.filenames import (
 from nvfp4_prep.checkpoint.index import CheckpointIndex
 from nvfp4_prep.checkpoint.source import Source, SourceFile
 from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.layouts import LAYOUTS
+from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.moe.activation import Activation, ActivationKind
 from nvfp4_prep.moe.discovery import FoundLayers, LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
@@ -91,7 +91,7 @@ def _check_supported(source: Source, index: CheckpointIndex, found: FoundLayers)
             next_step=(
                 "Serve it, `nvfp4-prep restore` it, or change its layout with `nvfp4-prep relayout`."
                 if whole
-                else f"Its {MANIFEST} is missing: download the whole checkpoint, or convert its source again."
+                else f"Its {MANIFEST} is missing: copy or download the whole checkpoint, or convert its source again."
             ),
         )
     if whole:
@@ -142,9 +142,22 @@ def _plan_layer(layer: MoeLayer, scalars: LayerScalars, options: ConvertOptions,
         raise UnsupportedCheckpointError(
             f"gate and up projections of {len(differing)} of {layer.dims.experts} experts have different global scales",
             where=layer.experts_path,
-            next_step="Use --gate-up-scales reconcile (rescale one side) or vllm (take gate's, as vLLM does).",
+            next_step=_instead_of_error(layer, options),
         )
     return LayerPlan(layer, layout, activation, scalars, options.reconciled(differing))
+
+
+def _instead_of_error(layer: MoeLayer, options: ConvertOptions) -> str:
+    """Return what to give in the place of ``--gate-up-scales error``."""
+    if options.layout is LayoutName.TRTLLM:
+        return "Leave --gate-up-scales out: this layout keeps both scales as they are."
+    two_scales = ConvertOptions(layout=LayoutName.TRTLLM, moe_tp=options.moe_tp).layout_for(gated=True)
+    try:
+        two_scales.check(layer.dims)
+        keep_both = "--layout trtllm without --gate-up-scales (keeps both scales as they are), or "
+    except LayoutError:
+        keep_both = ""
+    return f"Use {keep_both}--gate-up-scales reconcile (rescale one side) or vllm (take gate's, as vLLM does)."
 
 
 def check_batched(layer: MoeLayer, activation: Activation, options: ConvertOptions) -> None:

@@ -34,11 +34,11 @@ from load_data import KIMI, LayerFiles, write_layer
 from machine import facts
 from measuring import spread
 
+from nvfp4_prep._util.limits import usable_cores
 from nvfp4_prep.load import CooperativeGroup, ExpertLoader, Gather, GroupLoader, LoadOptions, LoadReport, RankShare
 from nvfp4_prep.load import loader as loader_module
 from nvfp4_prep.load.cooperative import CooperativeLoad, SharedParameter
 from nvfp4_prep.load.numa import near_processors
-from nvfp4_prep.load.options import usable_cores
 from nvfp4_prep.load.ranks import Ranks
 from nvfp4_prep.load.reader import ReadCounts
 from nvfp4_prep.load.worker import Times

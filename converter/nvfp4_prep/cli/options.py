@@ -62,7 +62,9 @@ REPORT = _CheckedPath(arguments.PATH, directory=False)
 source_argument = click.argument("source", type=ADDRESS)
 target_argument = click.argument("target", type=DIRECTORY)
 threads_option = click.option(
-    "--threads", type=click.IntRange(1, 256), help="Workers; the output does not depend on it.  [default: CPUs + 1]"
+    "--threads",
+    type=click.IntRange(1, 256),
+    help="Workers; the output does not depend on it.  [default: usable CPUs + 1, at most 64]",
 )
 memory_option = click.option(
     "--memory",
@@ -71,7 +73,7 @@ memory_option = click.option(
     metavar="MB",
     callback=lambda context, parameter, value: value and value * 10**6,
     help="Budget of the buffers, in MB (10^6 bytes); the output does not depend on it."
-    "  [default: 134 a worker, at least 671]",
+    "  [default: 134 a worker, at least 671, at most half of the usable memory]",
 )
 restart_option = click.option(
     "--restart", is_flag=True, help="Discard an unfinished earlier run instead of continuing it."

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from nvfp4_prep._util.arguments import COUNT, FLAG, PATH, THREADS, checked, integer, one_of, optional
+from nvfp4_prep._util.limits import usable_cores
 from nvfp4_prep.commands.bench_load_figures import LoadBench, LoadFigures, find_limit
 from nvfp4_prep.commands.bench_load_processes import RankProcesses
 from nvfp4_prep.commands.bench_load_rank import RankJob, RankTurn
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.load import Catalog, LoadOptions
-from nvfp4_prep.load.options import rank_threads, usable_cores
+from nvfp4_prep.load.options import rank_threads
 from nvfp4_prep.load.page_cache import cached_share, forget
 from nvfp4_prep.load.storage import storage_of
 from nvfp4_prep.prepared.manifest import LayerRecord

@@ -17,6 +17,7 @@ from typing import Any
 
 from nvfp4_prep._util.arguments import PATH, checked, optional
 from nvfp4_prep._util.installed import installed_versions
+from nvfp4_prep._util.limits import machine_memory_nbytes, usable_cores, usable_memory_nbytes
 from nvfp4_prep._util.system import open_files_error
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import UsageError
@@ -107,17 +108,25 @@ def diagnose(directory: str | Path | None = None) -> Diagnosis:
     Raises:
         UsageError: if the directory cannot be written.
     """
-    memory_nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = installed_versions()
     cards, no_torch = _cards()
     return Diagnosis(
         versions=found,
-        machine=f"{len(os.sched_getaffinity(0))} processors, {format_nbytes(memory_nbytes)} memory,"
-        f" {platform.system()} {platform.machine()}",
+        machine=_machine(),
         cards=cards,
         abilities=(*_offline(no_torch), *_vllm(cards, found["vllm"]), *_sglang(cards, found["sglang"])),
         disk=None if directory is None else measure_disk(Path(directory)),
     )
+
+
+def _machine() -> str:
+    """Return what this process may use of the machine, and what the machine has where that is more."""
+    cores, machine_cores = usable_cores(), os.cpu_count() or 1
+    memory, machine_memory = format_nbytes(usable_memory_nbytes()), format_nbytes(machine_memory_nbytes())
+    text = f"{cores} processors, {memory} memory"
+    if (cores, memory) != (machine_cores, machine_memory):
+        text = f"{cores} of {machine_cores} processors, {memory} of {machine_memory} memory (this process's limits)"
+    return f"{text}, {platform.system()} {platform.machine()}"
 
 
 def _cards() -> tuple[tuple[str, ...], str]:

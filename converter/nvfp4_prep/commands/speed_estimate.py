@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from nvfp4_prep._util.limits import usable_cores
 from nvfp4_prep._util.system import start_thread
 from nvfp4_prep._util.torch_threads import one_torch_thread
 from nvfp4_prep.checkpoint.local_source import LocalSource
@@ -50,7 +51,7 @@ class SpeedEstimate:
         cores_s: processor time of everything, shared by all cores.
         names_s: work over the tensors' names, which one core does; most of the time where tensors are tiny.
         read_gb_per_s, sha256_gb_per_s: what the probe measured, 10^9 bytes a second.
-        cores: that this process may use.
+        cores: that this process may use, by its affinity and its control group's quota.
         smoke_s: of the smoke test on one core; ``None`` where a GPU runs it.
     """
 
@@ -88,7 +89,7 @@ def estimate_speed(plan: Plan, source: Source, planning_s: float) -> SpeedEstima
         return None
     nbytes = sum(file.nbytes for file in plan.source_files)
     read, digest = _read_rate(_blocks(source.root, plan)), _sha256_rate()
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return SpeedEstimate(
         read_s=nbytes / read if read else None,
         digest_s=max(file.nbytes for file in plan.files) / digest,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass
 
+from nvfp4_prep._util.limits import usable_cores
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.load.read_plan import ALIGNMENT, LONG_RUN_NBYTES
 
-__all__ = ["DirectIO", "Gather", "LoadOptions", "default_threads", "rank_threads", "usable_cores"]
+__all__ = ["DirectIO", "Gather", "LoadOptions", "default_threads", "rank_threads"]
 
 MAX_THREADS, MAX_BUFFERS, MAX_CHUNK_NBYTES = 1024, 65536, 1 << 30
 """More is a mistake: 12 threads saturate the bus."""
@@ -41,11 +41,6 @@ class Gather(enum.StrEnum):
     AUTO = "auto"
     ROWS = "rows"
     MMAP = "mmap"
-
-
-def usable_cores() -> int:
-    """Return the cores that this process may use (Linux), or that there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads(cores: int) -> int:

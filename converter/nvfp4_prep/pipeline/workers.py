@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 
+from nvfp4_prep._util.limits import usable_cores, usable_memory_nbytes
 from nvfp4_prep._util.system import start_thread
 
 __all__ = ["WorkerThreads", "default_memory_nbytes", "default_threads"]
@@ -16,13 +16,16 @@ _MAX_THREADS = 64
 
 
 def default_threads() -> int:
-    """Return one worker more than the processors, because units wait for the disk; at most 64."""
-    return min(_MAX_THREADS, len(os.sched_getaffinity(0)) + 1)
+    """Return one worker more than the usable cores, because units wait for the disk; at most 64."""
+    return min(_MAX_THREADS, usable_cores() + 1)
 
 
 def default_memory_nbytes(threads: int | None = None) -> int:
-    """Return the memory budget of buffers: 128 MiB a worker (two units of 16 MiB), at least 640 MiB."""
-    return max(_MIN_MEMORY_NBYTES, _WORKER_MEMORY_NBYTES * (threads or default_threads()))
+    """Return the memory budget of buffers: 128 MiB a worker (two units of 16 MiB), at least 640 MiB, but never more
+    than half of the usable memory: the rest is for torch, the plan and the page cache.
+    """
+    wanted = max(_MIN_MEMORY_NBYTES, _WORKER_MEMORY_NBYTES * (threads or default_threads()))
+    return min(wanted, usable_memory_nbytes() // 2)
 
 
 class WorkerThreads:

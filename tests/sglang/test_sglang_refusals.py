@@ -148,7 +148,7 @@ def test_other_backends(copy: Callable[..., Path], backend: str) -> None:
 
 def test_deepep_with_the_standard_layout(copy: Callable[..., Path]) -> None:
     message = refusal(copy(), "DeepEP, standard layout", moe_a2a_backend="deepep", deepep_mode="low_latency")
-    assert "reads the batched one" in message
+    assert "reads the batched CuteDSL one" in message
 
 
 def test_batched_layout_without_deepep(copy: Callable[..., Path]) -> None:

@@ -13,23 +13,29 @@ from nvfp4_prep import SampleModel, plan, write_sample
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.cli import cli
+from nvfp4_prep.cli.conversion_output import _time_text
 from nvfp4_prep.commands import speed_estimate
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
 from nvfp4_prep.pipeline import workers
+from support.paths import ROOT
+
+JSON_PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("bounds", "limit", "seconds"),
+    ("bounds", "limit", "words"),
     [
-        ((9.0, 1.0, 2.0, 0.1), "disk read", 9.0),
-        ((1.0, 9.0, 2.0, 0.1), "digests", 9.0),
-        ((None, 1.0, 9.0, 0.1), "cores", 9.0),
-        ((3.0, 1.0, 2.0, 9.0), "names", 9.0),
+        ((9.0, 1.0, 2.0, 0.1), "disk read", "limited by reading the source from disk ("),
+        ((1.0, 9.0, 2.0, 0.1), "digests", "limited by the sha256 of the largest file, which one core computes ("),
+        ((None, 1.0, 9.0, 0.1), "cores", "limited by the CPU, which hashes, rearranges and compares every byte ("),
+        ((3.0, 1.0, 2.0, 9.0), "names", "limited by Python's planning over the tensors' names, on one core ("),
     ],
 )
-def test_the_largest_bound_limits(bounds: tuple[float | None, float, float, float], limit: str, seconds: float) -> None:
+def test_the_largest_bound_limits(bounds: tuple[float | None, float, float, float], limit: str, words: str) -> None:
     found = SpeedEstimate(*bounds, 1.0, 2.0, 4)
-    assert (found.limit, found.seconds) == (limit, seconds)
+    assert (found.limit, found.seconds) == (limit, 9.0)
+    assert f"at least 9 s of work, {words}" in _time_text(found)
+    assert f"`{limit}`" in JSON_PAGE
 
 
 def test_bounds_follow_from_the_rates(sample_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +88,10 @@ def test_dry_run_says_it_and_writes_nothing(sample_source: Path, tmp_path: Path)
     arguments = ["convert", str(sample_source), str(tmp_path / "out"), "--dry-run"]
     text = CliRunner().invoke(cli, arguments).stdout
     line = next(line for line in text.splitlines() if line.startswith("time "))
-    assert "limited by: " in line and "writing not measured" in line and "smoke test of about" in line
+    assert "limited by " in line and "writing was not measured" in line and "smoke test of about" in line
     value = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).stdout)["time"]
     assert value["limit"] in ("cores", "digests", "disk read", "names") and value["seconds"] > 0
+    assert [key for key in value if f"`{key}`" not in JSON_PAGE] == []
     assert not list(tmp_path.iterdir())
 
 

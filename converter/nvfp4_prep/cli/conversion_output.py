@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["say_checkpoint", "say_failed_smoke_run", "say_part", "say_preview"]
 
+_LIMITS = {
+    "cores": "the CPU, which hashes, rearranges and compares every byte",
+    "digests": "the sha256 of the largest file, which one core computes",
+    "disk read": "reading the source from disk",
+    "names": "Python's planning over the tensors' names, on one core",
+}
+"""What limits a conversion, by :attr:`~nvfp4_prep.commands.speed_estimate.SpeedEstimate.limit`, in words."""
+
 
 def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
     """Print the outcome of ``--dry-run``, and on stderr why the run would be refused."""
@@ -59,8 +67,8 @@ def _time_text(speed: SpeedEstimate | None) -> str:
         return ""
     read = "not measured" if speed.read_gb_per_s is None else f"{speed.read_gb_per_s:.2g} GB/s"
     return (
-        f"\ntime     at least {max(1, round(speed.seconds)):,} s of work, limited by: {speed.limit} (disk read {read},"
-        f" sha256 {speed.sha256_gb_per_s:.2g} GB/s a core, {count(speed.cores, 'core')}; writing not"
+        f"\ntime     at least {max(1, round(speed.seconds)):,} s of work, limited by {_LIMITS[speed.limit]} (disk read"
+        f" {read}, sha256 {speed.sha256_gb_per_s:.2g} GB/s a core, {count(speed.cores, 'core')}; writing was not"
         f" measured){_smoke_time_text(speed)}"
     )
 

@@ -116,7 +116,7 @@ def test_a_failed_verification_leaves_out_the_smoke_run_and_has_its_page(
     shutil.copytree(sample_prepared, damaged)
     (damaged / "surplus.safetensors").write_bytes(b"")
     done = run("verify", damaged, "--quick", "--smoke", "--report", page, *options)
-    assert done.exit_code == 6 and "Not signed off" in page.read_text()
+    assert done.exit_code == 6 and "Do not serve this checkpoint." in page.read_text()
     assert "no smoke test, because verification failed" in done.stderr
 
 

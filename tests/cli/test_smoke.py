@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tm
     damage(out)
     page = tmp_path / "page.html"
     done = run("verify", out, "--smoke", "--source", sample_source, "--report", page)
-    assert "Not signed off" in page.read_text() and "verification failed" in page.read_text()
+    assert "Do not serve this checkpoint." in page.read_text() and "verification failed" in page.read_text()
     assert done.exit_code == 6 and "no smoke test, because verification failed" in done.stderr
     assert "smoke test" not in done.stdout
     quick = run("verify", out, "--quick", "--smoke", "--source", sample_source, "--layers", "1-1")

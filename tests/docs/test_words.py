@@ -34,6 +34,7 @@ INSTEAD = {
     r"\b[Mm]ake room\b": "Free disk space",
     r"\bway of the data\b": "data flow",
     r"\bbad nights\b": "retries",
+    r"\bsigned off\b": "passed: a person signs off, not a check",
     r"\bmade files\b": "metadata files",
     r"\bside files\b": "auxiliary files",
     r"\b[Ss]ay what shall\b": "Specify what to",

@@ -115,12 +115,12 @@ def test_evidence_is_on_the_page(sample_prepared: Path) -> None:
     assert "@media print" in page and "max-width: 40rem" in page and "http" not in re.sub("xmlns=.*?>", "", page)
 
 
-def test_every_check_is_signed_off_or_said_to_be_left_out(sample_source: Path, sample_prepared: Path) -> None:
+def test_every_check_passed_or_is_said_to_be_left_out(sample_source: Path, sample_prepared: Path) -> None:
     _, words = verified_page(sample_prepared, source=sample_source)
-    assert words.count("✓ signed off") == 5 and words.count("not run") == 1  # the smoke run
+    assert words.count("✓ passed") == 5 and words.count("not run") == 1  # the smoke run
     _, words = verified_page(sample_prepared, quick=True)
-    assert words.count("✓ signed off") == 1 and words.count("not run") == 5
-    assert any("1 of 1 check signed off" in word and "left out: files, experts" in word for word in words)
+    assert words.count("✓ passed") == 1 and words.count("not run") == 5
+    assert any("1 of 1 check passed" in word and "left out: files, experts" in word for word in words)
 
 
 def test_damage_is_counted_once_and_named_by_its_check(
@@ -140,8 +140,8 @@ def test_damage_is_counted_once_and_named_by_its_check(
     wrong = [layer.index for layer, problems in found.layer_problems if problems]
     assert wrong == [2]
     page, words = verified_page(out, source=sample_source)
-    assert "Failed" in words and "Not signed off: do not serve this checkpoint." in words
-    assert words.count("✗ not signed off") == 4 and page.count('fill="#c0392b"') == 1
+    assert "Failed" in words and "Do not serve this checkpoint." in words
+    assert words.count("✗ FAILED") == 4 and page.count('fill="#c0392b"') == 1
     assert f"{len(found.problems)} problems" in words
 
 
@@ -189,3 +189,11 @@ def test_exact_experts_fill_no_table() -> None:
 def test_a_chart_is_as_wide_as_its_layers_need(layers: int, width: int) -> None:
     chart = error_chart(make_report(ERRORS).layers * layers)
     assert chart.width == width and all(chart.left < bar.x < chart.right for bar in chart.bars)
+
+
+def test_a_person_approves_in_print_alone(sample_prepared: Path) -> None:
+    page, words = verified_page(sample_prepared, quick=True)
+    after = words[words.index("Approval") :]
+    assert after[-4:] == ["Name", "Decision", "Date", "Signature"]
+    screen, print_rules = page.split("@media print")
+    assert ".approval { display: none; }" in screen and ".approval { display: block; }" in print_rules

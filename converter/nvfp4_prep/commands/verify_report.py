@@ -49,14 +49,14 @@ class CheckFinding:
     problems: int | None
 
     @property
-    def signed_off(self) -> bool:
+    def passed(self) -> bool:
         """Whether the check ran and found nothing wrong."""
         return self.problems == 0
 
     @property
     def state(self) -> str:
         """The outcome in words."""
-        return "not run" if self.problems is None else "signed off" if self.signed_off else "FAILED"
+        return "not run" if self.problems is None else "passed" if self.passed else "FAILED"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one line that a report begins with: signed off, or not, and by what."""
+"""The one line that a report begins with: passed, failed or inconclusive, and by what."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def judge(verification: VerifyReport | None, smoke: SmokeReport | None) -> Verdi
     failed = (verification is not None and not verification.ok) or (smoke is not None and not smoke.passed)
     if verification is not None:
         ran = [finding for finding in verification.findings if finding.problems is not None]
-        good = sum(finding.signed_off for finding in ran)
+        good = sum(finding.passed for finding in ran)
         left_out = [finding.name for finding in verification.findings if finding.problems is None]
         sentences.append(
-            f"Verification ({verification.depth}): {good} of {count(len(ran), 'check')} signed off,"
+            f"Verification ({verification.depth}): {good} of {count(len(ran), 'check')} passed,"
             f" {count(len(verification.problems), 'problem')}, {format_nbytes(verification.checked_nbytes)} read"
             + (f"; left out: {', '.join(left_out)}." if left_out else ".")
         )
     if smoke is not None:
         sentences.append(f"Smoke test: {smoke.result}.")
     if failed:
-        return Verdict("Failed", ("Not signed off: do not serve this checkpoint.", *sentences))
+        return Verdict("Failed", ("Do not serve this checkpoint.", *sentences))
     if smoke is not None and smoke.result == "inconclusive":
         return Verdict("Inconclusive", tuple(sentences))
     return Verdict("Passed", tuple(sentences))

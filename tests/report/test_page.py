@@ -197,3 +197,12 @@ def test_a_person_approves_in_print_alone(sample_prepared: Path) -> None:
     assert after[-4:] == ["Name", "Decision", "Date", "Signature"]
     screen, print_rules = page.split("@media print")
     assert ".approval { display: none; }" in screen and ".approval { display: block; }" in print_rules
+
+
+def test_numbers_are_not_broken_in_print(sample_prepared: Path) -> None:
+    """Only words may break; and the chart of a model with few layers is not blown up to the width of the paper."""
+    page, _ = verified_page(sample_prepared, quick=True)
+    print_rules = page.split("@media print")[1].split("</style>")[0]
+    breaking = [rule.split("{")[0] for rule in print_rules.split("}") if "overflow-wrap: anywhere" in rule]
+    assert [rule.strip() for rule in breaking] == ["td:first-child, td.text, td.words"]
+    assert "max-width: 100%" not in print_rules

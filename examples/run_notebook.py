@@ -1,7 +1,9 @@
 """Runs the cells of notebook.ipynb in order, without Jupyter, and stores their outputs in it.
 
-    python examples/run_notebook.py           run, and write the outputs into the notebook
-    python examples/run_notebook.py --check   run, and fail if the outputs differ from the stored ones
+    python examples/run_notebook.py           run, and write outputs that differ from the stored ones into the notebook
+    python examples/run_notebook.py --check   run, write nothing, and fail if outputs differ in more than numbers
+
+A cell that raises an exception ends the run, and nothing is written.
 
 An output is what a notebook would show: what a cell prints, and the value of its last expression as SVG, HTML or text.
 """
@@ -24,17 +26,24 @@ NOTEBOOK = Path(__file__).resolve().with_name("notebook.ipynb")
 _KINDS = {"text/html": "_repr_html_", "image/svg+xml": "_repr_svg_"}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the stored outputs and write nothing")
-    check = parser.parse_args().check
+    check = parser.parse_args(arguments).check
     stored = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     made = run_notebook(stored)
+    print(f"{NOTEBOOK.name}: ran {sum(cell['cell_type'] == 'code' for cell in made['cells'])} code cells")
     if check:
-        different = different_cells(stored, made)
-        sys.exit(f"error: outputs differ: {', '.join(different)}" if different else 0)
-    NOTEBOOK.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if different := different_cells(stored, made):
+            sys.exit(f"error: the outputs of these cells differ from the stored ones: {', '.join(different)}")
+        print("the outputs are as stored")
+    elif made == stored:
+        print("the outputs are as stored; nothing was written")
+    else:
+        NOTEBOOK.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        changed = [new["id"] for old, new in zip(stored["cells"], made["cells"], strict=True) if old != new]
+        print(f"wrote new outputs into {NOTEBOOK}, of the cells {', '.join(changed)}")
 
 
 def run_notebook(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +58,11 @@ def run_notebook(notebook: dict[str, Any]) -> dict[str, Any]:
             for cell in notebook["cells"]:
                 if cell["cell_type"] == "code":
                     count += 1
-                    outputs = run_cell("".join(cell["source"]), names, count)
+                    try:
+                        outputs = run_cell("".join(cell["source"]), names, count)
+                    except BaseException as error:
+                        error.add_note(f"in cell {cell['id']} of {NOTEBOOK.name}; nothing was written")
+                        raise
                     cell = {**cell, "execution_count": count, "outputs": outputs}
                 cells.append(cell)
         finally:

@@ -94,6 +94,7 @@ def test_the_converter_image_has_the_required_packages() -> None:
     text = (DOCKER / "converter.Dockerfile").read_text(encoding="utf-8")
     installed = set(re.findall(r'"([a-z-]+>=[0-9.]+)"', text))
     assert installed == {package for package in required if not package.startswith("flashinfer")}
+    assert re.search(r"^RUN pip install [^\n]* numpy ", text, re.MULTILINE)  # torch warns without it
     assert text.index("whl/cpu") < text.index("torch>=") < text.index("safetensors")
     assert 'ENTRYPOINT ["nvfp4-prep"]' in text
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from email.parser import HeaderParser
@@ -179,3 +181,12 @@ def test_version_comes_from_one_place() -> None:
     assert assigned == [nvfp4_prep.__version__]
     head = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
     assert head.split()[1] == nvfp4_prep.__version__
+
+
+def test_the_cpu_recipe_names_what_is_required_and_numpy() -> None:
+    """FlashInfer is left out there, and with it goes numpy, without which torch warns in every command."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    wanted = {line.split(">")[0] for line in required} - {"torch", "flashinfer-python"} | {"numpy"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^pip install torch .*\npip install ([^#\n]*)", readme, re.MULTILINE)
+    assert {*recipe.split()} == wanted

@@ -6,22 +6,25 @@
 #   examples/serve_vllm.sh CHECKPOINT dep 8    data parallel attention, whole experts spread over the ranks
 #
 # Needs GPUs of compute capability 10.0 or 10.3. Needs once: pip install . vllm==0.33.0 (in a clone)
+# What follows the number of GPUs goes to the server as it is: --port 8001, or --trust-remote-code for a checkpoint with
+# Python code of its own.
 # FAST=1 adds --load-format nvfp4_prep: each rank reads its own bytes only. DRY_RUN=1 prints the command only.
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; }
 case ${1:-} in -h | --help) usage; exit 0 ;; esac
-if [ $# -ne 3 ]; then
+if [ $# -lt 3 ]; then
     usage >&2
     exit 2
 fi
 checkpoint=$1 mode=$2 gpus=$3
+shift 3
 if ! [[ $gpus =~ ^[1-9][0-9]*$ ]]; then
     echo "the number of GPUs must be a number from 1, not $gpus" >&2
     exit 2
 fi
 
-arguments=(serve "$checkpoint" --trust-remote-code)
+arguments=(serve "$checkpoint")
 case $mode in
     tp) arguments+=(--tensor-parallel-size "$gpus") ;;
     ep) arguments+=(--tensor-parallel-size "$gpus" --enable-expert-parallel) ;;
@@ -31,8 +34,17 @@ esac
 if [ "${FAST:-0}" = 1 ]; then
     arguments+=(--load-format nvfp4_prep)
 fi
+arguments+=("$@")
+if [[ " $* " != *" --trust-remote-code "* ]]; then
+    for file in config.json tokenizer_config.json; do
+        if grep -qs '"auto_map"' "$checkpoint/$file"; then
+            echo "note: $file names Python code in $checkpoint (auto_map). If the server asks for --trust-remote-code," \
+                "read that code, then append the option." >&2
+        fi
+    done
+fi
 
-echo "vllm ${arguments[*]}" >&2
+echo "vllm$(printf ' %q' "${arguments[@]}")" >&2
 if [ "${DRY_RUN:-0}" = 1 ]; then
     exit 0
 fi

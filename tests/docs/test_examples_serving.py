@@ -136,7 +136,7 @@ def test_serve_script(mode: str, flags: str) -> None:
     done = subprocess.run(
         ["bash", script, "ckpt", mode, "4"], capture_output=True, text=True, env=environment, check=True
     )
-    assert done.stderr.strip() == f"vllm serve ckpt --trust-remote-code {flags}"
+    assert done.stderr.strip() == f"vllm serve ckpt {flags}"
     wrong = subprocess.run(
         ["bash", script, "ckpt", "pp", "4"], capture_output=True, text=True, env=environment, check=False
     )
@@ -156,12 +156,31 @@ def test_serve_script_for_sglang(mode: str, flags: str) -> None:
     done = subprocess.run(
         ["bash", script, "ckpt", mode, "4"], capture_output=True, text=True, env=environment, check=True
     )
-    command = f"python -m sglang.launch_server --model-path ckpt --trust-remote-code {flags}"
+    command = f"python -m sglang.launch_server --model-path ckpt {flags}"
     assert done.stderr.strip() == f"{command} --load-format nvfp4_prep"
     wrong = subprocess.run(
         ["bash", script, "ckpt", "pp", "4"], capture_output=True, text=True, env=environment, check=False
     )
     assert wrong.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["serve_vllm.sh", "serve_sglang.sh"])
+def test_serve_scripts_trust_no_code_unless_they_are_told(script: str, tmp_path: Path) -> None:
+    """A checkpoint with code of its own is named; what the user appends goes to the server as it is."""
+
+    def said(*options: str) -> list[str]:
+        command = ["bash", str(EXAMPLES / script), str(tmp_path), "tp", "4", *options]
+        environment = {**os.environ, "DRY_RUN": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stderr.splitlines()
+
+    (tmp_path / "config.json").write_text("{}")
+    (command,) = said()
+    assert "trust-remote-code" not in command
+    (tmp_path / "tokenizer_config.json").write_text('{\n  "auto_map": {}\n}')
+    note, again = said()
+    assert note.startswith("note: tokenizer_config.json names Python code in ") and again == command
+    (trusting,) = said("--trust-remote-code", "--chat-template", "a b")
+    assert trusting == command + " --trust-remote-code --chat-template a\\ b"
 
 
 def write_source(directory: Path, layer: SyntheticLayer) -> Path:

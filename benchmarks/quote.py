@@ -49,17 +49,22 @@ def quote(name: str, recorded: Recorded) -> str:
 
 
 def quoted(page: str, recorded: Recorded) -> str:
-    """A page with its figures as the results have them."""
-    return _MARKED.sub(lambda found: found[1] + quote(found[2], recorded) + found[4], page)
+    """A page with its figures as the results have them, wrapped as all pages are."""
+    text = _MARKED.sub(lambda found: found[1] + quote(found[2], recorded) + found[4], page)
+    return str(_loaded("site/wrap_prose.py").wrapped(text))
 
 
 def picture(recorded: Recorded) -> str:
     """The picture of the load times."""
-    spec: Any = importlib.util.spec_from_file_location("draw_pictures", ROOT / "docs" / "pictures" / "draw.py")
-    draw = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = draw
-    spec.loader.exec_module(draw)
-    return str(draw.draw_loading(recorded["load-vllm"], recorded["load"]))
+    return str(_loaded("pictures/draw.py").draw_loading(recorded["load-vllm"], recorded["load"]))
+
+
+def _loaded(script: str) -> Any:
+    """A script of docs/ as a module."""
+    spec: Any = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "docs" / script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_pages(*, check: bool = False, results: Path = RESULTS) -> list[str]:

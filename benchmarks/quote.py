@@ -30,12 +30,12 @@ PAGES = (
     "docs/loading-notes.md",
     "docs/start-of-a-server.md",
     "docs/gpu-proof.md",
-    "docs/troubleshooting.md",
+    "docs/performance.md",
     "docs/which-kernel.md",
 )
 PICTURE = "docs/pictures/loading.svg"
 VALUES = values_loading.VALUES | values_kernels.VALUES | values_scaling.VALUES
-_MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n*)(.*?)(\n*<!-- /figures -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- figures: ([a-z-]+) -->\n)(.*?)(<!-- /figures -->)", re.DOTALL)
 
 
 def quote(name: str, recorded: Recorded) -> str:
@@ -50,7 +50,7 @@ def quote(name: str, recorded: Recorded) -> str:
 
 def quoted(page: str, recorded: Recorded) -> str:
     """A page with its figures as the results have them, wrapped as all pages are."""
-    text = _MARKED.sub(lambda found: found[1] + quote(found[2], recorded) + found[4], page)
+    text = _MARKED.sub(lambda found: f"{found[1]}\n{quote(found[2], recorded)}\n\n{found[4]}", page)
     return str(_loaded("site/wrap_prose.py").wrapped(text))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from recorded import DASH, TIMES, Recorded, bold, gb, percent, reach, spread, table
+from recorded import DASH, TIMES, Recorded, bold, gb, reach, spread, table
 
 Row = dict[str, Any]
 WHOLE, TP2, TP8, EP8 = "full layer", "full layer, TP2", "full layer, TP8", "EP8, one layer"
@@ -123,18 +123,6 @@ def load_shares(recorded: Recorded) -> Row:
     }
 
 
-def load_sweep(recorded: Recorded) -> Row:
-    default, cells = default_point(recorded), []
-    for row in recorded["load"]["sweep"]:
-        cell = [f"{row['threads']}, {row['buffers']} {TIMES} {row['chunk_mib']:g} MiB", f"{row['gb_per_s']:.1f}"]
-        cells.append(bold(cell) if row is default else cell)
-    half = -(-len(cells) // 2)
-    right = [*cells[half:], ["", ""]][:half]
-    head = [f"threads, buffers {TIMES} size", "GB/s"]
-    rows = [[*a, "", *b] for a, b in zip(cells[:half], right, strict=True)]
-    return {"gb": gb(default["nbytes"]), "table": table([*head, "", *head], rows)}
-
-
 def load_cold(recorded: Recorded) -> Row:
     rows = cold_rows(recorded)
     automatic = rows["automatic"]
@@ -185,13 +173,15 @@ def load_aims(recorded: Recorded) -> Row:
     within = [a <= 2**30 and b <= 2**28 for a, b in zip(host, device, strict=True)]
     return {
         "runs": len(runs),
-        "dates": ", ".join(run.about("load-vllm")["date"] for run in runs),
+        "dates": ", ".join(dict.fromkeys(run.about("load-vllm")["date"] for run in runs)),
         "against_vllm": judged([value >= 13 for value in times], reach(times, f"{{:.1f}} {TIMES}")),
         "read": judged([worst <= 1.01], f"{worst:.4f}"),
         "memory": judged(
             within, f"{max(host) / 2**20:.0f} MiB (pinned staging), {max(device) / 2**20:.0f} MiB on the device"
         ),
         "equal": judged(equal, "yes" if all(equal) else "no"),
+        "tp2": _judged_share(recorded, "TP2 as a server", 2, 0.9),
+        "tp8": _judged_share(recorded, "TP8 mapping", 8, 0.8),
         "of_bus": judged(
             [value >= 0.9 for value in of_bus],
             f"{reach([100 * value for value in of_bus], '{:.0f} %')} ({rates}); inside vLLM's loads of a full layer"
@@ -202,6 +192,11 @@ def load_aims(recorded: Recorded) -> Row:
             f"{reach(of_best, f'{{:.2f}} {TIMES}')} ({best_original(recorded)['loader']})",
         ),
     }
+
+
+def _judged_share(recorded: Recorded, side: str, ranks: int, aim: float) -> str:
+    shares = ep_shares(recorded, side, ranks)
+    return judged([share >= aim for share in shares], reach([100 * share for share in shares], "{:.0f}") + " %")
 
 
 def judged(met: list[bool], figure: str) -> str:
@@ -220,19 +215,20 @@ def shares_of_bus_inside_vllm(recorded: Recorded) -> list[float]:
 
 
 def load_why(recorded: Recorded) -> Row:
-    row = ours(recorded)
+    """Where the reading threads' time goes, and what more of them would do."""
+    row, sweep = ours(recorded), recorded["load"]["sweep"]
     times, all_threads = row["thread_seconds"], row["threads"] * row["last"]
-    most = max(recorded["load"]["sweep"], key=lambda item: (item["threads"], item["chunk_mib"], item["buffers"]))
+    near = [each["gb_per_s"] for each in sweep if 8 <= each["threads"] <= 14 and each["chunk_mib"] == 4]
+    most = max(sweep, key=lambda item: (item["threads"], item["chunk_mib"], item["buffers"]))
     return {
         "cpus": recorded.about("load")["cpus"],
         "threads": row["threads"],
         "inside": 100 * times["read"] / all_threads,
         "waiting": 100 * times["wait"] / all_threads,
         "each": row["read_nbytes"] / times["read"] / 1e9,
+        "near": reach(near, "{:.0f}"),
         "most": most["threads"],
         "most_rate": most["gb_per_s"],
-        "most_wait": most["thread_seconds"]["wait"],
-        "most_all": most["threads"] * most["last"],
     }
 
 
@@ -270,19 +266,44 @@ def readme_load(recorded: Recorded) -> Row:
     }
 
 
+RANKS = {
+    "EP{}": "EP {0}, each rank its own experts",
+    "TP{} as a server": "TP {0}, as vLLM and SGLang load: w13 read from the start, columns of w2 exchanged",
+    "TP{} cooperative 256 MiB": "TP {0}, `load_layer(..., group=...)`",
+    "TP{} mapping": 'TP {0}, each rank alone, `gather="mmap"`',
+    "TP{} rows": 'TP {0}, each rank alone, `gather="rows"`',
+    "EP{} kvikio": "EP {0}, the same shares read by kvikio",
+}
+
+
 def load_ranks(recorded: Recorded) -> Row:
-    """All ranks of a host at once, by every way, in each run on file."""
-    lines = []
-    for number, run in enumerate(recorded.runs("load-ranks")):
-        rows = run["load-ranks"]["rows"]
-        experts = {row["ranks"]: row for row in rows if row["side"] == f"EP{row['ranks']}"}
-        for row in rows:
-            whole = experts[row["ranks"]]
-            cells = [f"{number + 1}", row["side"], f"{row['threads']}", spread(row), f"{row['gb_per_s']:.1f}"]
-            share = percent(whole["median"] / row["median"])
-            lines.append([*cells, share, f"{row['read_nbytes'] / row['nbytes']:.2f}", f"{row['reads']}"])
-    head = ["run", "side", "threads a rank", "s, median (min to max)", "GB/s", "of EP's rate", "read / file", "reads"]
-    return {**recorded.about("load-ranks"), "table": table(head, lines)}
+    """All ranks of a host at once, by every way, in the newest run, and their share of EP's rate in all runs."""
+    newest, lines = recorded["load-ranks"]["rows"], []
+    for ranks in dict.fromkeys(row["ranks"] for row in newest):
+        for side, label in RANKS.items():
+            for row in newest:
+                if row["side"] == side.format(ranks):
+                    shares = [100 * share for share in ep_shares(recorded, row["side"], ranks)]
+                    figures = [spread(row), f"{row['gb_per_s']:.1f}", f"{row['read_nbytes'] / row['nbytes']:.2f}"]
+                    lines.append([label.format(ranks), *figures, reach(shares, "{:.0f}") + " %"])
+    head = ["", f"s, median (min {DASH} max)", "GB/s of the host", "read / file", "of EP's rate, all runs"]
+    return {
+        **recorded.about("load-ranks"),
+        "experts": recorded["load-ranks"]["experts"],
+        "gb": gb(newest[0]["nbytes"]),
+        "runs": len(recorded.runs("load-ranks")),
+        "table": table(head, lines),
+    }
+
+
+def ep_shares(recorded: Recorded, side: str, ranks: int) -> list[float]:
+    """Rates of one side over expert parallelism's with as many ranks, in every run on file that has both."""
+    shares = []
+    for run in recorded.runs("load-ranks"):
+        medians = {row["side"]: row["median"] for row in run["load-ranks"]["rows"]}
+        if side in medians:
+            shares.append(medians[f"EP{ranks}"] / medians[side])
+    return shares
 
 
 KIMI_LAYERS, KIMI_EXPERTS, KIMI_GB = 60, 384, 591
@@ -321,38 +342,48 @@ def start(recorded: Recorded) -> Row:
     }
 
 
+def headline(recorded: Recorded) -> Row:
+    """The start of a model: stock vLLM, the original with the best other loader, and this package's load format."""
+    figures = recorded["start"]
+    rows = [row for row in figures["rows"] if "failed" not in row]
+    others = [row for row in rows if row["side"].startswith("original")][1:]
+    best = min(others, key=lambda row: row["total"]["median"])
+    return {
+        **recorded.about("start"),
+        "layers": figures["layers"],
+        "gb": gb(figures["nbytes"], 1),
+        "first_s": rows[0]["total"]["median"],
+        "best_s": best["total"]["median"],
+        "best": best["side"].removeprefix("original, "),
+        "last_s": rows[-1]["total"]["median"],
+    }
+
+
 def slow_storage(recorded: Recorded) -> Row:
-    """Eight ranks and one on storage with a delay, each side beside vLLM's default loader."""
+    """Eight ranks and one on storage with a delay: a column for each delay."""
     figures = recorded["slow-storage"]
+    rows = [row for row in figures["rows"] if "before" not in row["side"]]
+    delays = list(dict.fromkeys(row["delay_ms"] for row in rows))
     lines = []
-    for row in figures["rows"]:
-        same = [
-            each for each in figures["rows"] if each["delay_ms"] == row["delay_ms"] and each["ranks"] == row["ranks"]
-        ]
-        times = f"{same[0]['median'] / row['median']:.1f} {TIMES}"
-        cells = [f"{row['delay_ms']:g}", f"{row['ranks']}", row["side"].replace("before", figures["before"])]
-        cells += [spread(row, 2), times, f"{row['reads']}", f"{row['read_nbytes'] / row['reads'] / 1e3:.0f}"]
-        cells += [f"{row['read_nbytes'] / figures['file_nbytes']:.2f}"]
-        lines.append(bold(cells) if row["side"].endswith("together") else cells)
-    head = [
-        "ms a read",
-        "ranks",
-        "side",
-        "s, median (min to max)",
-        "of vLLM's rate",
-        "reads",
-        "kB a read",
-        "read / file",
-    ]
+    for ranks, side in dict.fromkeys((row["ranks"], row["side"]) for row in rows):
+        mine = [row for row in rows if (row["ranks"], row["side"]) == (ranks, side)]
+        reads = reach([row["reads"] for row in mine], "{:,}")
+        read = reach([row["read_nbytes"] / figures["file_nbytes"] for row in mine], "{:.2f}")
+        cells = [f"{ranks}", side, *(f"{row['median']:.2f} s" for row in mine), reads, read]
+        lines.append(bold(cells) if side.endswith("together") else cells)
+    together, longest = figures["ranks"], max(delays)
+    slowest = {row["side"]: row["median"] for row in rows if (row["ranks"], row["delay_ms"]) == (together, longest)}
     equal = all(row["bit_equal"] for row in figures["rows"] if "bit_equal" in row)
     return {
         **recorded.about("slow-storage"),
         "experts": figures["experts"],
         "ranks": figures["ranks"],
         "mb": f"{figures['file_nbytes'] / 1e6:.0f}",
-        "before": figures["before"],
+        "times": slowest["source, vLLM's default"] / slowest["prepared, the ranks together"],
+        "delays": ", ".join(f"{ms:g}" for ms in delays[:-1]),
+        "slowest": f"{longest:g}",
         "equal": "bit-equal" if equal else "NOT bit-equal",
-        "table": table(head, lines),
+        "table": table(["ranks", "", *(f"{ms:g} ms a read" for ms in delays), "reads", "read / file"], lines),
     }
 
 
@@ -363,11 +394,10 @@ VALUES = {
     "load": load,
     "load-vllm": load_vllm,
     "load-shares": load_shares,
-    "load-sweep": load_sweep,
     "load-cold": load_cold,
     "load-host": load_host,
     "load-aims": load_aims,
     "load-why": load_why,
-    "readme-headline": readme_load,
+    "readme-headline": headline,
     "readme-load": readme_load,
 }

@@ -8,9 +8,10 @@ from recorded import Recorded, table
 
 Row = dict[str, Any]
 ONE_FILE = (
-    "One layer is one file of experts, and its sha256 is taken in order: that one core is the limit, whatever there are"
-    " more. Several layers are several files, whose digests run side by side."
+    "One layer is one file of experts, and one core computes its SHA-256 from front to back: more cores do not help."
+    " Several layers are several files, whose digests run side by side."
 )
+LABELS = {"nothing shared": "independent processes", "eight cp": "eight `cp` at once", "cp -r": "`cp -r`"}
 AWAITED = "No run is on file yet; `python benchmarks/run.py --only scaling` makes one."
 
 
@@ -21,9 +22,9 @@ def scaling(recorded: Recorded) -> Row:
     rates = figures["rates"]
     lines = [
         f"Seconds after start-up and GB/s, files in memory, without the smoke test ({about['where']},"
-        f" `{about['command']}`, {figures['repetitions']} interleaved repetitions, median). One core does"
-        f" {rates['sha256_per_s'] / 1e9:.1f} GB/s of sha256 and copies {rates['memcpy_per_s'] / 1e9:.1f} GB/s."
-        f" Peak is the largest resident memory.{_before(figures)}{_limit(figures)}{_unfinished(figures)}"
+        f" `{about['command']}`, {_repetitions(figures['repetitions'])}). One core computes"
+        f" {rates['sha256_per_s'] / 1e9:.1f} GB/s of SHA-256 and copies {rates['memcpy_per_s'] / 1e9:.1f} GB/s."
+        f" Peak is the largest resident memory.{_limit(figures)}{_unfinished(figures)}"
     ]
     for known in figures["sets"]:
         lines += [_about(known), _table(figures, known["name"])]
@@ -32,17 +33,16 @@ def scaling(recorded: Recorded) -> Row:
     return {"text": "\n\n".join(lines)}
 
 
-def _before(figures: Row) -> str:
-    return f" *Before* is {figures['before'][:12]}." if figures["before"] else ""
+def _repetitions(count: int) -> str:
+    return "one repetition" if count == 1 else f"median of {count} interleaved repetitions"
 
 
 def _limit(figures: Row) -> str:
     if all(row["side"] != "limit" for row in figures["rows"]):
         return ""
     return (
-        " *Nothing shared* is what the machine can do: as many processes as cores do a conversion's work on w13, the"
-        " costliest tensor, each for itself. Half of it is two sha256; the digests, the check of every byte and the"
-        " write are passes that remain."
+        " *Independent processes* is the machine's limit: one process a core does a conversion's work on w13, the"
+        " costliest tensor, and shares nothing with the others."
     )
 
 
@@ -56,15 +56,14 @@ def _about(known: Row) -> str:
 
 
 def _table(figures: Row, data_set: str) -> str:
-    rows = [row for row in figures["rows"] if row["set"] == data_set]
+    rows = [row for row in figures["rows"] if row["set"] == data_set and row["side"] != "before"]
     cores = [count for count in figures["cores"] if any(row["cores"] == count for row in rows)]
-    names = list(dict.fromkeys((row["command"], row["side"]) for row in rows))
     lines = []
-    for command, side in sorted(names, key=lambda name: [row["command"] for row in rows].index(name[0])):
-        mine = {row["cores"]: row for row in rows if (row["command"], row["side"]) == (command, side)}
+    for command in dict.fromkeys(row["command"] for row in rows):
+        mine = {row["cores"]: row for row in rows if row["command"] == command}
         peaks = [row["peak_nbytes"] for row in mine.values() if row.get("peak_nbytes")]
         peak = f"{max(peaks) / 1e9:.1f}" if peaks else ""
-        label = f"{command}, before" if side == "before" else command
+        label = LABELS.get(command, command)
         lines.append([label, *(_cell(mine.get(count)) for count in cores), peak])
     return table(["", *(f"{count} cores" for count in cores), "peak GB"], lines)
 

@@ -371,7 +371,7 @@ def draw_loading(vllm: dict[str, Any] | None = None, load: dict[str, Any] | None
     svg.text(
         430,
         y + 20,
-        "Figures and commands: docs/loading-notes.md. Grey: original checkpoint; blue: prepared, other loaders;",
+        "Figures and commands: docs/loading.md. Grey: original checkpoint; blue: prepared, other loaders;",
         anchor="middle",
         fill=FAINT,
         size=12,

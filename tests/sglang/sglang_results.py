@@ -1,4 +1,4 @@
-"""The rows that are printed at the end, and as docs/serving-sglang.md shows them."""
+"""The rows that are printed at the end, and as docs/sglang-models.md and docs/serving-sglang.md show them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ SERVERS: list[tuple[str, str]] = []
 """Server processes, and what became of them."""
 WHOLE = {"table": 0, "servers": 0}
 """How many rows a whole run gives; the modules that make them say it."""
-PAGE: Path = ROOT / "docs" / "serving-sglang.md"
+PAGES: dict[str, Path] = {
+    "table": ROOT / "docs" / "sglang-models.md",
+    "servers": ROOT / "docs" / "serving-sglang.md",
+}
 _BEGIN, _END = "<!-- written by make test-sglang: {} -->\n", "<!-- end of {} -->\n"
 _BACKEND = "flashinfer_"
 
@@ -37,7 +40,7 @@ def server_lines() -> list[str]:
 
 
 def parts() -> dict[str, list[str]]:
-    """The parts of the page that tests write."""
+    """The parts of the pages that tests write."""
     return {"table": table_lines(), "servers": server_lines()}
 
 
@@ -46,12 +49,10 @@ def is_whole() -> bool:
     return {"table": len(TABLE), "servers": len(SERVERS)} == WHOLE and all(WHOLE.values())
 
 
-def written(page: str) -> str:
-    """Return the page with the rows of this run."""
-    for name, lines in parts().items():
-        begin, end = _BEGIN.format(name), _END.format(name)
-        before, _, rest = page.partition(begin)
-        _, _, after = rest.partition(end)
-        assert before and after, f"{PAGE} has no place for {name}"
-        page = f"{before}{begin}\n" + "\n".join(lines) + f"\n\n{end}{after}"
-    return page
+def written(name: str) -> str:
+    """Return the page of a part with the rows of this run."""
+    begin, end = _BEGIN.format(name), _END.format(name)
+    before, _, rest = PAGES[name].read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    assert before and ended, f"{PAGES[name]} has no place for {name}"
+    return f"{before}{begin}\n" + "\n".join(parts()[name]) + f"\n\n{end}{after}"

@@ -302,36 +302,43 @@ def draw_ranks() -> Svg:
 
 
 def draw_data_path() -> Svg:
-    """From the source to a server."""
-    svg = Svg(860, 300, "The way of the data")
-    svg.text(430, 26, "The way of the data", anchor="middle", size=16)
+    """From the source to the servers: once offline, then at every start."""
+    svg = Svg(860, 300, "Data flow")
 
-    def stage(x: float, y: float, title: str, lines: list[str], fill: str) -> None:
-        svg.box(x, y, 190, 86, fill, INK, 6)
+    def stage(x: float, y: float, height: float, title: str, lines: list[str], fill: str) -> None:
+        svg.box(x, y, 190, height, fill, INK, 6)
         svg.text(x + 95, y + 22, title, anchor="middle")
         for number, line in enumerate(lines):
             svg.text(x + 95, y + 42 + 17 * number, line, anchor="middle", fill=FAINT, size=11)
 
-    stage(20, 60, "source checkpoint", ["directory or Hub id", "one tensor per expert and leaf"], "#f6f8fa")
-    stage(330, 60, "convert", ["plan, transform, check back,", "write, stamp; resumable"], "#ddf4ff")
-    stage(640, 60, "prepared checkpoint", ["8 tensors per MoE layer", "manifest, stamp, digests"], "#dafbe1")
-    svg.arrow(210, 103, 328, 103)
-    svg.arrow(520, 103, 638, 103)
-    stage(640, 196, "vLLM with the plugin", ["each rank reads its bytes;", "nothing is prepared at load"], "#fff8c5")
+    source, tool, prepared, server = "#f6f8fa", "#ddf4ff", "#dafbe1", "#fff8c5"
+    svg.text(430, 28, "once, offline, on a CPU", anchor="middle", size=14)
+    stage(20, 48, 86, "source checkpoint", ["directory or Hub id", "12 tensors per expert"], source)
+    stage(335, 48, 86, "convert", ["rearrange, invert, compare", "with the source, write"], tool)
+    stage(650, 48, 86, "prepared checkpoint", ["8 or 9 tensors per MoE layer", "manifest with digests"], prepared)
+    svg.arrow(210, 91, 333, 91)
+    svg.arrow(525, 91, 648, 91)
+    stage(20, 196, 86, "restore", ["the source's tensors", "and configs, bit for bit"], tool)
     stage(
-        330,
+        335,
         196,
+        86,
         "verify, relayout, push",
-        ["against the manifest:", "verify, relayout: every byte", "push: the Hub's hashes"],
-        "#ddf4ff",
+        ["against manifest and source", "CuteDSL and TRTLLM-gen", "to the Hub"],
+        tool,
     )
-    stage(20, 196, "restore", ["the source's tensors", "and configs, bit for bit"], "#ddf4ff")
-    svg.arrow(770, 146, 770, 194)
-    svg.line(690, 146, 690, 171, INK)
-    svg.line(690, 171, 150, 171, INK)
-    svg.arrow(425, 171, 425, 194)
-    svg.arrow(150, 171, 150, 194)
-    svg.arrow(70, 196, 70, 148)
+    svg.text(745, 184, "at every start", anchor="end", size=14)
+    stage(650, 196, 38, "vLLM with the plugin", [], server)
+    stage(650, 244, 38, "SGLang with the plugin", [], server)
+    svg.line(840, 91, 850, 91, INK)
+    svg.line(850, 91, 850, 263, INK)
+    svg.arrow(850, 215, 842, 215)
+    svg.arrow(850, 263, 842, 263)
+    svg.line(690, 134, 690, 164, INK)
+    svg.line(690, 164, 150, 164, INK)
+    svg.arrow(430, 164, 430, 194)
+    svg.arrow(150, 164, 150, 194)
+    svg.arrow(70, 196, 70, 136)
     return svg
 
 

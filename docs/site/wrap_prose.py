@@ -18,6 +18,7 @@ WIDTH = 120
 _FENCE = re.compile(r"^ *(```|~~~)")
 _ITEM = re.compile(r"^( *(?:[-*]|\d+\.) +)(.*)$")
 _AS_IT_IS = re.compile(r"^(#|\||<|!\[| {4}|$)")
+_WORD = re.compile(r"(?:`[^`]*`|\S)+")
 _NEVER_FIRST = re.compile(r"^([-+*=]+$|[#<>|]|\d+[.)]$)")
 """Words that would begin a list, heading, quotation, table or HTML block at the start of a line."""
 
@@ -62,9 +63,10 @@ def wrapped(text: str) -> str:
 
 
 def filled(text: str, first: str, after: str) -> list[str]:
-    """Return the lines of one paragraph, of which the first begins with ``first`` and the others with ``after``."""
+    """Return one paragraph as lines, the first after ``first``, the others after ``after``. Code in backticks is not
+    broken."""
     lines, line = [], first
-    for word in text.split():
+    for word in _WORD.findall(text):
         begun = line.strip() and line != first
         if begun and len(line) + 1 + len(word) > WIDTH and not _NEVER_FIRST.match(word):
             lines.append(line)

@@ -167,7 +167,7 @@ def test_a_restart_that_is_refused_keeps_the_parts(source: Path, tmp_path: Path)
 def test_one_part_on_two_machines_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_part(source, out, "1-5")
-    with Target(part_folder(out, LayerSelection.parse("1-5")), _identity(out, "1-5")):
+    with Target.open(part_folder(out, LayerSelection.parse("1-5")), _identity(out, "1-5")):
         with pytest.raises(BusyError):
             convert_part(source, out, "1-5")
         with pytest.raises(BusyError):
@@ -185,7 +185,7 @@ def test_files_of_two_writers_never_share_a_name(source: Path, tmp_path: Path, m
     """A file system without locks across machines: each writes its own temporary file."""
     from nvfp4_prep.output import target
 
-    with Target(tmp_path / "out", {}) as place:
+    with Target.open(tmp_path / "out", {}) as place:
         mine = place.create("a", 3)
         monkeypatch.setattr(target.socket, "gethostname", lambda: "elsewhere")
         theirs = place.create("a", 3)
@@ -230,7 +230,7 @@ def test_foreign_and_undivided_targets(source: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="not empty"):
         convert_part(source, out, "1-2")
     assert [path.name for path in out.iterdir()] == ["mine"]
-    with Target(tmp_path / "busy", {}), pytest.raises(ResumeConflictError, match="as a whole"):
+    with Target.open(tmp_path / "busy", {}), pytest.raises(ResumeConflictError, match="as a whole"):
         convert_part(source, tmp_path / "busy", "1-2")
 
 

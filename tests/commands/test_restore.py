@@ -157,7 +157,7 @@ def test_a_forged_text_name_writes_nothing(sample_prepared: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["../escaped", "/escaped", "d/../../escaped", ".nvfp4_prep/lock", ""])
 def test_the_target_itself_refuses_names_that_leave_it(tmp_path: Path, name: str) -> None:
-    with Target(tmp_path / "out", {"command": "test"}) as target, pytest.raises(TargetError, match="unsafe"):
+    with Target.open(tmp_path / "out", {"command": "test"}) as target, pytest.raises(TargetError, match="unsafe"):
         target.write_file(name, b"owned")
     assert not (tmp_path / "escaped").exists()
 

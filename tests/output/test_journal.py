@@ -131,31 +131,31 @@ def test_entries_that_lack_something_end_with_an_error(
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b'{"file":' * 300 + b"1" + b"}" * 300, b"\xff\xfe", b"[" * 400])
 def test_hostile_lines_do_not_count(tmp_path: Path, line: bytes) -> None:
-    with Target(tmp_path, {"a": 1}):
+    with Target.open(tmp_path, {"a": 1}):
         pass
     journal = tmp_path / WORK_FOLDER / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + line + b"\n")
-    with Target(tmp_path, {"a": 1}) as target:
+    with Target.open(tmp_path, {"a": 1}) as target:
         assert (target.resumed, target.done) == (True, {})
 
 
 def test_a_journal_without_end_is_refused(tmp_path: Path) -> None:
-    with Target(tmp_path, {"a": 1}):
+    with Target.open(tmp_path, {"a": 1}):
         pass
     with (tmp_path / WORK_FOLDER / "journal.jsonl").open("r+b") as stream:
         stream.truncate(20 * 2**30)
     with pytest.raises(TargetError, match="too large"):
-        Target(tmp_path, {"a": 1})
+        Target.open(tmp_path, {"a": 1})
 
 
 def test_nan_is_equal_to_itself(tmp_path: Path) -> None:
     identity = {"config": {"x": float("nan")}, "a": 1}
-    with Target(tmp_path, identity):
+    with Target.open(tmp_path, identity):
         pass
-    with Target(tmp_path, identity) as target:
+    with Target.open(tmp_path, identity) as target:
         assert target.resumed
     with pytest.raises(ResumeConflictError) as caught:
-        Target(tmp_path, identity | {"a": 2})
+        Target.open(tmp_path, identity | {"a": 2})
     assert "config" not in str(caught.value)
 
 

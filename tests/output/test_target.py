@@ -30,11 +30,11 @@ def write(target: Target, name: str, data: bytes) -> None:
 
 
 def test_journal_remembers_finished_files(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert not target.resumed
         write(target, "a", b"123")
         write(target, "sub/b", b"4")
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert target.resumed
         assert set(target.done) == {"a", "sub/b"}
         target.finish()
@@ -43,36 +43,36 @@ def test_journal_remembers_finished_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
 def test_journal_cut_off_in_its_last_line(tmp_path: Path, cut: int) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "a", b"123")
         write(target, "b", b"45")
     journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-cut])
     (tmp_path / "out" / "b").unlink()  # a file gets its name only once the journal's line is on disk
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert "a" in target.done
         assert "b" not in target.done or cut == 0
         write(target, "b", b"45")
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert set(target.done) == {"a", "b"}
 
 
 def test_differences_are_named_with_both_values(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY):
+    with Target.open(tmp_path / "out", IDENTITY):
         pass
     changed = {"options": {"a": 2}, "files": {"x": [1, "t"], "y": [2, "u"]}}
     with pytest.raises(ResumeConflictError) as caught:
-        Target(tmp_path / "out", changed)
+        Target.open(tmp_path / "out", changed)
     assert "options.a was 1, now 2" in str(caught.value)
     assert 'files.y was null, now [2, "u"]' in str(caught.value)
     assert "--restart" in str(caught.value)
 
 
 def test_restart_deletes_only_what_the_earlier_run_wrote(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "a", b"123")
     (tmp_path / "out" / "mine").write_text("keep")
-    with Target(tmp_path / "out", {"other": 1}, restart=True) as target:
+    with Target.open(tmp_path / "out", {"other": 1}, restart=True) as target:
         assert target.done == {}
         with pytest.raises(TargetError, match="mine"):
             target.check_names(["a"])
@@ -89,37 +89,37 @@ def test_run_that_wrote_no_file_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for out in (tmp_path / "a" / "b", tmp_path / "there"):
         with pytest.raises(NoSpaceError):
-            fail(Target(out, IDENTITY))
-        with pytest.raises(RuntimeError, match="in the middle"), Target(out, IDENTITY) as target:
+            fail(Target.open(out, IDENTITY))
+        with pytest.raises(RuntimeError, match="in the middle"), Target.open(out, IDENTITY) as target:
             target.create("sub/x", 3)
             raise RuntimeError("in the middle")
-        with Target(out, {"another": "job"}) as target:
+        with Target.open(out, {"another": "job"}) as target:
             assert not target.resumed
             target.finish()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "there"]
     shutil.rmtree(tmp_path / "a")
     with pytest.raises(NoSpaceError):
-        fail(Target(tmp_path / "a" / "b", IDENTITY))
+        fail(Target.open(tmp_path / "a" / "b", IDENTITY))
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_failed_run_leaves_what_it_and_others_wrote(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), Target(out, IDENTITY) as target:
+    with pytest.raises(RuntimeError), Target.open(out, IDENTITY) as target:
         write(target, "a", b"123")
         raise RuntimeError
     with pytest.raises(NoSpaceError):
-        fail(Target(out, IDENTITY))
-    with Target(out, IDENTITY) as target:
+        fail(Target.open(out, IDENTITY))
+    with Target.open(out, IDENTITY) as target:
         assert target.resumed
         assert set(target.done) == {"a"}
     with pytest.raises(NoSpaceError):
-        fail(Target(out, {"another": "job"}, restart=True))
+        fail(Target.open(out, {"another": "job"}, restart=True))
     assert list(out.iterdir()) == []
     for folder in (PARTS_FOLDER, SOURCE_FOLDER):  # a part that waits for the join, a download that goes on
         (out / WORK_FOLDER / folder).mkdir(parents=True)
         with pytest.raises(NoSpaceError):
-            fail(Target(out, IDENTITY))
+            fail(Target.open(out, IDENTITY))
         assert has_journal(out)
         shutil.rmtree(out / WORK_FOLDER)
 
@@ -127,28 +127,28 @@ def test_failed_run_leaves_what_it_and_others_wrote(tmp_path: Path) -> None:
 def test_journal_that_points_outside_is_not_followed(tmp_path: Path) -> None:
     """A forged journal must not make --restart delete files elsewhere."""
     (tmp_path / "precious").write_text("x")
-    with Target(tmp_path / "out", IDENTITY):
+    with Target.open(tmp_path / "out", IDENTITY):
         pass
     journal = tmp_path / "out" / WORK_FOLDER / "journal.jsonl"
     forged = journal.read_text() + json.dumps({"file": "../precious", "nbytes": 1}) + "\n"
     journal.write_text(forged)
-    with Target(tmp_path / "out", IDENTITY, restart=True) as target:
+    with Target.open(tmp_path / "out", IDENTITY, restart=True) as target:
         assert target.done == {}
     assert (tmp_path / "precious").exists()
 
 
 def test_damaged_journal_head(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "a", b"1")
     (tmp_path / "out" / WORK_FOLDER / "journal.jsonl").write_bytes(b"\x00garbage\n[1]\n")
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert target.done == {}
 
 
 def test_direct_and_buffered_writes_give_one_file(tmp_path: Path) -> None:
     """Large aligned pieces, unaligned ones and tails in one file, on whatever file system the tests run on."""
     pieces = [(0, 3 * 2**20), (3 * 2**20, 2**20 + 77), (4 * 2**20 + 77, 2**21), (6 * 2**20 + 77, 5)]
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         file = target.create("a", sum(nbytes for _, nbytes in pieces))
         whole = b""
         for offset, nbytes in pieces:
@@ -169,7 +169,7 @@ def test_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "pwrite", picky)
     data = empty_bytes(2**21).random_()
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         file = target.create("a", 2**21)
         file.write(0, byte_view(data))
         file.commit(None)
@@ -178,7 +178,7 @@ def test_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pyt
 
 def test_killed_while_it_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal is gone, the rest of the work folder is still there: the output is finished and nobody's to write."""
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "config.json", b"{}")
 
         def killed(self: TargetRoot, name: str) -> None:
@@ -190,16 +190,16 @@ def test_killed_while_it_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "out" / WORK_FOLDER).is_dir()
     for restart in (False, True):
         with pytest.raises(TargetError, match="not empty"):
-            Target(tmp_path / "out", {"another": "job"}, restart=restart)
+            Target.open(tmp_path / "out", {"another": "job"}, restart=restart)
     assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
 
 
 def test_restart_takes_away_what_makes_a_directory_a_checkpoint(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "a", b"123")
         target.write_file("nvfp4_prep.json", b"{}")
         target.write_file("config.json", b"{}")
-    with Target(tmp_path / "out", {"another": "job"}, restart=True):
+    with Target.open(tmp_path / "out", {"another": "job"}, restart=True):
         assert [path.name for path in (tmp_path / "out").iterdir()] == [WORK_FOLDER]
 
 
@@ -207,13 +207,13 @@ def test_work_folder_of_a_download_does_not_open_a_foreign_directory(tmp_path: P
     (tmp_path / "out" / WORK_FOLDER / "source").mkdir(parents=True)
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(TargetError, match="not empty"):
-        Target(tmp_path / "out", IDENTITY)
+        Target.open(tmp_path / "out", IDENTITY)
 
 
 def test_failed_commit_does_not_close_somebody_elses_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         file = target.create("a", 1)
 
         def full(entry: object) -> None:
@@ -231,7 +231,7 @@ def test_failed_commit_does_not_close_somebody_elses_descriptor(
 
 def test_restart_killed_before_it_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Index and card are in no journal: what is left of a restart must still be ours."""
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "a", b"123")
         target.write_file("README.md", b"card")
 
@@ -241,8 +241,8 @@ def test_restart_killed_before_it_begins_anew(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Target, "note", killed)
         with pytest.raises(KeyboardInterrupt):
-            Target(tmp_path / "out", {"another": "job"}, restart=True)
-    with Target(tmp_path / "out", {"another": "job"}) as target:
+            Target.open(tmp_path / "out", {"another": "job"}, restart=True)
+    with Target.open(tmp_path / "out", {"another": "job"}) as target:
         target.check_names(["README.md"])
         assert target.done == {}
 
@@ -263,7 +263,7 @@ def test_journal_is_on_disk_before_the_first_file_has_its_name(tmp_path: Path, m
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(target_root, "rename_new", noted_rename)
     out = tmp_path / "out"
-    with Target(out, IDENTITY) as target:
+    with Target.open(out, IDENTITY) as target:
         write(target, "sub/deep/a", b"123")
     renamed = happened.index(("rename", str(out / "sub/deep/a")))
     assert {("fsync", str(out / WORK_FOLDER)), ("fsync", str(out))} <= set(happened[:renamed])
@@ -273,17 +273,17 @@ def test_journal_is_on_disk_before_the_first_file_has_its_name(tmp_path: Path, m
 
 def test_files_in_work_meet_neither_parts_nor_downloads(tmp_path: Path) -> None:
     """A source may have a folder of any name."""
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         for name in ("parts/a/x", "source/x", "lock", "journal.jsonl"):
             write(target, name, b"1")
         assert not (target.work / PARTS_FOLDER).exists()
         assert not (target.work / SOURCE_FOLDER).exists()
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         assert len(target.done) == 4
 
 
 def test_longest_name_that_a_file_system_takes(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", IDENTITY) as target:
+    with Target.open(tmp_path / "out", IDENTITY) as target:
         write(target, "n" * 255, b"1")
 
 

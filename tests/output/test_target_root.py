@@ -47,7 +47,7 @@ def test_link_in_the_work_folder_is_refused(
     link.parent.mkdir(parents=True)
     link.symlink_to(victim / "file" if to_file else victim)
     with pytest.raises(TargetError, match="is not what nvfp4-prep makes there"):
-        Target(tmp_path / "out", {"a": 1}, restart=restart)
+        Target.open(tmp_path / "out", {"a": 1}, restart=restart)
     assert is_whole(victim)
     assert link.is_symlink()
 
@@ -57,7 +57,7 @@ def test_fifo_in_the_work_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / WORK_FOLDER).mkdir()
     os.mkfifo(tmp_path / WORK_FOLDER / name)
     with pytest.raises(TargetError, match="is not what"):
-        Target(tmp_path, {"a": 1})
+        Target.open(tmp_path, {"a": 1})
 
 
 @pytest.mark.parametrize("command", ["convert", "restore", "relayout"])
@@ -96,7 +96,7 @@ def test_links_on_the_way_to_a_part_are_refused(sample_source: Path, tmp_path: P
 
 
 def test_folder_that_becomes_a_link_while_a_run_works(tmp_path: Path, victim: Path) -> None:
-    with pytest.raises(TargetError, match="is not what"), Target(tmp_path / "out", {"a": 1}) as target:
+    with pytest.raises(TargetError, match="is not what"), Target.open(tmp_path / "out", {"a": 1}) as target:
         file = target.create("sub/file", 1)
         (tmp_path / "out" / "sub").symlink_to(victim)
         file.write(0, b"1")
@@ -106,25 +106,25 @@ def test_folder_that_becomes_a_link_while_a_run_works(tmp_path: Path, victim: Pa
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_journal_does_not_reach_behind_a_link(tmp_path: Path, victim: Path, restart: bool) -> None:
-    with Target(tmp_path / "out", {"a": 1}) as target:
+    with Target.open(tmp_path / "out", {"a": 1}) as target:
         target.note({"file": "d/file", "nbytes": 1, "sha256": SHA256})
     (tmp_path / "out" / "d").symlink_to(victim)
     with pytest.raises(TargetError):
-        Target(tmp_path / "out", {"a": 1}, restart=restart)
+        Target.open(tmp_path / "out", {"a": 1}, restart=restart)
     assert is_whole(victim)
 
 
 def test_restart_does_not_take_the_work_folder_for_a_file(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", {"a": 1}) as target:
+    with Target.open(tmp_path / "out", {"a": 1}) as target:
         target.note({"file": f"{WORK_FOLDER}/lock", "nbytes": 0, "sha256": SHA256})
-    with Target(tmp_path / "out", {"a": 1}, restart=True) as target:
+    with Target.open(tmp_path / "out", {"a": 1}, restart=True) as target:
         assert (target.work / "lock").exists()
 
 
 @pytest.mark.parametrize("name", ["", "/x", "../x", "a/../../x", "a//b", ".", "a\\b", "a\0b"])
 def test_unsafe_names_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "out").mkdir()
-    with TargetRoot(tmp_path / "out") as root:
+    with TargetRoot.open(tmp_path / "out") as root:
         for act in (root.unlink, root.status, root.remove_tree, lambda name: root.open_file(name, os.O_CREAT)):
             with pytest.raises(TargetError, match="unsafe"):
                 act(name)
@@ -144,7 +144,7 @@ def test_rename_never_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(os, "link", no_links)
     for name in ("old", "there"):
         (tmp_path / name).write_text(name)
-    with TargetRoot(tmp_path) as root:
+    with TargetRoot.open(tmp_path) as root:
         with pytest.raises(FileExistsError):
             root.move("old", "there", replace=False)
         assert (tmp_path / "there").read_text() == "there"
@@ -157,7 +157,7 @@ def test_rename_never_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_remove_tree_leaves_what_is_behind_links(tmp_path: Path, victim: Path) -> None:
     (tmp_path / "tree" / "a").mkdir(parents=True)
     (tmp_path / "tree" / "a" / "link").symlink_to(victim)
-    with TargetRoot(tmp_path) as root:
+    with TargetRoot.open(tmp_path) as root:
         root.remove_tree("tree")
         root.remove_tree("tree")
     assert is_whole(victim)
@@ -169,7 +169,7 @@ def test_a_file_with_a_second_name_is_not_written(tmp_path: Path, victim: Path, 
     out = tmp_path / "out"
     out.mkdir()
     os.link(victim / "file", out / "file")
-    with TargetRoot(out) as root:
+    with TargetRoot.open(out) as root:
         with pytest.raises(TargetError, match="2 hard links"):
             root.open_file("file", flags)
         assert root.read("file", 10) == b"x"
@@ -181,27 +181,27 @@ def test_a_journal_with_a_second_name_is_refused(tmp_path: Path, victim: Path, r
     (tmp_path / "out" / WORK_FOLDER).mkdir(parents=True)
     os.link(victim / "file", tmp_path / "out" / WORK_FOLDER / "journal.jsonl")
     with pytest.raises(TargetError, match="hard links"):
-        Target(tmp_path / "out", {"a": 1}, restart=restart)
+        Target.open(tmp_path / "out", {"a": 1}, restart=restart)
     assert is_whole(victim)
 
 
 def test_new_directories_are_flushed_in_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[Path] = []
     monkeypatch.setattr("nvfp4_prep.output.target_root.sync_folder", flushed.append)
-    TargetRoot(tmp_path / "a" / "b" / "c", make=True).close()
+    TargetRoot.open(tmp_path / "a" / "b" / "c", make=True).close()
     assert set(flushed) == {tmp_path, tmp_path / "a", tmp_path / "a" / "b"}
     flushed.clear()
-    TargetRoot(tmp_path / "a" / "b", make=True).close()
+    TargetRoot.open(tmp_path / "a" / "b", make=True).close()
     assert not flushed
 
 
 @pytest.mark.parametrize("name", ["config.json", "nvfp4_prep.json", "README.md"])
 def test_restart_removes_only_what_the_journal_names(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
-    with Target(out, {"a": 1}) as target:
+    with Target.open(out, {"a": 1}) as target:
         target.write_file("d/ours", b"1")
     (out / name).write_text("mine")
-    with Target(out, {"a": 1}, restart=True) as target:
+    with Target.open(out, {"a": 1}, restart=True) as target:
         assert not (out / "d" / "ours").exists()
         with pytest.raises(TargetError, match="something else"):
             target.check_names([name, "d/ours"])
@@ -212,7 +212,7 @@ def test_the_journal_is_emptied_after_what_it_names_is_gone_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut must not leave files that no journal names."""
-    with Target(tmp_path, {"a": 1}) as target:
+    with Target.open(tmp_path, {"a": 1}) as target:
         target.write_file("d/ours", b"1")
         target.write_file("ours", b"1")
     steps: list[str] = []
@@ -228,12 +228,12 @@ def test_the_journal_is_emptied_after_what_it_names_is_gone_for_good(
 
     monkeypatch.setattr(TargetRoot, "sync", sync)
     monkeypatch.setattr(JournalFile, "empty", empty)
-    Target(tmp_path, {"a": 1}, restart=True).__exit__(None, None, None)
+    Target.open(tmp_path, {"a": 1}, restart=True).__exit__(None, None, None)
     assert set(steps[: steps.index("empty")]) == {"sync ", "sync d"}
 
 
 def test_bytes_changed_in_place_are_noticed_before_the_end(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", {"a": 1}) as target:
+    with Target.open(tmp_path / "out", {"a": 1}) as target:
         target.write_file("ours", b"1")
         target.check_files()
         (tmp_path / "out" / "ours").write_bytes(b"2")

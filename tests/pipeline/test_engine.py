@@ -45,7 +45,7 @@ def test_digests_facts_and_files_are_in_order(tmp_path: Path) -> None:
     chance = random.Random(0)
     contents = {f"f{i}": [chance.randbytes(chance.randrange(1, 5000)) for _ in range(20)] for i in range(5)}
     results: dict[str, JobResult] = {}
-    with Target(tmp_path / "out", {}) as target:
+    with Target.open(tmp_path / "out", {}) as target:
         jobs = [job(name, pieces, delay=True) for name, pieces in contents.items()]
         run_jobs(jobs, target, threads=6, hooks=Hooks(on_done=lambda result: results.update({result.name: result})))
     for name, pieces in contents.items():
@@ -67,7 +67,7 @@ def test_first_failure_ends_the_run_and_leaves_no_half_file(tmp_path: Path) -> N
         good = [Unit(3, lambda i=i: UnitResult([(16 + 3 * i, memoryview(b"abc"))])) for i in range(8)]
         return [*good[:5], Unit(3, fail), *good[5:]]
 
-    with Target(tmp_path / "out", {}) as target:
+    with Target.open(tmp_path / "out", {}) as target:
         jobs = [job("whole", [b"x" * 10]), FileJob("broken", 43, HEADER, units), job("later", [b"y"])]
         with pytest.raises(Broken):
             run_jobs(jobs, target, threads=3)
@@ -81,7 +81,7 @@ def test_header_that_cannot_be_written_leaves_no_half_file(tmp_path: Path, monke
 
     monkeypatch.setattr(AtomicFile, "write", full)
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    with Target(tmp_path / "out", {}) as target:
+    with Target.open(tmp_path / "out", {}) as target:
         with pytest.raises(NoSpaceError):
             run_jobs([job("a", [b"x" * 10])], target, threads=1)
         assert {path.name for path in target.work.rglob("*") if path.is_file()} == {"lock", "journal.jsonl"}
@@ -151,7 +151,7 @@ def test_progress_sums_up_to_the_files_size() -> None:
 
 
 def test_empty_file(tmp_path: Path) -> None:
-    with Target(tmp_path / "out", {}) as target:
+    with Target.open(tmp_path / "out", {}) as target:
         run_jobs([FileJob("empty", 0, b"", list)], target)
     assert (tmp_path / "out" / "empty").read_bytes() == b""
 
@@ -191,7 +191,7 @@ def test_no_threads_left_is_one_error_and_the_started_ones_end(tmp_path: Path, m
 
     monkeypatch.setattr(threading.Thread, "start", limited)
     jobs = [FileJob(f"f{n}", 4, b"head", lambda: [Unit(1, UnitResult)]) for n in range(5)]
-    with Target(tmp_path / "out", {}) as target, pytest.raises(NvfpPrepError, match="cannot start a thread"):
+    with Target.open(tmp_path / "out", {}) as target, pytest.raises(NvfpPrepError, match="cannot start a thread"):
         run_jobs(jobs, target, threads=4)
     for thread in started:
         thread.join(5)

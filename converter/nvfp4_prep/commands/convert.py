@@ -183,7 +183,7 @@ def convert(
 def _opened(path: Path, plan: Plan, sink: FileSink, *, restart: bool) -> Target:
     if restart:
         discard_parts(path)
-    return Target(path, plan.identity(), restart=restart, elsewhere=sink.holds)
+    return Target.open(path, plan.identity(), restart=restart, elsewhere=sink.holds)
 
 
 def _announce(plan: Plan, sink: FileSink) -> None:

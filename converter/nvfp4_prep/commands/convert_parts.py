@@ -119,7 +119,7 @@ def convert_part(
         folder = part_folder(path, selection)
         if preflight(plan, opened, path, KeepFiles(), selection=selection, restart=restart) is not None:
             return PartResult(folder, chosen, len(part.files), resumed=False, joined=True, written_nbytes=0)
-        with Target(folder, part_identity(plan, selection), restart=restart) as new_target:
+        with Target.open(folder, part_identity(plan, selection), restart=restart) as new_target:
             running = Running(threads, memory_nbytes, progress)
             written = Execution(part, opened, new_target, KeepFiles()).write(running)
             return PartResult(folder, chosen, len(part.files), new_target.resumed, joined=False, written_nbytes=written)
@@ -174,13 +174,13 @@ def join_parts(
 def _hold_parts(held: contextlib.ExitStack, plan: Plan, path: Path) -> Target:
     """Return the opened target with the files of all parts; it and they stay locked until ``held`` is closed."""
     parts = [
-        held.enter_context(Target(folder, part_identity(plan, LayerSelection.parse(text))))
+        held.enter_context(Target.open(folder, part_identity(plan, LayerSelection.parse(text))))
         for text, folder in list_parts(path).items()
     ]
     entries = finished_entries({part.path: part.done for part in parts})
     if not has_journal(path):  # else a join was begun, when nothing was missing
         check_whole(plan, entries, path)
-    target = held.enter_context(Target(path, plan.identity()))
+    target = held.enter_context(Target.open(path, plan.identity()))
     for part in parts:
         for name, entry in part.done.items():
             if name not in target.done:

@@ -227,7 +227,7 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
     if restart or not has_journal(path):
         return {}
     try:
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             lines = read_lines(root)
             if not lines:
                 return {}
@@ -251,7 +251,7 @@ def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
 
 def _check_not_judged_wrong(path: Path) -> None:
     if has_journal(path):
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             if wrong_verdicts(read_lines(root)):
                 raise judged_wrong(path)
 
@@ -268,7 +268,7 @@ def judged_wrong(path: Path) -> ResumeConflictError:
 def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
     begun: list[str] = []
     if has_journal(path):
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             begun = named_files(read_lines(root))
     check_names(path, {*done, *begun})
 

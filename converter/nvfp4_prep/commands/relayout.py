@@ -109,7 +109,7 @@ def relayout(
             check_no_restart(path, restart=restart)
             remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
-        with Target(path, identity, restart=restart) as new_target:
+        with Target.open(path, identity, restart=restart) as new_target:
             return _Relayout(opened, options, plans, new_target).run(Running(threads, memory_nbytes, progress))
 
 

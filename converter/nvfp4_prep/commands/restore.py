@@ -100,7 +100,7 @@ def restore(
                 path, sum(len(file.records) for file in files), 0, resumed=False, already_complete=True
             )
         identity = {"command": "restore", "manifest": digest}
-        with Target(path, identity, restart=restart, need_sha256=False) as new_target:
+        with Target.open(path, identity, restart=restart, need_sha256=False) as new_target:
             return _Restoration(opened, files, new_target).run(Running(threads, memory_nbytes, progress))
 
 

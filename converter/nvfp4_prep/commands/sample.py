@@ -90,7 +90,7 @@ def write_sample(path: str | Path, model: SampleModel | None = None) -> int:
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise TargetError("exists and is not empty", where=str(folder), next_step="Give another directory.")
     try:
-        with TargetRoot(folder, make=True) as root, _NewFiles(root) as files:
+        with TargetRoot.open(folder, make=True) as root, _NewFiles(root) as files:
             return _write(files, model or SampleModel())
     except FileExistsError as error:
         raise TargetError(

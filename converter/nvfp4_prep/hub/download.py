@@ -180,7 +180,7 @@ class Downloader(SnapshotReader):
 def _open_folder(path: Path) -> TargetRoot:
     """Open the folder of downloads; it goes away when the run that it belongs to has failed."""
     try:
-        return TargetRoot(path, make=True)
+        return TargetRoot.open(path, make=True)
     except OSError as error:
         raise translate_os_error(error, path) from error
 

@@ -122,7 +122,7 @@ class HubSource(RangeSource):
             return
         targets = [self._target(self._shards[name].file) for name in self._order]
         wanted = {path.name for target in targets for path in (target, partial_path(target))}
-        with TargetRoot(self.work_dir) as held:
+        with TargetRoot.open(self.work_dir) as held:
             for name in held.names():
                 refuse_link(self.work_dir / name)
                 status = held.status(name)
@@ -239,7 +239,7 @@ class HubSource(RangeSource):
             os.close(shard.descriptor)
             shard.descriptor = -1
         if shard.is_ours and shard.path is not None:
-            with suppress(OSError, TargetError), TargetRoot(shard.path.parent) as folder:
+            with suppress(OSError, TargetError), TargetRoot.open(shard.path.parent) as folder:
                 folder.unlink(shard.path.name)
 
     def check_unchanged(self) -> None:

@@ -27,7 +27,7 @@ def has_files(path: Path, sizes: Mapping[str, int], begins: Mapping[str, bytes])
     """
     try:
         check_names(path, sizes)
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             return all(_has_file(root, name, nbytes, begins.get(name, b"")) for name, nbytes in sizes.items())
     except (OSError, NvfpPrepError):  # something else, or a link; whoever writes there says so
         return False
@@ -58,7 +58,7 @@ def remove_finished_work(path: Path) -> None:
         return
     check_work_folder(path / WORK_FOLDER, (LOCK,), (SOURCE_FOLDER, PARTS_FOLDER))
     try:
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             if root.status(JOURNAL_PATH) is None:
                 root.remove_tree(WORK_FOLDER)
                 root.sync()

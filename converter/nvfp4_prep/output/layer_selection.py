@@ -125,7 +125,7 @@ def discard_parts(target: Path) -> None:
         BusyError: if one is at work; those before it are gone.
     """
     for path in list_parts(target).values():
-        with Target(path, {}, restart=True) as part:
+        with Target.open(path, {}, restart=True) as part:
             part.finish()
-        with TargetRoot(path.parent) as parts:
+        with TargetRoot.open(path.parent) as parts:
             parts.remove_tree(path.name)

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -45,6 +45,9 @@ from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["Target"]
 
+Elsewhere = Callable[[str, int, str | None], bool]
+"""Whether a finished file of this name, size and sha256 was taken away from its directory on purpose."""
+
 
 class Target:
     """An output directory in work; use as a context manager.
@@ -58,21 +61,40 @@ class Target:
     """
 
     def __init__(
-        self,
+        self, root: TargetRoot, lock: int, identity: Mapping[str, Any], elsewhere: Elsewhere, *, need_sha256: bool
+    ) -> None:
+        """Take over a directory whose lock this process holds; :meth:`open` says what the rest is."""
+        self.path = root.path
+        self.work = root.path / WORK_FOLDER
+        self.done: dict[str, JournalEntry] = {}
+        self.resumed = False
+        self.verdicts: list[dict[str, Any]] = []
+        self._root, self._lock = root, lock
+        self._journal = JournalFile(root)
+        self._identity = json.loads(json.dumps(identity))
+        self._elsewhere = elsewhere
+        self._need_sha256 = need_sha256
+        self._made: Sequence[Path] = ()  # the folders that this run made
+        self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
+        self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
+
+    @classmethod
+    def open(
+        cls,
         path: Path,
         identity: Mapping[str, Any],
         *,
         restart: bool = False,
-        elsewhere: Callable[[str, int, str | None], bool] = lambda name, nbytes, sha256: False,
+        elsewhere: Elsewhere = lambda name, nbytes, sha256: False,
         need_sha256: bool = True,
-    ) -> None:
-        """Prepare the directory for one job.
+    ) -> Target:
+        """Make and lock the directory for one job, and read its journal.
 
         Args:
             path: the directory; made if it does not exist.
             identity: JSON value that says what will be written from what; a resumed run must have the same.
             restart: forget an earlier unfinished run.
-            elsewhere: whether a finished file of this name, size and sha256 was taken away from here on purpose.
+            elsewhere: see :data:`Elsewhere`.
             need_sha256: whether a finished file without its sha256 in the journal is made again.
 
         Raises:
@@ -80,44 +102,25 @@ class Target:
             BusyError: another run holds it.
             ResumeConflictError: it holds an unfinished run with another identity.
         """
-        self.path = path
-        self.work = path / WORK_FOLDER
-        self.done: dict[str, JournalEntry] = {}
-        self.verdicts: list[dict[str, Any]] = []
-        self._identity = json.loads(json.dumps(identity))
-        self._elsewhere = elsewhere
-        self._need_sha256 = need_sha256
-        self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
-        self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
         check_ours(path)
         check_locks(path)
-        self._made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
+        work = path / WORK_FOLDER
+        made = [folder for folder in (work, *work.parents) if not folder.exists()]
         try:
-            self._root = TargetRoot(path, make=True)
-            self._journal = JournalFile(self._root)
-            self._lock = self._open_work_folder()
+            root = TargetRoot.open(path, make=True)
+            target = cls(root, _lock_work_folder(root, made), identity, elsewhere, need_sha256=need_sha256)
         except OSError as error:
-            raise translate_os_error(error, self.work) from error
+            raise translate_os_error(error, work) from error
+        target._made = made
         try:
             check_ours(path)  # again: another run may have finished before this one had the lock
             if restart:
-                self._forget()
-            self.resumed = self._read_journal()
+                target._forget()
+            target.resumed = target._read_journal()
         except BaseException:
-            self._close()
+            target._close()
             raise
-
-    def _open_work_folder(self) -> int:
-        try:
-            self._root.make_folder(WORK_FOLDER)
-            return take_lock(self._root)
-        except BaseException as error:
-            self._root.close()
-            if isinstance(error, TargetError):  # no locks here: nothing is left
-                with contextlib.suppress(OSError):
-                    for folder in self._made:
-                        folder.rmdir()
-            raise
+        return target
 
     def _close(self) -> None:
         os.close(self._lock)
@@ -304,3 +307,17 @@ class Target:
             self._root.sync()
         except OSError as error:
             raise translate_os_error(error, self.work) from error
+
+
+def _lock_work_folder(root: TargetRoot, made: Sequence[Path]) -> int:
+    """Return the lock's descriptor; without one the root is closed, and where there are no locks, nothing is left."""
+    try:
+        root.make_folder(WORK_FOLDER)
+        return take_lock(root)
+    except BaseException as error:
+        root.close()
+        if isinstance(error, TargetError):
+            with contextlib.suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+        raise

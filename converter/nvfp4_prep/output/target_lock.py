@@ -38,7 +38,7 @@ def check_idle(path: Path) -> None:
     """Raise :class:`BusyError` if a run holds the target, or :class:`TargetError` if no run could; only look."""
     check_locks(path)
     try:
-        with TargetRoot(path) as root:
+        with TargetRoot.open(path) as root:
             descriptor = root.open_file(f"{WORK_FOLDER}/{LOCK}", os.O_RDONLY)
     except OSError:
         return

@@ -34,21 +34,26 @@ class TargetRoot:
     the file system refuses.
     """
 
-    def __init__(self, path: Path, *, make: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
+        """Name the directory; :meth:`open` opens it."""
+        self.path = path
+        self._descriptor = -1
+
+    @classmethod
+    def open(cls, path: Path, *, make: bool = False) -> Self:
         """Open the directory, and make it first if ``make`` says so.
 
         The directory itself may be reached through links of the user's, but not through any from a work folder on: a
         part lies in the work folder of the whole.
         """
-        self.path = path
-        parts = path.parts
+        root, parts = cls(path), path.parts
         border = parts.index(WORK_FOLDER) if WORK_FOLDER in parts[1:] else len(parts)
         outer, inner = Path(*parts[:border]), parts[border:]
         if make:
             _make_folders(outer)
-        self._descriptor = -1
         opened = os.open(outer, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._descriptor = self._walk(opened, inner, make=make)
+        root._descriptor = root._walk(opened, inner, make=make)
+        return root
 
     def __enter__(self) -> Self:
         return self

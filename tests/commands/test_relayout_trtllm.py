@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import nvfp4_prep.pipeline.relayout_jobs as jobs
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, convert, relayout, restore, verify
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import VerificationError
+from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep_kernels import PreparedTensor
 from support.cases import slow_after
 from support.relayout_cases import flip, same_but_for_provenance, source
@@ -116,6 +116,20 @@ def test_what_becomes_of_differing_scales_is_told_as_a_conversion_tells_it(tmp_p
         "verify", tmp_path / "new"
     )
     assert "rescaled" not in run("verify", tmp_path / "trtllm")
+
+
+@pytest.mark.parametrize("layouts", [("trtllm", "cutedsl"), ("cutedsl", "trtllm")], ids="-".join)
+def test_a_repeated_relayout_knows_its_own_output(tmp_path: Path, layouts: tuple[str, str]) -> None:
+    """Also where scales were rescaled on the way, and not the output of another checkpoint's relayout."""
+    old, new = layouts
+    for name in ("a", "b"):
+        made = source(tmp_path / name / "source", differing=name == "a")
+        convert(made, tmp_path / name / "old", ConvertOptions(layout=LayoutName(old)))
+        relayout(tmp_path / name / "old", tmp_path / name / "new", layout=LayoutName(new))
+    again = relayout(tmp_path / "a" / "old", tmp_path / "a" / "new", layout=LayoutName(new))
+    assert again.already_complete and not again.written_nbytes
+    with pytest.raises(TargetError, match="not empty"):
+        relayout(tmp_path / "a" / "old", tmp_path / "b" / "new", layout=LayoutName(new))
 
 
 @pytest.mark.parametrize("name", ["source-block-scales-layer-00001.safetensors", "experts-layer-00001.safetensors"])

@@ -15,7 +15,7 @@ from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import check_batched
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
-from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.manifest import GateUpRecord, Manifest
 from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep_kernels import LayoutError
 
@@ -85,9 +85,22 @@ def find_finished_relayout(
     if found.to_bytes() != expected.to_bytes() or len(found.layers) != len(plans):
         return None
     for record, before, plan in zip(found.layers, old.layers, plans, strict=True):
-        same = replace(before, layout=plan.layout, files=record.files, expert_crc32=record.expert_crc32)
-        if record != same:
+        same = replace(
+            before, layout=plan.layout, files=record.files, expert_crc32=record.expert_crc32, gate_up=record.gate_up
+        )
+        if record != same or not _follows(record.gate_up, before.gate_up, plan):
             return None
     sizes = {name: record.nbytes for name, record in found.files.items()}
     sizes[MANIFEST] = len(found.to_bytes())
     return found if has_files(path, sizes, {CONFIG: expected_config(found)}) else None
+
+
+def _follows(found: GateUpRecord, before: GateUpRecord, plan: LayerPlan) -> bool:
+    """Return whether a record of gate and up scales is what the plan would make of the old one.
+
+    Which side of an expert is rescaled, and what that costs, only its bytes tell: they are not read.
+    """
+    if plan.reconciled == before.reconciled_experts:
+        return found == before
+    kept = [(record.differing, record.worst_ratio, record.figures.get("relative_error")) for record in (found, before)]
+    return kept[0] == kept[1] and found.reconciled_experts == plan.reconciled

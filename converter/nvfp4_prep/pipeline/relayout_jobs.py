@@ -50,7 +50,7 @@ class LayerRelayout:
     @property
     def rescales_anew(self) -> bool:
         """Whether other experts' block scales are rescaled than before: one layout takes two global scales, one not."""
-        return self.new.reconciled != tuple(expert for expert, _ in self.old.gate_up.reconciled)
+        return self.new.reconciled != self.old.gate_up.reconciled_experts
 
     def experts_job(self, file: OutputFile) -> FileJob:
         """Return the job that writes a file of the layer's big tensors."""

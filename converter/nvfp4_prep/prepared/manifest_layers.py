@@ -40,6 +40,11 @@ class GateUpRecord:
     reconciled: tuple[tuple[int, str], ...]
     figures: Mapping[str, Any]
 
+    @property
+    def reconciled_experts(self) -> tuple[int, ...]:
+        """The numbers of the experts whose block scales were rescaled."""
+        return tuple(expert for expert, _ in self.reconciled)
+
 
 @dataclass(frozen=True)
 class LayerRecord(LayerWithLayout):

@@ -231,7 +231,7 @@ def test_ctrl_c_in_the_smoke_run_leaves_it_due(source: Path, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nvfp4_prep.smoke.run_smoke", interrupted)
+        patch.setattr("nvfp4_prep.smoke.gate.run_smoke", interrupted)
         with pytest.raises(ConversionInterrupted, match="smoke test"):
             convert(source, tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
@@ -348,7 +348,7 @@ def test_a_conversion_whose_smoke_run_is_due_is_called_unfinished(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nvfp4_prep.smoke.run_smoke", interrupted)
+    monkeypatch.setattr("nvfp4_prep.smoke.gate.run_smoke", interrupted)
     with pytest.raises(ConversionInterrupted):
         convert(sample_source, tmp_path / "out")
     assert (tmp_path / "out" / "nvfp4_prep.json").is_file()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["PolicyErrors"]
 
 
-@dataclass(frozen=True)
-class PolicyErrors:
+class PolicyErrors(NamedTuple):
     """Distances of dequantized gate and up weights from the source's under each policy; sums over experts add up.
 
     Attributes:
@@ -23,14 +22,10 @@ class PolicyErrors:
     vllm: float
 
     @classmethod
-    def total(cls, parts: Iterable[PolicyErrors]) -> PolicyErrors:
+    def total(cls, parts: Iterable[tuple[float, float, float]]) -> PolicyErrors:
         """Return the sum over experts, the same in whatever order they come."""
-        found = list(parts)
-        return cls(
-            math.fsum(part.source for part in found),
-            math.fsum(part.reconcile for part in found),
-            math.fsum(part.vllm for part in found),
-        )
+        source, reconcile, vllm = zip(*parts, strict=True) if (parts := list(parts)) else ((), (), ())
+        return cls(math.fsum(source), math.fsum(reconcile), math.fsum(vllm))
 
     def relative(self) -> dict[str, float]:
         """Return relative error ``|W - W_source| / |W_source|`` (Frobenius norm) by policy, to six digits.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self, TypeGuard
 
-from nvfp4_prep.moe.policy_errors import PolicyErrors
 from nvfp4_prep_kernels import PreparedTensor, Projection
 
 __all__ = ["ExpertsFact", "ReconciledExpert"]
@@ -59,13 +58,14 @@ class ExpertsFact:
         tensor: which one.
         crc32: CRC-32 of each expert's prepared bytes.
         reconciled: the experts whose block scales were rescaled.
-        errors: of each policy, for the experts whose gate and up scales differ.
+        errors: the three sums of each expert whose gate and up scales differ; :mod:`nvfp4_prep.moe.policy_errors` says
+            what they are.
     """
 
     tensor: PreparedTensor
     crc32: tuple[int, ...]
     reconciled: tuple[ReconciledExpert, ...] = ()
-    errors: tuple[PolicyErrors, ...] = ()
+    errors: tuple[tuple[float, float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the value that the journal holds."""
@@ -73,7 +73,7 @@ class ExpertsFact:
             "tensor": self.tensor.value,
             "crc32": list(self.crc32),
             "reconciled": [expert.to_json() for expert in self.reconciled],
-            "errors": [list(astuple(errors)) for errors in self.errors],
+            "errors": [list(sums) for sums in self.errors],
         }
 
     @classmethod
@@ -94,7 +94,7 @@ class ExpertsFact:
             _TENSORS[tensor],
             tuple(crc32),
             tuple(expert for expert in experts if expert is not None),
-            tuple(PolicyErrors(*item) for item in errors),
+            tuple((item[0], item[1], item[2]) for item in errors),
         )
 
 

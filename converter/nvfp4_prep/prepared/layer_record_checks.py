@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nvfp4_prep.checkpoint.tensors import tensor_nbytes
 from nvfp4_prep.formats import Leaf
 from nvfp4_prep.moe.layers import MoeLayer, TensorGroup
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor, Projection
-
-if TYPE_CHECKING:
-    from nvfp4_prep.prepared.manifest import GateUpRecord
 
 __all__ = ["check_expert_crc32", "check_gate_up", "check_groups"]
 
@@ -61,15 +58,15 @@ def check_expert_crc32(values: Mapping[str, tuple[int, ...]], experts: int) -> N
         raise ValueError("expert_crc32 must have one value for each expert, for each of the four tensors")
 
 
-def check_gate_up(record: GateUpRecord, layer: MoeLayer) -> None:
+def check_gate_up(reconciled: Sequence[tuple[int, str]], figures: Mapping[str, Any], layer: MoeLayer) -> None:
     """Raise ``ValueError`` or ``TypeError`` unless sides and figures are what can be worked with."""
-    experts = [expert for expert, _ in record.reconciled]
+    experts = [expert for expert, _ in reconciled]
     if experts != sorted(set(experts)) or any(not 0 <= expert < layer.dims.experts for expert in experts):
         raise ValueError("reconciled must name experts of the layer, in their order, each once")
-    if any(side == Projection.DOWN.value for _, side in record.reconciled) or (experts and not layer.gated):
+    if any(side == Projection.DOWN.value for _, side in reconciled) or (experts and not layer.gated):
         raise ValueError("reconciled must name gate or up of gated experts")
-    errors: Mapping[str, Any] = record.figures.get("relative_error", {})
-    for value in [record.figures.get(key, 0) for key in _FIGURES] + list(errors.values()):
+    errors: Mapping[str, Any] = figures.get("relative_error", {})
+    for value in [figures.get(key, 0) for key in _FIGURES] + list(errors.values()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError("figures must be numbers")
     if errors and not {"reconcile", "vllm"} <= errors.keys():

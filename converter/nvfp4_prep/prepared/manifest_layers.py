@@ -162,7 +162,7 @@ def layer_from_dict(value: Mapping[str, Any], options: ConvertOptions) -> LayerR
     layer.experts_path.encode("utf-8")  # tensors are named by it
     check_groups(layer)
     gate_up = _gate_up_from_dict(value["gate_up_scales"])
-    check_gate_up(gate_up, layer)
+    check_gate_up(gate_up.reconciled, gate_up.figures, layer)
     return LayerRecord(
         source=layer,
         layout=layout,

@@ -105,7 +105,7 @@ def verify_load_format(original: Callable[..., Any], load_config: Any) -> Any:
 
 def dummy_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let layers know that no tensors will arrive."""
-    from nvfp4_prep.sglang.methods import dummy_weights
+    from nvfp4_prep.sglang.layer_weights import dummy_weights
 
     with dummy_weights():
         return original(*args, **kwargs)

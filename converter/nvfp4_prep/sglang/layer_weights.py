@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +19,11 @@ from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
-__all__ = ["LayerWeights", "check_padding", "placement_of", "set_loader"]
+__all__ = ["LayerWeights", "check_padding", "dummy_weights", "finish", "placement_of", "set_loader"]
 
 _INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
 _W13_SCALE = "w13_weight_scale_2"
+_dummy: contextvars.ContextVar[bool] = contextvars.ContextVar("nvfp4_prep_dummy_weights", default=False)
 
 
 class LayerWeights(PreparedWeights):
@@ -181,3 +184,19 @@ def _slots(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         )
     first, count = int(layer._expert_storage_rank) * int(layer._num_local_routed), int(layer._num_local_routed)
     return tuple(stored[first : first + count]), tuple(stored)
+
+
+@contextlib.contextmanager
+def dummy_weights() -> Iterator[None]:
+    """While it is entered, layers are not missing anything."""
+    token = _dummy.set(True)
+    try:
+        yield
+    finally:
+        _dummy.reset(token)
+
+
+def finish(weights: Any) -> None:
+    """Check that every tensor of a layer arrived, unless weights are dummies."""
+    if not _dummy.get():
+        weights.finish()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from nvfp4_prep.errors import ServingError
@@ -14,14 +12,11 @@ from nvfp4_prep.sglang.source_config import adopted_stamp
 __all__ = [
     "check_stamp_was_taken",
     "config_with_stamp",
-    "dummy_weights",
-    "finish",
     "guard_stock_layers",
     "prepared_method",
 ]
 
 _STAMP = "nvfp4_prep_stamp"
-_dummy: contextvars.ContextVar[bool] = contextvars.ContextVar("nvfp4_prep_dummy_weights", default=False)
 
 
 def config_with_stamp(original: Callable[..., Any], cls: type, config: dict[str, Any], *args: Any, **kw: Any) -> Any:
@@ -98,19 +93,3 @@ def _only_originals(loader: Callable[..., Any], where: str) -> Callable[..., Any
         )
 
     return weight_loader
-
-
-@contextlib.contextmanager
-def dummy_weights() -> Iterator[None]:
-    """While it is entered, layers are not missing anything."""
-    token = _dummy.set(True)
-    try:
-        yield
-    finally:
-        _dummy.reset(token)
-
-
-def finish(weights: Any) -> None:
-    """Check that every tensor of a layer arrived, unless weights are dummies."""
-    if not _dummy.get():
-        weights.finish()

@@ -18,8 +18,7 @@ from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
-from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, placement_of
-from nvfp4_prep.sglang.methods import finish
+from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, finish, placement_of
 from nvfp4_prep.sglang.relayout import bring_into, relayout_of
 
 __all__ = ["PreparedModelOptMethod"]

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, integer, one_of, optional, sequence
+from nvfp4_prep._util.arguments import CALLABLE, COUNT, check_fields, one_of, optional
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.source import Source
-from nvfp4_prep.errors import CheckpointError, ConversionInterrupted, UsageError, VerificationError
+from nvfp4_prep.errors import ConversionInterrupted, VerificationError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
-
-if TYPE_CHECKING:
-    from nvfp4_prep.smoke import LayerReport, SmokeReport
-    from nvfp4_prep_kernels import MoeLayout
+from nvfp4_prep.smoke.backends import BACKENDS, choose_backend
+from nvfp4_prep.smoke.inputs import LayerDamagedError
+from nvfp4_prep.smoke.report import LayerReport, SmokeReport
+from nvfp4_prep.smoke.run import LAYER_NUMBERS, check_layers, run_smoke
+from nvfp4_prep_kernels import MoeLayout
 
 __all__ = [
     "DEFAULT_SMOKE",
-    "LAYER_NUMBERS",
     "FailedScope",
-    "LayerDamagedError",
     "SmokeFailedError",
     "SmokePolicy",
-    "check_layers",
     "pass_smoke_run",
 ]
 
-LAYER_NUMBERS = sequence(integer(0), "numbers of layers")
-
-_BACKENDS = ("auto", "flashinfer", "triton", "torch")
 CPU_EXPERTS = 4
 """Of each layer that is run where no GPU is."""
 
@@ -57,7 +52,7 @@ class SmokePolicy:
             self,
             layers=optional(LAYER_NUMBERS),
             sample=optional(COUNT),
-            backend=one_of(*_BACKENDS),
+            backend=one_of(*BACKENDS),
             on_layer=optional(CALLABLE),
         )
 
@@ -71,36 +66,12 @@ class SmokePolicy:
         Raises:
             UsageError: if a layer does not exist or the backend cannot run here.
         """
-        from nvfp4_prep.smoke.backends import choose_backend
-
         check_layers(self.layers or (), layers)
         choose_backend(self.backend, layouts)
 
 
-def check_layers(wanted: Iterable[int], there: Collection[int]) -> None:
-    """Raise :class:`UsageError` for the number of a layer that does not exist."""
-    missing = sorted(set(wanted) - set(there))
-    if missing:
-        raise UsageError(
-            f"no prepared layer {', '.join(map(str, missing))}",
-            expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
-        )
-
-
 DEFAULT_SMOKE = SmokePolicy()
 """The same from Python as from the command line."""
-
-
-class LayerDamagedError(CheckpointError):
-    """The bytes of a prepared layer cannot be what was converted: found while the smoke run read them.
-
-    Attributes:
-        layer: the model's number of the layer.
-    """
-
-    def __init__(self, what: str, layer: int, where: str) -> None:
-        self.layer = layer
-        super().__init__(f"is damaged: {what}", where=where, next_step="Run `nvfp4-prep verify` on the directory.")
 
 
 class SmokeFailedError(VerificationError):
@@ -180,8 +151,6 @@ def pass_smoke_run(
         SmokeFailedError: if anything is wrong.
         ConversionInterrupted: on Ctrl-C; the run stays due.
     """
-    from nvfp4_prep.smoke import run_smoke
-
     layers, samples = _scope(manifest, policy, due)
     local = source if isinstance(source, LocalSource) else None  # of a source from the Hub, shards may be gone by then
 
@@ -218,8 +187,6 @@ def _scope(
     manifest: Manifest, policy: SmokePolicy, due: Sequence[FailedScope]
 ) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """Return numbers of layers, and sizes of samples whose experts are all run; ``None`` means all."""
-    from nvfp4_prep.smoke.backends import choose_backend
-
     on_cpu = choose_backend(policy.backend, {layer.layout for layer in manifest.layers}).device.type == "cpu"
     layers, sample = policy.layers, policy.sample
     if on_cpu:

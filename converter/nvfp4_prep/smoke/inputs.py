@@ -25,15 +25,26 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
-from nvfp4_prep.smoke.gate import LayerDamagedError
 from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
 from nvfp4_prep_kernels.moe_types import PreparedExperts
 
-__all__ = ["CheckpointReader"]
+__all__ = ["CheckpointReader", "LayerDamagedError"]
 
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+
+
+class LayerDamagedError(CheckpointError):
+    """The bytes of a prepared layer cannot be what was converted: found while the smoke run read them.
+
+    Attributes:
+        layer: the model's number of the layer.
+    """
+
+    def __init__(self, what: str, layer: int, where: str) -> None:
+        self.layer = layer
+        super().__init__(f"is damaged: {what}", where=where, next_step="Run `nvfp4-prep verify` on the directory.")
 
 
 class CheckpointReader:

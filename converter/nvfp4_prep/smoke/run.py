@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nvfp4_prep._util.arguments import (
     checked,
     either,
     instance,
+    integer,
     one_of,
     optional,
     sequence,
@@ -31,13 +32,13 @@ from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.smoke.backends import BACKENDS, ChosenBackend, choose_backend
-from nvfp4_prep.smoke.gate import LAYER_NUMBERS, check_layers
 from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 
-__all__ = ["CPU_SAMPLE", "check_smoke", "choose_layers", "run_smoke", "spread"]
+__all__ = ["CPU_SAMPLE", "LAYER_NUMBERS", "check_layers", "check_smoke", "choose_layers", "run_smoke", "spread"]
 
+LAYER_NUMBERS = sequence(integer(0), "numbers of layers")
 CPU_SAMPLE = 8
 """Experts of each layer that are run without a GPU, unless told otherwise: each takes seconds on a CPU."""
 
@@ -123,6 +124,16 @@ def choose_layers(manifest: Manifest, layers: Sequence[int] | str | None) -> lis
         layers = LayerSelection.parse(layers).choose_present(there)
     check_layers(layers, there)
     return [record for record in manifest.layers if record.index in set(layers)]
+
+
+def check_layers(wanted: Iterable[int], there: Collection[int]) -> None:
+    """Raise :class:`UsageError` for the number of a layer that does not exist."""
+    missing = sorted(set(wanted) - set(there))
+    if missing:
+        raise UsageError(
+            f"no prepared layer {', '.join(map(str, missing))}",
+            expected=f"layers among {min(there)} to {max(there)}" if there else "a checkpoint with prepared layers",
+        )
 
 
 def spread(experts: int, sample: int | None) -> list[int]:

@@ -398,5 +398,5 @@ def test_errors_of_a_relative_directory_are_no_bare_file_names(
     (folder / "sub").mkdir()
     monkeypatch.chdir(folder)
     source = LocalSource(Path(given))
-    assert source.place("config.json") in (str(folder / "config.json"), "../source/config.json")
+    assert source.where("config.json") in (str(folder / "config.json"), "../source/config.json")
     source.close()

@@ -21,7 +21,7 @@ def test_every_expert_is_read_once_and_every_slot_gets_its_own(experts: list[int
         for copy in planned.copies:
             for index in range(copy.count):
                 assert copy.slot + index not in slots
-                slots[copy.slot + index] = received[copy.place + index]
+                slots[copy.slot + index] = received[copy.position + index]
     assert sorted(read) == sorted(set(experts))
     assert [slots[slot] for slot in range(len(experts))] == experts
 

@@ -32,17 +32,17 @@ class DescriptorPool:
     """
 
     def __init__(
-        self, open_file: Callable[[str], int], limit: int | None = None, place: Callable[[str], str] = str
+        self, open_file: Callable[[str], int], limit: int | None = None, where: Callable[[str], str] = str
     ) -> None:
         """Start without an open file.
 
         Args:
             open_file: returns a descriptor for a name; called again when the name's descriptor was given back.
             limit: most descriptors to keep; by default a quarter of what the process may have, less where it has many.
-            place: returns the path of a name, for errors.
+            where: returns the path of a name, for errors.
         """
         self._open_file = open_file
-        self._place = place
+        self._where = where
         self.limit = _default_limit() if limit is None else limit
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class DescriptorPool:
         try:
             return self._open_file(name)
         except OSError as error:
-            raise open_files_error(error, self._place(name)) or error from error
+            raise open_files_error(error, self._where(name)) or error from error
 
     def _close_idle(self, keep: int) -> None:
         """Close descriptors that nobody uses, the longest unused first, until ``keep`` are left; with the lock held."""

@@ -75,12 +75,12 @@ def read_index(source: Source) -> CheckpointIndex:
     if CONFIG not in files:
         _check_pointers(source, files.values())
         found = recognise(files, "Give the directory of a Hugging Face checkpoint.")
-        raise SourceError(f"has no {CONFIG}{found.what}", where=source.place(), next_step=found.next_step)
+        raise SourceError(f"has no {CONFIG}{found.what}", where=source.where(), next_step=found.next_step)
     texts = {name: _read_small(source, files[name]) for name in TEXT_MAX_NBYTES if name in files}
     # A prepared checkpoint's config holds the source's one level deeper.
     max_depth = MAX_DEPTH if MANIFEST in files else SOURCE_MAX_DEPTH
     parsed = {
-        name: read_json_file(source.place(name), raw, max_depth=max_depth)
+        name: read_json_file(source.where(name), raw, max_depth=max_depth)
         for name, raw in texts.items()
         if name != README
     }
@@ -89,7 +89,7 @@ def read_index(source: Source) -> CheckpointIndex:
     _check_pointers(source, [*(files[name] for name in shards), *side])
     headers = {name: source.header(name) for name in shards}
     if weight_map is None:
-        headers = without_second_copy(source.place(), headers)
+        headers = without_second_copy(source.where(), headers)
         left_out |= {name: SECOND_COPY for name in shards if name not in headers}
     tensors, warnings = _merge(source, headers, weight_map)
     return CheckpointIndex(
@@ -118,7 +118,7 @@ def _read_small(source: Source, file: SourceFile) -> bytes:
     if file.nbytes > limit:
         raise SourceError(
             "is too large",
-            where=source.place(file.name),
+            where=source.where(file.name),
             expected=f"at most {limit} bytes",
             actual=f"{file.nbytes} bytes",
         )
@@ -144,7 +144,7 @@ def _check_pointers(source: Source, files: Iterable[SourceFile]) -> None:
 def _pointer_error(source: Source, names: list[str]) -> SourceError:
     more = f" (and so {'is' if len(names) == 2 else 'are'} {count(len(names) - 1, 'more file')})" if names[1:] else ""
     return SourceError(
-        f"is a git-lfs pointer, not the file itself{more}", where=source.place(names[0]), next_step=LFS_NEXT_STEP
+        f"is a git-lfs pointer, not the file itself{more}", where=source.where(names[0]), next_step=LFS_NEXT_STEP
     )
 
 
@@ -152,8 +152,8 @@ def _shards(
     source: Source, files: Mapping[str, SourceFile], index: Mapping[str, Any] | None
 ) -> tuple[list[str], Mapping[str, str] | None]:
     if index is None:
-        return top_shards(source.place(), files), None
-    weight_map = check_weight_map(source.place(INDEX), index.get("weight_map"), files)
+        return top_shards(source.where(), files), None
+    weight_map = check_weight_map(source.where(INDEX), index.get("weight_map"), files)
     return sorted(set(weight_map.values())), weight_map
 
 
@@ -174,7 +174,7 @@ def _merge(
         elif tensors[name].file != shard:
             raise SourceError(
                 f"tensor {quoted(name)} is not where the index says",
-                where=source.place(INDEX),
+                where=source.where(INDEX),
                 expected=shard,
                 actual=tensors[name].file,
                 next_step="The index is wrong, or of another export than the shards: get the one that belongs to them,"
@@ -185,7 +185,7 @@ def _merge(
     if weight_map is not None and len(ghosts) == len(weight_map):
         raise SourceError(
             "lists none of the tensors that its files hold",
-            where=source.place(INDEX),
+            where=source.where(INDEX),
             actual=first_of(map(quoted, ghosts)),
             next_step="The index is of another checkpoint: get the one that belongs to the shards, or remove it.",
         )
@@ -199,7 +199,7 @@ def _merge(
 def _duplicate_error(
     source: Source, name: str, shards: tuple[str, str], weight_map: Mapping[str, str] | None
 ) -> SourceError:
-    where = f"{source.place(shards[0])} and {shards[1]}"
+    where = f"{source.where(shards[0])} and {shards[1]}"
     if weight_map is None:
         return SourceError(
             f"duplicate: tensor {quoted(name)} is in two shards",

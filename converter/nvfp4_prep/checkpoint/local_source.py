@@ -47,13 +47,13 @@ class LocalSource:
             self.label = repository.removeprefix("models--").replace("--", "/")
             self.revision = self.root.name
         self._listed = list_files(self.root, root, [self.root] if blobs is None else [self.root, blobs])
-        self._descriptors = DescriptorPool(self._open, place=self.place)
+        self._descriptors = DescriptorPool(self._open, where=self.where)
 
     def _cache_blobs(self) -> Path | None:
         blobs = self.root.parent.parent / "blobs"
         return blobs.resolve() if self.root.parent.name == "snapshots" and blobs.is_dir() else None
 
-    def place(self, file: str = "") -> str:
+    def where(self, file: str = "") -> str:
         """Return the path of a file for errors, as the user gave the directory."""
         return str(self._shown / file)
 
@@ -63,9 +63,9 @@ class LocalSource:
 
     def header(self, file: str) -> ShardHeader:
         """See :class:`~nvfp4_prep.checkpoint.source.Source`."""
-        place, nbytes = self.place(file), self._file(file).state.nbytes
-        length = header_nbytes(place, self.peek(file, 0, min(8, nbytes)), nbytes)
-        return parse_header(file, self.peek(file, 0, 8 + length), nbytes, where=place)
+        where, nbytes = self.where(file), self._file(file).state.nbytes
+        length = header_nbytes(where, self.peek(file, 0, min(8, nbytes)), nbytes)
+        return parse_header(file, self.peek(file, 0, 8 + length), nbytes, where=where)
 
     def peek(self, file: str, offset_bytes: int, nbytes: int) -> bytes:
         """See :class:`~nvfp4_prep.checkpoint.source.Source`."""
@@ -83,18 +83,18 @@ class LocalSource:
     def read_into(self, file: str, offset_bytes: int, buffer: memoryview) -> None:
         """See :class:`~nvfp4_prep.checkpoint.source.Source`."""
         with self._descriptors.use(file) as descriptor:
-            read_exactly(descriptor, self.place(file), offset_bytes, buffer)
+            read_exactly(descriptor, self.where(file), offset_bytes, buffer)
 
     def _file(self, file: str) -> ListedFile:
         try:
             return self._listed[file]
         except KeyError:
             raise SourceError(
-                "cannot be opened (it was not there when the directory was listed)", where=self.place(file)
+                "cannot be opened (it was not there when the directory was listed)", where=self.where(file)
             ) from None
 
     def _open(self, file: str) -> int:
-        return open_listed(self.root / file, self._file(file), self.place(file))
+        return open_listed(self.root / file, self._file(file), self.where(file))
 
     def will_read(self, file: str, offset_bytes: int, nbytes: int) -> None:
         """Start the kernel's read-ahead. A file that cannot be opened fails when it is read, with its name."""
@@ -111,16 +111,16 @@ class LocalSource:
         Goes by size, modification and change time, inode and device.
         """
         for file in self._listed.values():
-            place = self.place(file.name)
+            where = self.where(file.name)
             try:
                 status = (self.root / file.name).stat()
             except OSError as error:
                 raise SourceError(
                     f"has gone meanwhile ({error.strerror})",
-                    where=place,
+                    where=where,
                     next_step="Put it back, and convert again with --restart.",
                 ) from error
-            check_state(file.state, status, place)
+            check_state(file.state, status, where)
 
     def interrupt(self) -> None:
         """Do nothing: no read waits here."""

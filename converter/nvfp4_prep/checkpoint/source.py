@@ -45,7 +45,7 @@ class Source(Protocol):
     revision: str | None
     sequential: bool
 
-    def place(self, file: str = "") -> str:
+    def where(self, file: str = "") -> str:
         """Return what errors call the source, or one of its files: the whole path of a local one."""
         ...
 

@@ -88,12 +88,12 @@ def bench_load(
                 layers=tuple(layer.experts_path for layer in chosen),
                 tp=(rank % tp, tp),
                 ep=(rank // tp, ep),
-                device=place,
+                device=name,
                 options=options,
                 together=not alone_because,
                 store=Path(folder) / "store",
             )
-            for rank, place in enumerate(devices)
+            for rank, name in enumerate(devices)
         ]
         with RankProcesses(jobs) as ranks:
             kinds = (True, False) if cold is None else (cold,)

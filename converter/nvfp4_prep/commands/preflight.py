@@ -152,7 +152,7 @@ def look_ahead(
             outlook.state = TargetState.COMPLETE
             return outlook
         check_writable(target)
-        check_readable(plan, source.place())
+        check_readable(plan, source.where())
         folder, identity = target, plan.identity()
         if selection is not None:
             check_ours(target)

@@ -30,7 +30,7 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
-from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
+from nvfp4_prep.pipeline.outputs import OutputJob, Running, write_outputs
 from nvfp4_prep.pipeline.relayout_jobs import LayerRelayout, damaged
 from nvfp4_prep.pipeline.results import gate_up_record
 from nvfp4_prep.planning.output_files import layer_files, scale_files
@@ -141,11 +141,11 @@ class _Relayout:
         # the vectors depend on which side of each expert was rescaled
         files = sorted(self._files.values(), key=lambda file: file.kind is FileKind.EXPERT_SCALES)
         outputs = [
-            Output(file.name, file.nbytes, partial(self._job, file), last=file.kind is FileKind.EXPERT_SCALES)
+            OutputJob(file.name, file.nbytes, partial(self._job, file), last=file.kind is FileKind.EXPERT_SCALES)
             for file in files
         ]
         outputs += [
-            Output(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
+            OutputJob(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
             for name, file in self._copied.items()
         ]
         needed = write_outputs("relayout", self._target, outputs, MADE_FILES, running)

@@ -136,8 +136,8 @@ def _without_stamp(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(activation: Activation) -> str:
-    limit = "" if activation.clamp is None else f" clamped at {activation.clamp:g}"
-    return f"{activation.spelled or activation.kind.value}{limit}"
+    clamp = "" if activation.clamp is None else f" clamped at {activation.clamp:g}"
+    return f"{activation.spelled or activation.kind.value}{clamp}"
 
 
 def _check_readable(checkpoint: PreparedCheckpoint, manifest: bytes) -> None:

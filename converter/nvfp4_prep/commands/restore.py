@@ -28,7 +28,7 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult, Unit, UnitResult
-from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
+from nvfp4_prep.pipeline.outputs import OutputJob, Running, write_outputs
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.inverse import source_bytes, source_parts
 from nvfp4_prep.prepared.manifest import LayerRecord
@@ -114,9 +114,9 @@ class _Restoration:
     def run(self, running: Running) -> RestoreResult:
         target, texts = self._target, self._checkpoint.manifest.texts
         self._check_distinct_names()
-        outputs = [Output(file.name, file.nbytes, partial(self._job, file)) for file in self._files]
+        outputs = [OutputJob(file.name, file.nbytes, partial(self._job, file)) for file in self._files]
         outputs += [
-            Output(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
+            OutputJob(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
             for name, file in self._side.items()
         ]
         needed = write_outputs("restore", target, outputs, [*texts, INDEX], running)

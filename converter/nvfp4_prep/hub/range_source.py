@@ -73,7 +73,7 @@ class RangeSource:
         """Bytes that came over the network so far (plain transfers only; Xet does not tell)."""
         return self.downloader.received_nbytes
 
-    def place(self, file: str = "") -> str:
+    def where(self, file: str = "") -> str:
         """See :class:`nvfp4_prep.checkpoint.source.Source`."""
         return f"{self.label}/{file}" if file else self.label
 

@@ -250,7 +250,7 @@ class CooperativeLoad:
             slots, arrived = flat.view(-1, unit), received.view(-1, unit)
             torch._foreach_copy_(
                 [slots[copy.slot : copy.slot + copy.count] for copy in planned.copies],
-                [arrived[copy.place : copy.place + copy.count] for copy in planned.copies],
+                [arrived[copy.position : copy.position + copy.count] for copy in planned.copies],
             )
 
     def _end_exchange(self) -> None:

@@ -11,10 +11,10 @@ __all__ = ["Round", "SlotCopy", "plan_rounds"]
 
 @dataclass(frozen=True, slots=True)
 class SlotCopy:
-    """``count`` experts received from place ``place`` on go to the slots from ``slot`` on."""
+    """``count`` experts received from position ``position`` on go to the slots from ``slot`` on."""
 
     slot: int
-    place: int
+    position: int
     count: int
 
 
@@ -51,16 +51,16 @@ def plan_rounds(experts: Sequence[int], ranks: int, at_once: int) -> tuple[Round
 
 
 def _round(block: Sequence[int], experts: Sequence[int], ranks: int) -> Round:
-    places = {expert: place for place, expert in enumerate(block)}
+    positions = {expert: position for position, expert in enumerate(block)}
     copies: list[SlotCopy] = []
     for slot, expert in enumerate(experts):
-        if expert not in places:
+        if expert not in positions:
             continue
-        last, place = copies[-1] if copies else None, places[expert]
-        if last is not None and (last.slot + last.count, last.place + last.count) == (slot, place):
-            copies[-1] = SlotCopy(last.slot, last.place, last.count + 1)
+        last, position = copies[-1] if copies else None, positions[expert]
+        if last is not None and (last.slot + last.count, last.position + last.count) == (slot, position):
+            copies[-1] = SlotCopy(last.slot, last.position, last.count + 1)
         else:
-            copies.append(SlotCopy(slot, place, 1))
+            copies.append(SlotCopy(slot, position, 1))
     return Round(tuple(map(tuple, _spread(block, ranks))), tuple(copies))
 
 

@@ -94,8 +94,8 @@ class GpuCopies:
         )
         # The driver need not take these distances, which it did not choose; torch takes any.
         if _driver().cuMemcpy2DAsync_v2(ctypes.byref(runs), self._handle):
-            rows, place = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
-            place.copy_(rows)
+            cut_rows, rows = run_views(self._rows, 0, cut.run_nbytes, cut.stride_bytes, cut.runs, target)
+            rows.copy_(cut_rows)
         self._wait(stream)
 
     def _opened(self, ready: torch.cuda.Event | None) -> torch.cuda.Stream:

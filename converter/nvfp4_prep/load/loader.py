@@ -208,11 +208,11 @@ class ExpertLoader:
     def _queue(self, reader: FileReader, tasks: Sequence[Task], parameter: torch.Tensor) -> Submission:
         target = _flat(parameter)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        places = _places(target, tasks)
+        views = _views(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
         self._accounts.add(submission, target.numel())
         for task in tasks:
-            targets = tuple(places.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks)
+            targets = tuple(views.get(chunk.destination_bytes) if chunk.nbytes else None for chunk in task.chunks)
             if not task.chunks[0].long:
                 self._jobs.put(Job(task, reader, targets, ready, submission))
                 continue
@@ -349,8 +349,8 @@ def _flat(parameter: torch.Tensor) -> torch.Tensor:
     return data if data.dim() == 1 else data.view(-1)
 
 
-def _places(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
-    """Return each chunk's place by its offset: one call for all, instead of one in the way of the reading threads."""
+def _views(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
+    """Return each chunk's part by its offset: one call for all, instead of one in the way of the reading threads."""
     chunks = sorted((chunk.destination_bytes, chunk.nbytes) for task in tasks for chunk in task.chunks if chunk.nbytes)
     if len(chunks) == 1:
         return {chunks[0][0]: target}

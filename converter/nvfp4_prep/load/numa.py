@@ -62,10 +62,10 @@ def run_near(processors: frozenset[int] | None, work: Callable[[], _Result]) -> 
 def _node(number: int, sys: Path) -> int | None:
     """Return the NUMA node of a visible GPU, None where the driver, torch or the system does not say."""
     properties = torch.cuda.get_device_properties(number)
-    place = [getattr(properties, f"pci_{name}_id", None) for name in ("domain", "bus", "device")]
-    if None in place:
+    address = [getattr(properties, f"pci_{name}_id", None) for name in ("domain", "bus", "device")]
+    if None in address:
         return None
-    domain, bus, slot = place
+    domain, bus, slot = address
     try:
         node = int((sys / f"bus/pci/devices/{domain:04x}:{bus:02x}:{slot:02x}.0/numa_node").read_text())
     except (OSError, ValueError):

@@ -184,14 +184,14 @@ class Reading:
         if target is None:
             raise ValueError("a long range has a place")
         first, address = job.task.chunks[0].segments[0].offset_bytes, target.data_ptr()
-        place = None if self.copies is not None else byte_view(target)
+        view = None if self.copies is not None else byte_view(target)
         for begin in pieces:
             offset, nbytes = job.piece(begin, limit)
             self.left = nbytes
             if self.failed():
                 return
-            if place is not None:
-                self._read(job, tensor, offset, place[offset - first : offset - first + nbytes], nbytes)
+            if view is not None:
+                self._read(job, tensor, offset, view[offset - first : offset - first + nbytes], nbytes)
             else:
                 self._stage_piece(job, offset, nbytes, address + offset - first)
             self._arrived(job, nbytes)

@@ -81,11 +81,11 @@ def find_activation(config: Mapping[str, Any], *, gated: bool, layer: int = 0) -
     kind, spelled = _spelled(config, gated)
     model_types = _model_types(config)
     kind = next((_IN_CODE[model_type] for model_type in model_types if model_type in _IN_CODE), kind)
-    limit = _limit(config, layer)
+    clamp = _clamp(config, layer)
     is_step = any(model_type.startswith(_STEP_TYPES) for model_type in model_types)
-    if is_step and kind is ActivationKind.SILU and limit is not None:
+    if is_step and kind is ActivationKind.SILU and clamp is not None:
         kind = ActivationKind.SWIGLUSTEP
-    return Activation(kind, spelled, limit)
+    return Activation(kind, spelled, clamp)
 
 
 def alternating_stacks(config: Mapping[str, Any]) -> bool | None:
@@ -116,13 +116,13 @@ def _model_types(config: Mapping[str, Any]) -> list[str]:
     return [str(part["model_type"]).lower() for part in text_configs(config) if part.get("model_type")]
 
 
-def _limit(config: Mapping[str, Any], layer: int) -> float | None:
+def _clamp(config: Mapping[str, Any], layer: int) -> float | None:
     for part in text_configs(config):
         for key in _LAYER_LIMITS:
-            limits = part.get(key)
-            if isinstance(limits, list) and layer < len(limits):
-                return positive(limits[layer])
-        limit = positive(part.get("swiglu_limit"))
-        if limit is not None:
-            return limit
+            clamps = part.get(key)
+            if isinstance(clamps, list) and layer < len(clamps):
+                return positive(clamps[layer])
+        clamp = positive(part.get("swiglu_limit"))
+        if clamp is not None:
+            return clamp
     return None

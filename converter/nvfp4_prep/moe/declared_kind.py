@@ -50,8 +50,8 @@ _MOST_PATTERNS, _LONGEST_PATTERN = 20_000, 500
 
 def declared_refusal(configs: Mapping[str, Any]) -> NotPrepared | None:
     """Return why experts in NVFP4 must not be prepared beside these configs, of which the first one counts."""
-    for place, config in configs.items():
-        return _refusal(place, config)
+    for where, config in configs.items():
+        return _refusal(where, config)
     return None
 
 
@@ -59,65 +59,65 @@ def declared_warnings(configs: Mapping[str, Any], layers: Sequence[MoeLayer]) ->
     """Yield what the configs say against the tensors, and does not keep the output from being served like the source.
 
     Args:
-        configs: by place; the first one counts.
+        configs: by where they stand; the first one counts.
         layers: NVFP4 layers.
     """
     if not layers:
         return
-    for position, (place, config) in enumerate(configs.items()):
-        refusal = _refusal(place, config)
+    for position, (where, config) in enumerate(configs.items()):
+        refusal = _refusal(where, config)
         if position and refusal is not None:
             yield f"{refusal.reason}; {next(iter(configs))} is the one that counts"
         elif not position:
-            yield from _format_warnings(place, config, layers)
-            yield from _excluded_warnings(place, config, layers)
-            yield from _transform_warnings(place, config)
+            yield from _format_warnings(where, config, layers)
+            yield from _excluded_warnings(where, config, layers)
+            yield from _transform_warnings(where, config)
 
 
-def _refusal(place: str, config: Mapping[str, Any]) -> NotPrepared | None:
+def _refusal(where: str, config: Mapping[str, Any]) -> NotPrepared | None:
     method = _method(config)
     if method == "quark":
-        return quark(f"quant_method is quark in {place}")
+        return quark(f"quant_method is quark in {where}")
     if method == "compressed-tensors":
-        return _compressed_tensors_refusal(place, config)
+        return _compressed_tensors_refusal(where, config)
     if method in _OTHER_METHODS:
-        return _other(place, f"quant_method {method}")
+        return _other(where, f"quant_method {method}")
     algorithm = _inner(config).get("quant_algo")
     if not isinstance(algorithm, str) or not algorithm or (method and not method.startswith("modelopt")):
         return None
-    return _modelopt_refusal(place, config, algorithm.upper())
+    return _modelopt_refusal(where, config, algorithm.upper())
 
 
-def _modelopt_refusal(place: str, config: Mapping[str, Any], algorithm: str) -> NotPrepared | None:
+def _modelopt_refusal(where: str, config: Mapping[str, Any], algorithm: str) -> NotPrepared | None:
     if algorithm == "NVFP4":
         groups = _groups(config)
         weight_only = bool(groups) and all(group.get("input_activations") is None for group in groups)
-        return _weight_only(place) if weight_only else None
+        return _weight_only(where) if weight_only else None
     if algorithm == "MIXED_PRECISION":
         layers = _mapping(_inner(config).get("quantized_layers"))
         kinds = {str(_mapping(layer).get("quant_algo")).upper() for layer in layers.values()}
         if not layers or "NVFP4" in kinds:
             return None
         algorithm = f"MIXED_PRECISION of {_some(sorted(kinds))}"
-    return _other(place, f"quant_algo {algorithm}")
+    return _other(where, f"quant_algo {algorithm}")
 
 
-def _compressed_tensors_refusal(place: str, config: Mapping[str, Any]) -> NotPrepared | None:
+def _compressed_tensors_refusal(where: str, config: Mapping[str, Any]) -> NotPrepared | None:
     groups = _groups(config)
     if not groups:
         return None
     nvfp4 = [group for group in groups if _is_nvfp4(group.get("weights"))]
     if not nvfp4:
-        return _other(place, "no config group of 4-bit float weights with a scale for 16")
+        return _other(where, "no config group of 4-bit float weights with a scale for 16")
     inputs = [group.get("input_activations") for group in nvfp4]
     if all(activations is None for activations in inputs):
-        return _weight_only(place)
+        return _weight_only(where)
     if not any(_is_nvfp4(activations) for activations in inputs):
-        return _other(place, "activations of another kind than the weights' NVFP4")
-    return _transform_refusal(place, config)
+        return _other(where, "activations of another kind than the weights' NVFP4")
+    return _transform_refusal(where, config)
 
 
-def _transform_refusal(place: str, config: Mapping[str, Any]) -> NotPrepared | None:
+def _transform_refusal(where: str, config: Mapping[str, Any]) -> NotPrepared | None:
     """Refuse transforms that the model's author wants computed before or after the experts' projections."""
     for name, group in _mapping(_mapping(config.get("transform_config")).get("config_groups")).items():
         for args in _list(_mapping(group).get("apply")):
@@ -128,52 +128,52 @@ def _transform_refusal(place: str, config: Mapping[str, Any]) -> NotPrepared | N
                 continue
             return refuse(
                 "transforms",
-                f"{place} has a transform ({quoted(name)}) for the {_mapping(args)['location']} of"
+                f"{where} has a transform ({quoted(name)}) for the {_mapping(args)['location']} of"
                 f" {_some(targets)}, which may be experts; neither vLLM nor the kernel applies it to them",
                 "Serve the source with a server that does, or quantize again without transforms of the experts.",
             )
     return None
 
 
-def _weight_only(place: str) -> NotPrepared:
+def _weight_only(where: str) -> NotPrepared:
     return refuse(
         "declared W4A16",
-        f"{place} says that experts are weight-only NVFP4 (W4A16: input_activations is null), and their tensors have"
+        f"{where} says that experts are weight-only NVFP4 (W4A16: input_activations is null), and their tensors have"
         " input scales; a server computes W4A16 then, and the kernel W4A4",
         _INSTEAD,
     )
 
 
-def _other(place: str, said: str) -> NotPrepared:
+def _other(where: str, said: str) -> NotPrepared:
     return refuse(
         "declared kind",
-        f"{place} says {said[:300]}, and the experts' tensors are NVFP4 (W4A4); a server goes by the config",
+        f"{where} says {said[:300]}, and the experts' tensors are NVFP4 (W4A4); a server goes by the config",
         _INSTEAD,
     )
 
 
-def _format_warnings(place: str, config: Mapping[str, Any], layers: Sequence[MoeLayer]) -> Iterator[str]:
+def _format_warnings(where: str, config: Mapping[str, Any], layers: Sequence[MoeLayer]) -> Iterator[str]:
     method = _method(config)
     expected = "modelopt" if method.startswith("modelopt") else method
     others = [layer for layer in layers if layer.format in _STORED and layer.format != expected]
     if expected in _STORED and others:
         yield (
-            f"{place} has quant_method {method}, and the experts of {count(len(others), 'layer')}"
+            f"{where} has quant_method {method}, and the experts of {count(len(others), 'layer')}"
             f" ({others[0].experts_path}) are stored as {others[0].format} stores NVFP4: servers go by the config and"
             " do not find them in the source"
         )
 
 
-def _transform_warnings(place: str, config: Mapping[str, Any]) -> Iterator[str]:
+def _transform_warnings(where: str, config: Mapping[str, Any]) -> Iterator[str]:
     transforms = _mapping(config.get("transform_config"))
     if transforms:
         yield (
-            f"{place} has transforms ({_some(_mapping(transforms.get('config_groups')) or transforms)}): vLLM applies"
+            f"{where} has transforms ({_some(_mapping(transforms.get('config_groups')) or transforms)}): vLLM applies"
             " them to linear layers and never to routed experts, of the source as of the output"
         )
 
 
-def _excluded_warnings(place: str, config: Mapping[str, Any], layers: Sequence[MoeLayer]) -> Iterator[str]:
+def _excluded_warnings(where: str, config: Mapping[str, Any], layers: Sequence[MoeLayer]) -> Iterator[str]:
     """Yield warnings about excluded layers: wrong lists of exporters decide nothing here, but a server goes by them."""
     inner = _inner(config)
     patterns = [
@@ -184,7 +184,7 @@ def _excluded_warnings(place: str, config: Mapping[str, Any], layers: Sequence[M
     excluded = [layer.experts_path for layer in layers if _matches(layer, patterns)]
     if excluded:
         yield (
-            f"{place} excludes {count(len(excluded), 'layer')} from quantization ({excluded[0][:200]}) whose experts"
+            f"{where} excludes {count(len(excluded), 'layer')} from quantization ({excluded[0][:200]}) whose experts"
             " are NVFP4: vLLM would not read them as such; correct the list in a copy of the source"
         )
 

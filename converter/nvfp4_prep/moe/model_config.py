@@ -31,9 +31,9 @@ def quantization_configs(config: Mapping[str, Any], hf_quant_config: Mapping[str
         hf_quant_config: ``hf_quant_config.json``, where there is one.
     """
     found: dict[str, Any] = {}
-    for place, part in (("", config), *((key, config.get(key)) for key in NESTED_KEYS)):
+    for holder, part in (("", config), *((key, config.get(key)) for key in NESTED_KEYS)):
         if isinstance(part, Mapping) and isinstance(part.get("quantization_config"), Mapping):
-            where = f"{place}.quantization_config" if place else "quantization_config"
+            where = f"{holder}.quantization_config" if holder else "quantization_config"
             found[f"{CONFIG}:{where}"] = part["quantization_config"]
     if hf_quant_config is not None:
         found[HF_QUANT_CONFIG] = dict(hf_quant_config)

@@ -65,7 +65,7 @@ class AtomicFile:
         root: TargetRoot,
         temporary: str,
         nbytes: int,
-        place: Callable[[Mapping[str, Any] | None, os.stat_result], None],
+        put_in_place: Callable[[Mapping[str, Any] | None, os.stat_result], None],
     ) -> None:
         """Create the file and allocate its space.
 
@@ -73,13 +73,13 @@ class AtomicFile:
             root: where it is written.
             temporary: its name there until it is whole.
             nbytes: its size.
-            place: takes the journal's entry and the flushed file's status, and gives the file its name.
+            put_in_place: takes the journal's entry and the flushed file's status, and gives the file its name.
         """
         self.nbytes = nbytes
         self._root = root
         self._temporary = temporary
         self._path = root.path / temporary
-        self._place = place
+        self._put_in_place = put_in_place
         try:
             self._descriptor = root.open_file(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, make_folders=True)
         except OSError as error:
@@ -131,7 +131,7 @@ class AtomicFile:
             os.fsync(self._descriptor)
             status = os.fstat(self._descriptor)
             self._close()
-            self._place(entry, status)
+            self._put_in_place(entry, status)
         except OSError as error:
             raise translate_os_error(error, self._path) from error
 

@@ -229,12 +229,12 @@ class Target:
             )
         temporary = f"{self._writing}/{name}"
 
-        def place(entry: Mapping[str, Any] | None, status: os.stat_result) -> None:
+        def put_in_place(entry: Mapping[str, Any] | None, status: os.stat_result) -> None:
             # Noted first: a file that has its name and that the journal does not know is not ours.
             self.note({"made": name} if entry is None else {"file": name, "nbytes": nbytes, **entry})
             self._move(temporary, name, status)
 
-        return AtomicFile(self._root, temporary, nbytes, place)
+        return AtomicFile(self._root, temporary, nbytes, put_in_place)
 
     def _move(self, old: str, name: str, status: os.stat_result, root: TargetRoot | None = None) -> None:
         now, seen = self._root.status(name), self._seen.get(name)

@@ -12,7 +12,7 @@ from nvfp4_prep.pipeline.jobs import FileJob
 from nvfp4_prep.pipeline.working import working
 from nvfp4_prep.planning.disk_space import Room
 
-__all__ = ["Output", "Running", "write_outputs"]
+__all__ = ["OutputJob", "Running", "write_outputs"]
 
 _NO_HOOKS = Hooks()
 
@@ -33,7 +33,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputJob:
     """A file that a command makes.
 
     Attributes:
@@ -52,7 +52,7 @@ class Output:
 def write_outputs(
     title: str,
     target: Target,
-    outputs: Sequence[Output],
+    outputs: Sequence[OutputJob],
     metadata_files: Iterable[str],
     running: Running,
     *,

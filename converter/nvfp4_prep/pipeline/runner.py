@@ -20,7 +20,7 @@ from nvfp4_prep.pipeline.engine import Hooks
 from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
-from nvfp4_prep.pipeline.outputs import Output, Running, write_outputs
+from nvfp4_prep.pipeline.outputs import OutputJob, Running, write_outputs
 from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import OutputFile, Plan
@@ -57,9 +57,12 @@ class Execution:
         pending = [file for file in first if file.name not in self._results]
         self._shards.expect(plan.shard_order(pending), plan.peak_shards_nbytes, pending)
         outputs = [
-            *(Output(file.name, file.nbytes, partial(self._job, file)) for file in first),
-            *(Output(file.name, file.nbytes, partial(side_file_job, file, self._source)) for file in plan.side_files),
-            *(Output(file.name, file.nbytes, partial(self._job, file), last=True) for file in scales),
+            *(OutputJob(file.name, file.nbytes, partial(self._job, file)) for file in first),
+            *(
+                OutputJob(file.name, file.nbytes, partial(side_file_job, file, self._source))
+                for file in plan.side_files
+            ),
+            *(OutputJob(file.name, file.nbytes, partial(self._job, file), last=True) for file in scales),
         ]
         return write_outputs(
             "convert",

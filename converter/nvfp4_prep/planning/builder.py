@@ -61,7 +61,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
     files = (*in_shard_order([*layer_files(layers), *passthrough_files(index, layers)]), *scale_files(layers))
     _check_names(files, index.side_files)
     served = (record for file in files if file.served for record in file.records)
-    check_made_files(source.place(), served, index.texts)
+    check_made_files(source.where(), served, index.texts)
     used = {*index.headers, *index.texts, *(file.name for file in index.side_files)}
     return Plan(
         source_label=source.label,
@@ -79,7 +79,7 @@ def make_plan(source: Source, options: ConvertOptions | None = None, surveyed: S
 
 def _check_supported(source: Source, index: CheckpointIndex, found: FoundLayers) -> None:
     """Raise :class:`UnsupportedCheckpointError` for a checkpoint that cannot be converted."""
-    label = source.place()
+    label = source.where()
     whole = any(file.name == MANIFEST for file in source.files())
     nested = [index.config, *(value for value in index.config.values() if isinstance(value, Mapping))]
     stamped = [config.get("quantization_config") for config in nested]

@@ -101,8 +101,8 @@ class CheckpointReader:
             if plan is None:
                 w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
                 w2 = scalars.w2_scale_2[chosen[position]]
-                place = f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"
-                with _as_damage(record.index, place):
+                where = f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"
+                with _as_damage(record.index, where):
                     return _restored_expert(record, prepared, w13, w2, position)
             return self._source_expert(plan, chosen[position])
 

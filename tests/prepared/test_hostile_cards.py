@@ -61,6 +61,17 @@ def test_front_matter_at_the_bounds_is_read() -> None:
     assert found.note is None and list(found.values) == ["license", "x", "tags", "z"]
 
 
+def test_a_lack_of_memory_does_not_drop_the_front_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card would be another one than on a machine with more memory."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("yaml.SafeLoader.compose_node", fail)
+    with pytest.raises(MemoryError):
+        read_front_matter(b"---\nlicense: mit\n---\n")
+
+
 def test_a_large_body_is_no_large_front_matter() -> None:
     assert read_front_matter(b"---\nlicense: mit\n---\n" + b"# x\n" * MAX_NBYTES).values == {"license": "mit"}
     assert read_front_matter(b"# x\n" * MAX_NBYTES).note is None

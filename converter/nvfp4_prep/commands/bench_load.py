@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,24 +81,14 @@ def bench_load(
     devices = _devices(device, tp * ep)
     alone_because = _alone_because(tp, devices, together)
     options = LoadOptions(threads=threads or rank_threads(tp * ep))
-    files = sorted({catalog.root / record.file for layer in chosen for record in catalog.records(layer).values()})
+    names = tuple(layer.experts_path for layer in chosen)
+    job = partial(RankJob, path=catalog.root, layers=names, options=options, together=not alone_because)
     with tempfile.TemporaryDirectory(prefix="nvfp4-prep-bench-") as folder:
         jobs = [
-            RankJob(
-                path=catalog.root,
-                layers=tuple(layer.experts_path for layer in chosen),
-                tp=(rank % tp, tp),
-                ep=(rank // tp, ep),
-                device=name,
-                options=options,
-                together=not alone_because,
-                store=Path(folder) / "store",
-            )
+            job(tp=(rank % tp, tp), ep=(rank // tp, ep), device=name, store=Path(folder) / "store")
             for rank, name in enumerate(devices)
         ]
-        with RankProcesses(jobs) as ranks:
-            kinds = (True, False) if cold is None else (cold,)
-            figures = tuple(_measure(ranks, files, kind, repeats) for kind in kinds)
+        figures = _measure_all(jobs, _files(catalog, chosen), (True, False) if cold is None else (cold,), repeats)
     return LoadBench(
         path=catalog.root,
         storage=storage_of(catalog.root),
@@ -113,6 +104,17 @@ def bench_load(
         alone_because=alone_because,
         figures=figures,
     )
+
+
+def _files(catalog: Catalog, layers: Sequence[LayerRecord]) -> list[Path]:
+    return sorted({catalog.root / record.file for layer in layers for record in catalog.records(layer).values()})
+
+
+def _measure_all(
+    jobs: Sequence[RankJob], files: Sequence[Path], kinds: Sequence[bool], repeats: int
+) -> tuple[LoadFigures, ...]:
+    with RankProcesses(jobs) as ranks:
+        return tuple(_measure(ranks, files, kind, repeats) for kind in kinds)
 
 
 def _measure(ranks: RankProcesses, files: Sequence[Path], cold: bool, repeats: int) -> LoadFigures:

@@ -7,6 +7,7 @@ vectors. *with source*: also every tensor, config and side file against the sour
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -87,34 +88,33 @@ def verify(
         return verify_published(address)
     if quick:
         _refuse_unused(running, _READS_NONE, str(checkpoint))
-    with PreparedCheckpoint(checkpoint) as opened:
+    with PreparedCheckpoint(checkpoint) as opened, contextlib.ExitStack() as held:
         problems = Problems()
         with step("check of the structure"):
             check_structure(opened, problems.of("structure"))
-        checks = [STRUCTURE, *edited_config_lines(opened.manifest)]
-        depth, nbytes = "quick", 0
+        checks, nbytes = [STRUCTURE, *edited_config_lines(opened.manifest)], 0
         comparison = None
         if source is not None:
-            right = open_source(source, by_ranges=True)
-            name = str(source) if isinstance(right, LocalSource) and right is not source else right.label
-            comparison = SourceComparison(opened, right, name, problems.of("source"))
-        try:
-            if comparison is not None:
-                comparison.check_names()
-            if not quick:
-                depth = "full"
-                verification = _Verification(opened, problems, comparison)
-                nbytes = verification.run(threads, progress or default_progress(), memory_nbytes)
-                checks += verification.checks
-            if comparison is not None:
-                comparison.finish()
-                depth = "quick with source" if quick else "full with source"
-                checks.append(f"source: {'names of all tensors; bytes of ' if quick else ''}{comparison.summary}")
-        finally:
-            if comparison is not None:
-                comparison.close()
+            comparison = _comparison(opened, source, problems)
+            held.callback(comparison.close)
+            comparison.check_names()
+        if not quick:
+            verification = _Verification(opened, problems, comparison)
+            nbytes = verification.run(threads, progress or default_progress(), memory_nbytes)
+            checks += verification.checks
+        if comparison is not None:
+            comparison.finish()
+            checks.append(f"source: {'names of all tensors; bytes of ' if quick else ''}{comparison.summary}")
+        depth = ("quick" if quick else "full") + ("" if comparison is None else " with source")
         found = problems.found
         return VerifyReport(opened.path, opened.manifest, depth, found, tuple(checks), nbytes, opened.manifest_sha256)
+
+
+def _comparison(checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> SourceComparison:
+    """Open the source, and name it as the user did."""
+    opened = open_source(source, by_ranges=True)
+    name = str(source) if isinstance(opened, LocalSource) and opened is not source else opened.label
+    return SourceComparison(checkpoint, opened, name, problems.of("source"))
 
 
 def _refuse_unused(given: Mapping[str, object], why: tuple[str, str], where: str) -> None:

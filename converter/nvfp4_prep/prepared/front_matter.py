@@ -21,6 +21,8 @@ MAX_ITEMS = 1000
 """Most items of one list or mapping."""
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_BAD_VALUES = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What PyYAML raises about a text: besides its own, what int, date and the like say of a value, and the stack's end."""
 _OPENING = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n")
 
 
@@ -80,7 +82,7 @@ def read_front_matter(card: bytes) -> FrontMatter:
         yaml.safe_dump(value)
     except _Exceeded as problem:
         return FrontMatter(note=str(problem))
-    except Exception:  # PyYAML lets through what int, date and the like say of a value, and the stack's end
+    except _BAD_VALUES:
         return FrontMatter()
     if not isinstance(value, dict):
         return FrontMatter()

@@ -17,12 +17,12 @@ import torch
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError
 from nvfp4_prep.load.group_loader import TakesParameters
-from nvfp4_prep_kernels import ExpertSlice
+from nvfp4_prep_kernels import ExpertSlice, PreparedTensor
 
 __all__ = ["TensorHandle", "handle_of", "make_handle"]
 
 _ATTRIBUTE = "nvfp4_prep_handle"
-_DTYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPES = {tensor.dtype: tensor.torch_dtype for tensor in PreparedTensor}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from nvfp4_prep._util.text import count, first_of
 from nvfp4_prep.formats import Leaf, QuantFormat
 from nvfp4_prep.moe.layers import TensorGroup
-from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, Projection
+from nvfp4_prep_kernels import BLOCK_COLS, MoeDims, PreparedTensor, Projection
 
 __all__ = [
     "NotPrepared",
@@ -212,7 +212,8 @@ def _matrix_size(group: TensorGroup, experts: int) -> tuple[int, int]:
 
 
 def _check_dtype(group: TensorGroup) -> None:
-    want = "F8_E4M3" if group.leaf is Leaf.BLOCK_SCALE else "U8"
+    is_scale = group.leaf is Leaf.BLOCK_SCALE
+    want = next(tensor.dtype for tensor in PreparedTensor if tensor.is_scale == is_scale)  # bytes keep their meaning
     if group.dtype != want:
         raise refuse(
             "dtype", f"{group.name(0)} is {group.dtype}, NVFP4 has {want}", "Only NVFP4 experts can be prepared."

@@ -20,26 +20,30 @@ from support.command_line import COMMANDS
 HEAVY = ("torch", "safetensors", "huggingface_hub", "triton", "flashinfer", "jinja2")
 
 
-def imported_by(*arguments: str) -> list[str]:
+@pytest.fixture(scope="module")
+def imported_by_help() -> dict[str, list[str]]:
+    """By command, in the order of one process that prints the help of each: the modules that are there afterwards."""
     code = (
         "import sys, json\n"
-        f"sys.argv = ['nvfp4-prep', *{list(arguments)!r}]\n"
-        "from nvfp4_prep.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "print(json.dumps(sorted(sys.modules)))\n"
+        "from nvfp4_prep.cli.commands import cli\n"
+        "for name in json.loads(sys.argv[1]):\n"
+        "    try: cli([name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "    print('MODULES', json.dumps([name, sorted(sys.modules)]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    arguments = [sys.executable, "-c", code, json.dumps(["restamp", *(set(COMMANDS) - {"restamp"})])]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    lines = [line.removeprefix("MODULES ") for line in done.stdout.splitlines() if line.startswith("MODULES ")]
+    return dict(json.loads(line) for line in lines)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
-    assert [module for module in imported_by(name, "--help") if module in HEAVY] == []
+def test_help_of_a_command_imports_nothing_heavy(name: str, imported_by_help: dict[str, list[str]]) -> None:
+    assert [module for module in imported_by_help[name] if module in HEAVY] == []
 
 
-def test_a_command_imports_no_other_command() -> None:
-    modules = imported_by("restamp", "--help")
+def test_a_command_imports_no_other_command(imported_by_help: dict[str, list[str]]) -> None:
+    modules = imported_by_help["restamp"]  # the first one
     assert [name for name in COMMANDS if f"nvfp4_prep.cli.{name}" in modules] == ["restamp"]
 
 
@@ -72,8 +76,15 @@ def complete(words: str, folder: Path) -> list[str]:
         ("nvfp4-prep restore out ba", ["dir,ba"]),
     ],
 )
-def test_completion(words: str, expected: list[str], tmp_path: Path) -> None:
-    assert complete(words, tmp_path) == expected
+def test_completion(words: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    completion = BashComplete(cli, {}, "nvfp4-prep", "_NVFP4_PREP_COMPLETE")
+    assert completion.complete().split() == expected
+
+
+def test_completion_by_the_program(tmp_path: Path) -> None:
+    assert complete("nvfp4-prep restore out ba", tmp_path) == ["dir,ba"]
 
 
 def test_completion_script_names_the_program() -> None:

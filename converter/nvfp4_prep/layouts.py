@@ -75,9 +75,9 @@ class LayoutFacts:
         """The kernel's full name."""
         return f"FlashInfer's {self.kernel} fused MoE"
 
-    def kernel_lines(self) -> list[str]:
-        """Return which kernel a file in this layout runs, what servers would run for the source, and how to choose."""
-        first, *more = self.choice
+    def kernel_lines(self, command: str = "convert") -> list[str]:
+        """Return which kernel a file in this layout runs, what servers would run, and how to choose by a command."""
+        first, *more = (line.format(command=command) for line in self.choice)
         return [f"runs {self.runs} (vLLM's {self.vllm_backend}) on compute capability 10.x{first}", *more]
 
 
@@ -88,7 +88,7 @@ LAYOUTS = {
         flag="flashinfer_cutedsl",
         choice=(
             "; for the source vLLM and SGLang choose FLASHINFER_TRTLLM by themselves on a B200",
-            "to run that one: convert with --layout trtllm, or have vLLM serve this file with --moe-backend"
+            "to run that one: {command} with --layout trtllm, or have vLLM serve this file with --moe-backend"
             " flashinfer_trtllm (docs/which-kernel.md)",
         ),
         has_blocks=True,

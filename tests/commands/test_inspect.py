@@ -128,7 +128,7 @@ def test_plurals_and_spans(tmp_path: Path) -> None:
 
 def test_unfinished_conversion(sample_source: Path, tmp_path: Path) -> None:
     convert_part(sample_source, tmp_path / "out", "1/2")
-    with pytest.raises(CheckpointError, match=r"unfinished run.*Repeat the command"):
+    with pytest.raises(CheckpointError, match=r"not joined.*with --join in the place of --layers"):
         inspect(tmp_path / "out")
 
 

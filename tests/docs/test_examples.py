@@ -110,7 +110,7 @@ def test_errors_of_examples_are_one_line(source: Path, tmp_path: Path) -> None:
         ("python_api.py", [source.parent], "is not empty"),
         ("demo.py", [mine], "something else than an earlier demo"),
         ("demo.py", [tmp_path / "model"], "something else than an earlier demo"),
-        ("flashinfer_direct.py", [source, "--layer", "1"], "Give a directory that `nvfp4-prep convert` finished"),
+        ("flashinfer_direct.py", [source, "--layer", "1"], "is not a prepared checkpoint (no nvfp4_prep.json)"),
         ("flashinfer_direct.py", [source, "--layer", "1", "--tokens", "0"], "invalid number value"),
     ):
         done = subprocess.run(

@@ -189,6 +189,14 @@ def test_verify_finds_what_is_wrong(hub: LoopbackHub, made: Path, damage: str) -
     hub.store.publish(REPO, content)
     report = verify_published(HubAddress(REPO), patience=QUICK)
     assert victim in {problem.where for problem in report.problems}
+    deleted = {"surplus", "code"} & {damage}
+    step = "Delete from the repository what is" if deleted else "Push it again from a directory that nvfp4-prep verify"
+    assert report.next_step is not None and report.next_step.startswith(f"Do not serve this checkpoint. {step}")
+    if deleted:
+        del content[victim]
+        hub.store.publish(REPO, content)
+    push(made, REPO, patience=QUICK)
+    assert verify_published(HubAddress(REPO), patience=QUICK).ok
 
 
 def test_verify_of_an_unfinished_push(hub: LoopbackHub, made: Path) -> None:

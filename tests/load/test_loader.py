@@ -312,7 +312,7 @@ class TestFailures:
         written.file(1).unlink()
         with pytest.raises(CheckpointError, match="cannot be read"):
             load_layer(tmp_path, 1)
-        with pytest.raises(CheckpointError, match=r"nvfp4_prep\.json: cannot be read"):
+        with pytest.raises(CheckpointError, match=r"nowhere: does not exist\. Give the directory of a prepared"):
             load_layer(tmp_path / "nowhere", 1)
 
     def test_a_whole_file_of_another_conversion(self, tmp_path: Path) -> None:

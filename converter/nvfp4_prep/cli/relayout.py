@@ -83,7 +83,7 @@ def relayout(
         f"{' (continued)' if result.resumed else ' (was complete already)' if result.already_complete else ''}"
     )
     for line in (
-        *LAYOUTS[result.manifest.options.layout].kernel_lines(),
+        *LAYOUTS[result.manifest.options.layout].kernel_lines("relayout"),
         *tp_lines(((it.layout, it.dims) for it in layers), "relayout"),
         *gate_up_lines(result.manifest),
     ):

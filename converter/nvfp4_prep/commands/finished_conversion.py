@@ -125,7 +125,7 @@ def _check_size(path: Path, nbytes: int) -> None:
             where=str(path),
             expected=f"{nbytes} bytes",
             actual="nothing" if found is None else f"{found} bytes",
-            next_step=renewal(path.name),
+            next_step=f"{renewal(path.name)} nvfp4-prep verify says what else is wrong.",
         )
 
 

@@ -12,7 +12,7 @@ from nvfp4_prep._util.notebook import notebook_html
 from nvfp4_prep._util.text import and_more, count
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep.prepared.problems import Problem, steps_for
+from nvfp4_prep.prepared.problems import FOREIGN, Problem, steps_for
 
 __all__ = ["STRUCTURE", "CheckFinding", "VerifyReport", "edited_config_lines"]
 
@@ -27,6 +27,8 @@ _NOT_RUN = {
     "source": "no source was given (--source)",
 }
 """Checks that a verification may leave out, and why it did."""
+_DELETE = "Delete from the repository what is not part of the checkpoint."
+_PUSH = "Push it again from a directory that nvfp4-prep verify passes."
 _NOT_RUN_PUBLISHED = {
     "experts": "needs the bytes: verify a download",
     "scales": "needs the bytes: verify a download",
@@ -140,9 +142,10 @@ class VerifyReport:
     @property
     def next_step(self) -> str | None:
         """What to do about the problems: what helps each of them, if something does."""
-        if self.problems and self.depth == "published":
-            return "Do not serve this checkpoint. Push it again from a directory that nvfp4-prep verify passes."
-        return steps_for(self.problems, self.manifest.files, str(self.path))
+        if not self.problems or self.depth != "published":
+            return steps_for(self.problems, self.manifest.files, str(self.path))
+        foreign = [problem.next_step == FOREIGN for problem in self.problems]
+        return " ".join(["Do not serve this checkpoint.", *[_DELETE] * any(foreign), *[_PUSH] * (not all(foreign))])
 
     def __repr__(self) -> str:
         state = "ok" if self.ok else count(len(self.problems), "problem")

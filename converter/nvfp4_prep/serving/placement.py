@@ -13,11 +13,16 @@ from nvfp4_prep.serving.hidden_padding import drop_hidden_padding
 from nvfp4_prep_kernels import SCALE_VECTORS, ExpertSlice, MoeDims, MoeLayout, PreparedTensor, rank_slice
 from nvfp4_prep_kernels.slices import take_slice
 
-__all__ = ["STORED_TENSORS", "Placement"]
+__all__ = ["STORED_TENSORS", "Placement", "relayout_to"]
 
 STORED_TENSORS = (*(tensor.value for tensor in PreparedTensor), *SCALE_VECTORS)
 """Tensors that a prepared layer has in every layout."""
 _BIG = {tensor.value: tensor for tensor in PreparedTensor}
+
+
+def relayout_to(options: str) -> str:
+    """Return the advice to bring the checkpoint into another layout, as part of a sentence."""
+    return f"run `nvfp4-prep relayout CHECKPOINT TARGET {options}`, which needs no source"
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Placement:
             f"prepared for tensor-parallel sizes {', '.join(map(str, sizes))} of the experts, not for {self.tp_size}:"
             f" {self.dims.intermediate} / {self.tp_size} needs other padding",
             where=self.layer_name,
-            next_step=f"Serve with one of these sizes{alone}, or convert the source again"
-            f" with --moe-tp {self.tp_size}, if that divides {self.dims.intermediate}.",
+            next_step=f"Serve with one of these sizes{alone}, or, if {self.tp_size} divides {self.dims.intermediate},"
+            f" {relayout_to(f'--moe-tp {self.tp_size}')}.",
         )
 
     @property

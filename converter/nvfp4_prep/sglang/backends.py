@@ -8,6 +8,7 @@ from typing import Any
 from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.layouts import LAYOUTS, SGLANG_FLAGS, LayoutName
 from nvfp4_prep.prepared.stamp import QUANT_METHOD, Stamp
+from nvfp4_prep.serving.placement import relayout_to
 from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep_kernels import MoeLayout
 
@@ -74,11 +75,10 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
         f" --moe-a2a-backend {a2a} reads the {LAYOUTS[read].kernel} one",
         where=where,
         next_step=(
-            "Serve with --moe-a2a-backend deepep and --moe-runner-backend flashinfer_cutedsl, or convert the source"
-            f" again with --layout cutedsl{_EVERY_START}"
+            "Serve with --moe-a2a-backend deepep and --moe-runner-backend flashinfer_cutedsl, or"
+            f" {relayout_to('--layout cutedsl')}{_EVERY_START}"
             if stamp.batched
-            else "Leave --moe-a2a-backend deepep out, or convert the source again with --layout cutedsl-batched"
-            f"{_EVERY_START}"
+            else f"Leave --moe-a2a-backend deepep out, or {relayout_to('--layout cutedsl-batched')}{_EVERY_START}"
         ),
     )
 

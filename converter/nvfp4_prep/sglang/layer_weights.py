@@ -13,7 +13,7 @@ import torch
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
-from nvfp4_prep.serving.placement import STORED_TENSORS, Placement
+from nvfp4_prep.serving.placement import STORED_TENSORS, Placement, relayout_to
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
@@ -103,8 +103,7 @@ class LayerWeights(PreparedWeights):
             raise ServingError(
                 "gate and up have different global scales, but this kernel takes one for both",
                 where=self.placement.layer_name,
-                next_step="Serve with --moe-runner-backend flashinfer_trtllm, or convert the source again with"
-                " --layout cutedsl.",
+                next_step=f"Serve with --moe-runner-backend flashinfer_trtllm, or {relayout_to('--layout cutedsl')}.",
             )
 
 

@@ -15,6 +15,7 @@ from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config, Mod
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import Stamp
+from nvfp4_prep.serving.placement import relayout_to
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
@@ -102,7 +103,7 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
             raise ServingError(
                 "gate and up have different global scales and the model clamps both: SGLang rescales block scales then",
                 where=self.layer_name,
-                next_step="Convert the source again with --layout cutedsl, which makes the scales equal.",
+                next_step=f"To make the scales equal, {relayout_to('--layout cutedsl')}.",
             )
 
 

@@ -104,16 +104,35 @@ def test_the_body_says_what_the_manifest_says(manifest: Manifest) -> None:
     assert f"nvfp4-prep {manifest.tool_version}" in text
     dims = manifest.layers[0].dims
     assert f"{dims.experts} gated experts, intermediate {dims.intermediate}, hidden {dims.hidden}" in text
-    assert f"| tensor parallel | {', '.join(map(str, manifest.tp_sizes))} |" in text
+    sizes = manifest.tp_sizes
+    served = f"{', '.join(map(str, sizes))}; any expert parallelism"
+    assert f"| tensor-parallel sizes | {served} |" in text and f"Tensor-parallel sizes: {served}." in text
     for check in manifest.verified:
         assert f"{check['check']}: {check['result']} (" in text
         assert f"experts {check['experts']}" in text
     assert "nvfp4-prep restore" in text
-    sizes = manifest.tp_sizes
     assert f"vllm serve <this repository> --tensor-parallel-size {sizes[-1]}\n" in text
     assert "# SGLang does not serve this checkpoint" in text  # the sample's hidden size is not a multiple of 128
-    assert "pip install" not in text  # nothing is published on PyPI
+    assert "The package is not on PyPI. In a clone of it" in text and "\npip install --no-deps ." in text
+    assert "not recorded here: the smoke test" in text and "nvfp4-prep verify prepared --smoke" in text
+    assert "auto_map" not in text and "trust-remote-code" not in text
     assert yaml.safe_load(text.split("---")[1])["tags"]
+
+
+@pytest.mark.parametrize(("intermediate", "size"), [(2048, 8), (768, 4), (96, 1)], ids=["up to 32", "up to 12", "one"])
+def test_the_commands_use_the_gpus_of_one_host(manifest: Manifest, intermediate: int, size: int) -> None:
+    """Not the largest size that the file serves, which may be 12 or 32: what one tries first."""
+    text = card_of(manifest, layout=LayoutName.CUTEDSL, hidden=256, intermediate=intermediate)
+    assert f"\nvllm serve <this repository> --tensor-parallel-size {size}\n" in text
+    assert f" --tp {size}" in text
+
+
+def test_code_of_the_checkpoint_is_named_and_not_trusted(manifest: Manifest) -> None:
+    config = b'{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'
+    text = make_model_card(replace(manifest, texts={**manifest.texts, "config.json": config})).decode()
+    assert "`config.json` names Python code of this repository (`auto_map`)." in text
+    commands = [line for line in text.splitlines() if line.startswith(("vllm serve", "python -m"))]
+    assert commands and not any("trust" in line for line in commands)
 
 
 def test_the_batched_layout_is_served_with_its_all_to_all(manifest: Manifest) -> None:
@@ -123,8 +142,10 @@ def test_the_batched_layout_is_served_with_its_all_to_all(manifest: Manifest) ->
     assert "--enable-expert-parallel --all2all-backend deepep_low_latency\n" in text
 
 
-def sized(manifest: Manifest, *, format_: str = "modelopt", layout: LayoutName, hidden: int, intermediate: int) -> str:
-    """The card's command for SGLang, of layers with other sizes; nothing if there is none."""
+def card_of(
+    manifest: Manifest, *, format_: str = "modelopt", layout: LayoutName, hidden: int, intermediate: int
+) -> str:
+    """The card of layers with other sizes."""
     layers = []
     for layer in manifest.layers:
         dims = replace(layer.source.dims, hidden=hidden, intermediate=intermediate)
@@ -132,9 +153,14 @@ def sized(manifest: Manifest, *, format_: str = "modelopt", layout: LayoutName, 
         if layout is LayoutName.CUTEDSL_BATCHED:
             made = MoeLayout.cutedsl_batched()
         layers.append(replace(layer, source=replace(layer.source, dims=dims, format=format_), layout=made))
-    card = make_model_card(replace(manifest, layers=tuple(layers), options=ConvertOptions(layout=layout))).decode()
-    begin = "    python -m sglang.launch_server --model-path <this repository> "
-    return next((line.removeprefix(begin) for line in card.splitlines() if line.startswith(begin)), "")
+    return make_model_card(replace(manifest, layers=tuple(layers), options=ConvertOptions(layout=layout))).decode()
+
+
+def sglang_options(card: str) -> str:
+    """The options of the card's command for SGLang; nothing if there is none."""
+    begin = "python -m sglang.launch_server --model-path <this repository> "
+    found = (line.removeprefix(begin) for line in card.splitlines() if line.startswith(begin))
+    return next(found, "")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +180,8 @@ def sized(manifest: Manifest, *, format_: str = "modelopt", layout: LayoutName, 
 def test_sglang_is_named_where_it_serves_the_file(
     manifest: Manifest, layout: LayoutName, format_: str, hidden: int, intermediate: int, options: str
 ) -> None:
-    assert sized(manifest, format_=format_, layout=layout, hidden=hidden, intermediate=intermediate) == options
+    card = card_of(manifest, format_=format_, layout=layout, hidden=hidden, intermediate=intermediate)
+    assert sglang_options(card) == options
 
 
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])

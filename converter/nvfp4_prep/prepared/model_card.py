@@ -11,7 +11,8 @@ import yaml  # a dependency of huggingface-hub, which reads the front matter wit
 
 from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.checkpoint.filenames import README
-from nvfp4_prep.layouts import LAYOUTS, LayoutName
+from nvfp4_prep.layouts import LAYOUTS
+from nvfp4_prep.prepared.card_serving import check_section, parallel_sizes, serve_section
 from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.markdown import code_span, plain_text
@@ -30,9 +31,6 @@ _NOT_CARRIED = (
 )
 """Keys of the source's card that would be wrong here: they describe the source, its results or how to load it."""
 _TAGS = ("nvfp4", "moe", "nvfp4-prep", "flashinfer", "vllm")
-_COMPRESSED = "compressed-tensors"
-_SGLANG_ROWS = 128
-"""SGLang's hidden sizes are multiples of this, and a rank's intermediate size for compressed-tensors."""
 _LINE = 20
 _WIDE = 10_000
 
@@ -83,7 +81,8 @@ def _body(manifest: Manifest) -> Iterator[str]:
     yield from _what(manifest)
     yield from _scales(manifest)
     yield from _verified(manifest)
-    yield from _use(manifest)
+    yield from serve_section(manifest)
+    yield from check_section()
 
 
 def _head(manifest: Manifest) -> Iterator[str]:
@@ -111,13 +110,16 @@ def _what(manifest: Manifest) -> Iterator[str]:
         ),
         ("made by", f"nvfp4-prep {plain_text(manifest.tool_version)}"),
         ("layout", f"`{options.layout.value}`, {gate_up}block scales in tiles of 128x4"),
-        ("padding", "; ".join(f"hidden to {hidden}, intermediate to {inter}" for hidden, inter in alignment)),
-        ("tensor parallel", ", ".join(map(str, manifest.tp_sizes)) or "no size that all layers serve"),
+        (
+            "padding",
+            "; ".join(f"hidden to multiples of {hidden}, intermediate of {inter}" for hidden, inter in alignment),
+        ),
+        ("tensor-parallel sizes", parallel_sizes(manifest)),
         *(("layers", text) for text in _layers(manifest.layers)),
     ]
     yield "## What was prepared"
     yield ""
-    yield "| | |"
+    yield "| property | value |"
     yield "|---|---|"
     for key, value in rows:
         yield f"| {key} | {value} |"
@@ -182,8 +184,8 @@ def _scales(manifest: Manifest) -> Iterator[str]:
         rounded = sum(int(figure.get("rounded", 0)) for figure in figures)
         underflowed = sum(int(figure.get("underflowed", 0)) for figure in figures)
         yield (
-            f"{count(rounded, 'block scale')} had to be rounded, {underflowed} of them to zero, the others by at most"
-            f" {max(worst_relative):.3g} of their value."
+            f"{rounded:,} block {'scale' if rounded == 1 else 'scales'} had to be rounded, {underflowed:,} of them to"
+            f" zero, the others by at most {max(worst_relative):.3g} of their value."
         )
         yield ""
 
@@ -197,6 +199,10 @@ def _verified(manifest: Manifest) -> Iterator[str]:
         yield head + (f" ({figures})" if figures else "")
     rescaled = any(layer.gate_up.reconciled for layer in manifest.layers)
     but = ", but for the rescaled block scales above" if rescaled else ""
+    yield (
+        "- not recorded here: the smoke test, whose figures depend on the machine. `nvfp4-prep verify prepared --smoke`"
+        " runs it on yours."
+    )
     yield f"- not measured here: the model's quality. The weights are the source's{but}; see the source's card."
     yield ""
 
@@ -207,73 +213,6 @@ def _figures(check: Mapping[str, Any]) -> str:
         if key in ("check", "result") or isinstance(value, Mapping | list):
             continue
         size = key == "nbytes" and isinstance(value, int)
-        parts.append(format_nbytes(value) if size else f"{plain_text(key)} {plain_text(value)}")
+        number = f"{value:,}" if type(value) is int else plain_text(value)
+        parts.append(format_nbytes(value) if size else f"{plain_text(key)} {number}")
     return ", ".join(parts)
-
-
-def _use(manifest: Manifest) -> Iterator[str]:
-    for_vllm, for_sglang = _server_options(manifest)
-    yield from (
-        "## Serve",
-        "",
-        "    # needs the nvfp4-prep plugin in vLLM's environment; vLLM without it refuses these files",
-        f"    vllm serve <this repository> {for_vllm}",
-        *_sglang_lines(for_sglang),
-        "",
-        f"Needs a GPU that runs {LAYOUTS[manifest.options.layout].runs} (Blackwell, compute capability 10.x).",
-        "",
-        "## Check and restore",
-        "",
-        "    nvfp4-prep verify <this repository>                  # sizes and hashes, without a download",
-        "    hf download <this repository> --local-dir prepared",
-        "    nvfp4-prep verify prepared                           # every byte",
-        "    nvfp4-prep restore prepared source                   # the source, bit for bit",
-    )
-
-
-def _sglang_lines(options: str) -> tuple[str, ...]:
-    if not options:
-        return ("    # SGLang does not serve this checkpoint: it pads these sizes differently, or has no such kernel",)
-    return (
-        "    # or SGLang, whose plugin is in the same package",
-        f"    python -m sglang.launch_server --model-path <this repository> {options}",
-    )
-
-
-def _server_options(manifest: Manifest) -> tuple[str, str]:
-    """Return the options of vLLM and of SGLang with which the file's own kernel runs on as many GPUs as possible.
-
-    The batched kernel runs behind DeepEP's all-to-all alone: without it both servers would refuse the file. SGLang's
-    are those of its other kernel where it does not pad for the file's own, and empty where its plugin refuses the file
-    whatever the options.
-    """
-    size = manifest.tp_sizes[-1] if manifest.tp_sizes else 1
-    sglang_size, more = _sglang_size(manifest), ""
-    facts = LAYOUTS[manifest.options.layout]
-    if facts.behind_deepep:
-        for_vllm = f"--data-parallel-size {size} --enable-expert-parallel --all2all-backend deepep_low_latency"
-        more = " --moe-a2a-backend deepep"
-    else:
-        for_vllm = f"--tensor-parallel-size {size}"
-        if not facts.sglang_pads and any(map(_is_padded, manifest.layers)):
-            more = f" --moe-runner-backend {LAYOUTS[LayoutName.TRTLLM].flag}"
-    return for_vllm, f"--tp {sglang_size}{more}" if sglang_size else ""
-
-
-def _sglang_size(manifest: Manifest) -> int:
-    """Return the largest tensor-parallel size of SGLang's; 0 if it serves none. As docs/serving-sglang.md has it."""
-    sizes = manifest.tp_sizes
-    for layer in manifest.layers:
-        compressed = layer.source.format == _COMPRESSED
-        if layer.dims.hidden % _SGLANG_ROWS or (compressed and _is_padded(layer)):
-            return 0
-        if compressed and LAYOUTS[manifest.options.layout].behind_deepep:
-            return 0  # SGLang has no such kernel
-        if compressed:
-            sizes = tuple(size for size in sizes if layer.dims.intermediate // size % _SGLANG_ROWS == 0)
-    return max(sizes, default=0)
-
-
-def _is_padded(layer: LayerRecord) -> bool:
-    """Return whether gated experts' intermediate size is padded: SGLang does that for TRTLLM-gen alone."""
-    return layer.gated and layer.layout.padded_intermediate(layer.dims.intermediate) != layer.dims.intermediate

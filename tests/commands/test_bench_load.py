@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,13 @@ def experts_nbytes() -> int:
 
 
 def assert_no_process_is_left() -> None:
-    assert multiprocessing.active_children() == []
+    left = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            mine = f"\nPPid:\t{os.getpid()}\n" in (process / "status").read_text()
+            if mine and b"bench_load_rank" in (process / "cmdline").read_bytes():
+                left.append(process.name)
+    assert left == []
 
 
 @pytest.mark.slow
@@ -140,7 +149,7 @@ def test_a_rank_that_is_killed_is_named(written: Written) -> None:
 
     def killed(ranks: bench_load_processes.RankProcesses) -> tuple[RankTurn, ...]:
         ranks._processes[1].kill()
-        ranks._processes[1].join()
+        ranks._processes[1].wait()
         return turn(ranks)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -148,6 +157,21 @@ def test_a_rank_that_is_killed_is_named(written: Written) -> None:
         with pytest.raises(LoadError, match=r"the process of rank 1 ended \(exit code -9\)"):
             bench_load(written.root, tp=2, device="cpu", threads=1, repeats=1, cold=False)
     assert_no_process_is_left()
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_guard(written: Written, tmp_path: Path) -> None:
+    """Its processes do not run the script again; and a module of its folder stands in nobody's way."""
+    (tmp_path / "signal.py").write_text("raise SystemExit('not this one')")
+    script = tmp_path / "folder" / "script.py"
+    script.parent.mkdir()
+    call = f"nvfp4_prep.bench_load({str(written.root)!r}, tp=2, device='cpu', threads=1, repeats=1, cold=False)"
+    script.write_text(f"import nvfp4_prep\nprint('script', {call}.tp)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["script", "2"]), done.stderr
 
 
 @pytest.mark.parametrize(

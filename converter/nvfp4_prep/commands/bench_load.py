@@ -53,7 +53,8 @@ def bench_load(
     """Load layers with as many processes as ranks, all at once, and say how fast it was and what limited it.
 
     Each process holds its rank's parameters, allocated before the time begins: memory of the layers' experts, spread
-    over the GPUs, or host memory where there are none.
+    over the GPUs, or host memory where there are none. The processes do not run the caller's script, so that needs no
+    ``if __name__ == "__main__":``.
 
     Args:
         path: a directory that ``nvfp4-prep convert`` wrote.

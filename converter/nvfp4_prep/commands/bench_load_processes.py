@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import subprocess
+import sys
 from collections.abc import Sequence
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-from nvfp4_prep.commands.bench_load_rank import RankJob, RankTurn, run_rank
+from nvfp4_prep.commands.bench_load_rank import RankJob, RankTurn
 from nvfp4_prep.errors import LoadError
 
 __all__ = ["RankProcesses"]
 
 _START_S = 300.0
 _TURN_S = 3600.0
+_RANK = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes
+sys.path[:] = sys.argv[2:]
+from multiprocessing.connection import Connection
+from nvfp4_prep.commands.bench_load_rank import run_rank
+end = Connection(int(sys.argv[1]))
+run_rank(*end.recv(), end)
+"""
+"""The program of a rank. It is not multiprocessing's spawn, which runs the caller's script again in every process, and
+with it the call that started them, unless the script guards itself against that."""
 
 
 class RankProcesses:
-    """The processes. Use it as a context."""
+    """The processes, new ones: a process that knows CUDA cannot be forked. Use it as a context."""
 
     def __init__(self, jobs: Sequence[RankJob]) -> None:
         self._jobs = jobs
         self._ends: list[Connection] = []
-        self._processes: list[Any] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> RankProcesses:
-        context = multiprocessing.get_context("spawn")  # a process that knows CUDA cannot be forked
         try:
+            for _ in self._jobs:
+                self._start()
             for rank, job in enumerate(self._jobs):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=run_rank, args=(job, rank, len(self._jobs), theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._ends.append(mine)
-                self._processes.append(process)
+                self._tell(rank, (job, rank, len(self._jobs)))
             self._hear(_START_S)
         except BaseException:
             self.__exit__()
@@ -43,18 +53,29 @@ class RankProcesses:
     def __exit__(self, *_exception: object) -> None:
         for process in self._processes:
             process.kill()
-            process.join()
+            process.wait()
         for end in self._ends:
             end.close()
 
     def turn(self) -> tuple[RankTurn, ...]:
         """Let all ranks load at once."""
-        for rank, end in enumerate(self._ends):
-            try:
-                end.send("load")
-            except OSError as error:
-                raise self._lost(rank) from error
+        for rank in range(len(self._jobs)):
+            self._tell(rank, "load")
         return tuple(self._hear(_TURN_S))
+
+    def _start(self) -> None:
+        mine, theirs = Pipe()
+        self._ends.append(mine)
+        with theirs:
+            number = theirs.fileno()
+            command = [sys.executable, "-P", "-c", _RANK, str(number), *sys.path]
+            self._processes.append(subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL))
+
+    def _tell(self, rank: int, message: object) -> None:
+        try:
+            self._ends[rank].send(message)
+        except OSError as error:
+            raise self._lost(rank) from error
 
     def _hear(self, limit_s: float) -> list[Any]:
         answers = []
@@ -63,7 +84,7 @@ class RankProcesses:
                 raise LoadError(f"rank {rank} did not answer within {limit_s:g} s", where=self._jobs[rank].device)
             try:
                 answer = end.recv()
-            except EOFError as error:
+            except (EOFError, ConnectionResetError) as error:
                 raise self._lost(rank) from error
             if isinstance(answer, str):
                 raise LoadError(f"rank {rank} of {len(self._jobs)} failed: {answer}", where=self._jobs[rank].device)
@@ -71,9 +92,10 @@ class RankProcesses:
         return answers
 
     def _lost(self, rank: int) -> LoadError:
-        self._processes[rank].join(5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._processes[rank].wait(5)
         return LoadError(
-            f"the process of rank {rank} ended (exit code {self._processes[rank].exitcode})",
+            f"the process of rank {rank} ended (exit code {self._processes[rank].returncode})",
             where=self._jobs[rank].device,
             next_step="Where the system ended it for its memory: try fewer --layers.",
         )

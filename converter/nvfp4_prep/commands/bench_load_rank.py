@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -111,7 +110,6 @@ def run_rank(job: RankJob, rank: int, ranks: int, end: Connection) -> None:
 
     An error is sent as its text and ends the process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes
     torch.set_num_threads(1)
     try:
         meeting = job.store.as_uri()

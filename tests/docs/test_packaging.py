@@ -84,6 +84,7 @@ def test_metadata(built: Path) -> None:
     folder = f"nvfp4_prep-{nvfp4_prep.__version__}.dist-info"
     metadata = HeaderParser().parsestr(wheel.read(f"{folder}/METADATA").decode())
     assert metadata["Version"] == nvfp4_prep.__version__
+    assert "CuteDSL and TRTLLM-gen" in metadata["Summary"]
     assert metadata["License-Expression"] == "Apache-2.0"
     needed = {line.split(">")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert needed == {"click", "flashinfer-python", "huggingface-hub", "safetensors", "torch", "tqdm"}

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from nvfp4_prep.cli import cli
 from nvfp4_prep.cli import help as help_module
-from nvfp4_prep.cli.help import GROUPS, PAGES, learn_more
+from nvfp4_prep.cli.help import GROUPS, PAGES, SUMMARIES, learn_more
 from support.command_line import COMMANDS
 from support.paths import ROOT
 
@@ -34,6 +34,13 @@ def test_every_option_is_in_one_group(name: str) -> None:
     assert sorted(in_help) == sorted(["--help", *(item.opts[-1] for item in options.values())])
     general = {"report", "as_json", "quiet", "verbose", "log_file"}
     assert {*options} - {*grouped} <= general
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    assert {*SUMMARIES} == {*COMMANDS}
+    text = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout
+    listed = re.findall(r"^  ([a-z-]+)  +([A-Z].*\.)$", text.split("Commands:")[1], re.MULTILINE)
+    assert dict(listed) == SUMMARIES
 
 
 def test_common_options_come_first() -> None:

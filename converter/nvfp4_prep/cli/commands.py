@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from nvfp4_prep.errors import EXIT_CODES, UsageError
 
 __all__ = ["cli"]
 
+_LIKE = 0.65
 _EXIT_CODES = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in sorted(EXIT_CODES.items()))
 
 
@@ -67,7 +69,7 @@ class _Commands(click.Group):
                 if not words:  # the help, not a complaint
                     error.show()
                     sys.exit(error.exit_code)
-                raise _usage_error(error) from error
+                raise _usage_error(error, words) from error
             except click.ClickException as error:
                 raise UsageError(error.format_message()) from error
             except click.Abort as error:  # Ctrl-C before the command had begun
@@ -89,10 +91,19 @@ def _check_surroundings(words: Sequence[str]) -> None:
         raise UsageError("the current directory was removed", next_step="Go to another one.") from error
 
 
-def _usage_error(error: click.UsageError) -> UsageError:
-    name = error.ctx.command_path if error.ctx is not None else "nvfp4-prep"
+def _usage_error(error: click.UsageError, words: Sequence[str]) -> UsageError:
+    asked = [word for word in words if word in _Commands.names]
+    name = error.ctx.command_path if error.ctx is not None else " ".join(["nvfp4-prep", *asked[:1]])
+    if isinstance(error, click.NoSuchOption):
+        likely = [known for known in error.possibilities or () if _is_like(error.option_name, known)]
+        error = click.NoSuchOption(error.option_name, possibilities=likely, ctx=error.ctx)
     text, guess, known = " ".join(error.format_message().split()).rstrip(".").partition(" Did you mean ")
     return UsageError(text.rstrip("."), next_step=f"{guess}{known} See {name} --help.".strip())
+
+
+def _is_like(option: str, known: str) -> bool:
+    """Return whether one may be meant by the other: click guesses ``--private`` for ``--overwrite``."""
+    return SequenceMatcher(None, option, known).ratio() > _LIKE
 
 
 @click.group(
@@ -117,7 +128,7 @@ def cli() -> None:
     nvfp4-prep restamp  ./out                             keep edits of its config.json
     nvfp4-prep restore  ./out ./back                      and back again, bit for bit
 
-    vLLM with this package installed serves the result as it is: vllm serve ./out
+    vLLM and SGLang with this package installed serve the result as it is: vllm serve ./out
 
     Every command but completion has --json, and every --help has examples. Results go to stdout, progress and
     hints to stderr. Ctrl-C and kills are harmless: the same command continues.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["GROUPS", "PAGES", "HelpfulCommand", "learn_more"]
+__all__ = ["GROUPS", "PAGES", "SUMMARIES", "HelpfulCommand", "learn_more"]
 
 _RUN = ("Run", "threads memory_nbytes restart")
 _OUTPUT = ("Output and log", "report as_json quiet verbose log_file")
@@ -69,9 +69,28 @@ ARGUMENTS = {
 }
 """Meaning of an argument, by its name, or by command and name where it is something else there."""
 
+SUMMARIES = {
+    "bench-load": "Measure how fast this host loads a prepared checkpoint.",
+    "completion": "Print the completion script of a shell.",
+    "convert": "Prepare a checkpoint's experts and write a new checkpoint.",
+    "doctor": "Report what is installed and what will work here.",
+    "inspect": "Describe a checkpoint, and say whether convert takes it.",
+    "push": "Publish a prepared checkpoint on the Hugging Face Hub.",
+    "relayout": "Rearrange a prepared checkpoint for another kernel or TP.",
+    "restamp": "Keep edits of a prepared checkpoint's config.json.",
+    "restore": "Restore the source of a prepared checkpoint.",
+    "sample": "Write a small random NVFP4 checkpoint to try things on.",
+    "verify": "Check every byte of a prepared checkpoint.",
+}
+"""One line a command for the list of commands, which 80 columns hold."""
+
 
 class HelpfulCommand(click.Command):
     """A command whose help has groups of options, and ends with a link."""
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """Return the command's line in the list of commands; click's would be cut in mid-sentence."""
+        return SUMMARIES[self.name or ""]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the arguments, then the groups in their order, each option in one of them."""

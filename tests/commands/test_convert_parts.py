@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from nvfp4_prep import (
     ConvertOptions,
@@ -18,10 +19,13 @@ from nvfp4_prep import (
     convert,
     convert_part,
     join_parts,
+    plan,
     verify,
     write_sample,
 )
+from nvfp4_prep._util.text import spans
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.cli import cli
 from nvfp4_prep.commands import part_checks as parts
 from nvfp4_prep.errors import (
     BusyError,
@@ -247,3 +251,22 @@ def test_selection_of_no_layer(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"selects none.*They are 1-5"):
         convert_part(source, tmp_path / "out", "0")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_numbers_that_are_not_moe_layers_are_told(source: Path, tmp_path: Path, dry: list[str]) -> None:
+    """A mistyped range would else pass in silence."""
+
+    def told(layers: str) -> str:
+        done = CliRunner().invoke(
+            cli, ["convert", str(source), str(tmp_path / layers[0]), "--layers", layers, "-q", *dry]
+        )
+        assert done.exit_code == 0, done.stderr
+        return done.stderr
+
+    present = [layer.index for layer in plan(source).layers]
+    last = present[-1]
+    assert f"note: --layers {last}-99 also names what is not a MoE layer; the part has layers {last}" in told(
+        f"{last}-99"
+    )
+    assert "note:" not in told(spans(present)) and "note:" not in told("1/2")

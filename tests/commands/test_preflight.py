@@ -169,6 +169,7 @@ def test_the_plan_and_the_check_have_one_figure(
     for module in ("output.target", "commands.preflight"):
         monkeypatch.setattr(f"nvfp4_prep.{module}.free_nbytes", lambda path: needed - missing_nbytes)
     text = run("convert", sample_source, tmp_path / "out", "--dry-run").stdout
+    assert "source shards" not in text  # of downloads alone
     assert f"peak {format_nbytes(needed)}\n" in text
     assert ("exit code 5" in same_as_the_run(sample_source, tmp_path / "out")) == bool(missing_nbytes)
     assert f"{format_nbytes(needed)} needed, " in text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import nvfp4_prep
 from nvfp4_prep._util.printable import join_lines
-from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep._util.text import count, format_nbytes, spans
 from nvfp4_prep.cli.gate_up import gate_up_lines, gate_up_value, warn_of_policy
 from nvfp4_prep.cli.output import command_line, hint, say, say_json, say_next, say_text, shell_line
 from nvfp4_prep.cli.push import say_pushed
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nvfp4_prep.commands.convert_request import ConvertRequest
     from nvfp4_prep.commands.preview import Preview
     from nvfp4_prep.commands.speed_estimate import SpeedEstimate
+    from nvfp4_prep.output.layer_selection import LayerSelection
     from nvfp4_prep.prepared.manifest import Manifest
     from nvfp4_prep.publish.push import PushResult
     from nvfp4_prep.smoke.gate import SmokeFailedError
@@ -46,7 +48,7 @@ _LIMITS = {
 """What limits a conversion, by :attr:`~nvfp4_prep.commands.speed_estimate.SpeedEstimate.limit`, in words."""
 
 
-def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
+def say_preview(preview: Preview, request: ConvertRequest, memory_nbytes: int, *, as_json: bool) -> None:
     """Print the outcome of ``--dry-run``, and on stderr why the run would be refused."""
     plan, room, outlook = preview.plan, preview.room, preview.outlook
     if as_json:
@@ -56,6 +58,14 @@ def say_preview(preview: Preview, memory_nbytes: int, *, as_json: bool) -> None:
         say_text(f"{plan_text(plan, room, memory_nbytes)}\n{outlook_text(outlook)}{_time_text(preview.speed)}")
     if outlook.refusal is not None:
         hint(f"error: {outlook.refusal}")
+    elif request.selection is not None:
+        _tell_other_layers(request.selection, request.selection.choose(layer.index for layer in plan.layers))
+
+
+def _tell_other_layers(selection: LayerSelection, chosen: Iterable[int]) -> None:
+    """Say on stderr which layers a selection means where it names others too, as ``1-99`` does of a model with 60."""
+    if selection.ranges and selection.text != spans(chosen):
+        hint(f"note: --layers {selection.text} also names what is not a MoE layer; the part has layers {spans(chosen)}")
 
 
 def _time_value(speed: SpeedEstimate | None) -> dict[str, Any] | None:
@@ -95,6 +105,8 @@ def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> Non
         say(_complete_text(request))
         return
     selection = request.selection
+    if selection is not None:
+        _tell_other_layers(selection, part.layers)
     say(
         f"{part.path}: part of {count(len(part.layers), 'MoE layer')} ({selection.text if selection else ''}),"
         f" {format_nbytes(part.written_nbytes)} written{' (continued)' if part.resumed else ''}"

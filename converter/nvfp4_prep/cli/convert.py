@@ -100,7 +100,7 @@ def convert(
     }
     if request.dry_run:
         preview = nvfp4_prep.preview_conversion(request, source)
-        say_preview(preview, memory_nbytes or default_memory_nbytes(threads), as_json=as_json)
+        say_preview(preview, request, memory_nbytes or default_memory_nbytes(threads), as_json=as_json)
         if preview.outlook.refusal is not None:
             sys.exit(preview.outlook.refusal.exit_code)
     elif selection is not None:

@@ -118,8 +118,7 @@ def plan_text(plan: Plan, room: Room | None = None, memory_nbytes: int | None = 
         if kinds[kind]
     ]
     lines += [
-        f"disk     {format_nbytes(plan.output_nbytes)} for the output; source shards needed at once:"
-        f" {format_nbytes(plan.peak_shards_nbytes)}",
+        f"disk     {format_nbytes(plan.output_nbytes)} for the output",
         *_room_lines(plan, room or Room(plan.output_nbytes)),
         f"memory   at most {format_nbytes(memory_nbytes or default_memory_nbytes())} of buffers for any model",
     ]
@@ -141,7 +140,10 @@ def _room_lines(plan: Plan, room: Room) -> Iterable[str]:
         here = format_nbytes(room.output_nbytes)
         yield f"         at most {here} of the output are here at once, the rest is published"
     if room.download_nbytes:
-        yield f"         downloads take at most {format_nbytes(room.download_nbytes)} on top"
+        yield (
+            f"         downloads take at most {format_nbytes(room.download_nbytes)} on top; source shards needed at"
+            f" once: {format_nbytes(plan.peak_shards_nbytes)}"
+        )
     yield f"         {format_nbytes(SMALL_FILES_NBYTES)} are reserved for index, configs, model card and manifest"
     yield f"         peak {format_nbytes(room.needed_nbytes)}"
 

@@ -30,8 +30,8 @@ def serve_section(manifest: Manifest) -> Iterator[str]:
         "## Serve",
         "",
         f"Needs GPUs that run {LAYOUTS[manifest.options.layout].runs} (Blackwell, compute capability 10.x), and the"
-        " package nvfp4-prep, whose plugins are for vLLM and SGLang. A server without it refuses these files. The package"
-        " is not on PyPI. In a clone of it, in the server's environment:",
+        " package nvfp4-prep, whose plugins are for vLLM and SGLang. A server without it refuses these files. The"
+        " package is not on PyPI. In a clone of it, in the server's environment:",
         "",
         "```sh",
         "pip install --no-deps .    # the server has what it depends on",

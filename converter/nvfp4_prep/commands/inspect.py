@@ -112,7 +112,7 @@ class Inspection:
             {
                 "model": ", ".join(self.architectures) or self.model_type,
                 "contents": f"{count(self.tensors, 'tensor')}, {format_nbytes(self.nbytes)}",
-                "layers": f"{len(self.layers)} MoE layers",
+                "layers": count(len(self.layers), "MoE layer"),
                 "convert would refuse": self.refusal,
                 "warnings": "; ".join(self.warnings),
             },

@@ -331,7 +331,7 @@ def start(recorded: Recorded) -> Row:
         "original": tensors["original"],
         "prepared": tensors["prepared"],
         "equal": "bit-equal" if not any(figures["different"].values()) else "**not equal**",
-        "table": table(["", "construct s", "load s", "prepare s", "total s", "of the first's rate"], lines),
+        "table": table(["", "construct s", "load s", "prepare s", "total s", "speed-up"], lines),
         "each_ms": 1e3 * each,
         "kimi_tensors": kimi,
         "kimi_s": kimi * each,

@@ -85,6 +85,10 @@ class Placement:
             return self.layout.stored_shape(_BIG[name], self.dims)
         return (self.dims.experts,)
 
+    def stored(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return dtype, as safetensors names it, and shape of a tensor in the file."""
+        return _BIG[name].dtype if name in _BIG else "F32", self.stored_shape(name)
+
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the rank's parameter."""
         if name in _BIG:

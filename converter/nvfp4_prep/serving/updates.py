@@ -21,9 +21,13 @@ from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving.placement import Placement
 
-__all__ = ["check_holds_layers", "check_same_layout", "read_config"]
+__all__ = ["Tensors", "check_holds_layers", "check_same_layout", "check_same_tensors", "read_config", "some_of"]
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+_SHOWN = 3
+
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""dtype, as safetensors names it, and shape by a tensor's name in the checkpoint."""
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
@@ -60,41 +64,71 @@ def check_same_layout(served: Stamp, config: Mapping[str, Any], where: str) -> N
     )
 
 
+def check_same_tensors(served: Tensors, found: Tensors, where: str) -> None:
+    """Raise :class:`ServingError` unless weights have the names, dtypes and shapes of what is served.
+
+    Servers pass over names that they do not know, and keep what they have where a tensor does not come.
+    """
+    problem = _difference(served, found)
+    if problem is not None:
+        raise _another_model(problem, where)
+
+
 def check_holds_layers(directory: Path, served: Sequence[Placement]) -> None:
     """Check that a local directory holds all tensors of the served layers, in their sizes. Reads headers alone.
-
-    A server keeps what it has of a layer whose tensors do not arrive: it would serve two checkpoints mixed.
 
     Raises:
         CheckpointError: if the directory is not a complete prepared checkpoint, or a file is missing or damaged.
         ServingError: if it is another model's.
     """
     catalog = Catalog.open(directory)
-    for layer in catalog.manifest.layers:
-        catalog.records(layer)
+    layers = [(layer, catalog.records(layer)) for layer in catalog.manifest.layers]
     for placement in served:
-        found = [layer for layer in catalog.manifest.layers if _is_same_number(layer, placement)]
-        if any((layer.dims, layer.layout) == (placement.dims, placement.layout) for layer in found):
-            continue
-        raise ServingError(
-            "weights of another model than the served one",
-            where=f"{directory}, layer {placement.layer_name}",
-            expected=_layer_words(placement),
-            actual=", ".join(map(_layer_words, found)) or "no such prepared layer",
-            next_step="Give a checkpoint of the served model, or start a server on this one.",
-        )
+        problems = [
+            _difference(
+                {layer.prepared_name(name): placement.stored(name) for name in placement.names},
+                {layer.prepared_name(name): (record.dtype, record.shape) for name, record in records.items()},
+            )
+            for layer, records in layers
+            if _is_same_number(layer, placement)
+        ]
+        if None not in problems:
+            problem = problems[0] if problems else "it has no such prepared layer"
+            raise _another_model(str(problem), f"{directory}, layer {placement.layer_name}")
+
+
+def _difference(served: Tensors, found: Tensors) -> str | None:
+    missing, foreign = sorted(served.keys() - found.keys()), sorted(found.keys() - served.keys())
+    other = sorted(name for name in served.keys() & found.keys() if served[name] != found[name])
+    if other:
+        other[0] += f" ({_tensor_words(*found[other[0]])}, not {_tensor_words(*served[other[0]])})"
+    for words, names in (("does not have", missing), ("has besides", foreign), ("has in other sizes", other)):
+        if names:
+            return f"it {words} {some_of(names)}"
+    return None
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _tensor_words(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype} {list(shape)}".lstrip()
+
+
+def _another_model(problem: str, where: str) -> ServingError:
+    return ServingError(
+        f"weights of another model than the served one: {problem}",
+        where=where,
+        next_step="Give the whole directory of a conversion of the same model, or start a server on this one.",
+    )
 
 
 def _is_same_number(layer: LayerRecord, placement: Placement) -> bool:
     """Return whether two names are of one layer: servers rename what stands before its number."""
     number = _LAYER_NUMBER.search(placement.layer_name)
     return number is None or int(number[1]) == layer.index
-
-
-def _layer_words(layer: Placement | LayerRecord) -> str:
-    dims = layer.dims
-    gated = "gated" if layer.layout.gated else "without gate"
-    return f"{dims.experts} experts, intermediate {dims.intermediate}, hidden {dims.hidden}, {gated}"
 
 
 def _layout_words(stamp: Stamp) -> str:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.index import read_index
+from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.safetensors_header import read_header
-from nvfp4_prep.errors import ServingError
+from nvfp4_prep.errors import SourceError
 from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving import updates
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
-__all__ = ["check_same_layout", "check_same_tensors", "folder_of", "remember_listing"]
+__all__ = [
+    "check_same_layout",
+    "check_same_tensors",
+    "folder_of",
+    "remember_directory",
+    "remember_listing",
+    "served_tensors",
+]
 
 _FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
 _SUFFIX = ".safetensors"
-
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
-"""dtype and shape by name."""
 
 
 def remember_listing(loader: Any, folder: str, files: Iterable[str]) -> None:
@@ -63,20 +69,24 @@ def check_same_tensors(loader: Any, source: Any, resolved: Any = None) -> None:
     if not files or not all(file.endswith(_SUFFIX) and Path(file).is_file() for file in files):
         return
     found = {record.name: (record.dtype, record.shape) for file in files for record in read_header(Path(file)).tensors}
-    served: Tensors = vars(model_config).setdefault(_TENSORS, found)
-    problem = _difference(served, found)
-    if problem is not None:
-        raise ServingError(
-            f"weights of another model than the served one: {problem}",
-            where=str(source.model_or_path),
-            next_step="Give the whole directory of a conversion of the same model, or start a server on this one.",
-        )
+    served = vars(model_config).setdefault(_TENSORS, found)
+    updates.check_same_tensors(served, found, str(source.model_or_path))
 
 
-def _difference(served: Tensors, found: Tensors) -> str | None:
-    missing, foreign = sorted(served.keys() - found.keys()), sorted(found.keys() - served.keys())
-    other = sorted(name for name in served.keys() & found.keys() if served[name] != found[name])
-    for words, names in (("does not have", missing), ("has besides", foreign), ("has in other sizes", other)):
-        if names:
-            return f"it {words} {first_of(names)}"
-    return None
+def remember_directory(model_config: Any) -> None:
+    """Keep the tensors of a local directory whose model starts with dummy weights in their place.
+
+    Without its files, which SGLang does not need for that, nothing is known of them.
+    """
+    directory = Path(str(model_config.model_path))
+    if adopted_stamp(model_config.hf_config) is None or not directory.is_dir():
+        return
+    with contextlib.suppress(SourceError):
+        found = read_index(LocalSource(directory)).tensors
+        vars(model_config).setdefault(_TENSORS, {name: (each.dtype, each.shape) for name, each in found.items()})
+
+
+def served_tensors(model_config: Any) -> updates.Tensors | None:
+    """Return the tensors of the served checkpoint; ``None`` if it was not loaded from local files."""
+    found: updates.Tensors | None = getattr(model_config, _TENSORS, None)
+    return found

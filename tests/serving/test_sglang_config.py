@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp, make_stamp
-from nvfp4_prep.sglang.arrivals import parameter_name
+from nvfp4_prep.sglang.arrivals import tagged
 from nvfp4_prep.sglang.source_config import adopt_source, adopted_stamp, stamped_configs
 from nvfp4_prep.sglang.versions import TESTED, version_problem
 from nvfp4_prep_kernels import MoeLayout
@@ -93,7 +94,7 @@ def test_trtllm_stamps_are_read() -> None:
     ],
 )
 def test_parameter_names(stored: str, name: str) -> None:
-    assert parameter_name(stored) == name
+    assert tagged(stored, torch.empty(0))[0] == name
 
 
 @pytest.mark.parametrize("version", [*TESTED, "0.5.24", "0.5.30.post1"])

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -67,8 +67,13 @@ class Ranks:
             replies.append(reply)
         return replies
 
-    def _ask(self, request: Job | str) -> list[Any]:
-        for end in self._ends:
+    def each(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+        """What each rank's own call returns; raises as :meth:`run`."""
+        return self._ask(*calls)
+
+    def _ask(self, *requests: Any) -> list[Any]:
+        """One answer a rank, to the same request or to one of its own."""
+        for end, request in zip(self._ends, requests if len(requests) > 1 else requests * len(self._ends), strict=True):
             end.send(request)
         replies = []
         for rank, end in enumerate(self._ends):
@@ -118,7 +123,9 @@ def _serve(rank: int, end: Connection, path: list[str]) -> None:
         except EOFError:
             return
         try:
-            if isinstance(request, Job):
+            if callable(request):
+                end.send(request())
+            elif isinstance(request, Job):
                 comparison = Comparison(request, rank)
                 end.send(comparison.load_source())
             else:

@@ -133,7 +133,7 @@ def expected(
     inner = SimpleNamespace(layers=[])
     if stage is not None:
         inner.start_layer, inner.end_layer = stage
-    return sorted(arrivals._expected(stored, SimpleNamespace(modules=lambda: [inner]), config, None))
+    return sorted(arrivals.expected_layers(stored, SimpleNamespace(modules=lambda: [inner]), config, None))
 
 
 def test_which_layers_belong_to_which_model() -> None:

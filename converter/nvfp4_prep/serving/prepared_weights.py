@@ -43,12 +43,16 @@ class PreparedWeights:
         ) -> None:
             if args or kw:
                 raise self.foreign(f"an original tensor for {name}")
-            if self.in_use.get(name) is param:
+            if self.is_running(name, param):
                 raise self.running(name)
             self.fill(name, param.data, loaded_weight)
             self.arrived.add(name)
 
         return prepared_weight_loader
+
+    def is_running(self, name: str, param: torch.nn.Parameter) -> bool:
+        """Return whether a kernel reads a parameter, and no update of it is going on."""
+        return self.in_use.get(name) is param
 
     def fill(self, name: str, param: torch.Tensor, stored: torch.Tensor) -> None:
         """Copy the rank's share of a stored tensor into its parameter; servers with other shapes override this."""

@@ -22,7 +22,15 @@ from nvfp4_prep.serving.placement import STORED_TENSORS
 from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
-__all__ = ["check_model", "parameter_name", "seen_by", "stored_layer_of", "tagged"]
+__all__ = [
+    "check_model",
+    "expected_layers",
+    "prepared_layer",
+    "prepared_layers",
+    "seen_by",
+    "stored_layer_of",
+    "tagged",
+]
 
 _TAG, _SEEN = "nvfp4_prep_stored_layer", "nvfp4_prep_seen"
 _STORED, _PARAMETER = ".routed_experts.", "."
@@ -32,18 +40,20 @@ _DRAFT = re.compile(r"(?:^|\.)(?:mtp|nextn)", re.IGNORECASE)
 _NEXT = "The directory is damaged or incomplete: run `nvfp4-prep verify` on it."
 
 
-def parameter_name(name: str) -> str:
-    """Return SGLang's name of a stored tensor; only those of prepared experts differ."""
-    return name.replace(f".experts{_STORED}", f".experts{_PARAMETER}") if name.endswith(_SPELLED) else name
+def prepared_layer(name: str) -> str | None:
+    """Return the stored layer of a prepared tensor's name; ``None`` for any other tensor."""
+    return name.rpartition(_STORED)[0] if name.endswith(_SPELLED) else None
 
 
-def tagged(loader: Any, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """Return a stored tensor under SGLang's name; a prepared one carries its layer, which the loader has now seen."""
-    if name.endswith(_SPELLED):
-        layer = name.rpartition(_STORED)[0]
-        setattr(tensor, _TAG, layer)
-        seen_by(loader).add(layer)
-    return parameter_name(name), tensor
+def tagged(name: str, tensor: torch.Tensor, seen: set[str] | None = None) -> tuple[str, torch.Tensor]:
+    """Return a stored tensor under SGLang's name; a prepared one carries its layer, which was now seen."""
+    layer = prepared_layer(name)
+    if layer is None:
+        return name, tensor
+    setattr(tensor, _TAG, layer)
+    if seen is not None:
+        seen.add(layer)
+    return name.replace(f".experts{_STORED}", f".experts{_PARAMETER}"), tensor
 
 
 def stored_layer_of(tensor: torch.Tensor) -> str | None:
@@ -72,16 +82,17 @@ def check_model(model: Any, model_config: Any, loader: Any, folder: Path | None)
     stored = seen
     if folder is not None and getattr(loader.load_config, "draft_model_idx", None) is None:
         stored = seen | _named(folder)  # an index picks one of several draft layers, which the manifest does not
-    taken = {layer for weights in _prepared(model) for layer in weights.stored_layers}
-    untaken = sorted(set(_expected(stored, model, model_config, folder)) - taken)
+    taken = {name for layer in prepared_layers(model) for name in layer.nvfp4_prep.stored_layers}
+    untaken = sorted(set(expected_layers(stored, model, model_config, folder)) - taken)
     draft = bool(model_config.is_draft_model)
     if untaken or not (stored or draft):
         raise _untaken(model, untaken, draft=draft, some_taken=bool(taken))
     return model
 
 
-def _prepared(model: Any) -> list[Any]:
-    return [module.nvfp4_prep for module in model.modules() if hasattr(module, "nvfp4_prep")]
+def prepared_layers(model: Any) -> list[Any]:
+    """Return the modules of a model's prepared layers."""
+    return [module for module in model.modules() if hasattr(module, "nvfp4_prep")]
 
 
 def _named(folder: Path) -> set[str]:
@@ -93,7 +104,7 @@ def _named(folder: Path) -> set[str]:
     return {layer.source.experts_path for layer in manifest.layers}
 
 
-def _expected(stored: Iterable[str], model: Any, model_config: Any, folder: Path | None) -> list[str]:
+def expected_layers(stored: Iterable[str], model: Any, model_config: Any, folder: Path | None) -> list[str]:
     """Return the layers that belong to this model and to this rank's pipeline stage."""
     count = _hidden_layers(model_config, folder)
     drafts = [layer for layer in stored if _DRAFT.search(layer) or (count is not None and _number(layer) >= count)]

@@ -82,7 +82,8 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every tensor arrived and derive what SGLang's scheme derives."""
         weights: LayerWeights = layer.nvfp4_prep
-        finish(weights)
+        if not finish(weights):
+            return
         weights.check_scales(two=False)
         bring_into(layer, self.relayout)
         gate = layer.w13_weight_scale_2[:, 0].contiguous()

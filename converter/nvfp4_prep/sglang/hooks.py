@@ -14,7 +14,7 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.sglang.arrivals import check_model, tagged
+from nvfp4_prep.sglang.arrivals import check_model, seen_by, tagged
 from nvfp4_prep.sglang.source_config import adopt_source, stamped_configs
 
 __all__ = ["HOOKS", "register_hooks"]
@@ -68,7 +68,7 @@ def rename(
     weights = original(loader, source, *args, **kwargs)
     check_same_tensors(loader, source, kwargs.get("resolved_source"))
     begin_reading(source)
-    return (tagged(loader, name, tensor) for name, tensor in weights)
+    return (tagged(name, tensor, seen_by(loader)) for name, tensor in weights)
 
 
 def listed(found: Any, loader: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -84,6 +84,36 @@ def update_weights(original: Callable[..., Any], updater: Any, model_path: str, 
     from nvfp4_prep.sglang.updates import update_or_restore
 
     return update_or_restore(original, updater, model_path, *args, **kwargs)
+
+
+def tensors(original: Callable[..., Any], updater: Any, named_tensors: Any, load_format: str | None = None) -> Any:
+    """Refuse tensors of a trainer that a running prepared model cannot be served from."""
+    from nvfp4_prep.sglang.tensor_updates import load_tensors
+
+    return load_tensors(original, updater, named_tensors, load_format)
+
+
+def broadcast(original: Callable[..., Any], updater: Any, named_tensors: Any) -> Any:
+    """Refuse the same of tensors that were broadcast."""
+    from nvfp4_prep.sglang.tensor_updates import load_broadcast
+
+    return load_broadcast(original, updater, named_tensors)
+
+
+def ipc(original: Callable[..., Any], updater: Any, recv_req: Any) -> Any:
+    """Refuse tensors of checkpoint-engine for a prepared model."""
+    from nvfp4_prep.sglang.tensor_updates import refuse_ipc
+
+    return refuse_ipc(original, updater, recv_req)
+
+
+def end_update(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Leave prepared layers alone of which nothing came; what did was made ready at once."""
+    from nvfp4_prep.serving.completeness import Completeness
+    from nvfp4_prep.sglang.layer_weights import demanding
+
+    with demanding(Completeness.ALL_OR_NONE):
+        return original(*args, **kwargs)
 
 
 def choose_backend(_result: Any, server_args: Any) -> None:
@@ -105,10 +135,14 @@ def verify_load_format(original: Callable[..., Any], load_config: Any) -> Any:
 
 def dummy_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let layers know that no tensors will arrive."""
-    from nvfp4_prep.sglang.layer_weights import dummy_weights
+    from nvfp4_prep.serving.completeness import Completeness
+    from nvfp4_prep.sglang.layer_weights import demanding
+    from nvfp4_prep.sglang.sources import remember_directory
 
-    with dummy_weights():
-        return original(*args, **kwargs)
+    with demanding(Completeness.NOTHING):
+        model = original(*args, **kwargs)
+    remember_directory(kwargs["model_config"])
+    return model
 
 
 def load_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,6 +183,10 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     (f"{_LOADER}.RunaiModelStreamerLoader.load_model", load_model, "AROUND"),
     (f"{_LOADER}.DummyModelLoader.load_model", dummy_load, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.update_weights_from_disk", update_weights, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.update_weights_from_tensor", tensors, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.load_weights_from_distributed", broadcast, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.update_weights_from_ipc", ipc, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.end_weight_update", end_update, "AROUND"),
     ("sglang.srt.arg_groups.model_path_hook.handle_model_source_paths", choose_backend, "AFTER"),
     ("sglang.srt.configs.load_config.LoadConfig._verify_load_format", verify_load_format, "AROUND"),
 )

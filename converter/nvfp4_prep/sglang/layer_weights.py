@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import Stamp
+from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
 from nvfp4_prep.serving.placement import STORED_TENSORS, Placement, relayout_to
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
@@ -19,11 +20,13 @@ from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
-__all__ = ["LayerWeights", "check_padding", "dummy_weights", "finish", "placement_of", "set_loader"]
+__all__ = ["LayerWeights", "check_padding", "demanding", "finish", "placement_of", "set_loader", "taking"]
 
 _INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
 _W13_SCALE = "w13_weight_scale_2"
-_dummy: contextvars.ContextVar[bool] = contextvars.ContextVar("nvfp4_prep_dummy_weights", default=False)
+_demanded: contextvars.ContextVar[Completeness] = contextvars.ContextVar(
+    "nvfp4_prep_demanded", default=Completeness.ALL
+)
 
 
 class LayerWeights(PreparedWeights):
@@ -35,6 +38,7 @@ class LayerWeights(PreparedWeights):
 
     Attributes:
         two_scales: whether the file that was loaded last has a vector of its own for up's global scales.
+        taking: whether tensors may come: while the model is loaded, and inside :func:`taking`.
         stored_layers: names in the checkpoint of the layers whose tensors came.
     """
 
@@ -42,12 +46,17 @@ class LayerWeights(PreparedWeights):
         super().__init__(placement)
         self._layer = layer
         self.two_scales = False
+        self.taking = True
         self.stored_layers: set[str | None] = set()
 
     def forget(self) -> None:
         """Forget what came of a load that failed."""
         self.arrived.clear()
         self.stored_layers.clear()
+
+    def is_running(self, name: str, param: torch.nn.Parameter) -> bool:
+        """Return whether a tensor would come outside of the updates that are checked beforehand."""
+        return not self.taking
 
     def finish(self) -> None:
         """Raise :class:`ServingError` if a tensor did not arrive; else forget what did."""
@@ -105,6 +114,18 @@ class LayerWeights(PreparedWeights):
                 where=self.placement.layer_name,
                 next_step=f"Serve with --moe-runner-backend flashinfer_trtllm, or {relayout_to('--layout cutedsl')}.",
             )
+
+
+@contextlib.contextmanager
+def taking(layers: Sequence[Any]) -> Iterator[None]:
+    """While it is entered, these layers of a running model take tensors."""
+    for layer in layers:
+        layer.nvfp4_prep.taking = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.nvfp4_prep.taking = False
 
 
 def set_loader(param: torch.nn.Parameter, loader: Callable[..., None]) -> None:
@@ -186,16 +207,25 @@ def _slots(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 @contextlib.contextmanager
-def dummy_weights() -> Iterator[None]:
-    """While it is entered, layers are not missing anything."""
-    token = _dummy.set(True)
+def demanding(completeness: Completeness) -> Iterator[None]:
+    """While it is entered, this is demanded of layers in the place of all their tensors."""
+    token = _demanded.set(completeness)
     try:
         yield
     finally:
-        _dummy.reset(token)
+        _demanded.reset(token)
 
 
-def finish(weights: Any) -> None:
-    """Check that every tensor of a layer arrived, unless weights are dummies."""
-    if not _dummy.get():
-        weights.finish()
+def finish(weights: LayerWeights) -> bool:
+    """Check what arrived of a layer, and return whether that is to be made ready for the kernel.
+
+    A layer of a running model of which nothing came stays as it is: it would be permuted twice.
+
+    Raises:
+        ServingError: if tensors are missing.
+    """
+    demanded = _demanded.get()
+    anything = bool(weights.arrived) or demanded is not Completeness.ALL_OR_NONE
+    demanded.check(weights)
+    weights.taking = False
+    return anything

@@ -30,7 +30,7 @@ from nvfp4_prep.load.options import rank_threads
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
 from nvfp4_prep.serving.cooperation import Alone, Cooperation, ServerRanks, server_ranks
 from nvfp4_prep.serving.expert_files import ExpertFiles
-from nvfp4_prep.sglang.arrivals import tagged
+from nvfp4_prep.sglang.arrivals import seen_by, tagged
 
 __all__ = ["LOAD_FORMAT", "PreparedModelLoader"]
 
@@ -126,7 +126,7 @@ class PreparedModelLoader(DefaultModelLoader):  # type: ignore[misc]
         first = next(others, None)  # now SGLang has listed its files
         if self._files is not None:
             for name, handle in self._handles(self._files):
-                yield tagged(self, name, handle)
+                yield tagged(name, handle, seen_by(self))
         if first is not None:
             yield first
             yield from others

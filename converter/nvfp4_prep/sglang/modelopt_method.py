@@ -63,7 +63,8 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that every tensor arrived and let SGLang derive its scales; rows move only for another backend."""
         weights: LayerWeights = layer.nvfp4_prep
-        finish(weights)
+        if not finish(weights):
+            return
         weights.check_scales(two=self.enable_flashinfer_trtllm_moe)
         self._check_clamp(layer)
         bring_into(layer, self.relayout)

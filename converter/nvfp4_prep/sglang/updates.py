@@ -17,18 +17,25 @@ import torch.distributed as dist
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.cooperation import WAIT
+from nvfp4_prep.serving.placement import STORED_TENSORS
+from nvfp4_prep.sglang.arrivals import prepared_layers
+from nvfp4_prep.sglang.layer_weights import demanding, taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
+from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
-__all__ = ["begin_reading", "update_or_restore"]
+__all__ = ["End", "agree", "begin_reading", "note_tensors", "update_or_restore"]
 
-_ATTEMPT, _FILTER = "nvfp4_prep_attempt", "weight_name_filter"
+_ATTEMPT, _TENSORS_CAME, _FILTER = "nvfp4_prep_attempt", "nvfp4_prep_tensors_came", "weight_name_filter"
 _TEXT_NBYTES = 2048
 
 Update = Callable[..., tuple[bool, str]]
 
 
-class _End(IntEnum):
+class End(IntEnum):
+    """State of a rank's weights after an update; the greatest of all ranks counts."""
+
     UPDATED = 0
     UNTOUCHED = 1
     BROKEN = 2
@@ -62,7 +69,7 @@ def begin_reading(source: Any) -> None:
 def update_or_restore(original: Update, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Update a stamped checkpoint's model on all tensor-parallel ranks, or load the former weights again on all.
 
-    Stock checkpoints, and SGLang's own reload of single experts, pass through.
+    Stock checkpoints pass through.
 
     Returns:
         SGLang's answer: whether the update succeeded, and why not.
@@ -72,50 +79,89 @@ def update_or_restore(original: Update, updater: Any, model_path: str, *args: An
         LoadError: if a rank is missing.
     """
     config = updater.model_config
-    if adopted_stamp(config.hf_config) is None or kwargs.get(_FILTER) is not None:
+    if adopted_stamp(config.hf_config) is None:
         return original(updater, model_path, *args, **kwargs)
+    if kwargs.get(_FILTER) is not None:
+        return _reload_layers(original, updater, *args, **kwargs)
     former = config.model_path
     end, message = _attempt(original, updater, model_path, *args, **kwargs)
-    worst, message = _agree(end, message)
-    if worst is _End.UPDATED:
+    worst, message = agree(end, message)
+    if worst is End.UPDATED:
+        setattr(config, _TENSORS_CAME, False)
         return True, message
-    if end is _End.UNTOUCHED:
+    if end is End.UNTOUCHED:
         config.model_path = former
-        restored, problem = _End.UPDATED, ""
+        restored, problem = End.UPDATED, ""
     elif _stages() > 1:
-        restored, problem = _End.BROKEN, "other pipeline stages may hold the new weights"
+        restored, problem = End.BROKEN, "other pipeline stages may hold the new weights"
+    elif getattr(config, _TENSORS_CAME, False):
+        restored, problem = End.BROKEN, "some of them came as tensors and are in no file"
     else:
         restored, problem = _attempt(original, updater, former, *args, **kwargs)
-    restored, problem = _agree(restored, problem)
-    if restored is not _End.UPDATED:
+    restored, problem = agree(restored, problem)
+    if restored is not End.UPDATED:
         raise ServingError(
             f"an update of the weights failed ({message}), and the former ones cannot be loaded again: {problem}",
             where=str(former),
             next_step="The server ends, because it would answer from a mixture. Start it again.",
         )
-    again = ", which were loaded again" if worst is _End.BROKEN else ""
+    again = ", which were loaded again" if worst is End.BROKEN else ""
     return False, f"{message.rstrip('.')}. The server goes on with the former weights{again}."
 
 
-def _attempt(original: Update, updater: Any, path: str, *args: Any, **kwargs: Any) -> tuple[_End, str]:
-    for module in updater.get_model().modules():
-        if hasattr(module, "nvfp4_prep"):
-            module.nvfp4_prep.forget()
+def note_tensors(model_config: Any) -> None:
+    """Note that the model's directory no longer holds all of the weights that are served."""
+    setattr(model_config, _TENSORS_CAME, True)
+
+
+def _reload_layers(original: Update, updater: Any, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Load whole layers again where SGLang asks for some of their experts, which a rank that failed took along.
+
+    A prepared tensor holds all experts of its layer, and each slot takes the one that SGLang's map now gives it.
+
+    Raises:
+        ServingError: if the served weights are in no directory.
+    """
+    config, asked = updater.model_config, kwargs.pop(_FILTER)
+    if getattr(config, _TENSORS_CAME, False):
+        raise ServingError(
+            "experts are to be loaded again, but some of the served weights came as tensors and are in no file",
+            where=str(config.model_path),
+            next_step="Start the server again.",
+        )
+    layers = prepared_layers(updater.get_model())
+    experts = max((layer.nvfp4_prep.placement.dims.experts for layer in layers), default=0)
+
+    def asked_of_layer(name: str) -> bool:
+        layer, _, tensor = name.rpartition(".")
+        if not layer.endswith(".experts") or tensor not in (*STORED_TENSORS, UP_SCALE_VECTOR):
+            return bool(asked(name))
+        return any(asked(f"{layer}.{expert}.{tensor}") for expert in range(experts))
+
+    with taking(layers), demanding(Completeness.ALL_OR_NONE):
+        return original(updater, config.model_path, *args, **{**kwargs, _FILTER: asked_of_layer})
+
+
+def _attempt(original: Update, updater: Any, path: str, *args: Any, **kwargs: Any) -> tuple[End, str]:
+    layers = prepared_layers(updater.get_model())
+    for layer in layers:
+        layer.nvfp4_prep.forget()
     attempt = _Attempt()
     setattr(updater.model_config, _ATTEMPT, attempt)
     try:
-        success, message = original(updater, path, *args, **kwargs)
+        with taking(layers):
+            success, message = original(updater, path, *args, **kwargs)
     except Exception as error:
         cause = error.__context__  # of what SGLang raises in its own second attempt
-        return _End.BROKEN if attempt.began or cause else _End.UNTOUCHED, f"{cause or error}"
+        return End.BROKEN if attempt.began or cause else End.UNTOUCHED, f"{cause or error}"
     finally:
         delattr(updater.model_config, _ATTEMPT)
     if success:
-        return _End.UPDATED, message
-    return _End.BROKEN if attempt.began else _End.UNTOUCHED, message
+        return End.UPDATED, message
+    return End.BROKEN if attempt.began else End.UNTOUCHED, message
 
 
-def _agree(end: _End, message: str) -> tuple[_End, str]:
+def agree(end: End, message: str) -> tuple[End, str]:
     """Return the worst end of all tensor-parallel ranks, and the message of the first of those."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -128,7 +174,7 @@ def _agree(end: _End, message: str) -> tuple[_End, str]:
     worst = max(answer[0] for answer in answers)
     rank = next(rank for rank, answer in enumerate(answers) if answer[0] == worst)
     text = answers[rank][1:].rstrip(b"\0").decode(errors="replace")
-    return _End(worst), text if worst == _End.UPDATED else f"Rank {rank} of {ranks.size}: {text}"
+    return End(worst), text if worst == End.UPDATED else f"Rank {rank} of {ranks.size}: {text}"
 
 
 def _stages() -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import enum
-
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.prepared.stamp import QUANT_METHOD
-from nvfp4_prep.serving.prepared_weights import PreparedWeights
+from nvfp4_prep.serving.completeness import Completeness
 
-__all__ = ["Completeness", "check_load_format", "publish_kernel_scales"]
+__all__ = ["check_load_format", "publish_kernel_scales"]
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -21,25 +19,10 @@ _PEER_TO_PEER = ("modelexpress", "mx")
 """ModelExpress, under vLLM's name and under the one that its own plugin registers."""
 
 
-class Completeness(enum.Enum):
-    """Condition that ``process_weights_after_loading`` demands of a prepared layer."""
-
-    ALL = "all"
-    """Every tensor arrived."""
-    ALL_OR_NONE = "all or none"
-    """Every tensor, or none: a peer-to-peer target is filled with dummy weights, prepared, and receives them later."""
-    NOTHING = "nothing"
-    """Dummy weights, in whose place a reload may bring real ones."""
-
-    def check(self, weights: PreparedWeights, *, reload: bool = False) -> None:
-        """Raise :class:`ServingError` if tensors are missing that have to be there."""
-        some = weights.arrived and (self is Completeness.ALL_OR_NONE or reload)
-        if self is Completeness.ALL or some:
-            weights.finish()
-
-
 def check_load_format(layer_name: str) -> Completeness:
     """Return what the current load format demands.
+
+    A peer-to-peer target is filled with dummy weights, prepared, and receives all tensors or none later.
 
     Raises:
         ServingError: if it does not read a checkpoint's tensors.

@@ -17,6 +17,7 @@ from vllm.model_executor.utils import is_weights_pre_processed, set_weight_attrs
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.layouts import LAYOUTS, layout_of_backend
 from nvfp4_prep.prepared.stamp import Stamp
+from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.placement import Placement
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
@@ -24,7 +25,7 @@ from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
 from nvfp4_prep.vllm.compat import activation_override
 from nvfp4_prep.vllm.layout_check import check_installed_layout
-from nvfp4_prep.vllm.load_formats import Completeness, check_load_format, publish_kernel_scales
+from nvfp4_prep.vllm.load_formats import check_load_format, publish_kernel_scales
 from nvfp4_prep.vllm.proof import prove_untested_version
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
 from nvfp4_prep.vllm.updates import guard_loaders

@@ -22,8 +22,8 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
-from nvfp4_prep.vllm.load_formats import Completeness
 from nvfp4_prep.vllm.up_factor import DERIVED
 from nvfp4_prep.vllm.versions import ALLOW_UNTESTED_VARIABLE, TESTED, Support, installed_version, support
 from nvfp4_prep_kernels import SCALE_VECTORS, UP_SCALE_VECTOR, MoeDims, MoeLayout, PreparedTensor

@@ -1,0 +1,124 @@
+"""A trainer and the server's ranks, which receive its tensors by a broadcast over gloo or in process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
+from sglang_states import differences, snapshot
+
+from nvfp4_prep.serving.stamp_tensor import stamp_tensor
+
+Named = dict[str, torch.Tensor]
+GROUP = "trainer"
+
+
+def tensors_in(directory: Path | str) -> Named:
+    """The tensors that the index of a checkpoint lists."""
+    folder = Path(directory)
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {name: tensor for file in sorted(set(names.values())) for name, tensor in load_file(folder / file).items()}
+    return {name: found[name] for name in names}
+
+
+def sent_from(directory: Path | str) -> Named:
+    """What a trainer sends of a prepared checkpoint."""
+    return tensors_in(directory) | dict([stamp_tensor(directory)])
+
+
+def experts_alone(named: Named) -> Named:
+    return {name: tensor for name, tensor in named.items() if "routed_experts" in name or "stamp" in name}
+
+
+def others_alone(named: Named) -> Named:
+    return {name: tensor for name, tensor in named.items() if name not in experts_alone(named)}
+
+
+def without_scales_of_the_last_layer(named: Named) -> Named:
+    return {name: tensor for name, tensor in named.items() if not (".1.mlp.experts." in name and "scale" in name)}
+
+
+SELECTIONS: dict[str, Callable[[Named], Named]] = {
+    "all": dict,
+    "others": others_alone,
+    "torn": without_scales_of_the_last_layer,
+}
+
+
+@dataclass
+class Received:
+    """What became of the updates in one rank.
+
+    Attributes:
+        answers: of the updates, in order.
+        changed: by each, whether the weights are others than before.
+        differences: of the last state from the directory that was sent.
+    """
+
+    answers: list[tuple[bool, str]] = field(default_factory=list)
+    changed: list[bool] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+
+def serve(
+    rank: int, meetings: tuple[str, str], served: str, sent: str, selections: list[list[str]], port: int, **options: Any
+) -> Received:
+    """One rank of a server on ``served`` that is sent what each of ``selections`` takes of ``sent``.
+
+    Args:
+        selections: one list an update, one selection a rank. Without a port it comes in process, each rank's own; with
+            one by a broadcast to all, in the bucket form for every second update.
+        options: of the server.
+    """
+    with rank_of(make_server_args(Path(sent), **options), rank, meetings[0]):
+        expected = snapshot(load_model(make_server_args(Path(sent), **options)))
+    args, received, named = make_server_args(Path(served), **options), Received(), sent_from(sent)
+    with rank_of(args, rank, meetings[1]):
+        model, updater = load_for_updates(args)
+        last = snapshot(model)
+        if port:
+            assert updater.init_weights_update_group("127.0.0.1", port, 1, 3, GROUP, backend="gloo")[0]
+        for number, of_ranks in enumerate(selections):
+            chosen = SELECTIONS[of_ranks[rank]](named)
+            updater.begin_weight_update()
+            if port:
+                dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in chosen.values()]
+                got = updater.receive_weights_from_distributed(
+                    names=list(chosen),
+                    dtypes=dtypes,
+                    shapes=[list(tensor.shape) for tensor in chosen.values()],
+                    group_name=GROUP,
+                    load_format="flattened_bucket" if number % 2 else None,
+                )
+                received.answers.append(updater.load_weights_from_distributed(got))
+            else:
+                received.answers.append(updater.update_weights_from_tensor(list(chosen.items())))
+            updater.end_weight_update(run_post_load=False)
+            before, last = last, snapshot(model)
+            received.changed.append(bool(differences(before, last)))
+        received.differences = differences(expected, last)
+    return received
+
+
+def train(sent: str, selections: list[list[str]], port: int) -> None:
+    """The trainer: rank 0 of the broadcast."""
+    from sglang.srt.utils import init_custom_process_group
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    group = init_custom_process_group(
+        backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=3, rank=0, group_name=GROUP
+    )
+    for number, of_ranks in enumerate(selections):
+        chosen = SELECTIONS[of_ranks[0]](sent_from(sent))
+        if number % 2:
+            flat = FlattenedTensorBucket(named_tensors=list(chosen.items())).get_flattened_tensor()
+            torch.distributed.broadcast(flat, src=0, group=group)
+            continue
+        for tensor in chosen.values():
+            torch.distributed.broadcast(tensor, src=0, group=group)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nvfp4_prep.serving.stamped import Stamp, stamp_in
 
 from nvfp4_prep.commands.convert import convert
 from nvfp4_prep.errors import ServingError
 from nvfp4_prep.options import ConvertOptions, LayoutName
+from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, config_of_stamp_tensor, stamp_tensor
 from nvfp4_prep.serving.updates import check_same_layout, read_config
 from support.tiny_checkpoints import TinyLayer, write

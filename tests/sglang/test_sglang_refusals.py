@@ -275,6 +275,28 @@ def test_load_formats_of_running_engines(copy: Callable[..., Path], load_format:
             load_model(args, load_format=load_format)
 
 
+@pytest.mark.parametrize("model", [QWEN, COMPRESSED_QWEN], ids=["modelopt", "compressed-tensors"])
+def test_another_instances_memory(copy: Callable[..., Path], model: Any) -> None:
+    """It holds what SGLang derived, too; nothing is checked on that way, and SGLang derives nothing afterwards."""
+    words = refusal(copy(model, trtllm=True), "remote_instance", load={"load_format": "remote_instance"})
+    assert "RemoteInstanceModelLoader does not load a prepared checkpoint's tensors by their names" in words
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "presharded", "layered", "remote"])
+def test_load_formats_that_do_not_name_tensors(copy: Callable[..., Path], load_format: str) -> None:
+    """For compressed-tensors SGLang has no loader that it chooses first."""
+    words = refusal(
+        copy(COMPRESSED_QWEN, trtllm=True), f"--load-format {load_format}", load={"load_format": load_format}
+    )
+    assert "does not load a prepared checkpoint's tensors by their names" in words
+
+
+def test_a_backup_of_experts(copy: Callable[..., Path]) -> None:
+    with pytest.raises(ServingError, match="keeps original experts") as caught:
+        make_server_args(copy(), enable_elastic_expert_backup=True)
+    REFUSALS.append(("--enable-elastic-expert-backup", str(caught.value)))
+
+
 def test_presharded_does_not_take_the_source_either(checkpoints: Checkpoints) -> None:
     """What the comparison in the README says: stock ModelOpt NVFP4 with --load-format presharded."""
     source, _ = checkpoints.get(QWEN)

@@ -14,7 +14,7 @@ import torch
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.serving.stamped import STAMP_KEY, Stamp, stamp_in
+from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp, stamp_in
 from nvfp4_prep.serving.updates import read_config
 
 __all__ = ["STAMP_TENSOR", "config_of_stamp_tensor", "stamp_tensor"]

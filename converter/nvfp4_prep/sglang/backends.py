@@ -29,7 +29,7 @@ def choose_backend(server_args: Any) -> None:
     """Declare the backend of a prepared checkpoint's layout where none was asked for, and the source's method.
 
     Raises:
-        ServingError: if the checkpoint is prepared and another kernel's backend was asked for.
+        ServingError: if the checkpoint is prepared, and another kernel's backend or a backup of experts was asked for.
     """
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -38,6 +38,12 @@ def choose_backend(server_args: Any) -> None:
     if stamp is None:
         return
     view = resolving_view(server_args)
+    if view.enable_elastic_expert_backup:
+        raise ServingError(
+            "--enable-elastic-expert-backup keeps original experts, which a prepared checkpoint does not have",
+            where=str(server_args.model_path),
+            next_step="Leave it out: lost experts are then loaded again from the checkpoint.",
+        )
     if view.quantization is None:
         # For some architectures SGLang does not look into the config and asks for this flag.
         declare_resolution(server_args, QUANT_METHOD, quantization=_method_of(stamp))

@@ -71,6 +71,13 @@ def rename(
     return (tagged(name, tensor, seen_by(loader)) for name, tensor in weights)
 
 
+def model_loader(made: Any, _load_config: Any, model_config: Any = None) -> None:
+    """Refuse load formats that do not read a checkpoint's tensors."""
+    from nvfp4_prep.sglang.methods import check_loader
+
+    check_loader(made, model_config)
+
+
 def listed(found: Any, loader: Any, *_args: Any, **_kwargs: Any) -> None:
     """Keep the directory and the files that SGLang chose."""
     from nvfp4_prep.sglang.sources import remember_listing
@@ -174,6 +181,7 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     *((f"{config}.from_config", from_config, "AROUND") for config in _CONFIGS),
     *((f"{config}.get_quant_method", get_quant_method, "AROUND") for config in _CONFIGS),
     ("sglang.srt.model_loader.weight_utils.get_quant_config", get_quant_config, "AFTER"),
+    (f"{_LOADER}.get_model_loader", model_loader, "AFTER"),
     (f"{_LOADER}.DefaultModelLoader._prepare_weights", listed, "AFTER"),
     (f"{_LOADER}.DefaultModelLoader._get_weights_iterator", rename, "AROUND"),
     (f"{_LOADER}.RunaiModelStreamerLoader._get_weights_iterator", rename, "AROUND"),

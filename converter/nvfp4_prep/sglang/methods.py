@@ -10,6 +10,7 @@ from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
 __all__ = [
+    "check_loader",
     "check_stamp_was_taken",
     "config_with_stamp",
     "guard_stock_layers",
@@ -37,6 +38,28 @@ def check_stamp_was_taken(made: Any, model_config: Any) -> None:
         f"quantization method {model_config.quantization} was asked for on top of prepared experts",
         where=str(model_config.model_path),
         next_step="Leave --quantization out, or serve the source checkpoint (`nvfp4-prep restore`).",
+    )
+
+
+def check_loader(loader: Any, model_config: Any) -> None:
+    """Raise :class:`ServingError` if a stamped checkpoint is to be loaded by what does not read its tensors by name.
+
+    Other instances' memory and dumps of a running server hold what SGLang derives, too, and pass the checks by.
+    """
+    if model_config is None or adopted_stamp(model_config.hf_config) is None:
+        return
+    from sglang.srt.model_loader import loader as loaders
+
+    from nvfp4_prep.sglang.load_format import PreparedModelLoader
+
+    by_name = (loaders.DefaultModelLoader, loaders.ModelOptModelLoader, loaders.RunaiModelStreamerLoader)
+    if type(loader) in (*by_name, loaders.DummyModelLoader, PreparedModelLoader):
+        return
+    raise ServingError(
+        f"{type(loader).__name__} does not load a prepared checkpoint's tensors by their names",
+        where=str(model_config.model_path),
+        next_step="Leave --load-format out, or use safetensors, fastsafetensors, instanttensor, runai_streamer or"
+        " nvfp4_prep.",
     )
 
 

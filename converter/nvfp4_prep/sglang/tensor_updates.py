@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
+from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, config_of_stamp_tensor
-from nvfp4_prep.serving.stamped import Stamp
 from nvfp4_prep.serving.updates import Tensors, check_same_layout, check_same_tensors, some_of
 from nvfp4_prep.sglang.arrivals import expected_layers, prepared_layer, prepared_layers, tagged
 from nvfp4_prep.sglang.layer_weights import demanding, taking

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from sglang_compare import RAW_SCALES, UNREAD, Job, run
 from sglang_models import MODELS, Checkpoints, Model, dims_of
-from sglang_on_cpu import load_model, make_server_args, rank_of
+from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
 from sglang_ranks import Ranks
 from sglang_states import as_bytes, differences, expert_layers, experts_state, storage_of
 
@@ -261,22 +261,15 @@ def test_dummy_weights_need_no_files(checkpoints: Checkpoints, tmp_path: Path) -
 @pytest.mark.parametrize("backend", [CUTEDSL, TRTLLM])
 @pytest.mark.parametrize("trtllm", [False, True], ids=["cutedsl file", "trtllm file"])
 def test_reload_twice(checkpoints: Checkpoints, backend: str, trtllm: bool) -> None:
-    """What update_weights_from_disk does: the same values in the same storage, permuted again where needed."""
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import DefaultModelLoader, LoadConfig, get_model_loader
-
+    """The same values in the same storage, permuted again where needed."""
     _, prepared = checkpoints.get(QWEN, trtllm=trtllm)
     _, other = checkpoints.get(replace(QWEN, family="qwen3_moex"), trtllm=trtllm)  # other bytes, same sizes
     args = make_server_args(prepared, moe_runner_backend=backend)
     with rank_of(args):
-        model = load_model(args)
+        model, updater = load_for_updates(args)
         first, where = experts_state(model), storage_of(model)
-        config = ModelConfig.from_server_args(args)
         for directory in (other, prepared, prepared):
-            config.model_path = str(directory)
-            loader = get_model_loader(LoadConfig(), config)
-            weights = loader._get_weights_iterator(DefaultModelLoader.Source.init_new(config, model))
-            DefaultModelLoader.load_weights_and_postprocess(model, weights, torch.device("cpu"))
+            assert updater.update_weights_from_disk(str(directory), "auto")[0]
             assert storage_of(model) == where
             changed = any(name.endswith("w13_weight") for name in differences(first, experts_state(model)))
             assert changed == (directory == other)

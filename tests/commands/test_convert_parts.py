@@ -101,6 +101,7 @@ def test_missing_layers_are_named_and_nothing_changes(source: Path, tmp_path: Pa
     join_parts(source, out)
 
 
+@pytest.mark.slow
 def test_killed_part_continues(source: Path, whole: dict[str, str], tmp_path: Path) -> None:
     """A part that died in its second file: the first stays, the join refuses, the same part finishes."""
     out = tmp_path / "out"
@@ -129,7 +130,7 @@ def test_killed_part_continues(source: Path, whole: dict[str, str], tmp_path: Pa
     assert file_digests(out) == whole
 
 
-@pytest.mark.parametrize("after", slow_after(2, range(0, 12, 2)))
+@pytest.mark.parametrize("after", slow_after(1, range(0, 12, 2)))
 def test_join_killed_while_it_takes_files_over(
     source: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -108,6 +108,7 @@ def test_completion_scripts(shell: str) -> None:
     assert f"_NVFP4_PREP_COMPLETE={shell}_complete" in result.stdout
 
 
+@pytest.mark.slow
 def test_completion_in_a_real_bash(tmp_path: Path) -> None:
     """The script, sourced, completes commands and options."""
     program = tmp_path / "nvfp4-prep"

@@ -145,6 +145,7 @@ def test_a_run_refuses_before_it_opens_its_target(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_parts_and_join(sample_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "exit code 13" in same_as_the_run(sample_source, out, "--join")

@@ -21,6 +21,7 @@ from nvfp4_prep.errors import (
     VerificationError,
 )
 from nvfp4_prep_kernels import PreparedTensor, Projection
+from support.cases import slow_after
 from support.relayout_cases import flip, same_but_for_provenance, source
 from support.tiny_checkpoints import TinyLayer, config, write
 
@@ -35,7 +36,7 @@ def tensor_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
 
 
-@pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.parametrize("changes", slow_after(1, CHANGES))
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
 def test_equals_a_conversion_of_the_source(tmp_path: Path, changes: dict[str, Any], policy: GateUpPolicy) -> None:
     made = source(tmp_path / "source", intermediate=128)

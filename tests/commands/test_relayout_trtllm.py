@@ -27,7 +27,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("other", slow_after(1, OTHERS), ids=lambda other: "-".join(map(str, other.values())))
-@pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+@pytest.mark.parametrize("policy", slow_after(1, [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM]))
 @pytest.mark.parametrize("kind", slow_after(1, ["modelopt", "compressed-tensors"]))
 def test_both_ways_equal_conversions_of_the_source(
     tmp_path: Path, other: dict[str, Any], policy: GateUpPolicy, kind: str

@@ -56,6 +56,7 @@ def test_dry_run_reads_headers_only(hub: LoopbackHub, files: Files) -> None:
     source.close()
 
 
+@pytest.mark.slow
 def test_bytes_equal_the_local_conversion_though_a_quarter_of_the_shards_fail(
     hub: LoopbackHub, files: Files, local: Files, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ SOURCE = "alice/small-moe"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own
 
 
+@pytest.mark.slow
 def test_parts_from_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.store.publish(SOURCE, make_checkpoint())
     whole, out = tmp_path / "whole", tmp_path / "out"

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.default_smoke
 REPO = "alice/small-moe"
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_a_source_everywhere(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     hub.store.publish(REPO, make_checkpoint())

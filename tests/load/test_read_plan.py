@@ -62,6 +62,7 @@ def oracle(record: TensorRecord, part: ExpertSlice, slots: list[int]) -> list[in
 
 @settings(max_examples=60, deadline=None)
 @given(shares(), st.sampled_from([65536, 65536 + ALIGNMENT, 1 << 20]), st.booleans(), st.booleans())
+@pytest.mark.slow
 def test_every_byte_of_the_parameter_comes_from_its_place(
     share: tuple[TensorRecord, ExpertSlice, list[int]], limit: int, mapped: bool, divided: bool
 ) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from nvfp4_prep._util import progress as module
 from nvfp4_prep._util.progress import BarProgress, LogProgress, NoProgress, Progress, RateLog, choose_progress
+from nvfp4_prep._util.text import format_duration
 from nvfp4_prep.pipeline.jobs import FileJob, progress_labels
 
 HOSTILE = "x\x1b[2J\u202e\r\nerror: forged"
@@ -172,3 +173,10 @@ def test_a_stand_in_for_ipython_is_not_a_notebook(stand_in: object, monkeypatch:
     """Packages' tests put empty modules there; a conversion must not fail for want of a bar."""
     monkeypatch.setitem(sys.modules, "IPython", stand_in)  # type: ignore[arg-type]
     assert isinstance(module.default_progress(), NoProgress)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.04, "0.0 s"), (1.26, "1.3 s"), (9.96, "0:10"), (83.4, "1:23"), (3723.0, "1:02:03")]
+)
+def test_durations_that_are_short_keep_their_figures(seconds: float, shown: str) -> None:
+    assert format_duration(seconds) == shown

@@ -25,7 +25,9 @@ def format_nbytes(nbytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Return hours, minutes and seconds: ``1:02:03`` or ``2:03``."""
+    """Return hours, minutes and seconds: ``1:02:03`` or ``2:03``; below ten seconds ``1.3 s``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

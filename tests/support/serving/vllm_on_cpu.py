@@ -115,11 +115,13 @@ def meeting_point() -> str:
     return tempfile.mktemp(prefix="nvfp4-prep-ranks-")
 
 
-def make_vllm_config(directory: Path, *, moe_backend: str = "flashinfer_cutedsl", **options: Any) -> Any:
+def make_vllm_config(
+    directory: Path, *, moe_backend: str = "flashinfer_cutedsl", device: str = "cpu", **options: Any
+) -> Any:
     """VllmConfig of a checkpoint directory, all of it read by vLLM.
 
     ``options``: ``model`` (ModelConfig fields), ``parallel`` (ParallelConfig fields), ``load`` (LoadConfig fields),
-    ``vllm`` (VllmConfig fields).
+    ``compilation`` (CompilationConfig fields), ``vllm`` (VllmConfig fields).
     """
     from vllm.config import (
         CompilationConfig,
@@ -131,22 +133,15 @@ def make_vllm_config(directory: Path, *, moe_backend: str = "flashinfer_cutedsl"
         VllmConfig,
     )
 
-    model_config = ModelConfig(
-        model=str(directory),
-        tokenizer=str(directory),
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_model_len=256,
-        **options.get("model", {}),
-    )
+    fields = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+    model_config = ModelConfig(model=str(directory), tokenizer=str(directory), **{**fields, **options.get("model", {})})
     return VllmConfig(
         model_config=model_config,
         load_config=LoadConfig(**options.get("load", {})),
-        device_config=DeviceConfig("cpu"),
+        device_config=DeviceConfig(device),
         parallel_config=ParallelConfig(**options.get("parallel", {})),
         kernel_config=KernelConfig(moe_backend=moe_backend),
-        compilation_config=CompilationConfig(mode=0),
+        compilation_config=CompilationConfig(mode=0, **options.get("compilation", {})),
         **options.get("vllm", {}),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -22,7 +24,6 @@ other side of a border moves one value in thousands."""
 def test_a_whole_model_gives_the_tokens_of_its_source(case: Any) -> None:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    from nvfp4_prep_kernels.triton_moe import TritonMoe
     from support.serving.source_experts_on_gpu import SourceLayers
     from support.serving.vllm_on_gpu import DEVICE, LOG, loaded
 
@@ -32,26 +33,8 @@ def test_a_whole_model_gives_the_tokens_of_its_source(case: Any) -> None:
         greatest = least_wrong = layers = 0.0
         tokens = set()
         for prompt in PROMPTS:
-            outputs: list[torch.Tensor] = []
-            compute, launch = RoutedExperts.forward_modular, TritonMoe.__call__
-            launches: list[Any] = []
-
-            def spied(layer: Any, x: Any, topk_weights: Any, topk_ids: Any, **options: Any) -> Any:
-                found = compute(layer, x, topk_weights, topk_ids, **options)
-                outputs.append(found.clone())
-                right.calls.append(right.compute(layer.layer_name, x, topk_weights, topk_ids))
-                return found
-
-            def launched(self: TritonMoe, *args: Any) -> Any:
-                launches.append(args)
-                return launch(self, *args)
-
             sequence = whole.continued(prompt, MORE_TOKENS)
-            right.calls.clear()
-            with (
-                mock.patch.object(RoutedExperts, "forward_modular", spied),
-                mock.patch.object(TritonMoe, "__call__", launched),
-            ):
+            with watched(right) as (outputs, launches):
                 found = whole.log_probabilities(sequence)
             assert len(launches) == len(outputs) == len(case.model.layers)  # all experts, by the Triton kernels
             assert outputs[0].device.type == DEVICE.type
@@ -81,6 +64,35 @@ def test_a_whole_model_gives_the_tokens_of_its_source(case: Any) -> None:
         assert any("prepared for another kernel" in line for line in LOG)
 
 
+@contextlib.contextmanager
+def watched(right: Any) -> Iterator[tuple[list[torch.Tensor], list[Any]]]:
+    """What each layer's experts gave, and the launches of the Triton kernels. ``right`` computes the same beside it."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from nvfp4_prep_kernels.triton_moe import TritonMoe
+
+    compute, launch = RoutedExperts.forward_modular, TritonMoe.__call__
+    outputs: list[torch.Tensor] = []
+    launches: list[Any] = []
+
+    def spied(layer: Any, x: Any, topk_weights: Any, topk_ids: Any, **options: Any) -> Any:
+        found = compute(layer, x, topk_weights, topk_ids, **options)
+        outputs.append(found.clone())
+        right.calls.append(right.compute(layer.layer_name, x, topk_weights, topk_ids))
+        return found
+
+    def launched(self: TritonMoe, *args: Any) -> Any:
+        launches.append(args)
+        return launch(self, *args)
+
+    right.calls.clear()
+    with (
+        mock.patch.object(RoutedExperts, "forward_modular", spied),
+        mock.patch.object(TritonMoe, "__call__", launched),
+    ):
+        yield outputs, launches
+
+
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """The length of the difference over that of the expected output."""
     return float((one.float() - other.float()).norm() / other.float().norm())
@@ -93,5 +105,5 @@ def test_a_cuda_graph_is_refused(case: Any) -> None:
     with loaded(case.prepared, moe_backend="flashinfer_cutedsl") as whole:
         whole.log_probabilities(PROMPTS[0])  # compiles the kernels
         capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with capturing, pytest.raises(ServingError, match="cannot be captured.*--enforce-eager"):
+        with capturing, pytest.raises(ServingError, match=r"cannot be captured.*--enforce-eager"):
             whole.log_probabilities(PROMPTS[0])

@@ -33,10 +33,10 @@ _KERNELS = ("vllm._C_stable_libtorch", "vllm._moe_C_stable_libtorch", "vllm.vllm
 def bring_up() -> None:
     """Make this process a vLLM on a GPU, with the plugin.
 
-    Replaced where vLLM's kernels cannot be loaded: the modules that register them (by empty ones), two activations and the
-    routers' top-k (by torch), the fused grouped top-k (by vLLM's own torch code), the answers what CUTLASS's kernels
-    support (nothing). Always: the subprocess in which
-    model classes are inspected, and torch.compile (off: it would be most of the tests' time).
+    Replaced where vLLM's kernels cannot be loaded: the modules that register them (by empty ones), two activations and
+    the routers' top-k (by torch), the fused grouped top-k (by vLLM's own torch code), the answers what CUTLASS's
+    kernels support (nothing). Always: the subprocess in which model classes are inspected, and torch.compile (off: it
+    would be most of the tests' time).
     """
     os.environ |= {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     missing = not _importable(_KERNELS[0])

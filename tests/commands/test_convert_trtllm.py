@@ -185,7 +185,7 @@ def test_outputs_say_which_kernel_runs(tmp_path: Path, layout: LayoutName) -> No
 
 
 def test_there_are_no_blocks_to_choose() -> None:
-    with pytest.raises(UsageError, match="blocks of a height"):
+    with pytest.raises(UsageError, match="no gate/up blocks whose height"):
         ConvertOptions(layout=TRTLLM, gate_up_block=16)
 
 

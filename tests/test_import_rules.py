@@ -53,6 +53,11 @@ def modules() -> dict[str, Path]:
     return {module_of(path, CONVERTER): path for path in sorted((CONVERTER / PACKAGE).rglob("*.py"))}
 
 
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
 def place_of(module: str) -> str:
     """Return the package, or the module of the top folder, that a module belongs to."""
     parts = module.split(".")
@@ -62,11 +67,10 @@ def place_of(module: str) -> str:
 @cache
 def imports_of(module: str, *, top_level_only: bool = False, for_types: bool = False) -> frozenset[str]:
     """Return the own modules that a module imports; ``for_types`` with those that only a type checker sees."""
-    path = modules()[module]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(module)
     skipped = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in tree.body
         if not for_types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
@@ -150,8 +154,8 @@ def test_the_names_of_layouts_and_kernels_stand_in_one_module() -> None:
     names = {name for facts in LAYOUTS.values() for name in (facts.kernel, facts.vllm_backend, facts.flag)}
     found = {
         module
-        for module, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for module in modules()
+        for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Constant) and node.value in names
     }
     assert found == {"nvfp4_prep.layouts"}

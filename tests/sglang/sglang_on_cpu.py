@@ -161,7 +161,7 @@ def load_for_updates(args: Any, *, draft: bool = False, **load: Any) -> tuple[An
     model_config = ModelConfig.from_server_args(args, model_path=args.model_path, is_draft_model=draft)
     locations = compute_initial_expert_location_metadata(model_config, moe_ep_rank=get_parallel().moe_ep_rank)
     set_global_expert_location_metadata(locations, allow_overwrite=True)  # as its model runner does
-    loader = get_model_loader(LoadConfig(**load), model_config)
+    loader = get_model_loader(load_config=LoadConfig(**load), model_config=model_config)  # by names, as it does
     model = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
     updater = WeightUpdater(
         tp_rank=get_parallel().tp_rank,

@@ -71,7 +71,7 @@ def rename(
     return (tagged(name, tensor, seen_by(loader)) for name, tensor in weights)
 
 
-def model_loader(made: Any, _load_config: Any, model_config: Any = None) -> None:
+def model_loader(made: Any, load_config: Any, model_config: Any = None) -> None:
     """Refuse load formats that do not read a checkpoint's tensors."""
     from nvfp4_prep.sglang.methods import check_loader
 

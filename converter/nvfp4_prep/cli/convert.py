@@ -21,7 +21,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import hint, make_progress, tell_address
+from nvfp4_prep.cli.output import hint, make_progress, say_not_restarted, tell_address
 from nvfp4_prep.cli.smoke import smoke_policy
 from nvfp4_prep.hub import open_source, quiet_client
 from nvfp4_prep.pipeline.workers import default_memory_nbytes
@@ -101,11 +101,13 @@ def convert(
     if request.dry_run:
         preview = nvfp4_prep.preview_conversion(request, source)
         say_preview(preview, request, memory_nbytes or default_memory_nbytes(threads), as_json=as_json)
+        say_not_restarted(request.target, restart=request.restart, finished=preview.outlook.state == "complete")
         if preview.outlook.refusal is not None:
             sys.exit(preview.outlook.refusal.exit_code)
     elif selection is not None:
         part = nvfp4_prep.convert_part(source, request.target, selection, restart=request.restart, **running)
         say_part(part, request, as_json=as_json)
+        say_not_restarted(request.target, restart=request.restart, finished=part.joined)
     else:
         try:
             result, pushed = _make_checkpoint(request, source, running, quiet=quiet)
@@ -113,6 +115,7 @@ def convert(
             say_failed_smoke_run(error, request, as_json=as_json)
             sys.exit(error.exit_code)
         say_checkpoint(result, pushed, request, as_json=as_json)
+        say_not_restarted(request.target, restart=request.restart, finished=result.already_complete)
 
 
 def _tell_device(request: ConvertRequest, *, quiet: bool) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "say",
     "say_json",
     "say_next",
+    "say_not_restarted",
     "say_text",
     "shell_line",
     "stdout_failed",
@@ -178,6 +179,12 @@ def hint(text: str) -> None:
     """Print anything else as one line on stderr, made printable; a stderr that takes nothing breaks no work."""
     with contextlib.suppress(OSError):
         _echo(printable(text), err=True)
+
+
+def say_not_restarted(target: object, *, restart: bool, finished: bool) -> None:
+    """Say that ``--restart`` did nothing: it discards an unfinished run, never a finished output."""
+    if restart and finished:
+        hint(f"{target} is finished, so --restart discarded nothing. To write it anew, remove the directory first.")
 
 
 def shell_line(*words: object) -> str:

@@ -21,7 +21,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, tell_leftovers
+from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, say_not_restarted, tell_leftovers
 from nvfp4_prep.cli.render import layout_text, tp_lines
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
 
@@ -71,6 +71,7 @@ def relayout(
             restart=restart,
         )
     layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
+    say_not_restarted(target, restart=restart, finished=result.already_complete)
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
         gate_up = gate_up_value(result.manifest)

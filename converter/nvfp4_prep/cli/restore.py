@@ -17,7 +17,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, say, say_json, tell_leftovers
+from nvfp4_prep.cli.output import make_progress, say, say_json, say_not_restarted, tell_leftovers
 
 __all__ = ["restore"]
 
@@ -55,6 +55,7 @@ def restore(
             progress=make_progress(quiet),
             restart=restart,
         )
+    say_not_restarted(target, restart=restart, finished=result.already_complete)
     if as_json:
         value = {"path": str(result.path), "tensors": result.tensors, "written_nbytes": result.written_nbytes}
         say_json({**value, "resumed": result.resumed})

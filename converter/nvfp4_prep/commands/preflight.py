@@ -25,7 +25,7 @@ from nvfp4_prep.commands.part_checks import (
 )
 from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, ResumeConflictError, TargetError
 from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
-from nvfp4_prep.output.finished_output import check_no_restart, remove_finished_work
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines, wrong_verdicts
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
@@ -148,7 +148,6 @@ def look_ahead(
         part = plan if selection is None else choose_part(plan, selection)
         outlook.complete = find_complete(target, plan, sink)
         if outlook.complete is not None:
-            check_no_restart(target, restart=restart)
             outlook.state = TargetState.COMPLETE
             return outlook
         check_writable(target)

@@ -25,7 +25,7 @@ from nvfp4_prep.layouts import LayoutName
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions
 from nvfp4_prep.output.experts_fact import ReconciledExpert
-from nvfp4_prep.output.finished_output import check_no_restart, remove_finished_work
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
 from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
@@ -106,7 +106,6 @@ def relayout(
         identity = {"command": "relayout", "manifest": digest, "options": options.to_dict()}
         finished = find_finished_relayout(opened.manifest, options, plans, path)
         if finished is not None:
-            check_no_restart(path, restart=restart)
             remove_finished_work(path)
             return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
         with Target.open(path, identity, restart=restart) as new_target:

@@ -23,7 +23,7 @@ from nvfp4_prep.commands.restored_files import (
 )
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
-from nvfp4_prep.output.finished_output import check_no_restart, remove_finished_work
+from nvfp4_prep.output.finished_output import remove_finished_work
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
@@ -94,7 +94,6 @@ def restore(
         digest = hashlib.sha256(opened.manifest.to_bytes()).hexdigest()
         files = plan_restored_files(opened)
         if is_restored(opened, files, path):
-            check_no_restart(path, restart=restart)
             remove_finished_work(path)
             return RestoreResult(
                 path, sum(len(file.records) for file in files), 0, resumed=False, already_complete=True

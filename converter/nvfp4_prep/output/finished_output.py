@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
-from nvfp4_prep.errors import NvfpPrepError, UsageError
+from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.journal_file import JOURNAL_PATH
 from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names
 from nvfp4_prep.output.target_lock import LOCK
 from nvfp4_prep.output.target_root import TargetRoot, check_work_folder
 
-__all__ = ["check_no_restart", "has_files", "remove_finished_work"]
+__all__ = ["has_files", "remove_finished_work"]
 
 
 def has_files(path: Path, sizes: Mapping[str, int], begins: Mapping[str, bytes]) -> bool:
@@ -36,16 +36,6 @@ def has_files(path: Path, sizes: Mapping[str, int], begins: Mapping[str, bytes])
 def _has_file(root: TargetRoot, name: str, nbytes: int, begin: bytes) -> bool:
     with open(root.open_file(name, os.O_RDONLY), "rb") as stream:
         return os.fstat(stream.fileno()).st_size == nbytes and stream.read(len(begin)) == begin
-
-
-def check_no_restart(path: Path, *, restart: bool) -> None:
-    """Raise :class:`UsageError` where ``--restart`` would do nothing: a finished output is never discarded."""
-    if restart:
-        raise UsageError(
-            "--restart discards an unfinished run, and this one is finished",
-            where=str(path),
-            next_step="Leave --restart out. To write it anew, remove the directory, or give another target.",
-        )
 
 
 def remove_finished_work(path: Path) -> None:

@@ -183,13 +183,14 @@ def assert_all_name(outcomes: list[Outcome | None], *words: str) -> None:
             assert word in outcome.text
 
 
-def test_a_truncated_file_of_one_rank_fails_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "named"), [(b"bad", "bad"), (b"bad-\xff", "bad-\\udcff")])
+def test_a_truncated_file_of_one_rank_fails_all(tmp_path: Path, folder: bytes, named: str) -> None:
     (tmp_path / "good").mkdir()
     written = write_checkpoint(tmp_path / "good", DIMS)
-    file = copy_of(written, tmp_path / "bad")
+    file = copy_of(written, tmp_path / os.fsdecode(folder))
     os.truncate(file, file.stat().st_size - 1)
     outcomes, seconds = run_ranks(Failing(written.root, file.parent), 2, tmp_path)
-    assert_all_name(outcomes, "rank 1 of 2", str(file), "file size does not match")
+    assert_all_name(outcomes, "rank 1 of 2", f"{tmp_path / named}/{file.name}", "file size does not match")
     assert seconds < 10
 
 

@@ -12,13 +12,23 @@ import torch.distributed as dist
 
 from nvfp4_prep.errors import LoadError, UsageError
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "message_bytes", "message_of"]
 
 _TEXT_NBYTES = 4096
 _DIGEST_NBYTES = 32
 _POLL_S = 0.0002
 _ROLL_CALL_S = 10.0
 """How long the others are waited for after a failed call, to say who does not answer."""
+
+
+def message_bytes(text: str, nbytes: int) -> bytes:
+    """Return a text as ``nbytes`` bytes, cut or filled with zeros; a path that is not UTF-8 is spelled in escapes."""
+    return text.encode(errors="backslashreplace")[:nbytes].ljust(nbytes, b"\0")
+
+
+def message_of(raw: bytes) -> str:
+    """Return the text of :func:`message_bytes`."""
+    return raw.rstrip(b"\0").decode(errors="replace")
 
 
 class Ranks:
@@ -61,10 +71,9 @@ class Ranks:
             UsageError: if the digests differ.
         """
         text = "" if error is None else str(error) or type(error).__name__
-        packed = digest.ljust(_DIGEST_NBYTES, b"\0")[:_DIGEST_NBYTES] + text.encode()[:_TEXT_NBYTES]
-        found = self.gather(packed.ljust(_DIGEST_NBYTES + _TEXT_NBYTES, b"\0"))
+        found = self.gather(digest.ljust(_DIGEST_NBYTES, b"\0")[:_DIGEST_NBYTES] + message_bytes(text, _TEXT_NBYTES))
         for rank, each in enumerate(found):
-            message = each[_DIGEST_NBYTES:].rstrip(b"\0").decode(errors="replace")
+            message = message_of(each[_DIGEST_NBYTES:])
             if message:
                 raise LoadError(f"rank {rank} of {self.size} failed: {message}") from error
         different = [rank for rank, each in enumerate(found) if each[:_DIGEST_NBYTES] != found[0][:_DIGEST_NBYTES]]

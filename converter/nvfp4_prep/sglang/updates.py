@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nvfp4_prep.errors import ServingError
-from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.ranks import Ranks, message_bytes, message_of
 from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.cooperation import WAIT
 from nvfp4_prep.serving.placement import STORED_TENSORS
@@ -169,11 +169,10 @@ def agree(end: End, message: str) -> tuple[End, str]:
     if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
         return end, message
     ranks = Ranks(group, torch.device("cpu"), WAIT)
-    packed = bytes([end]) + message.encode()[: _TEXT_NBYTES - 1]
-    answers = ranks.gather(packed.ljust(_TEXT_NBYTES, b"\0"))
+    answers = ranks.gather(bytes([end]) + message_bytes(message, _TEXT_NBYTES))
     worst = max(answer[0] for answer in answers)
     rank = next(rank for rank, answer in enumerate(answers) if answer[0] == worst)
-    text = answers[rank][1:].rstrip(b"\0").decode(errors="replace")
+    text = message_of(answers[rank][1:])
     return End(worst), text if worst == End.UPDATED else f"Rank {rank} of {ranks.size}: {text}"
 
 

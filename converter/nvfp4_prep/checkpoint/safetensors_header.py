@@ -37,14 +37,11 @@ MAX_HEADER_NBYTES = 100_000_000
 HEADER_ALIGNMENT = 4096
 """Data of files that we write starts at a multiple of this (direct I/O, GPUDirect)."""
 _MAX_DIMENSIONS = 32
-_ONLY_SAFETENSORS = "Give a checkpoint in safetensors files: only those can be prepared."
+_ONLY_SAFETENSORS = "Only safetensors checkpoints can be prepared."
 _OTHER_FORMATS: Mapping[bytes, tuple[str, str]] = {
     LFS_MAGIC[:8]: ("is a git-lfs pointer, not the file itself", LFS_NEXT_STEP),
-    b"GGUF": ("is a GGUF file under the name of a safetensors file", "Only safetensors checkpoints can be prepared."),
-    b"PK\x03\x04": (
-        "is a PyTorch or zip file, not a safetensors file",
-        "Only safetensors checkpoints can be prepared.",
-    ),
+    b"GGUF": ("is a GGUF file under the name of a safetensors file", _ONLY_SAFETENSORS),
+    b"PK\x03\x04": ("is a PyTorch or zip file, not a safetensors file", _ONLY_SAFETENSORS),
 }
 """First bytes that no safetensors file has: each would be the length of a header beyond the format's limit."""
 

@@ -103,7 +103,7 @@ def check_experts(record: TensorRecord, experts: Sequence[int]) -> None:
             "no such experts" if wrong else "no experts to load",
             where=where,
             expected=f"0 to {stored - 1}",
-            actual=first_of(wrong, 8),
+            actual=first_of(wrong, 8) or "none",
         )
 
 

@@ -59,7 +59,7 @@ class _Copy2D(ctypes.Structure):
 class GpuCopies:
     """Copies of one thread to one GPU, on a stream of its own.
 
-    Device memory, from the first runs on: as much as the longest ``staged``.
+    Device memory, from the first :meth:`copy_runs` on: the longest span of runs (:attr:`Segment.span_nbytes`).
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.small_files import read_small_file
@@ -21,10 +22,9 @@ from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving.placement import Placement
 
-__all__ = ["Tensors", "check_holds_layers", "check_same_layout", "check_same_tensors", "read_config", "some_of"]
+__all__ = ["Tensors", "check_holds_layers", "check_same_layout", "check_same_tensors", "read_config"]
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
-_SHOWN = 3
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype, as safetensors names it, and shape by a tensor's name in the checkpoint."""
@@ -104,13 +104,8 @@ def _difference(served: Tensors, found: Tensors) -> str | None:
         other[0] += f" ({_tensor_words(*found[other[0]])}, not {_tensor_words(*served[other[0]])})"
     for words, names in (("does not have", missing), ("has besides", foreign), ("has in other sizes", other)):
         if names:
-            return f"it {words} {some_of(names)}"
+            return f"it {words} {first_of(names)}"
     return None
-
-
-def some_of(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _tensor_words(dtype: str, shape: tuple[int, ...]) -> str:

@@ -81,8 +81,8 @@ def remember_directory(model_config: Any) -> None:
     directory = Path(str(model_config.model_path))
     if adopted_stamp(model_config.hf_config) is None or not directory.is_dir():
         return
-    with contextlib.suppress(SourceError):
-        found = read_index(LocalSource(directory)).tensors
+    with contextlib.suppress(SourceError), contextlib.closing(LocalSource(directory)) as source:
+        found = read_index(source).tensors
         vars(model_config).setdefault(_TENSORS, {name: (each.dtype, each.shape) for name, each in found.items()})
 
 

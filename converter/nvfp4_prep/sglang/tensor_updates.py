@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from nvfp4_prep._util.text import first_of
 from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, config_of_stamp_tensor
-from nvfp4_prep.serving.updates import Tensors, check_same_layout, check_same_tensors, some_of
+from nvfp4_prep.serving.updates import Tensors, check_same_layout, check_same_tensors
 from nvfp4_prep.sglang.arrivals import expected_layers, prepared_layer, prepared_layers, tagged
 from nvfp4_prep.sglang.layer_weights import demanding, taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
@@ -168,7 +169,7 @@ def _check_experts(stamp: Stamp, served: Tensors | None, named: Named, experts: 
         raise ServingError(
             "tensors of experts came that the served checkpoint does not have",
             where=_WHERE,
-            actual=some_of(foreign),
+            actual=first_of(foreign),
             next_step=_NEXT,
         )
     layers = {prepared_layer(name) for name in names}
@@ -178,7 +179,7 @@ def _check_experts(stamp: Stamp, served: Tensors | None, named: Named, experts: 
         raise ServingError(
             "a prepared layer came without some of its tensors",
             where=_WHERE,
-            actual=f"without {some_of(missing)}",
+            actual=f"without {first_of(missing)}",
             next_step=_NEXT,
         )
     stamps = [tensor for name, tensor in named if name == STAMP_TENSOR]
@@ -195,7 +196,7 @@ def _check_shapes(known: dict[str, tuple[int, ...]], tensors: Named, *, strict: 
     dtypes may differ: SGLang converts.
     """
     if strict and (foreign := sorted({name for name, _ in tensors} - known.keys())):
-        raise ServingError("tensors came that the model has no parameters for", where=_WHERE, actual=some_of(foreign))
+        raise ServingError("tensors came that the model has no parameters for", where=_WHERE, actual=first_of(foreign))
     pairs = [(name, known[name], tuple(tensor.shape)) for name, tensor in tensors if name in known]
     served, found = ({pair[0]: ("", _no_scalar(pair[i])) for pair in pairs} for i in (1, 2))
     check_same_tensors(served, found, _WHERE)

@@ -93,7 +93,7 @@ class MoeLayout:
 
     @classmethod
     def named(cls, name: str, *, gated: bool, gate_up_block: int = 64, moe_tp: int = 1) -> MoeLayout:
-        """Return the layout of a :attr:`name`; ``gate_up_block`` is of no influence where there are no such blocks.
+        """Return the layout of a :attr:`name`; ``gate_up_block`` is ignored by layouts without such blocks.
 
         Raises:
             LayoutError: if there is no such layout, or it has no such layers.

@@ -43,6 +43,6 @@ def refusal_of(path: Path, *, in_work: bool = False, absent: type[NvfpPrepError]
     if os.path.lexists(path / MANIFEST):
         what = f"has a {MANIFEST} that is not a regular file"
         return CheckpointError(what, where=where, next_step="Remove it, or make it anew with convert.")
-    below = sorted(place.parent.name for place in path.glob(f"*/{MANIFEST}"))
+    below = sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
     step = f"Give the folder: …/{below[0][:200]}." if below else _MAKE
     return CheckpointError(f"is not a prepared checkpoint (no {MANIFEST})", where=where, next_step=step)

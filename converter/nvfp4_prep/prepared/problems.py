@@ -56,19 +56,19 @@ class Problem:
         return asdict(self)
 
 
-def steps_for(problems: Sequence[Problem], files: Collection[str], place: str) -> str | None:
+def steps_for(problems: Sequence[Problem], files: Collection[str], directory: str) -> str | None:
     """Return what helps against problems: the next step of each, and a renewal of the files that are damaged.
 
     Args:
         problems: what is wrong.
         files: names of the files that the manifest lists.
-        place: the directory, which absolute places begin with.
+        directory: of the checkpoint, with which the problems' absolute paths begin.
     """
     if not problems:
         return None
     steps = [problem.next_step for problem in problems if problem.next_step is not None]
     unexplained = [problem for problem in problems if problem.next_step is None]
-    here = [problem.where.removeprefix(f"{place}/") for problem in unexplained if problem.check != "source"]
+    here = [problem.where.removeprefix(f"{directory}/") for problem in unexplained if problem.check != "source"]
     damaged = sorted({where for where in here if where in {*files, MANIFEST, CONFIG}})
     if damaged:  # all else may follow from it
         steps.insert(0, f"Do not serve this checkpoint. {renewal(*damaged)}")

@@ -219,7 +219,7 @@ def demanding(completeness: Completeness) -> Iterator[None]:
 def finish(weights: LayerWeights) -> bool:
     """Check what arrived of a layer, and return whether that is to be made ready for the kernel.
 
-    A layer of a running model of which nothing came stays as it is: it would be permuted twice.
+    A layer of a running model of which nothing came stays as it is: otherwise it would be permuted twice.
 
     Raises:
         ServingError: if tensors are missing.

@@ -117,7 +117,7 @@ def state_of(directory: Path, backend: str = "auto") -> dict[str, Any]:
 def test_a_whole_checkpoint(
     checkpoints: Checkpoints, start: Callable[..., Running], trtllm: bool, backend: str, way: str
 ) -> None:
-    """Experts are ready when the call returns; a session that is never closed would serve stale scales else."""
+    """Experts are ready when the call returns; otherwise a session that is never closed would serve stale scales."""
     served, other = (checkpoints.get(model, trtllm=trtllm)[1] for model in (QWEN, OTHER_BYTES))
     expected = state_of(other, backend)
     running = start(served, backend=backend)
@@ -133,7 +133,7 @@ def test_a_whole_checkpoint(
 def test_some_layers_and_everything_but_experts(
     checkpoints: Checkpoints, start: Callable[..., Running], backend: str
 ) -> None:
-    """What did not come stays as it is; it would be permuted twice else."""
+    """What did not come stays as it is; otherwise it would be permuted twice."""
     served, other = (checkpoints.get(model)[1] for model in (QWEN, OTHER_BYTES))
     expected = state_of(other, backend)
     running = start(served, backend=backend)
@@ -237,6 +237,16 @@ def test_what_must_not_be_served_changes_nothing(
     assert running.changed() == []
     assert running.send(sent_from(checkpoints.get(OTHER_BYTES)[1]))[0]
     REFUSALS.append((f"tensors of a trainer: {what}", message))
+
+
+def test_a_tensor_that_comes_twice_changes_nothing(checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+    """Only the last one of a name would be compared with the served one; SGLang would load both."""
+    named, running = sent(checkpoints), start(checkpoints.get(QWEN)[1])
+    name = next(name for name in named if name.endswith("w13_weight"))
+    success, message = WAYS["tensors"](running.updater, [(name, torch.zeros(3)), *named.items()])
+    assert not success
+    assert f"tensors of experts came twice; found {name}" in message and message.endswith(FORMER)
+    assert running.changed() == []
 
 
 @pytest.mark.parametrize("way", ["direct", "custom"])

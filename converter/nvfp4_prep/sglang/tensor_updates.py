@@ -9,6 +9,7 @@ shapes that the checkpoint does not have.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,9 @@ def _check_experts(stamp: Stamp, served: Tensors | None, named: Named, experts: 
             next_step="Start the server from a local directory, or update by update_weights_from_disk.",
         )
     names = {name for name, _ in experts}
+    if len(names) < len(experts):
+        twice = [name for name, count in Counter(name for name, _ in experts).items() if count > 1]
+        raise ServingError("tensors of experts came twice", where=_WHERE, actual=first_of(twice), next_step=_NEXT)
     foreign = sorted(names - served.keys())
     if foreign:
         raise ServingError(

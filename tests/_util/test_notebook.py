@@ -57,7 +57,7 @@ def test_names_from_outside_are_text(sample_prepared: Path) -> None:
     layer = replace(found.layers[0], experts_path=HOSTILE, reason=HOSTILE)
     hostile = replace(found, path=HOSTILE, refusal=HOSTILE, architectures=(HOSTILE,), layers=(layer,))
     html = hostile._repr_html_()
-    assert ">1 MoE layer<" in html
+    assert ">1 MoE layer<" in html and 'aria-label="1 layer"' in html
     assert "script" not in Tags(html).tags
     assert "\x1b" not in html and "\u202e" not in html
     assert len(replace(found, path="x" * 100_000)._repr_html_()) < 10_000

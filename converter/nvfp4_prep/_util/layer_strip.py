@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nvfp4_prep._util.printable import printable
+from nvfp4_prep._util.text import count
 
 __all__ = ["LayerCell", "layer_strip"]
 
@@ -35,9 +36,10 @@ def layer_strip(cells: Sequence[LayerCell]) -> str:
     columns, rows = min(len(cells), _COLUMNS), -(-len(cells) // _COLUMNS)
     width, height = columns * (_CELL + _GAP) + _GAP, rows * (_CELL + _GAP) + _GAP
     drawn = "".join(_drawn(number, cell) for number, cell in enumerate(cells))
+    label = count(len(cells), "layer")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 1)} {max(height, 1)}" role="img"'
-        f' aria-label="{len(cells)} layers" style="width:{width}px;max-width:100%;height:auto;display:block">'
+        f' aria-label="{label}" style="width:{width}px;max-width:100%;height:auto;display:block">'
         f"{drawn}</svg>"
     )
 

@@ -180,6 +180,8 @@ def test_a_newer_version_that_prepares_other_scales_is_refused_by_the_tiny_layer
     message = refused_message(f"vLLM {NEWER} with other input scales", prepared)
     assert "a tiny layer loaded by it and by nvfp4-prep does not come out equal" in message
     assert "w13_input_scale differs" in message
+    found = message.partition("come out equal: ")[2].partition(". ")[0].split("; ")
+    assert found == sorted(found)  # one difference is reported in the same words at every start
     assert warnings == []
 
 

@@ -90,7 +90,7 @@ def tiny_layer_problems(method: Any, layer: RoutedExperts) -> Iterator[str]:
     except Exception as error:  # whatever an unknown version raises is the finding
         yield f"{type(error).__name__}: {error}"
         return
-    for name in stock.keys() | prepared.keys():
+    for name in sorted(stock.keys() | prepared.keys()):
         if not _same(stock.get(name), prepared.get(name)):
             yield f"{name} differs"
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def test_ranks_alone_read_whole_rows(written: Written) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(written: Written) -> None:
+def test_the_command(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a folder#with %20"  # what an address would escape
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     arguments = ["bench-load", str(written.root), "--device", "cpu", "--repeats", "1", "--threads", "1"]
     shown = CliRunner().invoke(cli, [*arguments, "--from", "both"])
     assert shown.exit_code == 0, shown.output

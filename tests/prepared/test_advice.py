@@ -105,6 +105,13 @@ def test_kept_block_scales_that_are_damaged_are_named(copy: Path, tmp_path: Path
             command()
 
 
+def test_a_pointer_in_the_place_of_the_scales_is_pulled_too(copy: Path) -> None:
+    """Every tensor in it is missing then, which is no reason to convert again."""
+    (copy / "expert-scales.safetensors").write_bytes(POINTER)
+    steps = verify(copy).next_step or ""
+    assert "git lfs pull" in steps and "convert again" not in steps
+
+
 @pytest.mark.parametrize("words", ["verify COPY --quick", "restore COPY NEW", "inspect COPY", "bench-load COPY"])
 def test_a_pointer_of_git_lfs_is_pulled(copy: Path, tmp_path: Path, words: str) -> None:
     (copy / EXPERTS).write_bytes(POINTER)

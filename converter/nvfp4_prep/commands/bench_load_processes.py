@@ -68,7 +68,14 @@ class RankProcesses:
         self._ends.append(mine)
         with theirs:
             number = theirs.fileno()
-            command = [sys.executable, "-P", "-c", _RANK, str(number), *sys.path]
+            command = [
+                sys.executable,
+                "-P",
+                "-c",
+                _RANK,
+                str(number),
+                *(place for place in sys.path if isinstance(place, str)),
+            ]
             self._processes.append(subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL))
 
     def _tell(self, rank: int, message: object) -> None:

@@ -112,8 +112,8 @@ def run_rank(job: RankJob, rank: int, ranks: int, end: Connection) -> None:
     """
     torch.set_num_threads(1)
     try:
-        meeting = job.store.as_uri()
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=_TIMEOUT)
+        meeting = dist.FileStore(str(job.store), ranks)  # a file:// address is not unquoted
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=_TIMEOUT)
         with ExpertLoader(job.device, job.options) as loader:
             me = _Rank(job, rank, loader)
             end.send(None)

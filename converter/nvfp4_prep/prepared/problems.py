@@ -69,9 +69,13 @@ def steps_for(problems: Sequence[Problem], files: Collection[str], directory: st
     steps = [problem.next_step for problem in problems if problem.next_step is not None]
     unexplained = [problem for problem in problems if problem.next_step is None]
     here = [problem.where.removeprefix(f"{directory}/") for problem in unexplained if problem.check != "source"]
-    damaged = sorted({where for where in here if where in {*files, MANIFEST, CONFIG}})
+    own = {*files, MANIFEST, CONFIG}
+    damaged = sorted({where for where in here if where in own})
+    explained = {problem.where.removeprefix(f"{directory}/") for problem in problems if problem.next_step is not None}
     if damaged:  # all else may follow from it
         steps.insert(0, f"Do not serve this checkpoint. {renewal(*damaged)}")
+    elif explained & own:  # all else may follow from that, too
+        pass
     elif here:  # every file is what the manifest says: it describes a wrong conversion
         steps.insert(0, "Do not serve this checkpoint: remove it and convert again.")
     elif unexplained:

@@ -112,7 +112,8 @@ def run_rank(job: RankJob, rank: int, ranks: int, end: Connection) -> None:
     """
     torch.set_num_threads(1)
     try:
-        meeting = dist.FileStore(str(job.store), ranks)  # a file:// address is not unquoted
+        # Not by a file:// address, which is not unquoted.
+        meeting = dist.FileStore(str(job.store), ranks)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=_TIMEOUT)
         with ExpertLoader(job.device, job.options) as loader:
             me = _Rank(job, rank, loader)

@@ -103,6 +103,14 @@ CASES = {
         {"cpu,cpuacct/job/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/job/cpu.cfs_period_us": "100000\n"},
         (1, 256 * GIB),
     ),
+    "numbers that make no sense": (
+        ["0::/"],
+        [V2.format(root="/")],
+        {"cpu.max": f"{'9' * 5000} 100000\n", "memory.max": "²\n"},
+        (64, 256 * GIB),
+    ),
+    "a group without a path": (["0::"], [V2.format(root="/")], {"cpu.max": "100000 100000\n"}, (64, 256 * GIB)),
+    "a mount with a NUL": (["0::/"], ["30 23 0:26 / /sys/fs/\0 rw - cgroup2 cgroup2 rw"], {}, (64, 256 * GIB)),
     "files that make no sense": (
         ["0::/", "", "nonsense", "3:cpu"],
         [V2.format(root="/"), "", "1 2 3 - cgroup2", "- cgroup2 a b"],

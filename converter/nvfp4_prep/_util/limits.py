@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["machine_memory_nbytes", "usable_cores", "usable_memory_nbytes"]
 
 _ROOT = Path("/")
+_NUMBER = re.compile("[0-9]{1,19}")
+"""Of 64 bits, as the kernel prints them."""
 
 
 def usable_cores(root: Path = _ROOT) -> int:
@@ -25,7 +27,7 @@ def usable_cores(root: Path = _ROOT) -> int:
     quotas = [_words(folder / "cpu.max") for folder in _levels(root, "")]
     for folder in _levels(root, "cpu"):
         quotas.append(_words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us"))
-    known = [math.ceil(quota / period) for quota, period in map(_numbers, quotas) if quota > 0 and period > 0]
+    known = [-(-quota // period) for quota, period in map(_numbers, quotas) if quota > 0 and period > 0]
     return max(1, min([cores, *known]))
 
 
@@ -53,7 +55,7 @@ def _levels(root: Path, controller: str) -> Iterator[Path]:
         controller: of version 1; empty for version 2, where one hierarchy has them all.
     """
     groups = [line.split(":", 2) for line in _lines(root / "proc/self/cgroup")]
-    paths = [parts[2] for parts in groups if len(parts) == 3 and controller in parts[1].split(",")]
+    paths = [parts[2] for parts in groups if len(parts) == 3 and parts[2] and controller in parts[1].split(",")]
     for line in _lines(root / "proc/self/mountinfo") if paths else ():
         mount, _, system = (part.split() for part in line.partition(" - "))
         if len(mount) < 5 or len(system) < 3 or system[0] != ("cgroup" if controller else "cgroup2"):
@@ -68,7 +70,7 @@ def _levels(root: Path, controller: str) -> Iterator[Path]:
 
 def _numbers(words: list[str]) -> tuple[int, int]:
     """Return the first two words as numbers; -1, as version 1 has it for no limit, for what is not a number."""
-    first, second = (int(word) if word.isdigit() else -1 for word in [*words, "", ""][:2])
+    first, second = (int(word) if _NUMBER.fullmatch(word) else -1 for word in [*words, "", ""][:2])
     return first, second
 
 
@@ -80,5 +82,5 @@ def _lines(path: Path) -> list[str]:
     """Return a file's lines; none where there is no such file, as on another system or without control groups."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
+    except (OSError, ValueError):  # a name with a NUL is a ValueError
         return []

@@ -25,7 +25,7 @@ from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
 from nvfp4_prep.load.exchange_plan import Round, plan_rounds
-from nvfp4_prep.load.loader import ExpertLoader
+from nvfp4_prep.load.loader import ExpertLoader, flat_bytes
 from nvfp4_prep.load.ranks import Ranks
 from nvfp4_prep.load.read_plan import DIRECT_NBYTES, LONG_RUN_NBYTES
 from nvfp4_prep.load.report import LoadReport
@@ -84,11 +84,6 @@ class SharedParameter:
     def in_order(self) -> bool:
         """Return whether the slots follow the stored experts, so that what is received is in its place at once."""
         return all(one < other for one, other in pairwise(self.experts))
-
-    @property
-    def flat(self) -> torch.Tensor:
-        """Return the bytes of :attr:`parameter`."""
-        return self.parameter.detach().view(torch.uint8).view(-1)
 
     @property
     def whole(self) -> ExpertSlice:
@@ -184,7 +179,7 @@ class CooperativeLoad:
             at_once = max(1, each // item.whole.nbytes)
             rounds = plan_rounds(item.experts, ranks.size, at_once)
             nbytes = max(nbytes, *(max(map(len, planned.readers)) * item.whole.nbytes for planned in rounds))
-            flat = item.flat
+            flat = flat_bytes(item.parameter)
             self._rounds += [(item, flat, planned) for planned in rounds]
             self._digest.update(f"{item.record} {item.experts} {item.part.runs}".encode())
         if self._stream is not None:

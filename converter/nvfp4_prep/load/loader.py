@@ -29,7 +29,7 @@ from nvfp4_prep.load.staging import make_buffers
 from nvfp4_prep.load.worker import Job, Reading, Submission, Times, as_load_error
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["ExpertLoader"]
+__all__ = ["ExpertLoader", "flat_bytes"]
 
 _THREADS = "nvfp4-load-"
 _FEW_COLUMNS = 4
@@ -206,7 +206,7 @@ class ExpertLoader:
         return self._accounts.wait_for(submission)
 
     def _queue(self, reader: FileReader, tasks: Sequence[Task], parameter: torch.Tensor) -> Submission:
-        target = _flat(parameter)
+        target = flat_bytes(parameter)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
         views = _views(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
@@ -342,7 +342,7 @@ def _in_use() -> LoadError:
     )
 
 
-def _flat(parameter: torch.Tensor) -> torch.Tensor:
+def flat_bytes(parameter: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a parameter by as few calls of torch as it takes: the reading threads want the GIL, too."""
     data = parameter.detach() if parameter.requires_grad else parameter
     data = data if data.dtype == torch.uint8 else data.view(torch.uint8)

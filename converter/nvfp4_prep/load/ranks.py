@@ -124,8 +124,7 @@ class Ranks:
         calls.append(
             lambda: dist.all_to_all_single(received, sent, incoming, outgoing, group=self.group, async_op=True)
         )
-        self._order(self._begin(calls))
-        done = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        done = self._order(self._begin(calls))
 
         def end() -> bool:
             self._wait(done)
@@ -135,8 +134,7 @@ class Ranks:
 
     def complete(self, calls: Sequence[Callable[[], Any]]) -> None:
         """Make asynchronous calls and wait for them; raises :class:`LoadError` that says who is missing."""
-        self._order(self._begin(calls))
-        self._wait(torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None)
+        self._wait(self._order(self._begin(calls)))
 
     def _begin(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         self._calls += 1
@@ -145,14 +143,15 @@ class Ranks:
         except RuntimeError as error:
             self._missing(error)
 
-    def _order(self, works: Sequence[Any]) -> None:
-        """Let the current stream wait for calls; on the CPU wait for them."""
+    def _order(self, works: Sequence[Any]) -> torch.cuda.Event | None:
+        """Let the current stream wait for calls, and return the event of their end; on the CPU wait for them."""
         try:
             for work in works:
                 # NCCL's wait with a time would end the process's communicators from its own thread.
                 work.wait() if self.device.type == "cuda" else work.wait(self.timeout)
         except (RuntimeError, TimeoutError) as error:
             self._missing(error)
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
     def _wait(self, done: torch.cuda.Event | None) -> None:
         """Wait for an event of a GPU."""

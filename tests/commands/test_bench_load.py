@@ -178,6 +178,30 @@ def test_a_script_needs_no_guard(written: Written, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.split()) == (0, ["script", "2"]), done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("isolation", "runs"), [("-I", False), ("-E", False), ("-s", True)])
+def test_ranks_are_as_isolated_as_the_command(written: Written, tmp_path: Path, isolation: str, runs: bool) -> None:
+    """What -I keeps out of the command, a sitecustomize of the environment, runs in no rank either."""
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').close()\n")
+    call = f"nvfp4_prep.bench_load({str(written.root)!r}, device='cpu', threads=1, repeats=1, cold=False)"
+    script = f"import sys\nsys.path[:] = {sys.path!r}\nimport nvfp4_prep\nprint({call}.tp)"
+    command = [sys.executable, isolation, "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert (tmp_path / "ran").exists() == runs
+
+
+@pytest.mark.parametrize("program", [None, "", "/nowhere/python"])
+def test_a_python_that_does_not_know_its_program_is_told(
+    written: Written, monkeypatch: pytest.MonkeyPatch, program: str | None
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    with pytest.raises(LoadError, match=r"sys\.executable is empty|could not be started") as caught:
+        bench_load(written.root, device="cpu", threads=1, repeats=1, cold=False)
+    assert caught.value.next_step and "Python" in caught.value.next_step
+
+
 @pytest.mark.parametrize(
     ("devices", "together", "because"),
     [

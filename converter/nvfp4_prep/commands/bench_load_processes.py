@@ -29,6 +29,33 @@ run_rank(*end.recv(), end)
 """The program of a rank. It is not multiprocessing's spawn, which runs the caller's script again in every process, and
 with it the call that started them, unless the script guards itself against that."""
 
+_START_STEP = "Check that Python's program can be started from there, and the limits of processes and memory."
+_FLAGS = {
+    "isolated": "-I",
+    "ignore_environment": "-E",
+    "no_user_site": "-s",
+    "no_site": "-S",
+    "dont_write_bytecode": "-B",
+}
+"""Options of the interpreter that say what is read, run and written before the program begins, by their names in
+``sys.flags``, which is documented; the standard library's own function for this is private."""
+
+
+def _interpreter() -> list[str]:
+    """Return the interpreter's command: this one, under the options that this process was started with.
+
+    Raises:
+        LoadError: if Python does not know its program, as where it is embedded in another one.
+    """
+    if not sys.executable:
+        raise LoadError(
+            "Python does not know its own program (sys.executable is empty), so no rank can be started",
+            next_step="Run nvfp4-prep bench-load from a shell, or set sys.executable to a Python with this package.",
+        )
+    optimize = ["-" + "O" * sys.flags.optimize] if sys.flags.optimize else []
+    given = [option for name, option in _FLAGS.items() if getattr(sys.flags, name)]
+    return [sys.executable, "-P", "-X", f"utf8={sys.flags.utf8_mode}", *optimize, *given]
+
 
 class RankProcesses:
     """The processes, new ones: a process that knows CUDA cannot be forked. Use it as a context."""
@@ -68,15 +95,15 @@ class RankProcesses:
         self._ends.append(mine)
         with theirs:
             number = theirs.fileno()
-            command = [
-                sys.executable,
-                "-P",
-                "-c",
-                _RANK,
-                str(number),
-                *(place for place in sys.path if isinstance(place, str)),
-            ]
-            self._processes.append(subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL))
+            places = (place for place in sys.path if isinstance(place, str))
+            command = [*_interpreter(), "-c", _RANK, str(number), *places]
+            try:
+                process = subprocess.Popen(command, pass_fds=[number], stdin=subprocess.DEVNULL)
+            except OSError as error:
+                raise LoadError(
+                    f"a process could not be started ({error.strerror})", where=command[0], next_step=_START_STEP
+                ) from error
+            self._processes.append(process)
 
     def _tell(self, rank: int, message: object) -> None:
         try:

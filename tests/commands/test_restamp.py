@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nvfp4_prep import convert, relayout, restamp, restore, verify
+from nvfp4_prep import convert, convert_part, join_parts, relayout, restamp, restore, verify
 from nvfp4_prep.checkpoint.filenames import MANIFEST
 from nvfp4_prep.cli.commands import cli
 from nvfp4_prep.errors import BusyError, CheckpointError, TargetError, VerificationError
@@ -366,3 +366,68 @@ def test_an_edit_that_contradicts_the_tensors_is_not_recorded(
         restamp(out)
     (out / "config.json").write_text(json.dumps({**config, "hidden_act": "silu", "max_position_embeddings": 7}))
     assert restamp(out).written
+
+
+def make_by(command: str, source: Path, prepared: Path, out: Path) -> Any:
+    """The result of a command that makes ``out``, run whole."""
+    if command == "convert":
+        return convert(source, out, smoke=None)
+    if command == "relayout":
+        return relayout(prepared, out, gate_up_block=16)
+    if not out.exists():
+        convert_part(source, out, "1/1")
+    return join_parts(source, out, smoke=None)
+
+
+@pytest.mark.parametrize("command", ["convert", "join", "relayout"])
+def test_a_restamped_output_is_complete_to_the_command_that_made_it(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str
+) -> None:
+    out = tmp_path / "out"
+    make_by(command, sample_source, sample_prepared, out)
+    change(out, bos_token_id=7)
+    before = (out / "config.json").read_bytes()
+    with pytest.raises(VerificationError, match="is damaged: config.json: was edited: bos_token_id") as caught:
+        make_by(command, sample_source, sample_prepared, out)
+    assert "nvfp4-prep restamp" in (caught.value.next_step or "")
+    restamp(out)
+    assert make_by(command, sample_source, sample_prepared, out).already_complete
+    assert (out / "config.json").read_bytes() == before
+    change(out, bos_token_id=...)
+    restamp(out)
+    assert make_by(command, sample_source, sample_prepared, out).already_complete
+
+
+def test_restore_is_complete_whatever_was_restamped(copy: Path, tmp_path: Path) -> None:
+    """Edits do not go into the source's own config."""
+    restore(copy, tmp_path / "back")
+    change(copy, bos_token_id=7)
+    restamp(copy)
+    assert restore(copy, tmp_path / "back").already_complete
+
+
+def test_a_repeated_relayout_says_which_edits_differ(copy: Path, tmp_path: Path) -> None:
+    """Whether the checkpoint or the output was edited since then, nothing tells: neither is passed over in silence."""
+    words = ["relayout", str(copy), str(tmp_path / "out"), "--gate-up-block", "16", "-q"]
+    assert CliRunner().invoke(cli, words).exit_code == 0
+    change(copy, bos_token_id=7)
+    restamp(copy)
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0 and "was complete already" in done.stdout
+    assert "differs from" in done.stderr and "in recorded edits: bos_token_id." in done.stderr
+    change(tmp_path / "out", bos_token_id=7)
+    restamp(tmp_path / "out")
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0 and "recorded edits" not in done.stderr
+
+
+def test_a_damaged_output_of_relayout_is_told_as_one(sample_prepared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    relayout(sample_prepared, out, gate_up_block=16)
+    name = "model-00001-of-00003.safetensors"
+    (out / name).write_bytes(b"{}")
+    with pytest.raises(VerificationError, match=f"is damaged: {name}: has the wrong size") as caught:
+        relayout(sample_prepared, out, gate_up_block=16)
+    assert f"Copy or download {name} again" in (caught.value.next_step or "")
+    shutil.copy(sample_prepared / name, out)
+    assert relayout(sample_prepared, out, gate_up_block=16).already_complete

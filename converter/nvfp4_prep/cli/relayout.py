@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 import nvfp4_prep
-from nvfp4_prep._util.text import count, format_nbytes
+from nvfp4_prep._util.text import count, first_of, format_nbytes
+from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.cli.gate_up import gate_up_lines, gate_up_value, warn_of_policy
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
@@ -21,7 +22,7 @@ from nvfp4_prep.cli.options import (
     target_argument,
     threads_option,
 )
-from nvfp4_prep.cli.output import make_progress, say, say_json, say_next, say_not_restarted, tell_leftovers
+from nvfp4_prep.cli.output import hint, make_progress, say, say_json, say_next, say_not_restarted, tell_leftovers
 from nvfp4_prep.cli.render import layout_text, tp_lines
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
 
@@ -72,6 +73,11 @@ def relayout(
         )
     layers, options, sizes = result.manifest.layers, result.manifest.options.to_dict(), result.manifest.tp_sizes
     say_not_restarted(target, restart=restart, finished=result.already_complete)
+    if result.other_edits:
+        hint(
+            f"{target / CONFIG} differs from {checkpoint / CONFIG} in recorded edits: {first_of(result.other_edits, 4)}."
+            " To take over the checkpoint's, edit it so and run nvfp4-prep restamp."
+        )
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}
         gate_up = gate_up_value(result.manifest)

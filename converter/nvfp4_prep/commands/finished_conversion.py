@@ -19,7 +19,7 @@ from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import SIDE
 from nvfp4_prep.prepared.problems import renewal
 
-__all__ = ["find_complete", "read_manifest"]
+__all__ = ["check_undamaged", "find_complete", "read_manifest"]
 
 
 def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
@@ -58,11 +58,11 @@ def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
             _check_size(there, file.nbytes)
         all_here = all_here and there.is_file()
     if all_here:  # of files that were published and deleted, the Hub's listing is compared when publishing ends
-        _check_undamaged(path)
+        check_undamaged(path)
     return manifest
 
 
-def _check_undamaged(path: Path) -> None:
+def check_undamaged(path: Path) -> None:
     """Raise :class:`VerificationError` if a finished target is damaged, as far as that shows without tensor bytes."""
     report = verify(path, quick=True)
     if report.problems:

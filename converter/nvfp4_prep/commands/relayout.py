@@ -20,7 +20,7 @@ from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.commands.preflight import check_apart, check_reachable
-from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, plan_layers
+from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, other_edits, plan_layers
 from nvfp4_prep.layouts import LayoutName
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions
@@ -46,13 +46,24 @@ __all__ = ["RelayoutResult", "relayout"]
 
 @dataclass(frozen=True)
 class RelayoutResult:
-    """Result of a relayout: the directory, its manifest and the bytes written by this run."""
+    """Result of a relayout.
+
+    Attributes:
+        path: the directory.
+        manifest: its manifest.
+        written_nbytes: bytes written by this run.
+        resumed: whether an earlier run's files were kept.
+        already_complete: nothing had to be done.
+        other_edits: places where the config of an output that was complete already has other recorded edits than the
+            checkpoint's: either of them may have been edited since.
+    """
 
     path: Path
     manifest: Manifest
     written_nbytes: int
     resumed: bool
     already_complete: bool = False
+    other_edits: tuple[str, ...] = ()
 
 
 @checked(
@@ -107,7 +118,8 @@ def relayout(
         finished = find_finished_relayout(opened.manifest, options, plans, path)
         if finished is not None:
             remove_finished_work(path)
-            return RelayoutResult(path, finished, 0, resumed=False, already_complete=True)
+            edits = other_edits(opened.manifest, finished)
+            return RelayoutResult(path, finished, 0, resumed=False, already_complete=True, other_edits=edits)
         with Target.open(path, identity, restart=restart) as new_target:
             return _Relayout(opened, options, plans, new_target).run(Running(threads, memory_nbytes, progress))
 

@@ -6,20 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
-from nvfp4_prep.commands.finished_conversion import read_manifest
+from nvfp4_prep.commands.finished_conversion import check_undamaged, read_manifest
 from nvfp4_prep.errors import NvfpPrepError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
 from nvfp4_prep.options import ConvertOptions
-from nvfp4_prep.output.finished_output import has_files
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.builder import check_batched
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.config_edits import edits_to_json, same_value
 from nvfp4_prep.prepared.manifest import GateUpRecord, Manifest
-from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep_kernels import LayoutError
 
-__all__ = ["find_finished_relayout", "new_options", "plan_layers"]
+__all__ = ["find_finished_relayout", "new_options", "other_edits", "plan_layers"]
 
 
 def new_options(
@@ -66,7 +65,11 @@ def find_finished_relayout(
 ) -> Manifest | None:
     """Return the target's manifest if the directory is the finished output already; ``None`` if it is anything else.
 
-    So a run that was stopped in its very last steps ends well when repeated.
+    So a run that was stopped in its very last steps ends well when repeated. Edits of the output's config that were
+    recorded since then are part of it.
+
+    Raises:
+        VerificationError: if it is the output and damaged, by manifest, stamp, sizes, headers and index.
     """
     if has_journal(path) or not all((path / name).is_file() for name in (MANIFEST, CONFIG)):
         return None
@@ -81,6 +84,7 @@ def find_finished_relayout(
         layers=found.layers,
         files=found.files,
         verified=found.verified,
+        config_edits=found.config_edits,
     )
     if found.to_bytes() != expected.to_bytes() or len(found.layers) != len(plans):
         return None
@@ -90,9 +94,20 @@ def find_finished_relayout(
         )
         if record != same or not _follows(record.gate_up, before.gate_up, plan):
             return None
-    sizes = {name: record.nbytes for name, record in found.files.items()}
-    sizes[MANIFEST] = len(found.to_bytes())
-    return found if has_files(path, sizes, {CONFIG: expected_config(found)}) else None
+    check_undamaged(path)
+    return found
+
+
+def other_edits(old: Manifest, new: Manifest) -> tuple[str, ...]:
+    """Return the places at which two manifests' recorded edits of the config differ."""
+    before, after = ({edit.path: edit for edit in manifest.config_edits} for manifest in (old, new))
+    return tuple(
+        sorted(
+            ".".join(path)
+            for path in before.keys() | after.keys()
+            if not same_value(*(edits_to_json([edits[path]] if path in edits else []) for edits in (before, after)))
+        )
+    )
 
 
 def _follows(found: GateUpRecord, before: GateUpRecord, plan: LayerPlan) -> bool:

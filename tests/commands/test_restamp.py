@@ -387,7 +387,7 @@ def test_a_restamped_output_is_complete_to_the_command_that_made_it(
     make_by(command, sample_source, sample_prepared, out)
     change(out, bos_token_id=7)
     before = (out / "config.json").read_bytes()
-    with pytest.raises(VerificationError, match="is damaged: config.json: was edited: bos_token_id") as caught:
+    with pytest.raises(VerificationError, match=r"is damaged: config\.json: was edited: bos_token_id") as caught:
         make_by(command, sample_source, sample_prepared, out)
     assert "nvfp4-prep restamp" in (caught.value.next_step or "")
     restamp(out)

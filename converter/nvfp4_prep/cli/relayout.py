@@ -75,8 +75,8 @@ def relayout(
     say_not_restarted(target, restart=restart, finished=result.already_complete)
     if result.other_edits:
         hint(
-            f"{target / CONFIG} differs from {checkpoint / CONFIG} in recorded edits: {first_of(result.other_edits, 4)}."
-            " To take over the checkpoint's, edit it so and run nvfp4-prep restamp."
+            f"{target / CONFIG} differs from {checkpoint / CONFIG} in recorded edits:"
+            f" {first_of(result.other_edits, 4)}. To take over the checkpoint's, edit it so and run nvfp4-prep restamp."
         )
     if as_json:
         value = {"path": str(result.path), "options": options, "written_nbytes": result.written_nbytes}

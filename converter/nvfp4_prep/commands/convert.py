@@ -211,7 +211,7 @@ def execute(
         ResumeConflictError: without a smoke run, where an earlier one found the finished files wrong.
     """
     if smoke is None and target.verdicts:
-        raise judged_wrong(target.path)
+        raise judged_wrong(target.path, target.verdicts)
     written = execution.write(running)
     manifest, report = execution.finish(smoke)
     return ConvertResult.of(plan, target.path, manifest, report, run=target, written_nbytes=written)

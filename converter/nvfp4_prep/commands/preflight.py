@@ -6,7 +6,7 @@ import contextlib
 import enum
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,17 @@ from nvfp4_prep.commands.part_checks import (
 from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, ResumeConflictError, TargetError
 from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
 from nvfp4_prep.output.finished_output import remove_finished_work
-from nvfp4_prep.output.journal import check_identity, finished_files, named_files, read_lines, wrong_verdicts
+from nvfp4_prep.output.journal import (
+    LOST_VERDICT,
+    check_identity,
+    due_verdicts,
+    finished_files,
+    named_files,
+    read_journal,
+)
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
+from nvfp4_prep.output.outline import Outline, find_known
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target_checks import (
     PARTS_FOLDER,
@@ -43,6 +51,7 @@ from nvfp4_prep.output.target_checks import (
 from nvfp4_prep.output.target_lock import LOCK, check_idle
 from nvfp4_prep.output.target_root import TargetRoot
 from nvfp4_prep.pipeline.foresight import check_readable
+from nvfp4_prep.pipeline.outlines import plan_outlines
 from nvfp4_prep.planning.disk_space import room_for
 from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
@@ -162,12 +171,12 @@ def look_ahead(
                 check_idle(begun)
         joined = _look_at_parts(plan, target) if join else {}
         done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
+        _check_files(folder, done, plan_outlines(part))
         if not smoke and selection is None and not restart:
             _check_not_judged_wrong(folder)
         if has_journal(folder) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
-        _check_files(folder, done, restart=restart)
         outlook.needed_nbytes = room_for(part, done, source, sink).needed_nbytes
         outlook.free_nbytes = free_nbytes(folder) + _freed_nbytes(folder, restart=restart)
         check_space(folder, outlook.needed_nbytes, outlook.free_nbytes)
@@ -227,11 +236,11 @@ def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart
         return {}
     try:
         with TargetRoot.open(path) as root:
-            lines = read_lines(root)
-            if not lines:
+            journal = read_journal(root)
+            if not journal.lines:
                 return {}
-            check_identity(path, lines[0].get("identity"), identity)
-            return finished_files(root, lines, sink.holds)
+            check_identity(path, journal, identity)
+            return finished_files(root, journal.lines, sink.holds)
     except OSError as error:
         raise translate_os_error(error, path / WORK_FOLDER) from error
 
@@ -251,25 +260,31 @@ def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
 def _check_not_judged_wrong(path: Path) -> None:
     if has_journal(path):
         with TargetRoot.open(path) as root:
-            if wrong_verdicts(read_lines(root)):
-                raise judged_wrong(path)
+            verdicts = due_verdicts(read_journal(root), root)
+        if verdicts:
+            raise judged_wrong(path, verdicts)
 
 
-def judged_wrong(path: Path) -> ResumeConflictError:
-    """Return the refusal to finish, without a smoke run, what an earlier one found wrong."""
+def judged_wrong(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> ResumeConflictError:
+    """Return the refusal to finish, without a smoke run, what an earlier one found wrong, or may have found so."""
+    lost = all(verdict == LOST_VERDICT for verdict in verdicts)
     return ResumeConflictError(
-        "the smoke test of these files failed, and only another smoke test can clear them",
+        "the journal is damaged where it may have said that the smoke test of these files failed, and only another"
+        " smoke test can clear them"
+        if lost
+        else "the smoke test of these files failed, and only another smoke test can clear them",
         where=str(path),
         next_step="Convert with a smoke test, which --no-smoke and --stream-out leave out, or anew by --restart.",
     )
 
 
-def _check_files(path: Path, done: Collection[str], *, restart: bool) -> None:
-    begun: list[str] = []
+def _check_files(path: Path, done: Collection[str], outlines: Mapping[str, Outline]) -> None:
+    known: set[str] = set()
     if has_journal(path):
         with TargetRoot.open(path) as root:
-            begun = named_files(read_lines(root))
-    check_names(path, {*done, *begun})
+            known.update(named_files(read_journal(root).lines))
+            known |= find_known(root, outlines.keys() - known, outlines)
+    check_names(path, known.union(done))
 
 
 def _freed_nbytes(path: Path, *, restart: bool) -> int:

@@ -9,7 +9,7 @@ every tensor file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, checked, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._version import __version__
 from nvfp4_prep.checkpoint.filenames import FileKind
+from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.commands.preflight import check_apart, check_reachable
 from nvfp4_prep.commands.relayout_plan import find_finished_relayout, new_options, other_edits, plan_layers
 from nvfp4_prep.layouts import LayoutName
@@ -26,9 +27,10 @@ from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.options import GATE_UP_BLOCK, LAYOUT, MOE_TP, ConvertOptions
 from nvfp4_prep.output.experts_fact import ReconciledExpert
 from nvfp4_prep.output.finished_output import remove_finished_work
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import side_file_job, values_job
-from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.finish import made_outlines, write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
 from nvfp4_prep.pipeline.outputs import OutputJob, Running, write_outputs
 from nvfp4_prep.pipeline.relayout_jobs import LayerRelayout, damaged
@@ -38,6 +40,7 @@ from nvfp4_prep.planning.plan import LayerPlan, OutputFile
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import FileRecord, GateUpRecord, LayerRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
+from nvfp4_prep.prepared.served_config import expected_config
 from nvfp4_prep.prepared.structure import require_sound
 from nvfp4_prep_kernels import PreparedTensor
 
@@ -159,8 +162,15 @@ class _Relayout:
             OutputJob(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
             for name, file in self._copied.items()
         ]
-        needed = write_outputs("relayout", self._target, outputs, MADE_FILES, running)
+        needed = write_outputs("relayout", self._target, outputs, self._outlines(), running)
         return RelayoutResult(self._target.path, self._finish(), needed, self._target.resumed)
+
+    def _outlines(self) -> dict[str, Outline]:
+        old = self._checkpoint.manifest
+        files = {name: Outline(file.nbytes, file.header) for name, file in self._files.items()}
+        copied = {name: Outline(file.nbytes) for name, file in self._copied.items()}
+        made = made_outlines(self._served, lambda: expected_config(replace(old, options=self._options)))
+        return {**files, **copied, **made}
 
     def _job(self, file: OutputFile) -> FileJob:
         if file.kind is FileKind.EXPERT_SCALES:
@@ -205,11 +215,13 @@ class _Relayout:
             files=files,
             verified=(*old.verified[:1], self._verified()),
         )
+        return write_made_files(self._target, draft, self._served())
+
+    def _served(self) -> Iterator[TensorRecord]:
         kinds = (FileKind.PASSTHROUGH, FileKind.EXPERT_SCALES)
         served = {name: self._checkpoint.headers[name].tensors for name in self._checkpoint.names(*kinds)}
         served |= {file.name: file.records for file in self._files.values() if file.served}
-        records = (record for records in served.values() for record in records)
-        return write_made_files(self._target, draft, records)
+        return (record for records in served.values() for record in records)
 
     def _verified(self) -> dict[str, Any]:
         return {

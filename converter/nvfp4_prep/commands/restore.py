@@ -24,6 +24,7 @@ from nvfp4_prep.commands.restored_files import (
 from nvfp4_prep.errors import VerificationError
 from nvfp4_prep.moe.layers import ByteRange, TensorGroup
 from nvfp4_prep.output.finished_output import remove_finished_work
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import copy_units, side_file_job
 from nvfp4_prep.pipeline.expert_jobs import expert_chunks
@@ -111,14 +112,14 @@ class _Restoration:
         self._side = restored_side_files(checkpoint)
 
     def run(self, running: Running) -> RestoreResult:
-        target, texts = self._target, self._checkpoint.manifest.texts
+        target = self._target
         self._check_distinct_names()
         outputs = [OutputJob(file.name, file.nbytes, partial(self._job, file)) for file in self._files]
         outputs += [
             OutputJob(name, file.nbytes, partial(side_file_job, file, self._checkpoint.files))
             for name, file in self._side.items()
         ]
-        needed = write_outputs("restore", target, outputs, [*texts, INDEX], running)
+        needed = write_outputs("restore", target, outputs, self._outlines(), running)
         self._check_digests()
         target.check_files()
         for name, text in restored_texts(self._checkpoint, self._files).items():
@@ -127,6 +128,12 @@ class _Restoration:
             target.write_file(name, text)
         target.finish()
         return RestoreResult(target.path, sum(len(file.records) for file in self._files), needed, target.resumed)
+
+    def _outlines(self) -> dict[str, Outline]:
+        files = {file.name: Outline(file.nbytes, file.header) for file in self._files}
+        side = {name: Outline(file.nbytes) for name, file in self._side.items()}
+        texts = restored_texts(self._checkpoint, self._files)
+        return {**files, **side, **{name: Outline(whole=partial(bytes, text)) for name, text in texts.items()}}
 
     def _check_distinct_names(self) -> None:
         """Refuse a checkpoint in which two files would be restored under one name."""

@@ -37,13 +37,20 @@ class JournalFile:
         except OSError as error:
             raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
 
-    def repair_tail(self) -> None:
-        """Cut off a last line that a kill left unfinished, so that the next one starts on its own."""
+    def repair_tail(self, *, keep: bool) -> None:
+        """Cut off a last line that a kill left unfinished, so that the next one starts on its own; or end it there, to
+        ``keep`` it as a line that is damaged.
+        """
         with os.fdopen(self._root.open_file(JOURNAL_PATH, os.O_RDWR), "r+b") as stream:
             text = stream.read()
-            if not text.endswith(b"\n"):
+            if text.endswith(b"\n"):
+                return
+            if keep:
+                stream.write(b"\n")
+                stream.flush()
+            else:
                 stream.truncate(text.rfind(b"\n") + 1)
-                os.fsync(stream.fileno())
+            os.fsync(stream.fileno())
 
     def append(self, entry: Mapping[str, Any] | JournalEntry, done: dict[str, JournalEntry]) -> None:
         """Append one line and flush it to disk; a finished file is put among those that are ``done``."""

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import re
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
 
-__all__ = ["parse_line", "to_line"]
+__all__ = ["JournalLine", "LineState", "parse_line", "read_line", "tail_may_be_verdict", "to_line"]
 
 _CHECKSUM = "checksum"
-_BELIEVED = ("identity", "file", "made", "verdict")
+_NO_VERDICT = ("identity", "file", "made")
+_BELIEVED = (*_NO_VERDICT, "verdict")
+_TAIL_OF_ANOTHER = re.compile(rb'\{"checksum": \d+, "(?:digests|facts|file|identity|made)"')
+
+
+class LineState(enum.Enum):
+    """State of a line: its checksum is right; it has none, as earlier releases wrote it; or it is not what was written."""
+
+    SOUND = enum.auto()
+    UNSIGNED = enum.auto()
+    DAMAGED = enum.auto()
+
+
+@dataclass(frozen=True)
+class JournalLine:
+    """A line as it was read.
+
+    Attributes:
+        value: its object; of a line that is not sound, only the keys by which a run gets more careful: which run this
+            is, which file is its own and has to be made again, and that a verdict was found. ``None`` if the line is
+            not an object of bounded depth.
+        state: of the line.
+    """
+
+    value: dict[str, Any] | None
+    state: LineState
+
+    @property
+    def may_be_verdict(self) -> bool:
+        """Whether it may have been the verdict of a smoke test, which cannot be read any more."""
+        return self.state is not LineState.SOUND and not any(key in (self.value or {}) for key in _NO_VERDICT)
 
 
 def to_line(value: Mapping[str, Any]) -> bytes:
@@ -20,23 +53,30 @@ def to_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps({**value, _CHECKSUM: _checksum(value)}, sort_keys=True).encode() + b"\n"
 
 
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return the object of :func:`to_line`, or ``None`` if the line is not an object of bounded depth.
-
-    Of an object whose checksum is wrong or missing, only the keys remain by which a run gets more careful: which run
-    this is, which file is its own and has to be made again, and that a verdict was found.
-    """
+def read_line(line: bytes) -> JournalLine:
+    """Read what :func:`to_line` returned, or what became of it."""
     try:
         check_bounds(line, MAX_DEPTH)
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return None
+        return JournalLine(None, LineState.DAMAGED)
     if not isinstance(value, dict):
-        return None
+        return JournalLine(None, LineState.DAMAGED)
+    state = LineState.DAMAGED if _CHECKSUM in value else LineState.UNSIGNED
     checksum = value.pop(_CHECKSUM, None)
-    if checksum != _checksum(value):
-        return {key: value[key] for key in _BELIEVED if key in value}
-    return value
+    if checksum == _checksum(value):
+        return JournalLine(value, LineState.SOUND)
+    return JournalLine({key: value[key] for key in _BELIEVED if key in value}, state)
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return :attr:`JournalLine.value` of a line."""
+    return read_line(line).value
+
+
+def tail_may_be_verdict(tail: bytes) -> bool:
+    """Return whether a last line that was cut off may have been a verdict: its first key tells, if it is there."""
+    return bool(tail) and (b'"verdict"' in tail or _TAIL_OF_ANOTHER.match(tail) is None)
 
 
 def _checksum(value: Mapping[str, Any]) -> int:

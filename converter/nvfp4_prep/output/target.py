@@ -21,15 +21,17 @@ from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, translate_os_error
 from nvfp4_prep.output.journal import (
+    LOST_VERDICT,
     check_identity,
+    due_verdicts,
     finished_files,
     named_files,
-    read_lines,
+    read_journal,
     wrong_verdict,
-    wrong_verdicts,
 )
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.journal_file import JOURNAL_PATH, JournalFile
+from nvfp4_prep.output.outline import Outline, find_known, have_same_bytes
 from nvfp4_prep.output.target_checks import (
     LAST_FILES,
     PARTS_FOLDER,
@@ -57,7 +59,8 @@ class Target:
         work: its ``.nvfp4_prep`` folder.
         done: journal entries of finished files by name.
         resumed: whether an earlier run's work was found.
-        verdicts: what :meth:`note_wrong` was told, in this run and earlier ones.
+        verdicts: what :meth:`note_wrong` was told, in this run and earlier ones, and
+            :data:`~nvfp4_prep.output.journal.LOST_VERDICT` where that may have been lost.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Target:
             check_ours(path)  # again: another run may have finished before this one had the lock
             if restart:
                 target._forget()
-            target.resumed = target._read_journal()
+            target.resumed = target._read_journal(anew=restart)
         except BaseException:
             target._close()
             raise
@@ -157,7 +160,7 @@ class Target:
 
     def _forget(self) -> None:
         try:
-            names = set(named_files(read_lines(self._root)))
+            names = set(named_files(read_journal(self._root).lines))
             for name in sorted(names, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
                 self._root.unlink(name)
             for folder in {name.rpartition("/")[0] for name in names}:
@@ -167,19 +170,24 @@ class Target:
             raise translate_os_error(error, self.path) from error
         self._journal.empty()
 
-    def _read_journal(self) -> bool:
+    def _read_journal(self, *, anew: bool) -> bool:
+        """Take over what an earlier run did; with ``anew`` nothing that it judged holds any more."""
         try:
             for leftover in self._root.names(WORK_FOLDER):
                 if leftover not in (LOCK, JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
                     self._root.remove_tree(f"{WORK_FOLDER}/{leftover}")
-            lines = read_lines(self._root)
+            journal = read_journal(self._root)
+            lines = journal.lines
+            if lines:
+                check_identity(self.path, journal, self._identity)
+            self.verdicts = [] if anew else due_verdicts(journal, self._root)
             if not lines:
                 self._journal.empty()
                 self.note({"identity": self._identity})
+                self._note_lost_verdict(lines)
                 return False
-            check_identity(self.path, lines[0].get("identity"), self._identity)
-            self._journal.repair_tail()
-            self.verdicts = wrong_verdicts(lines)
+            self._journal.repair_tail(keep=journal.doubtful_tail and LOST_VERDICT in self.verdicts)
+            self._note_lost_verdict(lines)
             self.done = finished_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256)
             for name in named_files(lines):
                 status = self._root.status(name)
@@ -191,6 +199,11 @@ class Target:
             raise translate_os_error(error, self.work) from error
         return True
 
+    def _note_lost_verdict(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Note that a verdict may be lost: what shows it, a manifest that the journal does not name, will not stay."""
+        if LOST_VERDICT in self.verdicts and LOST_VERDICT not in lines:
+            self.note(LOST_VERDICT)
+
     def note(self, entry: Mapping[str, Any] | JournalEntry) -> None:
         """Append one line to the journal and flush it to disk."""
         self._journal.append(entry, self.done)
@@ -201,14 +214,26 @@ class Target:
         self.note(verdict)
         self.verdicts.append(verdict)
 
-    def check_names(self, expected: Iterable[str]) -> None:
-        """Raise :class:`TargetError` if the directory holds a file that this run neither wrote nor will write."""
+    def check_names(self, expected: Iterable[str], outlines: Mapping[str, Outline] | None = None) -> None:
+        """Check that the directory holds no file that this run neither wrote nor will write.
+
+        Args:
+            expected: names that this run will write.
+            outlines: of such files, by which one is known that a damaged journal has lost: it may stay until it is
+                made again with the same bytes.
+
+        Raises:
+            TargetError: if there is another file.
+        """
         # what this run will write and an earlier one did not begin with is somebody else's
-        begun = {*self.done, *self._ours}
-        foreign = [name for name in expected if name not in begun and self._root.status(name) is not None]
+        begun, outlines = {*self.done, *self._ours}, outlines or {}
+        there = [name for name in expected if name not in begun and self._root.status(name) is not None]
+        known = find_known(self._root, there, outlines)
+        foreign = [name for name in there if name not in known]
         if foreign:
             raise foreign_file(self.path / min(foreign))
-        check_names(self.path, begun)
+        check_names(self.path, begun | known)
+        self._ours |= {name for name in known if outlines[name].whole is not None}
 
     def check_space(self, needed_nbytes: int) -> None:
         """Raise :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
@@ -242,11 +267,13 @@ class Target:
         try:
             self._root.move(old, name, replace=own, root=root)
         except FileExistsError as error:
-            raise TargetError(
-                "would replace a file that another program put there while this run worked",
-                where=str(self.path / name),
-                next_step="Move it out of the target and run the same command again: finished files are kept.",
-            ) from error
+            if not have_same_bytes(root or self._root, old, self._root, name):
+                raise TargetError(
+                    "would replace a file that another program put there while this run worked",
+                    where=str(self.path / name),
+                    next_step="Move it out of the target and run the same command again: finished files are kept.",
+                ) from error
+            self._root.move(old, name, replace=True, root=root)
         self._seen[name] = status
         self._ours.discard(name)
 

@@ -9,17 +9,41 @@ from dataclasses import replace
 from nvfp4_prep.checkpoint.filenames import CONFIG, INDEX, MANIFEST, README
 from nvfp4_prep.checkpoint.tensors import TensorRecord
 from nvfp4_prep.errors import NvfpPrepError, TargetError
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.results import make_index
 from nvfp4_prep.prepared.manifest import FileRecord, Manifest
 from nvfp4_prep.prepared.manifest_values import MADE
-from nvfp4_prep.prepared.model_card import make_model_card
+from nvfp4_prep.prepared.model_card import is_model_card, make_model_card
 from nvfp4_prep.prepared.served_config import expected_config
 
-__all__ = ["MADE_FILES", "write_made_files"]
+__all__ = ["MADE_FILES", "made_outlines", "write_made_files"]
 
 MADE_FILES = (INDEX, README, MANIFEST, CONFIG)
 """In the order of writing: without the last two a directory is not a checkpoint."""
+
+
+def made_outlines(served: Callable[[], Iterable[TensorRecord]], config: Callable[[], bytes]) -> dict[str, Outline]:
+    """Return the outlines of the made files, by name.
+
+    Args:
+        served: returns the tensors that the index lists.
+        config: returns the config's bytes.
+    """
+    return {
+        INDEX: Outline(whole=lambda: make_index(served())),
+        README: Outline(accepts=is_model_card),
+        MANIFEST: Outline(accepts=_is_manifest),
+        CONFIG: Outline(whole=config),
+    }
+
+
+def _is_manifest(raw: bytes) -> bool:
+    try:
+        Manifest.from_bytes(raw, MANIFEST)
+    except NvfpPrepError:
+        return False
+    return True
 
 
 def write_made_files(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nvfp4_prep._util.progress import Progress, default_progress
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.engine import Hooks, run_jobs
 from nvfp4_prep.pipeline.jobs import FileJob
@@ -53,7 +54,7 @@ def write_outputs(
     title: str,
     target: Target,
     outputs: Sequence[OutputJob],
-    metadata_files: Iterable[str],
+    outlines: Mapping[str, Outline],
     running: Running,
     *,
     needed_nbytes: int | None = None,
@@ -68,7 +69,7 @@ def write_outputs(
         title: of the progress.
         target: where they go.
         outputs: all files that jobs make, in the order of their start.
-        metadata_files: names of the files that come after them.
+        outlines: of those files and of all that come after them, by name.
         running: how.
         needed_nbytes: room in the target; by default what the missing files take.
         files, hooks: see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
@@ -81,7 +82,7 @@ def write_outputs(
         TargetError, NoSpaceError: if the target holds something else, or has no room.
         NvfpPrepError: as :func:`~nvfp4_prep.pipeline.engine.run_jobs`.
     """
-    target.check_names([*(output.name for output in outputs), *metadata_files])
+    target.check_names(outlines, outlines)
     pending = [output for output in outputs if output.name not in target.done]
     missing_nbytes = sum(output.nbytes for output in pending)
     target.check_space(Room(missing_nbytes).needed_nbytes if needed_nbytes is None else needed_nbytes)

@@ -18,8 +18,9 @@ from nvfp4_prep.output.target import Target
 from nvfp4_prep.pipeline.copy_jobs import passthrough_job, side_file_job, values_job
 from nvfp4_prep.pipeline.engine import Hooks
 from nvfp4_prep.pipeline.expert_jobs import experts_job, source_block_scales_job
-from nvfp4_prep.pipeline.finish import MADE_FILES, write_made_files
+from nvfp4_prep.pipeline.finish import write_made_files
 from nvfp4_prep.pipeline.jobs import FileJob, JobResult
+from nvfp4_prep.pipeline.outlines import plan_outlines
 from nvfp4_prep.pipeline.outputs import OutputJob, Running, write_outputs
 from nvfp4_prep.pipeline.results import draft_manifest, reconciled_sides
 from nvfp4_prep.planning.disk_space import room_for
@@ -68,7 +69,7 @@ class Execution:
             "convert",
             self._target,
             outputs,
-            MADE_FILES,
+            plan_outlines(plan),
             running,
             needed_nbytes=room_for(plan, self._results, self._source, self._sink).needed_nbytes,
             files=1 if self._source.sequential or self._sink.sequential else None,

@@ -17,7 +17,7 @@ from nvfp4_prep.prepared.front_matter import FrontMatter, read_front_matter
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.markdown import code_span, plain_text
 
-__all__ = ["front_matter", "make_model_card"]
+__all__ = ["front_matter", "is_model_card", "make_model_card"]
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _NOT_CARRIED = (
@@ -30,6 +30,8 @@ _NOT_CARRIED = (
     "inference",
 )
 """Keys of the source's card that would be wrong here: they describe the source, its results or how to load it."""
+_STORED = ", stored offline in the layout of the kernel, so that a server reads them instead of preparing them at"
+"""Words of every card of ours."""
 _TAGS = ("nvfp4", "moe", "nvfp4-prep", "flashinfer", "vllm")
 _LINE = 20
 _WIDE = 10_000
@@ -40,6 +42,11 @@ def make_model_card(manifest: Manifest) -> bytes:
     text = yaml.safe_dump(front_matter(manifest), sort_keys=False, allow_unicode=True, width=_WIDE)
     card = f"---\n{text}---\n\n{chr(10).join(_body(manifest))}\n"
     return card.encode(errors="replace")  # a directory's name may be no text
+
+
+def is_model_card(raw: bytes) -> bool:
+    """Return whether a text looks like one of :func:`make_model_card`."""
+    return _STORED.encode() in raw
 
 
 def front_matter(manifest: Manifest) -> dict[str, Any]:
@@ -91,9 +98,8 @@ def _head(manifest: Manifest) -> Iterator[str]:
     yield f"# {source}, prepared for {LAYOUTS[manifest.options.layout].runs}"
     yield ""
     yield (
-        f"The NVFP4 expert weights of {name}, stored offline in the layout of the kernel, so that a server reads"
-        " them instead of preparing them at every start. Quantized values are unchanged, all other tensors and"
-        " files are copied as they are, and the source can be restored bit for bit."
+        f"The NVFP4 expert weights of {name}{_STORED} every start. Quantized values are unchanged, all other tensors"
+        " and files are copied as they are, and the source can be restored bit for bit."
     )
     yield ""
 

@@ -1,0 +1,73 @@
+"""Outlines of files that a run will write: enough to know one of them again that the journal has lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
+from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output.target_root import TargetRoot
+
+__all__ = ["Outline", "find_known", "have_same_bytes"]
+
+_CHUNK_NBYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a file before it is made.
+
+    Attributes:
+        nbytes: its size; ``None`` where only its making tells.
+        begin: bytes that it begins with.
+        whole: makes all its bytes, where the plan alone decides them.
+        accepts: whether these bytes of a small file may be its.
+    """
+
+    nbytes: int | None = None
+    begin: bytes = b""
+    whole: Callable[[], bytes] | None = None
+    accepts: Callable[[bytes], bool] = lambda raw: True
+
+    def fits(self, root: TargetRoot, name: str) -> bool:
+        """Return whether an entry of a directory is a regular file that fits; only look."""
+        try:
+            descriptor = root.open_file(name, os.O_RDONLY)
+        except TargetError:  # a link, or another kind of file
+            return False
+        with open(descriptor, "rb") as stream:
+            nbytes = os.fstat(descriptor).st_size
+            if self.nbytes is not None:
+                return nbytes == self.nbytes and stream.read(len(self.begin)) == self.begin
+            if nbytes > MAX_SMALL_NBYTES:
+                return False
+            raw = stream.read()
+        return raw == self.whole() if self.whole is not None else self.accepts(raw)
+
+
+def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Outline]) -> set[str]:
+    """Return those of the names under which the directory has a file that fits its outline.
+
+    The journal has lost such a file, or it is somebody else's who has one just like it. So it is never removed for its
+    outline, and replaced only by a file of the same bytes.
+    """
+    return {
+        name for name in names if name in outlines and root.status(name) is not None and outlines[name].fits(root, name)
+    }
+
+
+def have_same_bytes(root: TargetRoot, name: str, other_root: TargetRoot, other: str) -> bool:
+    """Return whether two entries are regular files with the same bytes."""
+    try:
+        descriptors = root.open_file(name, os.O_RDONLY), other_root.open_file(other, os.O_RDONLY)
+    except TargetError:  # a link, or another kind of file
+        return False
+    with open(descriptors[0], "rb") as one, open(descriptors[1], "rb") as two:
+        if os.fstat(descriptors[0]).st_size != os.fstat(descriptors[1]).st_size:
+            return False
+        while chunk := one.read(_CHUNK_NBYTES):
+            if two.read(len(chunk)) != chunk:
+                return False
+    return True

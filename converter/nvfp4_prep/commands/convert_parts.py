@@ -22,7 +22,7 @@ from nvfp4_prep.commands.convert import (
     execute,
 )
 from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
-from nvfp4_prep.commands.preflight import check_place, preflight
+from nvfp4_prep.commands.preflight import JUDGED_JOIN, PARTS_ANEW, check_place, preflight
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.hub import open_source
 from nvfp4_prep.options import ConvertOptions
@@ -38,8 +38,7 @@ from nvfp4_prep.smoke.gate import DEFAULT_SMOKE, SmokeFailedError, SmokePolicy
 
 __all__ = ["PartResult", "convert_part", "join_parts"]
 
-_MADE_ANEW = "The same command runs it again. To convert anew, remove the directory and make its parts again."
-_JUDGED_FIRST = "Run the same command without --no-smoke, or remove the directory and make its parts again."
+_MADE_ANEW = f"The same command runs it again. To convert anew, {PARTS_ANEW}"
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def join_parts(
         try:
             return execute(execution, plan, new_target, Running(threads, memory_nbytes, progress), smoke)
         except (SmokeFailedError, ResumeConflictError) as error:  # whose advice is --restart, which a join has not
-            error.next_step = _MADE_ANEW if smoke is not None else _JUDGED_FIRST
+            error.next_step = _MADE_ANEW if smoke is not None else JUDGED_JOIN
             raise
 
 

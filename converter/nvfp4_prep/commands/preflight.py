@@ -57,6 +57,8 @@ from nvfp4_prep.planning.plan import Plan
 from nvfp4_prep.prepared.manifest import Manifest
 
 __all__ = [
+    "JUDGED_JOIN",
+    "PARTS_ANEW",
     "Outlook",
     "TargetState",
     "check_apart",
@@ -66,6 +68,10 @@ __all__ = [
     "look_ahead",
     "preflight",
 ]
+
+
+PARTS_ANEW = "remove the directory and make its parts again."
+JUDGED_JOIN = f"Run the same command without --no-smoke, or {PARTS_ANEW}"
 
 
 class TargetState(enum.StrEnum):
@@ -169,11 +175,12 @@ def look_ahead(
         elif restart:
             for begun in list_parts(target).values():
                 check_idle(begun)
-        joined = _look_at_parts(plan, target) if join else {}
-        done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
+        with _advising_joins(target) if join else contextlib.nullcontext():
+            joined = _look_at_parts(plan, target) if join else {}
+            done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
         _check_files(folder, done, plan_outlines(part))
         if not smoke and selection is None and not restart:
-            _check_not_judged_wrong(folder)
+            _check_not_judged_wrong(folder, join=join)
         if has_journal(folder) and not restart:
             outlook.state = TargetState.CONTINUES
         outlook.done = len(done)
@@ -257,12 +264,25 @@ def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
     return entries
 
 
-def _check_not_judged_wrong(path: Path) -> None:
+@contextlib.contextmanager
+def _advising_joins(target: Path) -> Iterator[None]:
+    """Give a refusal of what a join would take the advice that helps a join, which has no ``--restart``."""
+    try:
+        yield
+    except ResumeConflictError as error:
+        anew = PARTS_ANEW if has_journal(target) else "make that part anew: its own command with --restart."
+        error.next_step = f"Join with the source and options that the parts were made with, or {anew}"
+        raise
+
+
+def _check_not_judged_wrong(path: Path, *, join: bool) -> None:
     if has_journal(path):
         with TargetRoot.open(path) as root:
             verdicts = due_verdicts(read_journal(root), root)
         if verdicts:
-            raise judged_wrong(path, verdicts)
+            error = judged_wrong(path, verdicts)
+            error.next_step = JUDGED_JOIN if join else error.next_step
+            raise error
 
 
 def judged_wrong(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> ResumeConflictError:

@@ -21,11 +21,14 @@ _TAIL_OF_ANOTHER = re.compile(rb'\{"checksum": \d+, "(?:digests|facts|file|ident
 
 
 class LineState(enum.Enum):
-    """State of a line: its checksum is right; it has none, as earlier releases wrote it; or it is not what was written."""
+    """State of a line."""
 
     SOUND = enum.auto()
+    """It has the right checksum."""
     UNSIGNED = enum.auto()
+    """It has none, as earlier releases wrote it."""
     DAMAGED = enum.auto()
+    """It is not what was written."""
 
 
 @dataclass(frozen=True)

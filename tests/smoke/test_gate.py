@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,44 @@ def test_a_wrong_verdict_stays_whatever_a_later_run_looks_at(
         convert(tmp_path / "source", out, smoke=narrower)
     assert 1 in {layer.index for layer in failed.value.report.layers if layer.experts == 6}
     assert not (out / "config.json").exists()
+
+
+_ALL_MADE = re.compile(rb'.*"made": .*\n')
+VERDICT_DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
+    "zeros": lambda before, verdict: before + bytes(60) + b"\n",
+    "another key": lambda before, verdict: before + verdict.replace(b'"verdict"', b'"verdicu"'),
+    "another word": lambda before, verdict: before + verdict.replace(b'"wrong"', b'"wrono"'),
+    "cut off": lambda before, verdict: before + verdict[:20],
+    "without its newline": lambda before, verdict: before + verdict[:-1],
+    "one with the line before": lambda before, verdict: before[:-1] + b" " + verdict,
+    "gone with the manifest's": lambda before, verdict: _ALL_MADE.sub(b"", before),
+}
+
+
+@pytest.mark.parametrize("how", slow_after(2, VERDICT_DAMAGES))
+def test_a_verdict_that_cannot_be_read_is_due(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Whatever it was on: a smoke test has to clear every layer and every expert then."""
+    out = tmp_path / "out"
+    leave_before_the_smoke_run(source, out, monkeypatch, spoil=True)
+    with pytest.raises(SmokeFailedError):
+        convert(source, out)
+    journal = out / ".nvfp4_prep" / "journal.jsonl"
+    *before, verdict = journal.read_bytes().splitlines(keepends=True)
+    assert parse_line(verdict) is not None and b'"verdict"' in verdict and b"nvfp4_prep.json" in before[-1]
+    journal.write_bytes(VERDICT_DAMAGES[how](b"".join(before), verdict))
+    for _ in range(2):  # the first run mends the journal's end
+        assert run("convert", source, out, "-q", "--no-smoke", "--dry-run") == 7
+        with pytest.raises(ResumeConflictError, match="the smoke test of these files failed"):
+            convert(source, out, smoke=None)
+        with pytest.raises(ConversionInterrupted), monkeypatch.context() as patch:
+            stop_in_smoke_run(patch, spoil=False)
+            convert(source, out)
+    with pytest.raises(SmokeFailedError) as failed:
+        convert(source, out, smoke=SmokePolicy(sample=1))
+    assert {layer.index: layer.experts for layer in failed.value.report.layers}[1] == 3
+    assert convert(source, out, smoke=None, restart=True).path == out
 
 
 def test_a_verdict_of_an_older_journal_means_everything(source: Path, tmp_path: Path) -> None:

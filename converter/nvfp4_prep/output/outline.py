@@ -50,8 +50,8 @@ class Outline:
 def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Outline]) -> set[str]:
     """Return those of the names under which the directory has a file that fits its outline.
 
-    The journal has lost such a file, or it is somebody else's who has one just like it. So it is never removed for its
-    outline, and replaced only by a file of the same bytes.
+    The journal has lost such a file, or it is somebody else's who has one just like it. So it is replaced only by the
+    same bytes, and removed only where its outline is all of them.
     """
     return {
         name for name in names if name in outlines and root.status(name) is not None and outlines[name].fits(root, name)

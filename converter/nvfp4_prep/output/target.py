@@ -79,6 +79,7 @@ class Target:
         self._need_sha256 = need_sha256
         self._made: Sequence[Path] = ()  # the folders that this run made
         self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
+        self._unnamed: set[str] = set()  # files that fit the plan and are in no line of the journal
         self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
 
     @classmethod
@@ -234,6 +235,7 @@ class Target:
             raise foreign_file(self.path / min(foreign))
         check_names(self.path, begun | known)
         self._ours |= {name for name in known if outlines[name].whole is not None}
+        self._unnamed = known
 
     def check_space(self, needed_nbytes: int) -> None:
         """Raise :class:`NoSpaceError` if the file system has less room than that (:attr:`Room.needed_nbytes`)."""
@@ -268,14 +270,16 @@ class Target:
             self._root.move(old, name, replace=own, root=root)
         except FileExistsError as error:
             if not have_same_bytes(root or self._root, old, self._root, name):
-                raise TargetError(
-                    "would replace a file that another program put there while this run worked",
-                    where=str(self.path / name),
-                    next_step="Move it out of the target and run the same command again: finished files are kept.",
-                ) from error
+                raise self._in_the_way(name) from error
             self._root.move(old, name, replace=True, root=root)
         self._seen[name] = status
         self._ours.discard(name)
+
+    def _in_the_way(self, name: str) -> TargetError:
+        lost = "has other bytes than the file that was made for its place, and the journal does not name it"
+        new = "would replace a file that another program put there while this run worked"
+        again = "Move it out of the target and run the same command again, without --restart: finished files are kept."
+        return TargetError(lost if name in self._unnamed else new, where=str(self.path / name), next_step=again)
 
     def adopt(self, entry: JournalEntry, other: Target) -> None:
         """Take over a file that another target on this file system finished, with its journal entry."""

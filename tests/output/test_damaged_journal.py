@@ -16,7 +16,7 @@ from nvfp4_prep import SmokePolicy, convert, convert_part, join_parts, relayout,
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import ConversionInterrupted, ResumeConflictError, TargetError
-LOST_VERDICT = Journal = {}
+from nvfp4_prep.output.journal import LOST_VERDICT, Journal
 from nvfp4_prep.output.journal_line import to_line
 from nvfp4_prep.output.target import Target
 from support.cases import slow_after
@@ -139,7 +139,8 @@ def test_what_does_not_look_like_ours_is_refused_at_once(
     else:
         place.write_text("mine")
     before = place.lstat()
-    with pytest.raises(TargetError, match="something else"):
+    kind = {"fifo": r" \(a FIFO\)", "link": r" \(a symbolic link\)"}.get(name, "")
+    with pytest.raises(TargetError, match=rf"holds a file of something else{kind}\. Move it away"):
         run(out, restart=restart)
     assert os.path.samestat(place.lstat(), before) and place.lstat().st_mtime_ns == before.st_mtime_ns
     words = ["convert", str(sample_source), str(out), "--no-smoke", "--dry-run", *(["--restart"] if restart else [])]

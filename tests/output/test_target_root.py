@@ -56,8 +56,23 @@ def test_link_in_the_work_folder_is_refused(
 def test_fifo_in_the_work_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / WORK_FOLDER).mkdir()
     os.mkfifo(tmp_path / WORK_FOLDER / name)
-    with pytest.raises(TargetError, match="is not what"):
+    with pytest.raises(TargetError, match=r"is not what.*found a FIFO\. Remove it"):
         Target.open(tmp_path, {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["", "journal.jsonl"])
+def test_the_advice_on_a_link_in_the_work_folder_helps(sample_source: Path, tmp_path: Path, name: str) -> None:
+    """Somebody moved the work to another disk: removed, it would leave files that nobody knows."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    with pytest.raises(InterruptedError):
+        convert_command(sample_source, out, sink=_StopAtFirst(), threads=1)
+    (out / WORK_FOLDER / name).rename(moved)
+    (out / WORK_FOLDER / name).symlink_to(moved)
+    with pytest.raises(TargetError, match=r"found a symbolic link\. Put what it leads to in its place"):
+        convert(sample_source, out, smoke=None, restart=True)
+    (out / WORK_FOLDER / name).unlink()
+    moved.rename(out / WORK_FOLDER / name)
+    assert convert(sample_source, out, smoke=None).resumed
 
 
 @pytest.mark.parametrize("command", ["convert", "restore", "relayout"])

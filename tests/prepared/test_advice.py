@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from nvfp4_prep import relayout, restore, verify
+from nvfp4_prep import convert, relayout, restore, verify
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import CheckpointError, VerificationError
 from nvfp4_prep.load import load_layer
@@ -198,3 +199,86 @@ def test_parts_are_joined_as_advised(sample_source: Path, tmp_path: Path) -> Non
     assert "with --join in the place of --layers" in run("verify", out).stderr
     assert run("convert", sample_source, out, "--join", "--no-smoke").exit_code == 0
     assert run("verify", out).exit_code == 0
+
+
+@pytest.fixture(scope="module")
+def whole(sample_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished conversion, to be copied."""
+    return convert(sample_source, tmp_path_factory.mktemp("whole") / "out").path
+
+
+def swap(path: Path, kind: str) -> None:
+    """Put something else in the place of a file, or nothing."""
+    path.rename(path.parent.parent / f"{path.name}.kept")
+    if kind == "a symbolic link":
+        path.symlink_to(path.parent.parent / f"{path.name}.kept")
+    elif kind == "a dangling link":
+        path.symlink_to("nowhere")
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a git-lfs pointer":
+        path.write_bytes(POINTER)
+
+
+def follow(advice: str, path: Path) -> None:
+    """Do what an advice says about a file."""
+    assert any(words in advice for words in ("Put the file itself in its place", "Copy or download", "git lfs pull"))
+    if "Remove it." in advice and path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+    (path.parent.parent / f"{path.name}.kept").rename(path)
+
+
+KINDS = ("nothing", "a symbolic link", "a dangling link", "a directory", "a FIFO", "a git-lfs pointer")
+
+
+@pytest.mark.parametrize("name", [EXPERTS, "expert-scales.safetensors"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_says_what_stands_in_the_place_of_a_file(
+    whole: Path, sample_source: Path, tmp_path: Path, kind: str, name: str
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    swap(out / name, kind)
+    words = ["convert", sample_source, out, "--no-smoke"]
+    for done in (run(*words), run(*words, "--dry-run")):
+        assert done.exit_code == 6
+        assert f"found {kind.replace('dangling', 'symbolic')}. " in done.stderr
+        assert ("git lfs pull" in done.stderr) == (kind == "a git-lfs pointer")
+    follow(done.stderr, out / name)
+    assert "complete" in run(*words).stdout
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("a symbolic link", "a git-lfs pointer")])
+@pytest.mark.parametrize("words", ["convert SOURCE OUT --no-smoke", "inspect OUT", "verify OUT", "restore OUT NEW"])
+def test_what_stands_in_the_place_of_the_manifest_is_told_by_all(
+    whole: Path, sample_source: Path, tmp_path: Path, kind: str, words: str
+) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    swap(out / "nvfp4_prep.json", kind)
+    places = {"SOURCE": sample_source, "OUT": out, "NEW": tmp_path / "new"}
+    command = [places.get(word, word) for word in words.split()]
+    done = run(*command)
+    assert done.exit_code == (8 if command[0] == "convert" else 6)
+    told = f"that is not a regular file ({kind.replace('dangling', 'symbolic')})"
+    assert ("is a prepared checkpoint without its nvfp4_prep.json" if kind == "nothing" else told) in done.stderr
+    follow(done.stderr, out / "nvfp4_prep.json")
+    assert run(*command).exit_code == 0
+
+
+@pytest.mark.parametrize("words", ["convert SOURCE OUT --no-smoke", "inspect OUT", "verify OUT"])
+def test_a_manifest_behind_a_link_gets_one_advice(whole: Path, sample_source: Path, tmp_path: Path, words: str) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    swap(out / "nvfp4_prep.json", "a symbolic link")
+    command = [{"SOURCE": sample_source, "OUT": out}.get(word, word) for word in words.split()]
+    done = run(*command)
+    assert done.exit_code == 6 and "symbolic link leaves the checkpoint" in done.stderr
+    follow(done.stderr, out / "nvfp4_prep.json")
+    assert run(*command).exit_code == 0
+
+
+def test_a_source_is_not_called_prepared(sample_source: Path) -> None:
+    assert run("inspect", sample_source).exit_code == 0
+    assert "without its nvfp4_prep.json" not in run("verify", sample_source).stderr

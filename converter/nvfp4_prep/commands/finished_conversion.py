@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Mapping, Set
 from pathlib import Path
 
 from nvfp4_prep._util.text import and_more, first_of
+from nvfp4_prep.checkpoint.entry_kind import entry_kind, kind_step
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.commands.verify import verify
@@ -15,6 +15,7 @@ from nvfp4_prep.errors import TargetError, VerificationError
 from nvfp4_prep.output.sink import FileSink
 from nvfp4_prep.output.target_checks import has_journal
 from nvfp4_prep.planning.plan import Plan
+from nvfp4_prep.prepared.directory import odd_manifest
 from nvfp4_prep.prepared.manifest import Manifest
 from nvfp4_prep.prepared.manifest_values import SIDE
 from nvfp4_prep.prepared.problems import renewal
@@ -29,7 +30,11 @@ def find_complete(path: Path, plan: Plan, sink: FileSink) -> Manifest | None:
         TargetError: if it is a finished conversion of something else, or its files are not all there.
         VerificationError: if it is damaged otherwise, by manifest, stamp, sizes, headers and index.
     """
-    if not (path / MANIFEST).is_file() or has_journal(path):
+    if has_journal(path):
+        return None
+    if (odd := odd_manifest(path)) is not None:
+        raise TargetError(odd[0], where=str(path), next_step=odd[1])
+    if not (path / MANIFEST).is_file():
         return None
     if not (path / CONFIG).is_file():
         raise TargetError(
@@ -113,20 +118,17 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_size(path: Path, nbytes: int) -> None:
-    """Raise :class:`VerificationError` if a file of a finished output is missing or has another size."""
-    try:
-        status = path.lstat()
-        found = status.st_size if stat.S_ISREG(status.st_mode) else None
-    except OSError:
-        found = None
-    if found != nbytes:
-        raise VerificationError(
-            "was converted before, but is damaged: a file is missing or of another size",
-            where=str(path),
-            expected=f"{nbytes} bytes",
-            actual="nothing" if found is None else f"{found} bytes",
-            next_step=f"{renewal(path.name)} nvfp4-prep verify says what else is wrong.",
-        )
+    """Raise :class:`VerificationError` if a file of a finished output is missing, or is another kind or size."""
+    kind = entry_kind(path)
+    if kind == "a file" and path.lstat().st_size == nbytes:
+        return
+    raise VerificationError(
+        "was converted before, but is damaged: a file is missing, or is another kind or size of file",
+        where=str(path),
+        expected=f"a file of {nbytes} bytes",
+        actual=f"{kind} of {path.lstat().st_size} bytes" if kind == "a file" else kind,
+        next_step=f"{kind_step(kind, renewal(path.name))} nvfp4-prep verify says what else is wrong.",
+    )
 
 
 def _differences(manifest: Manifest, plan: Plan) -> list[str]:

@@ -27,6 +27,7 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.planning.survey import survey
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
+from nvfp4_prep.prepared.directory import odd_manifest
 from nvfp4_prep.prepared.problems import Problems
 from nvfp4_prep.prepared.structure import check_structure, raise_damaged
 
@@ -141,7 +142,7 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
     if on_disk:
         root = Path(str(checkpoint))
         unfinished = has_journal(root) or ((root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file())
-        if unfinished or (root / MANIFEST).is_file():
+        if unfinished or (root / MANIFEST).is_file() or odd_manifest(root) is not None:
             return _inspect_prepared(PreparedCheckpoint(root))
     source = open_source(checkpoint)
     if any(file.name == MANIFEST for file in source.files()):

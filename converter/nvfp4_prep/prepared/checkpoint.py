@@ -13,6 +13,7 @@ import torch
 
 from nvfp4_prep._util.buffers import byte_view, crc32_each, empty_bytes
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.entry_kind import LINK_STEP
 from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, MANIFEST, FileKind
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
@@ -27,11 +28,6 @@ from nvfp4_prep.prepared.problems import renewal
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["PreparedCheckpoint", "source_configs"]
-
-
-_LINK = (
-    "Put the file itself in its place (cp -rL copies a whole checkpoint so), or remove it if it does not belong there."
-)
 
 
 class PreparedCheckpoint:
@@ -81,7 +77,7 @@ class PreparedCheckpoint:
                 error.what.replace("leaves the source", "leaves the checkpoint"),
                 where=error.where,
                 actual=error.actual,
-                next_step=_LINK if outside else "It does not belong to a prepared checkpoint: remove it.",
+                next_step=LINK_STEP if outside else "It does not belong to a prepared checkpoint: remove it.",
             ) from error
 
     @cached_property

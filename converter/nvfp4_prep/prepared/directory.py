@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nvfp4_prep.checkpoint.filenames import MANIFEST, WORK_FOLDER
+from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, parse_json
+from nvfp4_prep.checkpoint.entry_kind import entry_kind, kind_step
+from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
+from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, SourceError
 from nvfp4_prep.output.target_checks import PARTS_FOLDER, has_journal
+from nvfp4_prep.prepared.problems import renewal
+from nvfp4_prep.prepared.stamp import stamp_in
 
-__all__ = ["refusal_of"]
+__all__ = ["odd_manifest", "refusal_of"]
 
+_NO_CHECKPOINT = f"is not a prepared checkpoint (no {MANIFEST})"
 _GIVE = "Give the directory of a prepared checkpoint."
 _MAKE = "Make one with nvfp4-prep convert, or, if it was one, copy or download the whole checkpoint."
 _CONTINUE = "Repeat the command that was stopped: it continues."
@@ -40,9 +46,30 @@ def refusal_of(path: Path, *, in_work: bool = False, absent: type[NvfpPrepError]
         return CheckpointError("holds parts of a conversion that are not joined", where=where, next_step=_JOIN)
     if unfinished or (path / WORK_FOLDER).is_dir():
         return CheckpointError("holds an unfinished run", where=where, next_step=_CONTINUE)
-    if os.path.lexists(path / MANIFEST):
-        what = f"has a {MANIFEST} that is not a regular file"
-        return CheckpointError(what, where=where, next_step="Remove it, or make it anew with convert.")
+    if (odd := odd_manifest(path)) is not None:
+        return CheckpointError(odd[0], where=where, next_step=odd[1])
     below = sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
     step = f"Give the folder: …/{below[0][:200]}." if below else _MAKE
-    return CheckpointError(f"is not a prepared checkpoint (no {MANIFEST})", where=where, next_step=step)
+    return CheckpointError(_NO_CHECKPOINT, where=where, next_step=step)
+
+
+def odd_manifest(path: Path) -> tuple[str, str] | None:
+    """Return what is wrong, and the next step, where a directory shows that it is a prepared checkpoint and has no file
+    as its manifest; ``None`` if it has one, or shows nothing of the kind.
+    """
+    if (path / MANIFEST).is_file():
+        return None
+    kind = entry_kind(path / MANIFEST)
+    step = kind_step(kind, renewal(MANIFEST))
+    if kind != "nothing":
+        return f"has a {MANIFEST} that is not a regular file ({kind})", step
+    return (f"is a prepared checkpoint without its {MANIFEST}", step) if _has_stamp(path) else None
+
+
+def _has_stamp(path: Path) -> bool:
+    try:
+        raw = read_small_file(path / CONFIG, CheckpointError)
+        config = parse_json(raw, CONFIG, CheckpointError, max_depth=MAX_DEPTH)
+    except NvfpPrepError:
+        return False
+    return isinstance(config, dict) and stamp_in(config) is not None

@@ -125,8 +125,8 @@ def _check_size(path: Path, nbytes: int) -> None:
     raise VerificationError(
         "was converted before, but is damaged: a file is missing, or is another kind or size of file",
         where=str(path),
-        expected=f"a file of {nbytes} bytes",
-        actual=f"{kind} of {path.lstat().st_size} bytes" if kind == "a file" else kind,
+        expected=f"{nbytes} bytes",
+        actual=f"{path.lstat().st_size} bytes" if kind == "a file" else kind,
         next_step=f"{kind_step(kind, renewal(path.name))} nvfp4-prep verify says what else is wrong.",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from nvfp4_prep.serving.placement import STORED_TENSORS
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
-from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, finish, placement_of
+from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, finish, placement_of, refuse_two_scales
 from nvfp4_prep.sglang.relayout import bring_into, relayout_of
 
 __all__ = ["PreparedScheme"]
@@ -68,7 +69,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         self.relayout = relayout_of(placement, self.target)
         layer.params_dtype = params_dtype
         layer.intermediate_size_per_partition = intermediate_size_per_partition
-        layer.nvfp4_prep = LayerWeights(placement, layer)
+        layer.nvfp4_prep = LayerWeights(placement, layer, partial(refuse_two_scales, self.layer_name))
         for name in STORED_TENSORS:
             shape = placement.local_shape(name)
             if name == "w13_weight_scale_2":
@@ -84,7 +85,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         weights: LayerWeights = layer.nvfp4_prep
         if not finish(weights):
             return
-        weights.check_scales(two=False)
+        weights.check_scales()
         bring_into(layer, self.relayout)
         gate = layer.w13_weight_scale_2[:, 0].contiguous()
         w13_input, w2_input = layer.w13_input_scale.max(), layer.w2_input_scale.max()

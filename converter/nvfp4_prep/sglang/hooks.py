@@ -100,6 +100,13 @@ def tensors(original: Callable[..., Any], updater: Any, named_tensors: Any, load
     return load_tensors(original, updater, named_tensors, load_format)
 
 
+def receive(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """Have all ranks know of one that could not receive a broadcast."""
+    from nvfp4_prep.sglang.tensor_updates import receive_broadcast
+
+    return receive_broadcast(original, updater, *args, **kwargs)
+
+
 def broadcast(original: Callable[..., Any], updater: Any, named_tensors: Any) -> Any:
     """Refuse the same of tensors that were broadcast."""
     from nvfp4_prep.sglang.tensor_updates import load_broadcast
@@ -192,6 +199,7 @@ HOOKS: tuple[tuple[str, Callable[..., Any], str], ...] = (
     (f"{_LOADER}.DummyModelLoader.load_model", dummy_load, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.update_weights_from_disk", update_weights, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.update_weights_from_tensor", tensors, "AROUND"),
+    (f"{_UPDATER}.WeightUpdater.receive_weights_from_distributed", receive, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.load_weights_from_distributed", broadcast, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.update_weights_from_ipc", ipc, "AROUND"),
     (f"{_UPDATER}.WeightUpdater.end_weight_update", end_update, "AROUND"),

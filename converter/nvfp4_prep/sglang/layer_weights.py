@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,7 +20,16 @@ from nvfp4_prep.sglang.arrivals import stored_layer_of
 from nvfp4_prep_kernels import MoeDims, MoeLayout
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
-__all__ = ["LayerWeights", "check_padding", "demanding", "finish", "placement_of", "set_loader", "taking"]
+__all__ = [
+    "LayerWeights",
+    "check_padding",
+    "demanding",
+    "finish",
+    "placement_of",
+    "refuse_two_scales",
+    "set_loader",
+    "taking",
+]
 
 _INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
 _W13_SCALE = "w13_weight_scale_2"
@@ -40,11 +49,14 @@ class LayerWeights(PreparedWeights):
         two_scales: whether the file that was loaded last has a vector of its own for up's global scales.
         taking: whether tensors may come: while the model is loaded, and inside :func:`taking`.
         stored_layers: names in the checkpoint of the layers whose tensors came.
+        check_takes_two_scales: raises :class:`ServingError` if the kernel does not take a global scale each for gate
+            and up.
     """
 
-    def __init__(self, placement: Placement, layer: Any) -> None:
+    def __init__(self, placement: Placement, layer: Any, check_takes_two_scales: Callable[[], None]) -> None:
         super().__init__(placement)
         self._layer = layer
+        self.check_takes_two_scales = check_takes_two_scales
         self.two_scales = False
         self.taking = True
         self.stored_layers: set[str | None] = set()
@@ -100,20 +112,20 @@ class LayerWeights(PreparedWeights):
             up.weight_loader = self.loader(UP_SCALE_VECTOR)  # type: ignore[attr-defined]
             layer.register_parameter(UP_SCALE_VECTOR, up)
 
-    @property
-    def scales_differ(self) -> bool:
-        """Whether an expert's gate and up have different global scales."""
+    def check_scales(self) -> None:
+        """Raise :class:`ServingError` if gate and up of an expert have different scales and the kernel takes one."""
         scales = self._layer.w13_weight_scale_2
-        return self.two_scales and not torch.equal(scales[:, 0], scales[:, 1])
+        if self.two_scales and not torch.equal(scales[:, 0], scales[:, 1]):
+            self.check_takes_two_scales()
 
-    def check_scales(self, *, two: bool) -> None:
-        """Raise :class:`ServingError` if gate and up have different scales and the kernel takes one."""
-        if not two and self.scales_differ:
-            raise ServingError(
-                "gate and up have different global scales, but this kernel takes one for both",
-                where=self.placement.layer_name,
-                next_step=f"Serve with --moe-runner-backend flashinfer_trtllm, or {relayout_to('--layout cutedsl')}.",
-            )
+
+def refuse_two_scales(where: str) -> NoReturn:
+    """Raise :class:`ServingError` for a kernel that takes one global scale for gate and up."""
+    raise ServingError(
+        "gate and up have different global scales, but this kernel takes one for both",
+        where=where,
+        next_step=f"Serve with --moe-runner-backend flashinfer_trtllm, or {relayout_to('--layout cutedsl')}.",
+    )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +20,7 @@ from nvfp4_prep.serving.placement import relayout_to
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.sglang.backends import wanted_layout
 from nvfp4_prep.sglang.installed_layout import check_installed_layout
-from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, finish, placement_of
+from nvfp4_prep.sglang.layer_weights import LayerWeights, check_padding, finish, placement_of, refuse_two_scales
 from nvfp4_prep.sglang.relayout import bring_into, relayout_of
 
 __all__ = ["PreparedModelOptMethod"]
@@ -57,7 +58,7 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
             super().create_weights(
                 layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs
             )
-        layer.nvfp4_prep = LayerWeights(placement, layer)
+        layer.nvfp4_prep = LayerWeights(placement, layer, partial(self._check_takes_two_scales, layer))
         layer.nvfp4_prep.register(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -65,8 +66,7 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
         weights: LayerWeights = layer.nvfp4_prep
         if not finish(weights):
             return
-        weights.check_scales(two=self.enable_flashinfer_trtllm_moe)
-        self._check_clamp(layer)
+        weights.check_scales()
         bring_into(layer, self.relayout)
         with _prepared_already():
             super().process_weights_after_loading(layer)
@@ -96,11 +96,13 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
                 next_step="Install the FlashInfer that SGLang asks for.",
             )
 
-    def _check_clamp(self, layer: Any) -> None:
-        """Refuse what SGLang answers by multiplying block scales in its own row order."""
+    def _check_takes_two_scales(self, layer: Any) -> None:
+        """Refuse them for CuteDSL, and what SGLang answers by multiplying block scales in its own row order."""
+        if not self.enable_flashinfer_trtllm_moe:
+            refuse_two_scales(self.layer_name)
         config = layer.moe_runner_config
         limit = None if config.activation == "situ" else (config.gemm1_clamp_limit or config.swiglu_limit)
-        if limit is not None and self.enable_flashinfer_trtllm_moe and layer.nvfp4_prep.scales_differ:
+        if limit is not None:
             raise ServingError(
                 "gate and up have different global scales and the model clamps both: SGLang rescales block scales then",
                 where=self.layer_name,

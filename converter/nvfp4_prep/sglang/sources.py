@@ -22,11 +22,13 @@ __all__ = [
     "folder_of",
     "remember_directory",
     "remember_listing",
+    "served_elsewhere",
     "served_tensors",
 ]
 
 _FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
 _SUFFIX = ".safetensors"
+_server: tuple[Any, list[updates.Tensors]] = (None, [])
 
 
 def remember_listing(loader: Any, folder: str, files: Iterable[str]) -> None:
@@ -69,8 +71,7 @@ def check_same_tensors(loader: Any, source: Any, resolved: Any = None) -> None:
     if not files or not all(file.endswith(_SUFFIX) and Path(file).is_file() for file in files):
         return
     found = {record.name: (record.dtype, record.shape) for file in files for record in read_header(Path(file)).tensors}
-    served = vars(model_config).setdefault(_TENSORS, found)
-    updates.check_same_tensors(served, found, str(source.model_or_path))
+    updates.check_same_tensors(_remember(model_config, found), found, str(source.model_or_path))
 
 
 def remember_directory(model_config: Any) -> None:
@@ -83,10 +84,35 @@ def remember_directory(model_config: Any) -> None:
         return
     with contextlib.suppress(SourceError), contextlib.closing(LocalSource(directory)) as source:
         found = read_index(source).tensors
-        vars(model_config).setdefault(_TENSORS, {name: (each.dtype, each.shape) for name, each in found.items()})
+        _remember(model_config, {name: (each.dtype, each.shape) for name, each in found.items()})
 
 
 def served_tensors(model_config: Any) -> updates.Tensors | None:
     """Return the tensors of the served checkpoint; ``None`` if it was not loaded from local files."""
     found: updates.Tensors | None = getattr(model_config, _TENSORS, None)
     return found
+
+
+def served_elsewhere(model_config: Any) -> frozenset[str]:
+    """Return the names of tensors of this process's other prepared models: a draft model's, or its target's."""
+    own = served_tensors(model_config)
+    return frozenset(name for tensors in _of_server() if tensors is not own for name in tensors)
+
+
+def _remember(model_config: Any, found: updates.Tensors) -> updates.Tensors:
+    """Return the tensors of a model's first load, which are kept."""
+    if served_tensors(model_config) is None:
+        setattr(model_config, _TENSORS, found)
+        _of_server().append(found)
+    return vars(model_config)[_TENSORS]  # type: ignore[no-any-return]
+
+
+def _of_server() -> list[updates.Tensors]:
+    """Return the tensors of each prepared model of the server whose arguments count now; a process has one server."""
+    from sglang.srt.runtime_context import get_server_args
+
+    global _server
+    args = get_server_args()
+    if _server[0] is not args:
+        _server = (args, [])
+    return _server[1]

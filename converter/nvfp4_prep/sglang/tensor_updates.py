@@ -1,62 +1,87 @@
 """Tensors that reach a running model without files: a trainer's, in process or broadcast.
 
 SGLang 0.5.23 hands them to the model as they are: names that the model does not know are passed over in silence, an
-original expert's tensor fails when others were written, and another layout's bytes fit. Here a call is checked as a
-whole before a parameter is touched, on all tensor-parallel ranks. What it may hold of prepared experts is whole layers
-under the checkpoint's names, with the stamp that tells their layout. Everything else is SGLang's own matter, but for
-shapes that the checkpoint does not have.
+original expert's tensor fails when others were written, and another layout's bytes fit. Here the tensor-parallel ranks
+go through a call together, in three steps, and none takes the next before all have ended the last: they check it as a
+whole (:mod:`nvfp4_prep.sglang.tensor_checks`), they load what is not of experts, which SGLang may fail with, and they
+write the experts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nvfp4_prep._util.text import first_of
 from nvfp4_prep.errors import NvfpPrepError, ServingError
-from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.completeness import Completeness
-from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, config_of_stamp_tensor
-from nvfp4_prep.serving.updates import Tensors, check_same_layout, check_same_tensors
-from nvfp4_prep.sglang.arrivals import expected_layers, prepared_layer, prepared_layers, tagged
+from nvfp4_prep.sglang.arrivals import prepared_layers, tagged
 from nvfp4_prep.sglang.layer_weights import demanding, taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
-from nvfp4_prep.sglang.sources import served_tensors
+from nvfp4_prep.sglang.tensor_checks import NEXT, WHERE, Checked, Named, check_has_data, check_tensors
 from nvfp4_prep.sglang.updates import End, agree, note_tensors
-from nvfp4_prep_kernels import PreparedTensor
 
-__all__ = ["load_broadcast", "load_tensors", "refuse_ipc"]
+__all__ = ["NotReceived", "load_broadcast", "load_tensors", "receive_broadcast", "refuse_ipc"]
 
-Named = list[tuple[str, torch.Tensor]]
+logger = logging.getLogger(__name__)
+
 Answer = tuple[bool, str]
-_DTYPE_NAMES = {torch.float32: "F32", **{tensor.torch_dtype: str(tensor.dtype) for tensor in PreparedTensor}}
-_WHERE = "tensors for a running model"
-_NEXT = (
-    "Send all tensors of a prepared layer in one call, under the checkpoint's names, with that of"
-    " nvfp4_prep.serving.stamp_tensor, or update the whole model by update_weights_from_disk."
+_OTHERS_FAILED = (
+    "No prepared experts were written. Of the other tensors some may be: send them all again, or update the whole model"
+    " by update_weights_from_disk."
 )
 
 
+@dataclass(frozen=True)
+class NotReceived:
+    """The reason why a rank received nothing, in the place of the tensors."""
+
+    reason: str
+
+
 def load_tensors(original: Callable[..., Answer], updater: Any, named: Any, load_format: str | None) -> Answer:
-    """Load what came in process (``update_weights_from_tensor``); stock checkpoints pass through."""
+    """Load what came in process (``update_weights_from_tensor``); stock checkpoints pass through.
+
+    Raises:
+        ServingError, LoadError: as :func:`_load`.
+    """
     if adopted_stamp(updater.model_config.hf_config) is None:
         return original(updater, named, load_format)
     if load_format == "flattened_bucket":
-        named, load_format = _out_of_bucket(named), None
-    else:
-        named = _own(updater, named)
-    return _load(lambda tensors: original(updater, tensors, load_format), updater, named, load_format)
+        return _load(lambda tensors: original(updater, tensors, None), updater, lambda: _out_of_bucket(named), None)
+    return _load(
+        lambda tensors: original(updater, tensors, load_format), updater, lambda: _own(updater, named), load_format
+    )
 
 
-def load_broadcast(original: Callable[..., Answer], updater: Any, named: Iterable[tuple[str, torch.Tensor]]) -> Answer:
-    """Load what was broadcast (``update_weights_from_distributed``); stock checkpoints pass through."""
+def receive_broadcast(original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any) -> Any:
+    """Receive a broadcast; where that fails, keep the reason for :func:`load_broadcast`.
+
+    SGLang answers on such a rank at once. The others would wait for it.
+    """
     if adopted_stamp(updater.model_config.hf_config) is None:
-        return original(updater, named)
-    return _load(lambda tensors: original(updater, tensors), updater, list(named), None)
+        return original(updater, *args, **kwargs)
+    try:
+        return original(updater, *args, **kwargs)
+    except Exception as error:
+        logger.exception("A broadcast of weights was not received.")
+        return NotReceived(f"Failed to receive weights: {error}")  # SGLang's words
+
+
+def load_broadcast(
+    original: Callable[..., Answer], updater: Any, named: Iterable[tuple[str, torch.Tensor]] | NotReceived
+) -> Answer:
+    """Load what was broadcast (``update_weights_from_distributed``); stock checkpoints pass through.
+
+    Raises:
+        ServingError, LoadError: as :func:`_load`.
+    """
+    if adopted_stamp(updater.model_config.hf_config) is None:
+        return (False, named.reason) if isinstance(named, NotReceived) else original(updater, named)
+    return _load(lambda tensors: original(updater, tensors), updater, lambda: _received(named), None)
 
 
 def refuse_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> Answer:
@@ -73,142 +98,78 @@ def refuse_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> A
     return False, _refused(updater, str(error))
 
 
-def _load(load: Callable[[Named], Answer], updater: Any, named: Named, load_format: str | None) -> Answer:
-    """Load the tensors of one call, those that are not of prepared experts first: SGLang may fail with them.
+def _load(
+    load: Callable[[Named], Answer], updater: Any, unpack: Callable[[], Named], load_format: str | None
+) -> Answer:
+    """Load the tensors of one call; all tensor-parallel ranks give the same answer.
+
+    Args:
+        load: SGLang's own.
+        unpack: returns the tensors; whatever it raises on one rank is an answer on all.
 
     Raises:
         ServingError: if prepared experts were loaded in part. The server ends with it.
+        LoadError: if a rank is missing.
     """
-    others: Named = []
-    experts: Named = []
-    end, message = End.UPDATED, ""
+    end, message, checked = End.UPDATED, "", Checked([], [], frozenset())
     try:
-        others, experts = _checked(updater, named, load_format)
-    except NvfpPrepError as error:
-        end, message = End.UNTOUCHED, str(error)
-    end, message = agree(end, message)
+        checked = check_tensors(updater, unpack(), load_format)
+    except Exception as error:
+        end, message = End.UNTOUCHED, _words(error)
+    end, message = agree(end, message, checked.names)
     if end is not End.UPDATED:
         return False, _refused(updater, message)
     note_tensors(updater.model_config)
-    if others or not experts:
+    if checked.others or not checked.experts:
+        end, message = _load_others(load, checked.others)
+    end, message = agree(end, message)
+    if end is not End.UPDATED:
+        return False, f"{message.rstrip('.')}. {_OTHERS_FAILED}"
+    return _load_experts(load, updater, checked) if checked.experts else (True, message)
+
+
+def _load_others(load: Callable[[Named], Answer], others: Named) -> tuple[End, str]:
+    """Load what is not of experts; SGLang answers or raises in the middle of them."""
+    try:
         success, message = load(others)
-        if not success or not experts:
-            return success, message
-    return _load_experts(load, updater, experts)
+    except Exception as error:
+        logger.exception("SGLang could not load the tensors of an update that are not of prepared experts.")
+        success, message = False, f"{type(error).__name__}: {error}"
+    return End.UPDATED if success else End.BROKEN, message
 
 
-def _load_experts(load: Callable[[Named], Answer], updater: Any, experts: Named) -> Answer:
+def _load_experts(load: Callable[[Named], Answer], updater: Any, checked: Checked) -> Answer:
+    cause: Exception | None = None
+    try:
+        end, message = _write_experts(load, updater, checked)
+    except Exception as error:
+        end, message, cause = End.BROKEN, str(error), error
+    end, message = agree(end, message)
+    if end is not End.UPDATED:
+        raise ServingError(
+            f"an update of prepared experts failed in the middle: {message}",
+            where=str(updater.model_config.model_path),
+            next_step="The server ends, because it would answer from a mixture. Start it again.",
+        ) from cause
+    return True, message
+
+
+def _write_experts(load: Callable[[Named], Answer], updater: Any, checked: Checked) -> tuple[End, str]:
     from sglang.srt.model_loader.loader import device_loading_context
 
-    model = updater.get_model()
-    layers, device = prepared_layers(model), torch.device(updater.device)
+    layers, device = prepared_layers(updater.get_model()), torch.device(updater.device)
     with taking(layers), demanding(Completeness.ALL_OR_NONE):
-        try:
-            success, message = load([tagged(name, tensor) for name, tensor in experts])
-            arrived = [layer for layer in layers if success and layer.nvfp4_prep.arrived]
-            for layer in arrived:
-                with device_loading_context(layer, device):
-                    layer.quant_method.process_weights_after_loading(layer)
-        except Exception as error:
-            raise _mixture(updater, str(error)) from error
-    if not success:
-        raise _mixture(updater, message)
-    taken = {stored for layer in arrived for stored in layer.nvfp4_prep.stored_layers}
-    folder = Path(str(updater.model_config.model_path))
-    came = {layer for name, _ in experts if (layer := prepared_layer(name))}
-    untaken = set(expected_layers(came, model, updater.model_config, folder)) - taken
+        success, message = load([tagged(name, tensor) for name, tensor in checked.experts])
+        if not success:
+            return End.BROKEN, message
+        arrived = [layer for layer in layers if layer.nvfp4_prep.arrived]
+        for layer in arrived:
+            with device_loading_context(layer, device):
+                layer.quant_method.process_weights_after_loading(layer)
+    untaken = checked.expected - {stored for layer in arrived for stored in layer.nvfp4_prep.stored_layers}
     if untaken:
-        raise _mixture(updater, f"SGLang's model class passed over {', '.join(sorted(untaken))}")
-    return success, message
-
-
-def _checked(updater: Any, named: Named, load_format: str | None) -> tuple[Named, Named]:
-    """Return what is not of experts, and what is, of a call that may be loaded.
-
-    Raises:
-        ServingError: if it may not.
-    """
-    config = updater.model_config
-    served = served_tensors(config)
-    tensors = [(name, tensor) for name, tensor in named if name != STAMP_TENSOR]
-    if config.is_draft_model:  # SGLang gives it the target model's tensors, too
-        tensors = [each for each in tensors if prepared_layer(each[0]) is None or each[0] in (served or ())]
-    experts = [each for each in tensors if _is_experts(each[0], served or {})]
-    others = [each for each in tensors if not _is_experts(each[0], served or {})]
-    if experts:
-        _check_experts(Stamp.parse(adopted_stamp(config.hf_config) or {}), served, named, experts, load_format)
-    if load_format == "direct":
-        params = dict(updater.get_model().named_parameters())
-        _check_shapes({name: tuple(param.shape) for name, param in params.items()}, others, strict=True)
-    elif served is not None:
-        _check_shapes({name: shape for name, (_, shape) in served.items()}, others, strict=False)
-    return others, experts
-
-
-def _is_experts(name: str, served: Tensors) -> bool:
-    """Return whether a name is of experts that are, or may be, prepared.
-
-    A checkpoint may have layers with unprepared experts, too, as of a draft model.
-    """
-    return prepared_layer(name) is not None or (name not in served and "experts" in name.split("."))
-
-
-def _check_experts(stamp: Stamp, served: Tensors | None, named: Named, experts: Named, load_format: str | None) -> None:
-    if load_format is not None:
-        raise ServingError(
-            f"load_format {load_format} writes over parameters of prepared experts", where=_WHERE, next_step=_NEXT
-        )
-    if served is None:
-        raise ServingError(
-            "tensors of experts came, but the model was not loaded from local files whose names could be compared",
-            where=_WHERE,
-            next_step="Start the server from a local directory, or update by update_weights_from_disk.",
-        )
-    names = {name for name, _ in experts}
-    if len(names) < len(experts):
-        twice = [name for name, count in Counter(name for name, _ in experts).items() if count > 1]
-        raise ServingError("tensors of experts came twice", where=_WHERE, actual=first_of(twice), next_step=_NEXT)
-    foreign = sorted(names - served.keys())
-    if foreign:
-        raise ServingError(
-            "tensors of experts came that the served checkpoint does not have",
-            where=_WHERE,
-            actual=first_of(foreign),
-            next_step=_NEXT,
-        )
-    layers = {prepared_layer(name) for name in names}
-    whole = {name: stored for name, stored in served.items() if prepared_layer(name) in layers}
-    missing = sorted(whole.keys() - names)
-    if missing:
-        raise ServingError(
-            "a prepared layer came without some of its tensors",
-            where=_WHERE,
-            actual=f"without {first_of(missing)}",
-            next_step=_NEXT,
-        )
-    stamps = [tensor for name, tensor in named if name == STAMP_TENSOR]
-    if not stamps:
-        raise ServingError("prepared tensors came without the stamp of their layout", where=_WHERE, next_step=_NEXT)
-    check_same_layout(stamp, config_of_stamp_tensor(stamps[-1]), f"tensor {STAMP_TENSOR}")
-    found = {name: (_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in experts}
-    check_same_tensors(whole, found, _WHERE)
-
-
-def _check_shapes(known: dict[str, tuple[int, ...]], tensors: Named, *, strict: bool) -> None:
-    """Check the shapes of tensors with known names, and with ``strict`` that all names are known.
-
-    dtypes may differ: SGLang converts.
-    """
-    if strict and (foreign := sorted({name for name, _ in tensors} - known.keys())):
-        raise ServingError("tensors came that the model has no parameters for", where=_WHERE, actual=first_of(foreign))
-    pairs = [(name, known[name], tuple(tensor.shape)) for name, tensor in tensors if name in known]
-    served, found = ({pair[0]: ("", _no_scalar(pair[i])) for pair in pairs} for i in (1, 2))
-    check_same_tensors(served, found, _WHERE)
-
-
-def _no_scalar(shape: Any) -> tuple[int, ...]:
-    """Return a shape; SGLang takes ``[]`` and ``[1]`` for the same."""
-    return tuple(shape) or (1,)
+        return End.BROKEN, f"SGLang's model class passed over {', '.join(sorted(untaken))}"
+    return End.UPDATED, message
 
 
 def _own(updater: Any, named: Sequence[tuple[str, Any]]) -> Named:
@@ -219,29 +180,34 @@ def _own(updater: Any, named: Sequence[tuple[str, Any]]) -> Named:
 
     monkey_patch_torch_reductions()
     device, rank = torch.get_device_module(updater.device).current_device(), get_parallel().tp_rank
-    return [
-        (name, (tensor.get(rank) if isinstance(tensor, LocalSerializedTensor) else tensor).to(device))
-        for name, tensor in named
-    ]
+    own = [(name, t.get(rank) if isinstance(t, LocalSerializedTensor) else t) for name, t in named]
+    for name, tensor in own:
+        check_has_data(name, tensor)
+    return [(name, tensor.to(device)) for name, tensor in own]
 
 
 def _out_of_bucket(bucket: Any) -> Named:
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
-    named: Named = FlattenedTensorBucket(
-        flattened_tensor=bucket["flattened_tensor"], metadata=bucket["metadata"]
-    ).reconstruct_tensors()
+    flat = bucket["flattened_tensor"]
+    check_has_data("flattened_tensor", flat)
+    named: Named = FlattenedTensorBucket(flattened_tensor=flat, metadata=bucket["metadata"]).reconstruct_tensors()
     return named
+
+
+def _received(named: Iterable[tuple[str, torch.Tensor]] | NotReceived) -> Named:
+    if isinstance(named, NotReceived):
+        raise ServingError(named.reason)
+    return list(named)
+
+
+def _words(error: Exception) -> str:
+    """Return the message of an error before a parameter was touched."""
+    if not isinstance(error, NvfpPrepError):
+        error = ServingError(f"an update cannot be read ({type(error).__name__}: {error})", where=WHERE, next_step=NEXT)
+    return str(error)
 
 
 def _refused(updater: Any, message: str) -> str:
     who = "The draft model" if updater.model_config.is_draft_model else "The server"
     return f"{message.rstrip('.')}. {who} goes on with the former weights."
-
-
-def _mixture(updater: Any, problem: str) -> ServingError:
-    return ServingError(
-        f"an update of prepared experts failed in the middle: {problem}",
-        where=str(updater.model_config.model_path),
-        next_step="The server ends, because it would answer from a mixture. Start it again.",
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -161,19 +162,34 @@ def _attempt(original: Update, updater: Any, path: str, *args: Any, **kwargs: An
     return End.BROKEN if attempt.began else End.UNTOUCHED, message
 
 
-def agree(end: End, message: str) -> tuple[End, str]:
-    """Return the worst end of all tensor-parallel ranks, and the message of the first of those."""
+def agree(end: End, message: str, same: str = "") -> tuple[End, str]:
+    """Return the worst end of all tensor-parallel ranks, and the message of the first of those.
+
+    Args:
+        end, message: of this rank.
+        same: a text that ranks must have in common; where one has another, and none has failed, all are untouched.
+
+    Raises:
+        LoadError: if a rank is missing.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     group = getattr(getattr(get_parallel(), "tp_group", None), "cpu_group", None)
     if not isinstance(group, dist.ProcessGroup) or group.size() == 1:
         return end, message
     ranks = Ranks(group, torch.device("cpu"), WAIT)
-    answers = ranks.gather(bytes([end]) + message_bytes(message, _TEXT_NBYTES))
-    worst = max(answer[0] for answer in answers)
+    digest = sha256(same.encode(errors="backslashreplace")).digest()
+    answers = ranks.gather(bytes([end]) + digest + message_bytes(message, _TEXT_NBYTES))
+    worst = End(max(answer[0] for answer in answers))
     rank = next(rank for rank, answer in enumerate(answers) if answer[0] == worst)
-    text = message_of(answers[rank][1:])
-    return End(worst), text if worst == End.UPDATED else f"Rank {rank} of {ranks.size}: {text}"
+    text = message_of(answers[rank][1 + len(digest) :])
+    if worst is not End.UPDATED:
+        return worst, f"Rank {rank} of {ranks.size}: {text}"
+    digests = [answer[1 : 1 + len(digest)] for answer in answers]
+    other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
+    if other is not None:
+        return End.UNTOUCHED, f"Rank {other} of {ranks.size} got other prepared tensors than rank 0"
+    return worst, text
 
 
 def _stages() -> int:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def plugin() -> None:
     from sglang_on_cpu import plug_in
 
     plug_in()
+
+
+@pytest.fixture
+def start(plugin: None) -> Iterator[Callable[..., Any]]:
+    """Starts a server's model on one rank, which ends with the test."""
+    from sglang_running import Running
+
+    with ExitStack() as stack:
+        yield lambda directory, **options: Running(stack, directory, **options)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

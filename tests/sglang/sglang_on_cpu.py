@@ -145,8 +145,12 @@ def load_model(args: Any, *, draft: bool = False, **load: Any) -> Any:
     return load_for_updates(args, draft=draft, **load)[0]
 
 
-def load_for_updates(args: Any, *, draft: bool = False, **load: Any) -> tuple[Any, Any]:
-    """A model as :func:`load_model` loads it, and what updates its weights in a running server."""
+def load_for_updates(args: Any, *, draft: bool = False, directory: Path | None = None, **load: Any) -> tuple[Any, Any]:
+    """A model as :func:`load_model` loads it, and what updates its weights in a running server.
+
+    Args:
+        directory: a draft model's own.
+    """
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -158,7 +162,9 @@ def load_for_updates(args: Any, *, draft: bool = False, **load: Any) -> tuple[An
     from sglang.srt.model_loader.loader import get_model_loader
     from sglang.srt.runtime_context import get_parallel
 
-    model_config = ModelConfig.from_server_args(args, model_path=args.model_path, is_draft_model=draft)
+    model_config = ModelConfig.from_server_args(
+        args, model_path=str(directory or args.model_path), is_draft_model=draft
+    )
     locations = compute_initial_expert_location_metadata(model_config, moe_ep_rank=get_parallel().moe_ep_rank)
     set_global_expert_location_metadata(locations, allow_overwrite=True)  # as its model runner does
     loader = get_model_loader(load_config=LoadConfig(**load), model_config=model_config)  # by names, as it does

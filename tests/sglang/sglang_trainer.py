@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from sglang_compare import failing_once
 from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
 from sglang_states import differences, snapshot
 
@@ -17,6 +19,8 @@ from nvfp4_prep.serving.stamp_tensor import stamp_tensor
 
 Named = dict[str, torch.Tensor]
 GROUP = "trainer"
+UNCHECKED = "model.layers.0.self_attn.q_norm.weight"
+"""A tensor that is in no file: SGLang alone knows its shape."""
 
 
 def tensors_in(directory: Path | str) -> Named:
@@ -44,10 +48,19 @@ def without_scales_of_the_last_layer(named: Named) -> Named:
     return {name: tensor for name, tensor in named.items() if not (".1.mlp.experts." in name and "scale" in name)}
 
 
-SELECTIONS: dict[str, Callable[[Named], Named]] = {
+def without_the_last_layer(named: Named) -> Named:
+    return {name: tensor for name, tensor in named.items() if ".1.mlp.experts." not in name}
+
+
+SELECTIONS: dict[str, Callable[[Named], Any]] = {
     "all": dict,
     "others": others_alone,
     "torn": without_scales_of_the_last_layer,
+    "a layer less": without_the_last_layer,
+    "unreadable": lambda named: named | {"model.norm.weight": "no tensor"},
+    "others fail": lambda named: named | {UNCHECKED: torch.zeros(3)},
+    "experts fail": dict,
+    "not received": lambda named: None,
 }
 
 
@@ -58,11 +71,13 @@ class Received:
     Attributes:
         answers: of the updates, in order.
         changed: by each, whether the weights are others than before.
+        experts_changed: the same of experts.
         differences: of the last state from the directory that was sent.
     """
 
     answers: list[tuple[bool, str]] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
+    experts_changed: list[bool] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
 
 
@@ -97,11 +112,19 @@ def serve(
                     load_format="flattened_bucket" if number % 2 else None,
                 )
                 received.answers.append(updater.load_weights_from_distributed(got))
+            elif chosen is None:
+                nothing = updater.receive_weights_from_distributed(
+                    names=[], dtypes=[], shapes=[], group_name="nobody's"
+                )
+                received.answers.append(updater.load_weights_from_distributed(nothing))
             else:
-                received.answers.append(updater.update_weights_from_tensor(list(chosen.items())))
+                with failing_once() if of_ranks[rank] == "experts fail" else contextlib.nullcontext():
+                    received.answers.append(updater.update_weights_from_tensor(list(chosen.items())))
             updater.end_weight_update(run_post_load=False)
             before, last = last, snapshot(model)
-            received.changed.append(bool(differences(before, last)))
+            changed = differences(before, last)
+            received.changed.append(bool(changed))
+            received.experts_changed.append(any("/" in name for name in changed))
         received.differences = differences(expected, last)
     return received
 

@@ -174,13 +174,15 @@ def test_different_scales_with_a_clamp_limit() -> None:
     """SGLang answers by multiplying block scales of halves that lie elsewhere in a prepared file."""
     from nvfp4_prep.sglang.modelopt_method import PreparedModelOptMethod
 
-    config = SimpleNamespace(activation="silu", gemm1_clamp_limit=7.0, swiglu_limit=None)
-    method = SimpleNamespace(enable_flashinfer_trtllm_moe=True, layer_name="experts")
-    check = PreparedModelOptMethod._check_clamp
-    equal, differing = (SimpleNamespace(scales_differ=differ) for differ in (False, True))
-    check(method, SimpleNamespace(moe_runner_config=config, nvfp4_prep=equal))
+    def check(activation: str, limit: float | None) -> None:
+        config = SimpleNamespace(activation=activation, gemm1_clamp_limit=None, swiglu_limit=limit)
+        method = SimpleNamespace(enable_flashinfer_trtllm_moe=True, layer_name="experts")
+        PreparedModelOptMethod._check_takes_two_scales(method, SimpleNamespace(moe_runner_config=config))
+
+    check("silu", None)
+    check("situ", 7.0)
     with pytest.raises(ServingError, match="clamps both") as caught:
-        check(method, SimpleNamespace(moe_runner_config=config, nvfp4_prep=differing))
+        check("silu", 7.0)
     REFUSALS.append(("gate/up scales differ, clamp limit", str(caught.value)))
 
 

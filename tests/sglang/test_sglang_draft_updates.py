@@ -1,0 +1,106 @@
+"""A trainer's tensors for a draft model and its target: SGLang gives one call to both, and each takes its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, Checkpoints
+from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
+from sglang_running import renamed, without
+from sglang_states import differences, experts_state, snapshot
+from sglang_trainer import Named, experts_alone, sent_from
+
+from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR
+from nvfp4_prep.sglang.sources import served_elsewhere
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+def test_a_draft_model_gets_the_target_models_tensors_too(
+    checkpoints: Checkpoints,
+) -> None:
+    """SGLang hands one call to both; each takes its own layers."""
+    served, other = (
+        checkpoints.get(model, trtllm=True)[1]
+        for model in (COMPRESSED_MTP, replace(COMPRESSED_MTP, family="other_mtp"))
+    )
+    named = sent_from(other)
+    for draft in (True, False):
+        args = make_server_args(other)
+        with rank_of(args):
+            expected = experts_state(load_model(args, draft=draft))
+        args = make_server_args(served)
+        with rank_of(args):
+            model, updater = load_for_updates(args, draft=draft)
+            before = experts_state(model)
+            assert updater.update_weights_from_tensor(list(named.items()))[0]
+            assert differences(expected, experts_state(model)) == [] != differences(before, expected)
+            success, message = updater.update_weights_from_tensor(list(without(named, "scale_2").items()))
+            assert not success and message.endswith("goes on with the former weights.")
+            assert message.rpartition("The ")[2].startswith("draft model" if draft else "server")
+
+
+@pytest.fixture
+def both(plugin: None, checkpoints: Checkpoints) -> Iterator[dict[str, tuple[Any, Any]]]:
+    """A target and a draft model of another directory in one process, each with what updates it."""
+    target, draft = (checkpoints.get(model, trtllm=True)[1] for model in (COMPRESSED_QWEN, COMPRESSED_MTP))
+    args = make_server_args(target)
+    with rank_of(args):
+        loaded = load_for_updates(args)
+        yield {"target": loaded, "draft": load_for_updates(args, draft=True, directory=draft)}
+
+
+def layer(named: Named, number: int) -> Named:
+    return {name: tensor for name, tensor in named.items() if f"layers.{number}." in name or name == STAMP_TENSOR}
+
+
+TARGETS, DRAFTS = 0, 3
+"""Layers that only the one of both has."""
+
+
+def test_a_draft_model_of_its_own_directory(checkpoints: Checkpoints, both: dict[str, tuple[Any, Any]]) -> None:
+    """Each passes over what only the other one has, and takes its own of the same call."""
+    of_target = experts_alone(
+        layer(sent_from(checkpoints.get(replace(COMPRESSED_QWEN, family="other_qwen"), trtllm=True)[1]), TARGETS)
+    )
+    of_draft = experts_alone(
+        layer(sent_from(checkpoints.get(replace(COMPRESSED_MTP, family="other_mtp"), trtllm=True)[1]), DRAFTS)
+    )
+    for role, (model, updater) in both.items():
+        other = of_draft if role == "target" else of_target
+        before = snapshot(model)
+        assert updater.update_weights_from_tensor(list(other.items())) == (True, "Success")
+        assert differences(before, snapshot(model)) == []
+        assert updater.update_weights_from_tensor(list((of_target | of_draft).items()))[0]
+        assert differences(before, snapshot(model))
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_names_that_neither_has(checkpoints: Checkpoints, both: dict[str, tuple[Any, Any]], role: str) -> None:
+    """Also one of a server before, whose models are gone."""
+    served = checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1]
+    named = experts_alone(layer(sent_from(served), TARGETS))
+    model, updater = both[role]
+    before = snapshot(model)
+    unknown = {
+        "prepared": renamed(named, "layers.0.", "layers.7."),
+        "single": {"model.layers.7.mlp.experts.0.up_proj.weight": torch.zeros(1)},
+    }
+    for found in unknown.values():
+        success, message = updater.update_weights_from_tensor(list((named | found).items()))
+        assert not success and "tensors of experts came that the served checkpoint does not have" in message
+        assert "found model.layers.7.mlp.experts." in message
+    assert differences(before, snapshot(model)) == []
+
+
+def test_a_server_knows_its_own_models_alone(checkpoints: Checkpoints, both: dict[str, tuple[Any, Any]]) -> None:
+    from sglang.srt.runtime_context import get_context
+
+    _, updater = both["target"]
+    assert any(f"layers.{DRAFTS}." in name for name in served_elsewhere(updater.model_config))
+    get_context().set_server_args(make_server_args(checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1]))
+    assert served_elsewhere(updater.model_config) == frozenset()

@@ -37,6 +37,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def preloading(request: pytest.FixtureRequest) -> None:
+    """What ranks need most of their time for, beside the tests that come before theirs."""
+    if any("ranks_of" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        from sglang_ranks import start_preloading
+
+        start_preloading()
+
+
 @pytest.fixture(scope="session")
 def ranks_of() -> Iterator[Callable[[int], Any]]:
     """As many processes with the plugin as are asked for; started when a test needs them."""

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,17 +33,16 @@ class Ranks:
     """Processes of ranks 0, 1, …"""
 
     def __init__(self, world: int = 2) -> None:
+        start_preloading()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
         pipes = [context.Pipe() for _ in range(world)]
         self._ends: list[Connection] = [end for end, _ in pipes]
         self._processes = [
             context.Process(target=_serve, args=(rank, other, sys.path), daemon=True)
             for rank, (_, other) in enumerate(pipes)
         ]
-        with _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-            for process in self._processes:
-                process.start()
+        for process in self._processes:
+            process.start()
 
     def run(self, job: Job) -> Sequence[Outcome]:
         """One job in both ranks; raises ``RuntimeError`` with the traceback of a rank that failed."""
@@ -91,6 +91,13 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def start_preloading() -> None:
+    """Start the process that ranks are forked from, unless it runs; it imports SGLang while this one goes on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED])
+    with _environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
 
 
 @contextlib.contextmanager

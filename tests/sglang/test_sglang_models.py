@@ -7,7 +7,7 @@ process_weights_after_loading. The oracle is SGLang on the source with the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -182,7 +182,7 @@ WHOLE["table"] = len(CASES)
 
 @pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row.name}-{row.file}-{row.parallel}-{row.backend}")
 @pytest.mark.usefixtures("plugin")
-def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: pytest.FixtureRequest) -> None:
+def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, ranks_of: Callable[[int], Any]) -> None:
     from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 
     source, prepared = checkpoints.get(row.model, replace(row.options, layout=LAYOUTS[row.file]))
@@ -195,7 +195,7 @@ def test_prepared_equals_source(row: Case, checkpoints: Checkpoints, request: py
     stand_in = mock.patch.object(fused_moe, "MaybeTboDeepEPDispatcher", lambda **_: dispatcher)
     world = parallel.get("tp_size", 1) * parallel.get("pp_size", 1)
     with stand_in:
-        outcomes: Sequence[Outcome] = request.getfixturevalue("ranks_of")(world).run(job) if world > 1 else [run(job)]
+        outcomes: Sequence[Outcome] = ranks_of(world).run(job) if world > 1 else [run(job)]
     record(row, outcomes)
     tensors = 9 if row.file == TRTLLM and row.model.gated else 8
     for outcome in outcomes:

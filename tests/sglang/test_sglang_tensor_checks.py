@@ -168,7 +168,7 @@ NO_DATA: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "cut": (cut, "has no data; found a storage that was freed"),
     "sparse": (lambda tensor: tensor.to_sparse(), "expected a plain dense tensor, found Tensor, torch.sparse_coo"),
     "subclass": (lambda tensor: tensor.as_subclass(Subclass), "expected a plain dense tensor, found Subclass"),
-    "a list": (lambda tensor: tensor.tolist(), "an update cannot be read (AttributeError: "),
+    "a list": (lambda tensor: tensor.tolist(), "an update cannot be unpacked or checked (AttributeError: "),
     "nothing": (lambda tensor: tensor[:0], "another model than the served one: it has in other sizes"),
 }
 

@@ -54,7 +54,7 @@ def test_each_ranks_own_tensors(checkpoints: Checkpoints, ranks: Any, options: d
 
 FAILURES = {
     "a layer less": "Rank 1 of 2 got other prepared tensors than rank 0. The server goes on",
-    "unreadable": "Rank 1 of 2: tensors for a running model: an update cannot be read (AttributeError: ",
+    "unreadable": "Rank 1 of 2: tensors for a running model: an update cannot be unpacked or checked (AttributeError: ",
     "not received": "Rank 1 of 2: Failed to receive weights: Group nobody's not in",
     "others fail": ". No prepared experts were written. Of the other tensors some may be",
 }

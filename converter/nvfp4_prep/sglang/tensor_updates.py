@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
-from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.sglang.arrivals import prepared_layers, tagged
-from nvfp4_prep.sglang.layer_weights import demanding, taking
+from nvfp4_prep.sglang.layer_weights import taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
 from nvfp4_prep.sglang.tensor_checks import NEXT, WHERE, Checked, Named, check_has_data, check_tensors
 from nvfp4_prep.sglang.updates import End, agree, note_tensors
@@ -158,7 +157,7 @@ def _write_experts(load: Callable[[Named], Answer], updater: Any, checked: Check
     from sglang.srt.model_loader.loader import device_loading_context
 
     layers, device = prepared_layers(updater.get_model()), torch.device(updater.device)
-    with taking(layers), demanding(Completeness.ALL_OR_NONE):
+    with taking(layers):
         success, message = load([tagged(name, tensor) for name, tensor in checked.experts])
         if not success:
             return End.BROKEN, message
@@ -204,7 +203,9 @@ def _received(named: Iterable[tuple[str, torch.Tensor]] | NotReceived) -> Named:
 def _words(error: Exception) -> str:
     """Return the message of an error before a parameter was touched."""
     if not isinstance(error, NvfpPrepError):
-        error = ServingError(f"an update cannot be read ({type(error).__name__}: {error})", where=WHERE, next_step=NEXT)
+        error = ServingError(
+            f"an update cannot be unpacked or checked ({type(error).__name__}: {error})", where=WHERE, next_step=NEXT
+        )
     return str(error)
 
 

@@ -160,15 +160,15 @@ def counting(counts: Counts) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def failing_once() -> Iterator[None]:
-    """While it is entered, the fourth prepared tensor that is loaded cannot be read, once."""
+def failing_once(times: int = 1) -> Iterator[None]:
+    """While it is entered, the fourth prepared tensor that is loaded cannot be read, nor those that come next."""
     from nvfp4_prep.sglang.layer_weights import LayerWeights
 
     fill, calls = LayerWeights.fill, [0]
 
     def fail_or_fill(self: Any, *args: Any) -> None:
         calls[0] += 1
-        if calls[0] == 4:
+        if 4 <= calls[0] < 4 + times:
             raise OSError(5, "Input/output error")
         fill(self, *args)
 

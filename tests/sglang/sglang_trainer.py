@@ -129,6 +129,24 @@ def serve(
     return received
 
 
+def update_from_disk(
+    rank: int, meeting: str, served: str, directory: str, failures: int, **options: Any
+) -> tuple[tuple[bool, str], list[str]]:
+    """One rank of a server on ``served`` that is told to load a directory; its answer, and what is changed then.
+
+    Args:
+        directory: this rank's.
+        failures: prepared tensors that it cannot read.
+    """
+    args = make_server_args(Path(served), **options)
+    with rank_of(args, rank, meeting):
+        model, updater = load_for_updates(args)
+        first = snapshot(model)
+        with failing_once(failures):
+            answer = updater.update_weights_from_disk(directory, "auto")
+        return answer, differences(first, snapshot(model))
+
+
 def train(sent: str, selections: list[list[str]], port: int) -> None:
     """The trainer: rank 0 of the broadcast."""
     from sglang.srt.utils import init_custom_process_group

@@ -139,9 +139,10 @@ def test_a_directory_that_no_longer_has_the_served_weights(
         running.updater.update_weights_from_disk(str(served), "auto")
 
 
-def test_layers_whose_experts_were_lost(checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+@pytest.mark.parametrize("trtllm", [False, True], ids=["permuted", "trtllm"])
+def test_layers_whose_experts_were_lost(checkpoints: Checkpoints, start: Callable[..., Running], trtllm: bool) -> None:
     """SGLang asks for single experts by the source's names when a rank is gone (elastic expert parallelism)."""
-    running = start(checkpoints.get(QWEN)[1], backend="flashinfer_trtllm")
+    running = start(checkpoints.get(QWEN, trtllm=trtllm)[1], backend="flashinfer_trtllm")
     lost = running.model.model.layers[1].mlp.experts
     for param in lost.parameters():
         param.data.reshape(-1).view(torch.uint8).fill_(0x3B)

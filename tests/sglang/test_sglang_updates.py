@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sglang_compare import RAW_SCALES, Job, failing_once
 from sglang_models import MODELS, Checkpoints
-from sglang_on_cpu import load_for_updates, make_server_args, rank_of
+from sglang_on_cpu import load_for_updates, make_server_args, meeting_point, rank_of
 from sglang_results import REFUSALS
 from sglang_states import differences, snapshot
+from sglang_trainer import update_from_disk
 
 from nvfp4_prep.errors import ServingError
 
@@ -111,7 +113,7 @@ def test_a_failure_in_the_middle_brings_the_former_weights_back(
         with failing_once():
             success, message = updater.update_weights_from_disk(str(other), load_format)
         assert not success
-        assert "Input/output error" in message
+        assert "Input/output error" in message and "Rolling back" not in message  # it would read the new one again
         assert message.endswith("The server goes on with the former weights, which were loaded again.")
         assert differences(first, snapshot(model)) == []
         assert updater.model_config.model_path == str(prepared)
@@ -182,6 +184,29 @@ def test_one_rank_that_fails_takes_all_back(checkpoints: Checkpoints, ranks: Any
         assert (outcome.unsupported, outcome.differences) == (None, [])
         assert outcome.answer is not None and not outcome.answer[0]
         assert outcome.answer[1].startswith("Rank 1 of 2: ") and "Input/output error" in outcome.answer[1]
+
+
+def test_the_worst_of_all_ranks_is_answered(checkpoints: Checkpoints, ranks: Any, tmp_path: Path) -> None:
+    """Rank 0 refuses what it finds, and rank 1 fails in the middle."""
+    served, other = (checkpoints.get(model, trtllm=True)[1] for model in (QWEN, OTHER_BYTES))
+    damaged = Path(shutil.copytree(other, tmp_path / "damaged"))
+    truncate(damaged)
+    update = partial(update_from_disk, meeting=meeting_point(), served=str(served), tp_size=2)
+    answers = ranks.each(
+        [partial(update, 0, directory=str(damaged), failures=0), partial(update, 1, directory=str(other), failures=1)]
+    )
+    for (success, message), changed in answers:
+        assert not success and message.startswith("Rank 1 of 2: ") and "Input/output error" in message
+        assert message.endswith("with the former weights, which were loaded again.")
+        assert changed == []
+
+
+def test_former_weights_that_one_rank_cannot_load_end_all(checkpoints: Checkpoints, ranks: Any) -> None:
+    served, other = (str(checkpoints.get(model, trtllm=True)[1]) for model in (QWEN, OTHER_BYTES))
+    update = partial(update_from_disk, meeting=meeting_point(), served=served, directory=other, tp_size=2)
+    with pytest.raises(RuntimeError) as caught:
+        ranks.each([partial(update, 0, failures=0), partial(update, 1, failures=2)])
+    assert str(caught.value).count("the former ones cannot be loaded again: Rank 1 of 2: [Errno 5]") == 2
 
 
 def test_a_pipeline_stage_that_fails_ends_the_server(checkpoints: Checkpoints, ranks: Any) -> None:

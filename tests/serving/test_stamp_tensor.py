@@ -56,12 +56,21 @@ def test_a_directory_without_a_stamp(source: Path, tmp_path: Path) -> None:
         stamp_tensor(tmp_path)
 
 
+def test_a_stamp_of_a_later_version(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ServingError, match="format that this version"):
+        stamp_tensor(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
         torch.zeros(3),
         torch.zeros(2, 2, dtype=torch.uint8),
-        torch.zeros(100_000, dtype=torch.uint8),
+        torch.tensor(list(b"{}".ljust(100_000)), dtype=torch.uint8),
         torch.tensor(list(b'{"a": '), dtype=torch.uint8),
         torch.tensor([255, 254], dtype=torch.uint8),
     ],

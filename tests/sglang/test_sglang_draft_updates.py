@@ -4,41 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, Checkpoints
+from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, DRAFTED, Checkpoints, Model
 from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
 from sglang_running import renamed, without
 from sglang_states import differences, experts_state, snapshot
 from sglang_trainer import Named, experts_alone, sent_from
 
 from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR
-from nvfp4_prep.sglang.sources import served_elsewhere
+from nvfp4_prep.sglang.sources import served_by_any
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
 
-def test_a_draft_model_gets_the_target_models_tensors_too(
-    checkpoints: Checkpoints,
-) -> None:
-    """SGLang hands one call to both; each takes its own layers."""
-    served, other = (
-        checkpoints.get(model, trtllm=True)[1]
-        for model in (COMPRESSED_MTP, replace(COMPRESSED_MTP, family="other_mtp"))
-    )
-    named = sent_from(other)
-    for draft in (True, False):
-        args = make_server_args(other)
-        with rank_of(args):
-            expected = experts_state(load_model(args, draft=draft))
-        args = make_server_args(served)
-        with rank_of(args):
-            model, updater = load_for_updates(args, draft=draft)
+EXPERTS = {
+    f"model.layers.3.mlp.experts.{expert}.{name}_proj.weight": shape
+    for expert in range(8)
+    for name, shape in {"gate": (128, 256), "up": (128, 256), "down": (256, 128)}.items()
+}
+BFLOAT16 = replace(
+    DRAFTED["deepseek_v3"],
+    family="deepseek_v3_mtp_bfloat16",
+    layers=(1, 2),
+    others={**DRAFTED["deepseek_v3"].others, **EXPERTS},
+    ignore=(*DRAFTED["deepseek_v3"].ignore, "*layers.3*"),
+)
+"""The experts of its draft layer are not quantized, as ModelOpt leaves them."""
+
+
+def states_of(directory: Path) -> dict[bool, dict[str, Any]]:
+    """Experts of a checkpoint's target and draft model."""
+    args = make_server_args(directory)
+    with rank_of(args):
+        return {draft: experts_state(load_model(args, draft=draft)) for draft in (False, True)}
+
+
+@pytest.mark.parametrize("tiny", [COMPRESSED_MTP, BFLOAT16], ids=["prepared", "bfloat16"])
+def test_a_draft_model_gets_the_target_models_tensors_too(checkpoints: Checkpoints, tiny: Model) -> None:
+    """SGLang hands one call to both; each takes its own layers, which are in one directory."""
+    served, other = (checkpoints.get(model, trtllm=True)[1] for model in (tiny, replace(tiny, family="other_mtp")))
+    expected, named, args = states_of(other), sent_from(other), make_server_args(served)
+    with rank_of(args):
+        running = {draft: load_for_updates(args, draft=draft) for draft in (False, True)}
+        for draft, (model, updater) in running.items():
             before = experts_state(model)
+            updater.begin_weight_update()  # of the session, in which SGLang arranges its own experts anew
             assert updater.update_weights_from_tensor(list(named.items()))[0]
-            assert differences(expected, experts_state(model)) == [] != differences(before, expected)
+            updater.end_weight_update(run_post_load=False)
+            assert differences(expected[draft], experts_state(model)) == [] != differences(before, expected[draft])
             success, message = updater.update_weights_from_tensor(list(without(named, "scale_2").items()))
             assert not success and message.endswith("goes on with the former weights.")
             assert message.rpartition("The ")[2].startswith("draft model" if draft else "server")
@@ -97,10 +114,12 @@ def test_names_that_neither_has(checkpoints: Checkpoints, both: dict[str, tuple[
     assert differences(before, snapshot(model)) == []
 
 
-def test_a_server_knows_its_own_models_alone(checkpoints: Checkpoints, both: dict[str, tuple[Any, Any]]) -> None:
+@pytest.mark.usefixtures("both")
+def test_a_server_knows_its_own_models_alone(checkpoints: Checkpoints) -> None:
     from sglang.srt.runtime_context import get_context
 
-    _, updater = both["target"]
-    assert any(f"layers.{DRAFTS}." in name for name in served_elsewhere(updater.model_config))
+    assert {TARGETS, DRAFTS} <= {
+        number for number in range(8) for name in served_by_any() if f"layers.{number}." in name
+    }
     get_context().set_server_args(make_server_args(checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1]))
-    assert served_elsewhere(updater.model_config) == frozenset()
+    assert served_by_any() == frozenset()

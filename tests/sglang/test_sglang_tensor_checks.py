@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_models import Checkpoints
+from sglang_models import COMPRESSED_QWEN, Checkpoints
 from sglang_results import REFUSALS
 from sglang_running import FIRST, FORMER, LAST, OTHER_BYTES, QWEN, WAYS, Running, renamed, without
 from sglang_trainer import Named, experts_alone, others_alone, sent_from, tensors_in
@@ -232,6 +232,15 @@ def test_different_scales_for_cutedsl(
     REFUSALS.append(("tensors of a trainer: gate/up scales differ, CuteDSL", message))
 
 
+def test_different_scales_for_compressed_tensors(checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+    _, served = checkpoints.get(COMPRESSED_QWEN, trtllm=True)
+    named, running = sent_from(served), start(served)
+    named[UP][5] *= 2
+    success, message = running.send(named)
+    assert not success and "this kernel takes one for both" in message and message.endswith(FORMER)
+    assert running.changed() == []
+
+
 def test_different_scales_with_a_clamp_limit(checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
     """Only for the layer that clamps, where it is known."""
     _, served = checkpoints.get(QWEN, trtllm=True)
@@ -301,3 +310,11 @@ def test_a_broadcast_that_a_stock_model_does_not_receive(
     with pytest.raises(AssertionError, match="Group nobody's not in"):
         updater.receive_weights_from_distributed(**NOBODYS)
     assert updater.load_weights_from_distributed(NotReceived("nothing came")) == (False, "nothing came")
+
+
+def test_scalars(checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+    """SGLang takes ``[]`` and ``[1]`` for the same."""
+    scalar = replace(QWEN, family="qwen3_moes", others={**QWEN.others, "model.scalar": (1,)})
+    running = start(checkpoints.get(scalar)[1])
+    assert running.send({"model.scalar": torch.tensor(1.0)})[0]
+    assert "model.scalar ([2], not [1])" in running.send({"model.scalar": torch.ones(2)})[1]

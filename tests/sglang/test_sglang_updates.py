@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sglang_states import differences, snapshot
 from sglang_trainer import update_from_disk
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.sglang.updates import begin_reading, update_or_restore
 
 CUTEDSL, TRTLLM = "flashinfer_cutedsl", "flashinfer_trtllm"
 QWEN = MODELS["qwen3_moe"]
@@ -136,6 +138,21 @@ def test_former_weights_that_are_gone_end_the_server(checkpoints: Checkpoints, t
             updater.update_weights_from_disk(str(other), "auto")
     assert "Input/output error" in str(caught.value)
     REFUSALS.append(("update: the former directory is gone", str(caught.value)))
+
+
+def test_an_answer_after_parameters_were_written(checkpoints: Checkpoints) -> None:
+    """SGLang may answer, and not raise, in the middle: that is none of its refusals, which leave the weights."""
+    _, prepared = checkpoints.get(QWEN, trtllm=True)
+
+    def original(updater: Any, path: str) -> tuple[bool, str]:
+        begin_reading(SimpleNamespace(model_config=updater.model_config, model_or_path=path))
+        return False, "half of it"
+
+    args = make_server_args(prepared)
+    with rank_of(args):
+        _, updater = load_for_updates(args)
+        with pytest.raises(ServingError, match="cannot be loaded again: half of it"):
+            update_or_restore(original, updater, "elsewhere")
 
 
 def test_what_came_of_a_failed_load_does_not_count(

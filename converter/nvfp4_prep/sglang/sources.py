@@ -22,7 +22,7 @@ __all__ = [
     "folder_of",
     "remember_directory",
     "remember_listing",
-    "served_elsewhere",
+    "served_by_any",
     "served_tensors",
 ]
 
@@ -93,10 +93,9 @@ def served_tensors(model_config: Any) -> updates.Tensors | None:
     return found
 
 
-def served_elsewhere(model_config: Any) -> frozenset[str]:
-    """Return the names of tensors of this process's other prepared models: a draft model's, or its target's."""
-    own = served_tensors(model_config)
-    return frozenset(name for tensors in _of_server() if tensors is not own for name in tensors)
+def served_by_any() -> frozenset[str]:
+    """Return the names of tensors of all prepared models of this process: the target and its draft models."""
+    return frozenset(name for tensors in _of_server() for name in tensors)
 
 
 def _remember(model_config: Any, found: updates.Tensors) -> updates.Tensors:

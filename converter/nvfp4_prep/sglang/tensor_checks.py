@@ -22,7 +22,7 @@ from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, config_of_stamp_tensor
 from nvfp4_prep.serving.updates import Tensors, check_same_layout, check_same_tensors
 from nvfp4_prep.sglang.arrivals import expected_layers, prepared_layer, prepared_layers
 from nvfp4_prep.sglang.source_config import adopted_stamp
-from nvfp4_prep.sglang.sources import served_elsewhere, served_tensors
+from nvfp4_prep.sglang.sources import served_by_any, served_tensors
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, PreparedTensor
 
 __all__ = ["NEXT", "WHERE", "Checked", "Named", "check_has_data", "check_tensors"]
@@ -69,12 +69,12 @@ def check_tensors(updater: Any, named: Named, load_format: str | None) -> Checke
     """
     _check_sglang_updates(updater, load_format)
     config = updater.model_config
-    served, elsewhere = served_tensors(config), served_elsewhere(config)
+    served, by_any = served_tensors(config), served_by_any()
     stamps = [tensor for name, tensor in named if name == STAMP_TENSOR]
     tensors = [(name, tensor) for name, tensor in named if name != STAMP_TENSOR]
     _check_once(name for name, _ in tensors)
     known = served or {}
-    experts = [(n, t) for n, t in tensors if _is_experts(n, known) and (n in known or n not in elsewhere)]
+    experts = [(n, t) for n, t in tensors if _is_experts(n, known) and (n in known or n not in by_any)]
     others = [each for each in tensors if not _is_experts(each[0], known)]
     if experts:
         _check_is_served(load_format, served)

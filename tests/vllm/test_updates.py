@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -349,3 +350,76 @@ def test_patches_of_a_sparse_update(checkpoints: Checkpoints, start: Callable[..
     with pytest.raises(ServingError, match="came for a running kernel's parameter"):
         patches.load_checkpoint_weight_patches(running.model, [patch])
     assert differences(running.before, snapshot(running.model)) == []
+
+
+class TestShardedTransfer:
+    """The transfer engine ``sharded_rdt`` runs the loaders once, with placeholders, and repeats their copies later.
+
+    Everything of it is vLLM's but for Ray's transport and CUDA's streams.
+    """
+
+    @pytest.fixture(autouse=True)
+    def no_streams(self) -> Iterator[None]:
+        with (
+            mock.patch.object(torch.cuda, "stream", lambda _stream: nullcontext()),
+            mock.patch.object(torch.cuda, "device", lambda _device: nullcontext()),
+            mock.patch.object(torch.accelerator, "device_index", lambda _index: nullcontext()),
+            mock.patch.object(torch.cuda, "Event", mock.Mock()),
+            mock.patch.object(torch, "Event", mock.Mock()),
+        ):
+            yield
+
+    def engine(self, running: Running, tensors: dict[str, torch.Tensor]) -> Any:
+        """An engine after its dry run."""
+        rdt = pytest.importorskip("vllm.distributed.weight_transfer.sharded_rdt_engine")
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        running.config.parallel_config.distributed_executor_backend = "ray"
+        config = WeightTransferConfig(backend="sharded_rdt")
+        engine = rdt.ShardedRDTWeightTransferEngine(config, running.config, torch.device("cpu"), running.model)
+        engine._router = mock.Mock(**{"class_of.return_value": 0, "producer_for.return_value": 0})
+        engine._mark_slot_done = lambda _slot: None
+        engine._slot_read_done, engine._proc_stream = [mock.Mock()], mock.Mock()
+        engine._bake(
+            SimpleNamespace(
+                names=list(tensors),
+                dtype_names=[str(tensor.dtype).split(".")[-1] for tensor in tensors.values()],
+                shapes=[list(tensor.shape) for tensor in tensors.values()],
+            )
+        )
+        return engine
+
+    def test_prepared_tensors(self, checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+        running = start(checkpoints.get(QWEN)[1])
+        with pytest.raises(ServingError, match="sharded_rdt cannot load prepared experts: w") as refused:
+            self.engine(running, tensors_of_files(running.directory))
+        REFUSALS.append(("new weights for a running model", str(refused.value)))
+
+    def test_other_tensors(self, checkpoints: Checkpoints, start: Callable[..., Running]) -> None:
+        """They are replaced, twice, and the experts stay."""
+        rdt = pytest.importorskip("vllm.distributed.weight_transfer.sharded_rdt_engine")
+        running = start(checkpoints.get(QWEN)[1])
+        other = checkpoints.get(replace(QWEN, family=f"{QWEN.family}x"))[1]
+        tensors = {name: each for name, each in tensors_of_files(other).items() if "experts" not in name.split(".")}
+        engine = self.engine(running, tensors)
+        assert differences(running.before, snapshot(running.model)) == []
+        plan = engine._build_call_plan(list(tensors), [len(tensors)])
+        experts = experts_state(running.model)
+        for factor in (1, 2):
+            engine.start_weight_update()
+            for chunk in plan.chunks:
+                came = {key: replayed(tensors[key[0]] * factor, key[1]) for key in chunk.keys}
+                engine._process_item(rdt._ProcItem(chunk=chunk, results=came, slot=0))
+            engine.finish_weight_update()
+            assert storage_of(running.model) == running.storage
+            assert differences(experts, experts_state(running.model)) == []
+            gates = {name: param for name, param in running.model.named_parameters() if name in tensors}
+            assert len(gates) > 3
+            assert all(torch.equal(param, tensors[name] * factor) for name, param in gates.items())
+
+
+def replayed(tensor: torch.Tensor, operations: Any) -> torch.Tensor:
+    """What a trainer sends: a tensor, sliced as the loader of the dry run sliced it."""
+    for name, arguments, named in operations:
+        tensor = getattr(tensor, name)(*arguments, **dict(named))
+    return tensor

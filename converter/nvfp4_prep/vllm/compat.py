@@ -13,16 +13,18 @@ What a probe cannot find stands in :data:`nvfp4_prep.vllm.versions.TESTED`. Know
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from nvfp4_prep.serving.cooperation import Alone, ServerRanks, server_ranks
 
-__all__ = ["activation_override", "normalized_source", "tensor_parallel_ranks"]
+__all__ = ["activation_override", "is_placeholder", "normalized_source", "tensor_parallel_ranks"]
 
 _MIXED = "modelopt_mixed"
 
@@ -30,6 +32,15 @@ _MIXED = "modelopt_mixed"
 def activation_override(quant_config: Any) -> Any:
     """Return the activation override asked for on the experts, ``None`` where vLLM has none or knows of none."""
     return getattr(quant_config, "moe_activation_override", None)
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no bytes and only records what a loader does with it.
+
+    The transfer engine ``sharded_rdt`` gives such tensors to the loaders once, and repeats their copies later.
+    """
+    module = sys.modules.get("vllm.distributed.weight_transfer.sharded_rdt_fake")
+    return module is not None and isinstance(tensor, module.FakeRDTTensor)
 
 
 def tensor_parallel_ranks() -> ServerRanks | Alone:

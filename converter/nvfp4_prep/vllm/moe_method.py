@@ -19,7 +19,6 @@ from nvfp4_prep.layouts import LAYOUTS, layout_of_backend
 from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.completeness import Completeness
 from nvfp4_prep.serving.placement import Placement
-from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.serving.relayout_at_load import RelayoutAtLoad
 from nvfp4_prep.vllm import reference_moe
 from nvfp4_prep.vllm.backend_choice import pin_backend, tell_choice
@@ -29,7 +28,7 @@ from nvfp4_prep.vllm.load_formats import check_load_format, publish_kernel_scale
 from nvfp4_prep.vllm.proof import prove_untested_version
 from nvfp4_prep.vllm.up_factor import UpFactor, refresh_trtllm_kernel
 from nvfp4_prep.vllm.updates import guard_loaders
-from nvfp4_prep.vllm.weight_loaders import load_into
+from nvfp4_prep.vllm.weight_loaders import LayerWeights, load_into
 from nvfp4_prep_kernels import UP_SCALE_VECTOR, MoeDims, MoeLayout
 
 __all__ = ["RELAYOUT_VARIABLE", "PreparedNvFp4MoEMethod"]
@@ -99,7 +98,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
         placement.check()
         self.relayout = self._relayout(placement)
         prove_untested_version(self, layer)
-        weights = PreparedWeights(placement)
+        weights = LayerWeights(placement)
         for name in weights.names:
             data = torch.empty(placement.local_shape(name), dtype=placement.dtype(name))
             param = torch.nn.Parameter(data, requires_grad=False)
@@ -124,7 +123,7 @@ class PreparedNvFp4MoEMethod(ModelOptNvFp4FusedMoE):  # type: ignore[misc]
                 where=self.layer_name,
                 next_step="Load the prepared checkpoint itself, with --load-format auto.",
             )
-        weights: PreparedWeights = layer.nvfp4_prep
+        weights: LayerWeights = layer.nvfp4_prep
         first = self.moe_kernel is None
         self.completeness.check(weights, reload=not first)
         if self.relayout is not None:

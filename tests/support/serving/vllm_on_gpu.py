@@ -35,8 +35,8 @@ def bring_up() -> None:
 
     Replaced where vLLM's kernels cannot be loaded: the modules that register them (by empty ones), two activations and
     the routers' top-k (by torch), the fused grouped top-k (by vLLM's own torch code), the answers what CUTLASS's
-    kernels support (nothing). Always: the subprocess in which model classes are inspected, and torch.compile (off: it
-    would be most of the tests' time).
+    kernels support (nothing), functions that an older NCCL has not (left out). Always: the subprocess in which model
+    classes are inspected, and torch.compile (off: it would be most of the tests' time).
     """
     os.environ |= {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     missing = not _importable(_KERNELS[0])
@@ -48,6 +48,7 @@ def bring_up() -> None:
     assert current_platform.is_cuda(), f"vLLM takes this machine for {current_platform}"
     if missing:
         _stand_in_for_kernels()
+        _do_without_newest_nccl()
     import vllm.model_executor.models.registry as registry
 
     from nvfp4_prep.vllm import register
@@ -77,6 +78,14 @@ def _stand_in_for_kernels() -> None:
     for name in vars(ops):
         if name.startswith("cutlass_") and "support" in name:
             setattr(ops, name, lambda *_: False)
+
+
+def _do_without_newest_nccl() -> None:
+    """vLLM takes a library without these functions, which nothing here calls, for none, and transfers nothing."""
+    from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    newest = ("ncclCommSuspend", "ncclCommResume")
+    NCCLLibrary.exported_functions = [each for each in NCCLLibrary.exported_functions if each.name not in newest]
 
 
 def _silu_and_mul(out: torch.Tensor, gate_and_up: torch.Tensor) -> None:

@@ -10,8 +10,8 @@ and what the machine has already is left out. The machine needs torch and pytest
     python3 -m pip install --no-index --no-deps --target site wheels/*.whl  # there, in this repository, with wheels/
     PYTHONPATH=site:converter:kernels:tests python3 -m pytest -q -s tests/vllm_gpu
 
-With vLLM 0.33.0 packed like this, on one H100 80GB (torch 2.11.0, driver 580.159.04, 2026-11-27): 16 passed, without the tests of new
-weights; of those, three with a file in the CuteDSL layout passed on two (NCCL 2.28.9).
+With vLLM 0.33.0 packed like this (torch 2.11.0, NCCL 2.28.9, driver 580.159.04, 2026-11-27): on one H100 80GB the 16
+tests without new weights passed, on two H100 those of new weights with a file in the CuteDSL layout.
 """
 
 from __future__ import annotations

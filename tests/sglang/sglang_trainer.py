@@ -163,3 +163,68 @@ def train(sent: str, selections: list[list[str]], port: int) -> None:
             continue
         for tensor in chosen.values():
             torch.distributed.broadcast(tensor, src=0, group=group)
+
+
+def serve_draft(rank: int, meeting: str, target: str, draft: str, **options: Any) -> dict[str, Any]:
+    """One rank of a server with a stock target and a prepared draft model, whose updates fail in rank 1's target.
+
+    Returns:
+        What SGLang's scheduler answers to each of :data:`SCHEDULED`.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    args = make_server_args(Path(target), **options)
+    with rank_of(args, rank, meeting):
+        _, of_target = load_for_updates(args)
+        _, of_draft = load_for_updates(args, draft=True, directory=Path(draft))
+        answers = {}
+        for way, update in SCHEDULED.items():
+            answers[way] = update(rank, of_target, of_draft)
+            torch.distributed.barrier(group=get_parallel().tp_group.cpu_group)
+        return answers
+
+
+def _of_both(call: Callable[[Any], tuple[bool, str]], *updaters: Any) -> Any:
+    """As SGLang's scheduler: the draft model after its target, if that took the call."""
+    answer = (True, "")
+    for updater in updaters:
+        try:
+            answer = call(updater)
+        except Exception as error:  # it ends the process
+            return f"ends: {error}"
+        if not answer[0]:
+            break
+    return answer
+
+
+def _tensors(rank: int, target: Any, draft: Any) -> Any:
+    named = [("model.norm.weight", torch.zeros(3 if rank else 256, dtype=torch.bfloat16))]
+    return _of_both(lambda updater: updater.update_weights_from_tensor(named), target, draft)
+
+
+def _broadcast(rank: int, target: Any, draft: Any) -> Any:
+    named = [("model.norm.weight", torch.zeros(3 if rank else 256, dtype=torch.bfloat16))]
+    return _of_both(lambda updater: updater.load_weights_from_distributed(named), target, draft)
+
+
+def _not_received(rank: int, target: Any, draft: Any) -> Any:
+    named: Any = []
+    if rank:
+        try:
+            named = target.receive_weights_from_distributed(names=[], dtypes=[], shapes=[], group_name="nobody's")
+        except Exception as error:
+            return False, f"Failed to receive weights: {error}"  # as SGLang's scheduler
+    return _of_both(lambda updater: updater.load_weights_from_distributed(named), target, draft)
+
+
+def _disk(rank: int, target: Any, draft: Any) -> Any:
+    path = "/no such directory" if rank else str(target.model_config.model_path)
+    return _of_both(lambda updater: updater.update_weights_from_disk(path, "auto"), target, draft)
+
+
+SCHEDULED: dict[str, Callable[[int, Any, Any], Any]] = {
+    "tensors": _tensors,
+    "broadcast": _broadcast,
+    "not received": _not_received,
+    "disk": _disk,
+}

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, DRAFTED, Checkpoints, Model
-from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
+from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, DRAFTED, MODELS, Checkpoints, Model
+from sglang_on_cpu import load_for_updates, load_model, make_server_args, meeting_point, rank_of
 from sglang_running import renamed, without
 from sglang_states import differences, experts_state, snapshot
-from sglang_trainer import Named, experts_alone, sent_from
+from sglang_trainer import SCHEDULED, Named, experts_alone, sent_from, serve_draft
 
 from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR
 from nvfp4_prep.sglang.sources import served_by_any
@@ -123,3 +124,15 @@ def test_a_server_knows_its_own_models_alone(checkpoints: Checkpoints) -> None:
     }
     get_context().set_server_args(make_server_args(checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1]))
     assert served_by_any() == frozenset()
+
+
+def test_a_stock_target_that_fails_on_one_rank(checkpoints: Checkpoints, ranks: Any) -> None:
+    """The draft model's ranks do not wait for one whose target did not take the call."""
+    target, draft = checkpoints.get(MODELS["qwen3_moe"])[0], checkpoints.get(COMPRESSED_MTP, trtllm=True)[1]
+    options = {"tp_size": 2, "ep_size": 2, "moe_runner_backend": "flashinfer_trtllm"}
+    serve = partial(serve_draft, meeting=meeting_point(), target=str(target), draft=str(draft), **options)
+    first, second = ranks.each([partial(serve, rank) for rank in (0, 1)])
+    assert list(first) == list(second) == list(SCHEDULED)
+    for way, (success, message) in first.items():
+        assert not success and message.startswith("Rank 1 of 2: "), way
+        assert second[way] == (f"ends: {message.partition('Error: ')[2]}" if way == "tensors" else (success, message))

@@ -151,19 +151,21 @@ def dummy_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Let layers know that no tensors will arrive."""
     from nvfp4_prep.serving.completeness import Completeness
     from nvfp4_prep.sglang.layer_weights import demanding
-    from nvfp4_prep.sglang.sources import remember_directory
+    from nvfp4_prep.sglang.sources import note_model, remember_directory
 
     with demanding(Completeness.NOTHING):
         model = original(*args, **kwargs)
+    note_model(kwargs["model_config"])
     remember_directory(kwargs["model_config"])
     return model
 
 
 def load_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a model and refuse a stamped one that did not take all of its prepared layers."""
-    from nvfp4_prep.sglang.sources import folder_of
+    from nvfp4_prep.sglang.sources import folder_of, note_model
 
     config = kwargs["model_config"]
+    note_model(config)
     return check_model(original(loader, *args, **kwargs), config, loader, folder_of(loader, config))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,34 @@ __all__ = [
     "check_same_layout",
     "check_same_tensors",
     "folder_of",
+    "note_model",
     "remember_directory",
     "remember_listing",
     "served_by_any",
     "served_tensors",
+    "serves_prepared",
 ]
 
 _FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
 _SUFFIX = ".safetensors"
-_server: tuple[Any, list[updates.Tensors]] = (None, [])
+
+
+@dataclass
+class _Server:
+    """Prepared models of the server whose arguments count now; a process has one server.
+
+    Attributes:
+        args: its arguments.
+        prepared: whether it has one.
+        tensors: of each that was loaded from local files.
+    """
+
+    args: Any = None
+    prepared: bool = False
+    tensors: list[updates.Tensors] = field(default_factory=list)
+
+
+_server = _Server()
 
 
 def remember_listing(loader: Any, folder: str, files: Iterable[str]) -> None:
@@ -93,25 +113,36 @@ def served_tensors(model_config: Any) -> updates.Tensors | None:
     return found
 
 
+def note_model(model_config: Any) -> None:
+    """Note that the server has this model, if it is prepared."""
+    if adopted_stamp(model_config.hf_config) is not None:
+        _of_server().prepared = True
+
+
+def serves_prepared() -> bool:
+    """Return whether a model of this process's server is prepared: the target, or a draft model."""
+    return _server.prepared and _of_server().prepared
+
+
 def served_by_any() -> frozenset[str]:
     """Return the names of tensors of all prepared models of this process: the target and its draft models."""
-    return frozenset(name for tensors in _of_server() for name in tensors)
+    return frozenset(name for tensors in _of_server().tensors for name in tensors)
 
 
 def _remember(model_config: Any, found: updates.Tensors) -> updates.Tensors:
     """Return the tensors of a model's first load, which are kept."""
     if served_tensors(model_config) is None:
         setattr(model_config, _TENSORS, found)
-        _of_server().append(found)
+        _of_server().tensors.append(found)
     return vars(model_config)[_TENSORS]  # type: ignore[no-any-return]
 
 
-def _of_server() -> list[updates.Tensors]:
-    """Return the tensors of each prepared model of the server whose arguments count now; a process has one server."""
+def _of_server() -> _Server:
+    """Return what is known of the server whose arguments count now."""
     from sglang.srt.runtime_context import get_server_args
 
     global _server
     args = get_server_args()
-    if _server[0] is not args:
-        _server = (args, [])
-    return _server[1]
+    if _server.args is not args:
+        _server = _Server(args)
+    return _server

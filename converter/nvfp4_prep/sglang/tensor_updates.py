@@ -20,8 +20,9 @@ from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.sglang.arrivals import prepared_layers, tagged
 from nvfp4_prep.sglang.layer_weights import taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
+from nvfp4_prep.sglang.sources import serves_prepared
 from nvfp4_prep.sglang.tensor_checks import NEXT, WHERE, Checked, Named, check_has_data, check_tensors
-from nvfp4_prep.sglang.updates import End, agree, note_tensors
+from nvfp4_prep.sglang.updates import End, agree, answer_alike, goes_on, note_tensors
 
 __all__ = ["NotReceived", "load_broadcast", "load_tensors", "receive_broadcast", "refuse_ipc"]
 
@@ -42,13 +43,15 @@ class NotReceived:
 
 
 def load_tensors(original: Callable[..., Answer], updater: Any, named: Any, load_format: str | None) -> Answer:
-    """Load what came in process (``update_weights_from_tensor``); stock checkpoints pass through.
+    """Load what came in process (``update_weights_from_tensor``).
+
+    Stock checkpoints pass through; beside a prepared model their ranks answer alike.
 
     Raises:
         ServingError, LoadError: as :func:`_load`.
     """
     if adopted_stamp(updater.model_config.hf_config) is None:
-        return original(updater, named, load_format)
+        return answer_alike(lambda: original(updater, named, load_format))
     if load_format == "flattened_bucket":
         return _load(lambda tensors: original(updater, tensors, None), updater, lambda: _out_of_bucket(named), None)
     return _load(
@@ -61,7 +64,7 @@ def receive_broadcast(original: Callable[..., Any], updater: Any, *args: Any, **
 
     SGLang answers on such a rank at once. The others would wait for it.
     """
-    if adopted_stamp(updater.model_config.hf_config) is None:
+    if not serves_prepared():
         return original(updater, *args, **kwargs)
     try:
         return original(updater, *args, **kwargs)
@@ -73,13 +76,17 @@ def receive_broadcast(original: Callable[..., Any], updater: Any, *args: Any, **
 def load_broadcast(
     original: Callable[..., Answer], updater: Any, named: Iterable[tuple[str, torch.Tensor]] | NotReceived
 ) -> Answer:
-    """Load what was broadcast (``update_weights_from_distributed``); stock checkpoints pass through.
+    """Load what was broadcast (``update_weights_from_distributed``).
+
+    Stock checkpoints pass through; beside a prepared model their ranks answer alike.
 
     Raises:
         ServingError, LoadError: as :func:`_load`.
     """
     if adopted_stamp(updater.model_config.hf_config) is None:
-        return (False, named.reason) if isinstance(named, NotReceived) else original(updater, named)
+        return answer_alike(
+            lambda: (False, named.reason) if isinstance(named, NotReceived) else original(updater, named)
+        )
     return _load(lambda tensors: original(updater, tensors), updater, lambda: _received(named), None)
 
 
@@ -94,7 +101,7 @@ def refuse_ipc(original: Callable[..., Answer], updater: Any, request: Any) -> A
         "update_weights_from_ipc cannot be checked before parameters are written, as prepared experts need it",
         next_step="Use update_weights_from_disk, update_weights_from_tensor or update_weights_from_distributed.",
     )
-    return False, _refused(updater, str(error))
+    return False, goes_on(updater, str(error))
 
 
 def _load(
@@ -117,7 +124,7 @@ def _load(
         end, message = End.UNTOUCHED, _words(error)
     end, message = agree(end, message, checked.names)
     if end is not End.UPDATED:
-        return False, _refused(updater, message)
+        return False, goes_on(updater, message)
     note_tensors(updater.model_config)
     if checked.others or not checked.experts:
         end, message = _load_others(load, checked.others)
@@ -207,8 +214,3 @@ def _words(error: Exception) -> str:
             f"an update cannot be unpacked or checked ({type(error).__name__}: {error})", where=WHERE, next_step=NEXT
         )
     return str(error)
-
-
-def _refused(updater: Any, message: str) -> str:
-    who = "The draft model" if updater.model_config.is_draft_model else "The server"
-    return f"{message.rstrip('.')}. {who} goes on with the former weights."

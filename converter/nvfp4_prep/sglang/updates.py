@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -24,9 +25,10 @@ from nvfp4_prep.serving.placement import STORED_TENSORS
 from nvfp4_prep.sglang.arrivals import prepared_layers
 from nvfp4_prep.sglang.layer_weights import demanding, taking
 from nvfp4_prep.sglang.source_config import adopted_stamp
+from nvfp4_prep.sglang.sources import serves_prepared
 from nvfp4_prep_kernels import UP_SCALE_VECTOR
 
-__all__ = ["End", "agree", "begin_reading", "note_tensors", "update_or_restore"]
+__all__ = ["End", "agree", "answer_alike", "begin_reading", "goes_on", "note_tensors", "update_or_restore"]
 
 _ATTEMPT, _TENSORS_CAME, _FILTER = "nvfp4_prep_attempt", "nvfp4_prep_tensors_came", "weight_name_filter"
 _TEXT_NBYTES = 2048
@@ -70,7 +72,7 @@ def begin_reading(source: Any) -> None:
 def update_or_restore(original: Update, updater: Any, model_path: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Update a stamped checkpoint's model on all tensor-parallel ranks, or load the former weights again on all.
 
-    Stock checkpoints pass through.
+    Stock checkpoints pass through; beside a prepared model their ranks answer alike.
 
     Returns:
         SGLang's answer: whether the update succeeded, and why not.
@@ -81,7 +83,8 @@ def update_or_restore(original: Update, updater: Any, model_path: str, *args: An
     """
     config = updater.model_config
     if adopted_stamp(config.hf_config) is None:
-        return original(updater, model_path, *args, **kwargs)
+        update = partial(original, updater, model_path, *args, **kwargs)
+        return update() if kwargs.get(_FILTER) is not None else answer_alike(update)
     if kwargs.get(_FILTER) is not None:
         return _reload_layers(original, updater, *args, **kwargs)
     former = config.model_path
@@ -107,7 +110,36 @@ def update_or_restore(original: Update, updater: Any, model_path: str, *args: An
             next_step="The server ends, because it would answer from a mixture. Start it again.",
         )
     again = ", which were loaded again" if worst is End.BROKEN else ""
-    return False, f"{message.rstrip('.')}. The server goes on with the former weights{again}."
+    return False, goes_on(updater, message, again)
+
+
+def goes_on(updater: Any, message: str, again: str = "") -> str:
+    """Return the answer to an update that leaves a model as it was."""
+    who = "The draft model" if updater.model_config.is_draft_model else "The server"
+    return f"{message.rstrip('.')}. {who} goes on with the former weights{again}."
+
+
+def answer_alike(update: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+    """Update a stock checkpoint's model; beside a prepared model all tensor-parallel ranks give the same answer.
+
+    SGLang gives a call to a draft model where its target took it. The ranks of a prepared draft model would wait for
+    one whose stock target did not.
+
+    Raises:
+        LoadError: if a rank is missing.
+        Exception: what SGLang raises on this rank, as it does without this package.
+    """
+    if not serves_prepared():
+        return update()
+    cause: Exception | None = None
+    try:
+        success, message = update()
+    except Exception as error:
+        success, message, cause = False, f"{type(error).__name__}: {error}", error
+    end, message = agree(End.UPDATED if success else End.BROKEN, message)
+    if cause is not None:
+        raise cause
+    return end is End.UPDATED, message
 
 
 def note_tensors(model_config: Any) -> None:

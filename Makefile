@@ -16,6 +16,10 @@
 # make bench   every benchmark that this machine can run (with BENCH='--only load --memory /mnt/memory', some)
 # make figures  the figures of README and docs, from benchmarks/results
 
+# Most modules of the environments are never imported: Python compiles those that are, and keeps that.
+INSTALL := pip install -q --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -27,7 +31,7 @@ FUZZ_SECONDS ?= 120
 VENV_PYTHON = $(VENV)-$(notdir $(PYTHON))
 VENV_VLLM ?= .venv-vllm
 STAMP_VLLM := $(VENV_VLLM)/.installed
-PIP_VLLM := $(VENV_VLLM)/bin/python -m pip install -q --disable-pip-version-check
+PIP_VLLM := $(VENV_VLLM)/bin/python -m $(INSTALL)
 NEWEST_VLLM := 0.33.0
 VLLM ?= $(NEWEST_VLLM)
 VENV_ENGINE ?= .venv-engine
@@ -40,8 +44,8 @@ VENV_DIST ?= .venv-dist
 STAMP_DIST := $(VENV_DIST)/.installed
 VENV_SGLANG ?= .venv-sglang
 STAMP_SGLANG := $(VENV_SGLANG)/.installed
-PIP_SGLANG := $(VENV_SGLANG)/bin/python -m pip install -q --disable-pip-version-check
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP_SGLANG := $(VENV_SGLANG)/bin/python -m $(INSTALL)
+PIP := $(BIN)/python -m $(INSTALL)
 
 .PHONY: setup demo test test-fast test-python test-hub1 test-vllm try-vllm test-engine test-sglang test-faults fuzz check \
 	docs dist bench figures clean
@@ -68,7 +72,7 @@ test-fast: $(STAMP)
 # without torch is run. tests/conftest.py needs torch, so it is left out.
 test-python:
 	$(PYTHON) -m venv --clear $(VENV_PYTHON)
-	$(VENV_PYTHON)/bin/python -m pip install -q --disable-pip-version-check click tqdm jinja2 pytest
+	$(VENV_PYTHON)/bin/python -m $(INSTALL) click tqdm jinja2 pytest
 	$(VENV_PYTHON)/bin/python -m compileall -q converter kernels
 	PYTHONPATH=$(CURDIR)/converter:$(CURDIR)/kernels $(VENV_PYTHON)/bin/python -m pytest -q --noconftest \
 		tests/test_import_rules.py tests/_util/test_progress.py tests/cli/test_lazy_commands.py tests/report/test_page.py
@@ -86,7 +90,7 @@ $(VENV_VLLM)-%/.installed: $(STAMP_VLLM)
 	$(PYTHON) -m venv --clear $(@D)
 	$(VENV_VLLM)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest-environment.pth
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-installed vllm==$*
+	$(@D)/bin/python -m $(INSTALL) --no-deps --ignore-installed vllm==$*
 	touch $@
 
 test-vllm: $(ENV_VLLM)/.installed
@@ -100,8 +104,8 @@ try-vllm: $(ENV_VLLM)/.installed
 # The builds of torchvision, torchaudio and torchcodec do not fit this torch.
 $(STAMP_ENGINE): pyproject.toml tests/engine/requirements-engine.txt
 	test -x $(VENV_ENGINE)/bin/python || $(PYTHON) -m venv $(VENV_ENGINE)
-	$(VENV_ENGINE)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r tests/engine/requirements-engine.txt
-	$(VENV_ENGINE)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	$(VENV_ENGINE)/bin/python -m $(INSTALL) --no-deps -r tests/engine/requirements-engine.txt
+	$(VENV_ENGINE)/bin/python -m $(INSTALL) --no-deps -e .
 	touch $@
 
 test-engine: $(STAMP_ENGINE)
@@ -122,7 +126,7 @@ test-sglang: $(STAMP_SGLANG)
 # An environment with the older client alone; everything else is found in the main one, behind it.
 $(STAMP1): $(STAMP)
 	$(PYTHON) -m venv --clear $(VENV1)
-	$(VENV1)/bin/python -m pip install -q --disable-pip-version-check 'huggingface-hub>=1.31,<2'
+	$(VENV1)/bin/python -m $(INSTALL) 'huggingface-hub>=1.31,<2'
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(VENV1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main-environment.pth
 	touch $@
@@ -144,7 +148,7 @@ check: $(STAMP)
 
 $(STAMP_DOCS): docs/site/requirements.txt
 	test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
-	$(VENV_DOCS)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r docs/site/requirements.txt
+	$(VENV_DOCS)/bin/python -m $(INSTALL) --no-deps -r docs/site/requirements.txt
 	touch $@
 
 docs: $(STAMP_DOCS)
@@ -152,7 +156,7 @@ docs: $(STAMP_DOCS)
 
 $(STAMP_DIST): .ci/requirements-dist.txt
 	test -x $(VENV_DIST)/bin/python || $(PYTHON) -m venv $(VENV_DIST)
-	$(VENV_DIST)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r .ci/requirements-dist.txt
+	$(VENV_DIST)/bin/python -m $(INSTALL) --no-deps -r .ci/requirements-dist.txt
 	touch $@
 
 dist: $(STAMP_DIST)

@@ -15,7 +15,7 @@ from sglang_compare import failing_once
 from sglang_on_cpu import load_for_updates, load_model, make_server_args, rank_of
 from sglang_states import differences, snapshot
 
-from nvfp4_prep.serving.stamp_tensor import stamp_tensor
+from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR, stamp_tensor
 
 Named = dict[str, torch.Tensor]
 GROUP = "trainer"
@@ -42,6 +42,10 @@ def experts_alone(named: Named) -> Named:
 
 def others_alone(named: Named) -> Named:
     return {name: tensor for name, tensor in named.items() if name not in experts_alone(named)}
+
+
+def layer(named: Named, number: int) -> Named:
+    return {name: tensor for name, tensor in named.items() if f"layers.{number}." in name or name == STAMP_TENSOR}
 
 
 def without_scales_of_the_last_layer(named: Named) -> Named:
@@ -182,6 +186,34 @@ def serve_draft(rank: int, meeting: str, target: str, draft: str, **options: Any
             answers[way] = update(rank, of_target, of_draft)
             torch.distributed.barrier(group=get_parallel().tp_group.cpu_group)
         return answers
+
+
+def serve_draft_on_the_last_stage(
+    rank: int, meeting: str, target: str, draft: str, sent: dict[str, int], **options: Any
+) -> tuple[list[tuple[bool, str]], list[str]]:
+    """One pipeline stage of two of a prepared target, whose draft model is on the last stage alone.
+
+    Args:
+        sent: checkpoints, of each of which one layer's experts come, in one call.
+
+    Returns:
+        What each model of this stage answers, and what is changed in them.
+    """
+    from sglang.srt.speculative.spec_utils import draft_pp_context
+
+    named: Named = {}
+    for directory, number in sent.items():
+        named |= layer(experts_alone(sent_from(directory)), number)
+    args = make_server_args(Path(target), pp_size=2, speculative_draft_model_path=draft, **options)
+    with rank_of(args, rank, meeting):
+        loaded = [load_for_updates(args)]
+        if rank == 1:
+            with draft_pp_context():
+                loaded.append(load_for_updates(args, draft=True, directory=Path(draft)))
+        before = [snapshot(model) for model, _ in loaded]
+        answers = [updater.update_weights_from_tensor(list(named.items())) for _, updater in loaded]
+        pairs = zip(before, loaded, strict=True)
+        return answers, [name for first, (model, _) in pairs for name in differences(first, snapshot(model))]
 
 
 def _of_both(call: Callable[[Any], tuple[bool, str]], *updaters: Any) -> Any:

@@ -14,9 +14,15 @@ from sglang_models import COMPRESSED_MTP, COMPRESSED_QWEN, DRAFTED, MODELS, Chec
 from sglang_on_cpu import load_for_updates, load_model, make_server_args, meeting_point, rank_of
 from sglang_running import renamed, without
 from sglang_states import differences, experts_state, snapshot
-from sglang_trainer import SCHEDULED, Named, experts_alone, sent_from, serve_draft
+from sglang_trainer import (
+    SCHEDULED,
+    experts_alone,
+    layer,
+    sent_from,
+    serve_draft,
+    serve_draft_on_the_last_stage,
+)
 
-from nvfp4_prep.serving.stamp_tensor import STAMP_TENSOR
 from nvfp4_prep.sglang.sources import served_by_any
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -70,10 +76,6 @@ def both(plugin: None, checkpoints: Checkpoints) -> Iterator[dict[str, tuple[Any
     with rank_of(args):
         loaded = load_for_updates(args)
         yield {"target": loaded, "draft": load_for_updates(args, draft=True, directory=draft)}
-
-
-def layer(named: Named, number: int) -> Named:
-    return {name: tensor for name, tensor in named.items() if f"layers.{number}." in name or name == STAMP_TENSOR}
 
 
 TARGETS, DRAFTS = 0, 3
@@ -136,3 +138,22 @@ def test_a_stock_target_that_fails_on_one_rank(checkpoints: Checkpoints, ranks: 
     for way, (success, message) in first.items():
         assert not success and message.startswith("Rank 1 of 2: "), way
         assert second[way] == (f"ends: {message.partition('Error: ')[2]}" if way == "tensors" else (success, message))
+
+
+def test_a_draft_model_on_the_last_stage_alone(checkpoints: Checkpoints, ranks: Any) -> None:
+    """The stages before know its names: otherwise they would refuse what the last one takes."""
+    target, draft = (checkpoints.get(tiny, trtllm=True)[1] for tiny in (COMPRESSED_QWEN, COMPRESSED_MTP))
+    sent = {
+        str(checkpoints.get(replace(tiny, family=family), trtllm=True)[1]): number
+        for tiny, family, number in (
+            (COMPRESSED_QWEN, "other_qwen", TARGETS),
+            (COMPRESSED_MTP, "other_mtp", DRAFTS),
+        )
+    }
+    serve = partial(
+        serve_draft_on_the_last_stage, meeting=meeting_point(), target=str(target), draft=str(draft), sent=sent
+    )
+    (answers, changed), (last_answers, last_changed) = ranks.each([partial(serve, rank) for rank in (0, 1)])
+    assert (answers, last_answers) == ([(True, "Success")], [(True, "Success")] * 2)
+    assert {name.partition("/")[0] for name in changed} == {"model.layers.0.mlp.experts"}
+    assert {name.partition("/")[0] for name in last_changed} == {"model.decoder.mlp.experts"}

@@ -12,8 +12,8 @@ from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.safetensors_header import read_header
-from nvfp4_prep.errors import SourceError
-from nvfp4_prep.prepared.stamp import Stamp
+from nvfp4_prep.errors import NvfpPrepError, SourceError
+from nvfp4_prep.prepared.stamp import Stamp, stamp_in
 from nvfp4_prep.serving import updates
 from nvfp4_prep.sglang.source_config import adopted_stamp
 
@@ -41,11 +41,13 @@ class _Server:
         args: its arguments.
         prepared: whether it has one.
         tensors: of each that was loaded from local files.
+        of_last_stage: of the draft model that the last pipeline stage alone holds; None before they were asked for.
     """
 
     args: Any = None
     prepared: bool = False
     tensors: list[updates.Tensors] = field(default_factory=list)
+    of_last_stage: updates.Tensors | None = None
 
 
 _server = _Server()
@@ -102,9 +104,8 @@ def remember_directory(model_config: Any) -> None:
     directory = Path(str(model_config.model_path))
     if adopted_stamp(model_config.hf_config) is None or not directory.is_dir():
         return
-    with contextlib.suppress(SourceError), contextlib.closing(LocalSource(directory)) as source:
-        found = read_index(source).tensors
-        _remember(model_config, {name: (each.dtype, each.shape) for name, each in found.items()})
+    with contextlib.suppress(SourceError):
+        _remember(model_config, _read_tensors(directory))
 
 
 def served_tensors(model_config: Any) -> updates.Tensors | None:
@@ -125,8 +126,36 @@ def serves_prepared() -> bool:
 
 
 def served_by_any() -> frozenset[str]:
-    """Return the names of tensors of all prepared models of this process: the target and its draft models."""
-    return frozenset(name for tensors in _of_server().tensors for name in tensors)
+    """Return the names of tensors of all prepared models of this server: the target and its draft models.
+
+    A draft model that another pipeline stage holds counts if its directory is a local one: all stages refuse the same.
+    """
+    server = _of_server()
+    if server.of_last_stage is None:
+        server.of_last_stage = _tensors_in(_draft_of_last_stage())
+    return frozenset(name for tensors in (*server.tensors, server.of_last_stage) for name in tensors)
+
+
+def _draft_of_last_stage() -> Path | None:
+    """Return the directory of the draft model's that the last pipeline stage holds, if this is another one."""
+    from sglang.srt.runtime_context import get_parallel, get_spec
+
+    path = get_spec().speculative_draft_model_path
+    stages = int(get_parallel().pp_size)
+    return Path(path) if path and stages > 1 and not get_parallel().pp_group.is_last_rank else None
+
+
+def _tensors_in(directory: Path | None) -> updates.Tensors:
+    """Return the tensors of a prepared checkpoint in a local directory; none of any other."""
+    with contextlib.suppress(NvfpPrepError):
+        if directory is not None and stamp_in(updates.read_config(directory)) is not None:
+            return _read_tensors(directory)
+    return {}
+
+
+def _read_tensors(directory: Path) -> updates.Tensors:
+    with contextlib.closing(LocalSource(directory)) as source:
+        return {name: (each.dtype, each.shape) for name, each in read_index(source).tensors.items()}
 
 
 def _remember(model_config: Any, found: updates.Tensors) -> updates.Tensors:

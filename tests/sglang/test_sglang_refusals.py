@@ -146,6 +146,30 @@ def test_other_backends(copy: Callable[..., Path], backend: str) -> None:
     )
 
 
+def test_megamoe(copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel reads plain weights, whatever runner backend is named beside it."""
+    from sglang.srt.layers.moe.utils import MoeA2ABackend
+
+    monkeypatch.setattr(MoeA2ABackend, "is_megamoe", lambda _backend: True)
+    message = refusal(copy(trtllm=True), "--moe-a2a-backend megamoe")
+    assert "Leave --moe-a2a-backend megamoe out" in message
+
+
+@pytest.mark.parametrize("model", [QWEN, COMPRESSED_QWEN], ids=["modelopt", "compressed-tensors"])
+def test_a_gpu_before_blackwell(copy: Callable[..., Path], model: Any) -> None:
+    """SGLang itself refuses; for the source of ModelOpt it would have chosen Marlin, which reads other bytes."""
+    from sglang.srt.runtime_context import override_platform
+
+    args = make_server_args(copy(model, trtllm=True))
+    with (
+        override_platform(is_blackwell=False),
+        rank_of(args),
+        pytest.raises(ValueError, match="Current platform does not support NVFP4") as caught,
+    ):
+        load_model(args)
+    REFUSALS.append(("no Blackwell GPU (SGLang's own)", str(caught.value)))
+
+
 def test_deepep_with_the_standard_layout(copy: Callable[..., Path]) -> None:
     message = refusal(copy(), "DeepEP, standard layout", moe_a2a_backend="deepep", deepep_mode="low_latency")
     assert "reads the batched CuteDSL one" in message

@@ -68,7 +68,11 @@ def wanted_layout(stamp: Stamp, *, gated: bool, where: str) -> MoeLayout:
 
     backend = get_moe_runner_backend()
     if get_moe_a2a_backend().is_megamoe():
-        raise _other_backend("megamoe", where)
+        raise ServingError(
+            "prepared for FlashInfer's CuteDSL and TRTLLM kernels, but megamoe runs a kernel of its own",
+            where=where,
+            next_step="Leave --moe-a2a-backend megamoe out, or serve the source checkpoint (`nvfp4-prep restore`).",
+        )
     masked = is_flashinfer_cutedsl_v1_path()
     read = LayoutName.CUTEDSL_BATCHED if masked else SGLANG_FLAGS.get(backend.value)
     if read is None:

@@ -23,7 +23,7 @@ from sglang_trainer import (
     serve_draft_on_the_last_stage,
 )
 
-from nvfp4_prep.sglang.sources import served_by_any
+from nvfp4_prep.sglang.sources import served_by_any, serves_prepared
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -124,8 +124,21 @@ def test_a_server_knows_its_own_models_alone(checkpoints: Checkpoints) -> None:
     assert {TARGETS, DRAFTS} <= {
         number for number in range(8) for name in served_by_any() if f"layers.{number}." in name
     }
+    assert serves_prepared()
     get_context().set_server_args(make_server_args(checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1]))
-    assert served_by_any() == frozenset()
+    assert (served_by_any(), serves_prepared()) == (frozenset(), False)
+
+
+def test_what_a_draft_model_refuses_its_target_may_have_taken(
+    checkpoints: Checkpoints, both: dict[str, tuple[Any, Any]]
+) -> None:
+    """So its answer speaks of itself alone."""
+    directory = str(checkpoints.get(COMPRESSED_QWEN, trtllm=True)[1])
+    model, updater = both["draft"]
+    before = snapshot(model)
+    success, message = updater.update_weights_from_disk(directory, "auto")
+    assert not success and message.endswith(". The draft model goes on with the former weights.")
+    assert differences(before, snapshot(model)) == []
 
 
 def test_a_stock_target_that_fails_on_one_rank(checkpoints: Checkpoints, ranks: Any) -> None:

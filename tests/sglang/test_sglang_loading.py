@@ -20,6 +20,7 @@ from nvfp4_prep.checkpoint.filenames import EXPERTS_PREFIX, INDEX
 from nvfp4_prep.checkpoint.safetensors_header import read_header
 from nvfp4_prep.load import ExpertLoader, LoadOptions, WholeTensors, handle_of
 from nvfp4_prep.options import ConvertOptions
+from nvfp4_prep.sglang.sources import serves_prepared
 from nvfp4_prep_kernels import MoeLayout, PreparedTensor
 
 CUTEDSL, TRTLLM = "flashinfer_cutedsl", "flashinfer_trtllm"
@@ -249,6 +250,7 @@ def test_dummy_weights_need_no_files(checkpoints: Checkpoints, tmp_path: Path) -
         args = make_server_args(directory)
         with rank_of(args):
             states.append(experts_state(load_model(args, **load)))
+            assert serves_prepared()
     real, dummy = states
     assert dummy.keys() == real.keys()
     for name, value in real.items():

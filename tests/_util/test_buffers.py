@@ -15,6 +15,7 @@ from nvfp4_prep._util.buffers import BufferPool, byte_view, contiguous, crc32_ea
 MIB = 2**20
 
 
+@pytest.mark.slow
 def test_view_shares_memory_and_keeps_the_tensor_alive() -> None:
     tensor = torch.arange(1 << 16, dtype=torch.int32)
     alive = weakref.ref(tensor)

@@ -31,6 +31,7 @@ class Tags(HTMLParser):
         self.text += data + "\n"
 
 
+@pytest.mark.slow
 def test_every_result_has_a_picture_of_its_layers(sample_source: Path, sample_prepared: Path) -> None:
     made = plan(sample_source)
     for result, words in (

@@ -26,6 +26,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_whole_life(sample_source: Path, tmp_path: Path) -> None:
     out, back = tmp_path / "out", tmp_path / "back"
     plan = run("convert", sample_source, out, "--dry-run")
@@ -42,6 +43,7 @@ def test_whole_life(sample_source: Path, tmp_path: Path) -> None:
     assert "tensors restored" in run("restore", out, back).output
 
 
+@pytest.mark.slow
 def test_json(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
     plan = json.loads(run("convert", sample_source, tmp_path / "out", "--dry-run", "--json").stdout)
     assert [layer["experts"] for layer in plan["layers"]] == [5, 5]
@@ -86,6 +88,7 @@ def test_failed_verification_has_its_exit_code(sample_prepared: Path, tmp_path: 
     assert "WRONG expert-scales.safetensors: is missing" in result.output
 
 
+@pytest.mark.slow
 def test_a_finished_target_is_not_called_right_without_a_look(
     sample_source: Path, sample_prepared: Path, tmp_path: Path
 ) -> None:

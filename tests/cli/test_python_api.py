@@ -62,6 +62,7 @@ def test_wrong_smoke_policy_is_refused(given: dict[str, object]) -> None:
         SmokePolicy(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_results_are_short_in_a_notebook(sample_source: Path, tmp_path: Path) -> None:
     result = convert(sample_source, tmp_path / "out")
     assert result.smoke is not None and result.smoke.passed

@@ -57,6 +57,7 @@ def whole(source: Path) -> dict[str, str]:
     return file_digests(convert(source, source.parent / "whole").path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cuts", slow_after(1, [["5", "1,3", "2,4"], ["1/3", "2/3", "3/3"], ["1-2", "3-5"], ["0-3", "2-99"]])
 )
@@ -201,6 +202,7 @@ def test_files_of_two_writers_never_share_a_name(source: Path, tmp_path: Path, m
     assert (tmp_path / "out" / "a").read_bytes() == b"one"
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_belong_together(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     convert_part(source, out, "1-3")
@@ -254,6 +256,7 @@ def test_selection_of_no_layer(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 def test_numbers_that_are_not_moe_layers_are_told(source: Path, tmp_path: Path, dry: list[str]) -> None:
     """A mistyped range would else pass in silence."""

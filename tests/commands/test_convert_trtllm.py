@@ -159,6 +159,7 @@ def test_stamp_and_inspection(tmp_path: Path) -> None:
     assert inspect(out).prepared_as["options"]["layout"] == "trtllm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LayoutName)
 def test_outputs_say_which_kernel_runs(tmp_path: Path, layout: LayoutName) -> None:
     """Plan, conversion, card and smoke run; the default names the kernel that servers choose by themselves."""

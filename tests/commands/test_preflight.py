@@ -75,6 +75,7 @@ def same_as_the_run(source: Path, out: Path, *options: str) -> str:
     return line(foreseen)
 
 
+@pytest.mark.slow
 def test_life_of_a_target(sample_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     assert line(run("convert", sample_source, out, "--dry-run")).startswith(f"target   {out} is new; ")
@@ -96,6 +97,7 @@ def held(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_refusals(sample_source: Path, tmp_path: Path) -> None:
     foreign, begun = tmp_path / "foreign", tmp_path / "begun"
     foreign.mkdir()
@@ -160,6 +162,7 @@ def test_parts_and_join(sample_source: Path, tmp_path: Path) -> None:
     assert "is complete already" in same_as_the_run(sample_source, out, "--layers", "1/2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing_nbytes", [0, 1])
 def test_the_plan_and_the_check_have_one_figure(
     sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing_nbytes: int

@@ -36,6 +36,7 @@ def tensor_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", slow_after(1, CHANGES))
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
 def test_equals_a_conversion_of_the_source(tmp_path: Path, changes: dict[str, Any], policy: GateUpPolicy) -> None:

@@ -26,6 +26,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", slow_after(1, OTHERS), ids=lambda other: "-".join(map(str, other.values())))
 @pytest.mark.parametrize("policy", slow_after(1, [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM]))
 @pytest.mark.parametrize("kind", slow_after(1, ["modelopt", "compressed-tensors"]))
@@ -90,6 +91,7 @@ def test_bytes_move_tile_by_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert set(moved) == expected
 
 
+@pytest.mark.slow
 def test_what_becomes_of_differing_scales_is_told_as_a_conversion_tells_it(tmp_path: Path) -> None:
     """Block scales are rescaled, and some rounded, on the way to one scale for both; on the way back none is."""
 
@@ -119,6 +121,7 @@ def test_what_becomes_of_differing_scales_is_told_as_a_conversion_tells_it(tmp_p
     assert "rescaled" not in run("verify", tmp_path / "trtllm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", [("trtllm", "cutedsl"), ("cutedsl", "trtllm")], ids="-".join)
 def test_a_repeated_relayout_knows_its_own_output(tmp_path: Path, layouts: tuple[str, str]) -> None:
     """Also where scales were rescaled on the way, and not the output of another checkpoint's relayout."""

@@ -193,6 +193,7 @@ def test_keys_of_a_later_version_in_the_stamp(copy: Path, where: tuple[str, ...]
     assert verify(copy, quick=True).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where",
     slow_after(

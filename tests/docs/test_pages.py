@@ -81,6 +81,7 @@ def test_format_version_of_the_page_is_the_program_s(sample_prepared: Path) -> N
     assert page.startswith(f"# The prepared-checkpoint format, version {manifest['format_version']}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the pages show a machine without a card")
 @pytest.mark.parametrize("page", slow_after(1, ["README.md", "docs/first-half-hour.md", "docs/runbook.md"]))
 def test_transcripts(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

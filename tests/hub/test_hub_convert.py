@@ -79,6 +79,7 @@ def test_bytes_equal_the_local_conversion_though_a_quarter_of_the_shards_fail(
     assert largest < watch.peak_nbytes <= room
 
 
+@pytest.mark.slow
 def test_a_conversion_cut_off_by_the_network_continues(
     hub: LoopbackHub, files: Files, local: Files, tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def oracle(layout: MoeLayout, tensor: PreparedTensor, parts: list[torch.Tensor])
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(layers(), st.sampled_from(list(PreparedTensor)), st.integers(0, 2**31))
 def test_apply_gives_the_formula_byte_by_byte(

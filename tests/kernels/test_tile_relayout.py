@@ -45,6 +45,7 @@ def conversions(draw: st.DrawFn) -> tuple[MoeLayout, MoeLayout, MoeDims]:
     return old.for_moe_tp(moe_tp), new.for_moe_tp(moe_tp), dims
 
 
+@pytest.mark.slow
 @BOTH
 @settings(max_examples=25, deadline=None)
 @given(conversions(), st.sampled_from(list(PreparedTensor)), st.integers(0, 2**31), st.booleans())

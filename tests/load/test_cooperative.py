@@ -126,6 +126,7 @@ class Counted:
         return report.counts.nbytes, reads
 
 
+@pytest.mark.slow
 def test_the_ranks_read_the_file_once_in_long_ranges(tmp_path: Path) -> None:
     written = write_checkpoint(tmp_path, LARGE, layers=(1, 2))
     outcomes, _ = run_ranks(Counted(tmp_path), 2, tmp_path)

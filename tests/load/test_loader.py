@@ -164,6 +164,7 @@ def test_layouts_with_other_patterns(tmp_path: Path, gated: bool, tp: int, verif
         assert_share(load_layer(tmp_path, 1, tp=(rank, tp), options=chosen), other)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     experts=st.lists(st.integers(0, DIMS.experts - 1), min_size=1, max_size=9),

@@ -172,6 +172,7 @@ def test_fewer_experts_than_the_config_promises(tmp_path: Path, model: Model) ->
         plan(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", slow_after(1, [m for m in MODELS if "K2.6" not in m.name]), ids=lambda model: model.name
 )

@@ -268,6 +268,7 @@ def test_no_experts() -> None:
     assert found.layers == found.others == ()
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_anything_dropped_renamed_or_reshaped_is_never_prepared_wrongly(data: st.DataObject) -> None:

@@ -91,6 +91,7 @@ def prepared(folder: Path) -> dict[str, object]:
     return {name: data for name, data in as_bytes(load_tensors(folder)).items() if ".routed_experts." in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", slow_after(5, SPELLINGS.values()), ids=SPELLINGS)
 def test_renamed_experts_give_the_same_bytes_and_come_back(tmp_path: Path, spelling: Spelling) -> None:
     renamed = source(tmp_path / "renamed", spelling)
@@ -106,6 +107,7 @@ def test_renamed_experts_give_the_same_bytes_and_come_back(tmp_path: Path, spell
     assert as_bytes(load_tensors(back)) == as_bytes(load_tensors(renamed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["projection first modelopt", "fused compressed-tensors"])
 def test_relayout_of_renamed_experts(tmp_path: Path, name: str) -> None:
     spelling = SPELLINGS[name]

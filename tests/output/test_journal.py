@@ -97,6 +97,7 @@ def interrupt(source: Path, out: Path) -> Path:
     return out / WORK_FOLDER / "journal.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"sha256": None}, {"sha256": 7}, {"digests": None}, {"digests": {"k": 1}}, {"facts": [None]}, {"facts": 3}],
@@ -113,6 +114,7 @@ def test_files_of_wrong_entries_are_made_again(
     assert file_digests(tmp_path / "out") == file_digests(sample_prepared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"digests": {}}, {"facts": []}, {"facts": [{"tensor": "w2_weight", "crc32": [1]}]}], ids=str
 )

@@ -77,6 +77,7 @@ def test_verify_writes_nothing_into_what_it_verifies(
     assert content(copy) == before and not (sample_source / "new.html").exists()
 
 
+@pytest.mark.slow
 def test_only_a_report_is_replaced(sample_prepared: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     command = ("verify", sample_prepared, "--smoke", "--sample", 1, "--layers", 1, "-q", "--report", page)
@@ -159,6 +160,7 @@ def test_hub_ids_are_no_directories(tmp_path: Path) -> None:
     check_report_path(tmp_path / "page.html", "alice/model", "hf://alice/model@main", None)
 
 
+@pytest.mark.slow
 def test_a_plain_report_still_comes(sample_source: Path, tmp_path: Path) -> None:
     assert run("convert", sample_source, tmp_path / "out", "-q", "--report", tmp_path / "page.html").exit_code == 0
     assert "Passed" in (tmp_path / "page.html").read_text()

@@ -87,6 +87,7 @@ def test_each_small_file_is_bounded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [ConvertOptions(), ConvertOptions(gate_up_scales="vllm"), ConvertOptions(layout="trtllm")],  # type: ignore[arg-type]

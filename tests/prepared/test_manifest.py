@@ -56,6 +56,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_anything_else_is_a_checkpoint_error(raw: bytes, data: st.DataObject) -> None:

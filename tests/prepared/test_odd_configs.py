@@ -23,6 +23,7 @@ def nested(depth: int, kind: str) -> Any:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "added",
     slow_after(

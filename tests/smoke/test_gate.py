@@ -195,6 +195,7 @@ def test_damage_is_damage_without_the_source_too(tmp_path: Path, what: str) -> N
     assert run("verify", out, "--smoke", "-q") == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", slow_after(1, [KeyboardInterrupt, MemoryError, RuntimeError]))
 def test_a_verdict_stands_from_the_moment_a_layer_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
@@ -318,6 +319,7 @@ def scale_all(source: Path, leaf: str, factor: float) -> None:
         save_file(tensors | scaled, shard, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("leaf", "factor", "result", "why"),
     slow_after(
@@ -419,6 +421,7 @@ def test_a_smoke_run_that_cannot_be_made_fails_before_the_first_byte(
     assert sorted((tmp_path / "out").rglob("*")) == before and part.path in before
 
 
+@pytest.mark.slow
 def test_the_advice_of_a_failed_join_can_be_followed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

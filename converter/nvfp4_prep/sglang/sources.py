@@ -137,7 +137,7 @@ def served_by_any() -> frozenset[str]:
 
 
 def _draft_of_last_stage() -> Path | None:
-    """Return the directory of the draft model's that the last pipeline stage holds, if this is another one."""
+    """Return the draft model's directory, if the last pipeline stage holds that model and this is another stage."""
     from sglang.srt.runtime_context import get_parallel, get_spec
 
     path = get_spec().speculative_draft_model_path

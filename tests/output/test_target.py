@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +84,42 @@ def test_restart_deletes_only_what_the_earlier_run_wrote(tmp_path: Path) -> None
 def fail(target: Target) -> None:
     with target:
         raise NoSpaceError("not enough space")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("late", [False, True], ids=["before the look", "after the look"])
+@pytest.mark.parametrize("theirs", [b"same", b"longer"])
+def test_file_that_was_in_the_way_is_never_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: bytes, late: bool, restart: bool
+) -> None:
+    """The run that met it ends, and the next one neither takes it for finished nor replaces or deletes it."""
+    out = tmp_path / "out"
+    move = TargetRoot.move
+
+    def overtaken(self: TargetRoot, old: str, new: str, **options: Any) -> None:
+        (out / "b").write_bytes(theirs)
+        move(self, old, new, **options)
+
+    with Target.open(out, IDENTITY) as target:
+        write(target, "a", b"123")
+        if late:
+            monkeypatch.setattr(TargetRoot, "move", overtaken)
+        else:
+            (out / "b").write_bytes(theirs)
+        with pytest.raises(TargetError, match="would replace a file that another program put there"):
+            write(target, "b", b"ours")
+    monkeypatch.undo()
+    with Target.open(out, IDENTITY, restart=restart) as target:
+        assert "b" not in target.done
+        with pytest.raises(TargetError, match="something else"):
+            target.check_names(["a", "b"])
+        with pytest.raises(TargetError, match="would replace"):
+            write(target, "b", b"ours")
+    assert (out / "b").read_bytes() == theirs
+    (out / "b").unlink()
+    with Target.open(out, IDENTITY) as target:
+        write(target, "b", b"ours")
+        assert "b" in target.done
 
 
 def test_run_that_wrote_no_file_leaves_nothing(tmp_path: Path) -> None:

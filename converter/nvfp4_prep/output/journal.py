@@ -25,6 +25,7 @@ __all__ = [
     "check_identity",
     "due_verdicts",
     "finished_files",
+    "foreign_line",
     "named_files",
     "read_journal",
     "wrong_verdict",
@@ -33,6 +34,7 @@ __all__ = [
 _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
 _DIGESTS = ("headers", "output")
+_FOREIGN = "foreign"
 _ONLY_RESTART = "Only --restart helps: it discards that run and begins anew."
 LOST_VERDICT: Mapping[str, Any] = {"verdict": "lost"}
 """The line which says that a verdict may have stood where the journal is damaged: on any layer, and any expert."""
@@ -94,8 +96,19 @@ def read_journal(root: TargetRoot) -> Journal:
 
 def named_files(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names that a run gave, or was about to give, to files of its own, finished or not."""
-    found = (line.get("file", line.get("made")) for line in lines)
-    return [name for name in found if isinstance(name, str) and _is_ours(name)]
+    names: dict[str, None] = {}
+    for line in lines:
+        name, foreign = line.get("file", line.get("made")), line.get(_FOREIGN)
+        if isinstance(name, str) and _is_ours(name):
+            names[name] = None
+        elif isinstance(foreign, str):
+            names.pop(foreign, None)
+    return list(names)
+
+
+def foreign_line(name: str) -> dict[str, Any]:
+    """Return the line which takes back what an earlier one says of a name: somebody else's file had it first."""
+    return {_FOREIGN: name}
 
 
 def _is_ours(name: str) -> bool:
@@ -119,6 +132,8 @@ def finished_files(
     """
     done: dict[str, JournalEntry] = {}
     for line in lines:
+        if isinstance(foreign := line.get(_FOREIGN), str):
+            done.pop(foreign, None)
         entry = JournalEntry.parse(line)
         if entry is None or not _is_ours(entry.file):
             if "file" in line:

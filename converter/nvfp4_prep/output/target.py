@@ -25,6 +25,7 @@ from nvfp4_prep.output.journal import (
     check_identity,
     due_verdicts,
     finished_files,
+    foreign_line,
     named_files,
     read_journal,
     wrong_verdict,
@@ -257,21 +258,31 @@ class Target:
         temporary = f"{self._writing}/{name}"
 
         def put_in_place(entry: Mapping[str, Any] | None, status: os.stat_result) -> None:
-            # Noted first: a file that has its name and that the journal does not know is not ours.
-            self.note({"made": name} if entry is None else {"file": name, "nbytes": nbytes, **entry})
-            self._move(temporary, name, status)
+            line = {"made": name} if entry is None else {"file": name, "nbytes": nbytes, **entry}
+            self._place(line, temporary, name, status)
 
         return AtomicFile(self._root, temporary, nbytes, put_in_place)
 
-    def _move(self, old: str, name: str, status: os.stat_result, root: TargetRoot | None = None) -> None:
+    def _place(
+        self,
+        line: Mapping[str, Any] | JournalEntry,
+        old: str,
+        name: str,
+        status: os.stat_result,
+        root: TargetRoot | None = None,
+    ) -> None:
+        """Note a whole file and give it its name; what must stay there is refused before the journal has that name."""
         now, seen = self._root.status(name), self._seen.get(name)
         own = name in self._ours or (seen is not None and file_change(seen, now) is None)
+        replace = own or (now is not None and have_same_bytes(root or self._root, old, self._root, name))
+        if now is not None and not replace:
+            raise self._in_the_way(name)
+        self.note(line)  # first: a file that has its name and that the journal does not know is not ours
         try:
-            self._root.move(old, name, replace=own, root=root)
+            self._root.move(old, name, replace=replace, root=root)
         except FileExistsError as error:
-            if not have_same_bytes(root or self._root, old, self._root, name):
-                raise self._in_the_way(name) from error
-            self._root.move(old, name, replace=True, root=root)
+            self.note(foreign_line(name))
+            raise self._in_the_way(name) from error
         self._seen[name] = status
         self._ours.discard(name)
 
@@ -287,8 +298,7 @@ class Target:
         try:
             if status is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            self.note(entry)
-            self._move(entry.file, entry.file, status, other._root)
+            self._place(entry, entry.file, entry.file, status, other._root)
         except OSError as error:
             raise translate_os_error(error, self.path / entry.file) from error
 

@@ -112,7 +112,7 @@ def test_a_strangers_file_that_looks_like_ours_stays(
     damage(stop(run, out, "check_files"), f'"file": "{EXPERTS}"'.encode(), how)
     flip(out / EXPERTS, (out / EXPERTS).stat().st_size - 1)
     mine = (out / EXPERTS).read_bytes()
-    for _ in range(2):  # the first run must not take it for its own: the second one would keep it, and --restart delete it
+    for _ in range(2):  # the first run must not take it for its own: the second would keep it, or --restart delete it
         with pytest.raises(TargetError, match="has other bytes than the file that was made for its place") as caught:
             run(out, restart=restart)
         assert (out / EXPERTS).read_bytes() == mine and not (out / "config.json").exists()

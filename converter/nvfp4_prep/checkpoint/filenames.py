@@ -16,6 +16,7 @@ __all__ = [
     "MANIFEST",
     "README",
     "SOURCE_SCALES",
+    "VERDICTS",
     "WORK_FOLDER",
     "FileKind",
     "is_safe_name",
@@ -34,6 +35,8 @@ README = "README.md"
 
 JOURNAL = "journal.jsonl"
 """In the work folder: what is written from what, and which files are finished."""
+VERDICTS = "verdicts"
+"""In the work folder: as many bytes as smoke tests found something wrong."""
 WORK_FOLDER = ".nvfp4_prep"
 """In a target that is being written: lock, journal, temporary files, downloads, parts."""
 FORMAT_VERSION = 1

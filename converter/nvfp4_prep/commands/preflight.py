@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvfp4_prep._util.places import overlaps
-from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
+from nvfp4_prep.checkpoint.filenames import JOURNAL, VERDICTS, WORK_FOLDER
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.finished_conversion import find_complete
 from nvfp4_prep.commands.part_checks import (
@@ -313,7 +313,7 @@ def _freed_nbytes(path: Path, *, restart: bool) -> int:
     for file in (Path(folder) / name for folder, _, names in os.walk(path) for name in names):
         places = file.relative_to(path).parts
         in_work = places[0] == WORK_FOLDER and len(places) > 1
-        if in_work and places[1] in (LOCK, JOURNAL, SOURCE_FOLDER):
+        if in_work and places[1] in (LOCK, JOURNAL, VERDICTS, SOURCE_FOLDER):
             continue
         if restart or (in_work and places[1] != PARTS_FOLDER):
             with contextlib.suppress(FileNotFoundError):  # another run is at work there

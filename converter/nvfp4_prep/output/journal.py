@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from nvfp4_prep._util.text import first_of
-from nvfp4_prep.checkpoint.filenames import JOURNAL, MANIFEST, WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.filenames import JOURNAL, MANIFEST, VERDICTS, WORK_FOLDER, is_safe_name
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.output.journal_entry import JournalEntry
@@ -21,6 +21,7 @@ from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = [
     "LOST_VERDICT",
+    "VERDICTS_PATH",
     "Journal",
     "check_identity",
     "due_verdicts",
@@ -36,6 +37,7 @@ _ABOUT_FILES = ("source_files", "headers", "output")
 _DIGESTS = ("headers", "output")
 _FOREIGN = "foreign"
 _ONLY_RESTART = "Only --restart helps: it discards that run and begins anew."
+VERDICTS_PATH = f"{WORK_FOLDER}/{VERDICTS}"
 LOST_VERDICT: Mapping[str, Any] = {"verdict": "lost"}
 """The line which says that a verdict may have stood where the journal is damaged: on any layer, and any expert."""
 
@@ -216,12 +218,15 @@ def due_verdicts(journal: Journal, root: TargetRoot) -> list[dict[str, Any]]:
     have been lost.
 
     No smoke test comes before the manifest, which stays until the run ends. So without one no line was a verdict; and
-    where the journal does not name one that is there, it has lost lines.
+    where the journal does not name one that is there, it has lost lines. Where more verdicts were counted than there
+    are lines, it has lost one of them.
     """
     due = [dict(line) for line in journal.lines if line.get("verdict") == "wrong"]
     named = MANIFEST in named_files(journal.lines)
     there = root.status(MANIFEST) is not None
     doubtful = journal.may_hide_verdict or journal.doubtful_tail or not named
-    if LOST_VERDICT in journal.lines or (doubtful and (named or there)):
+    counted = root.status(VERDICTS_PATH)
+    missing = counted is not None and counted.st_size > len(due)
+    if LOST_VERDICT in journal.lines or missing or (doubtful and (named or there)):
         due.append(dict(LOST_VERDICT))
     return due

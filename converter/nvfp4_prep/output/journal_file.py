@@ -10,6 +10,7 @@ from typing import Any
 
 from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER
 from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.journal import VERDICTS_PATH
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.journal_line import to_line
 from nvfp4_prep.output.target_root import TargetRoot
@@ -51,6 +52,22 @@ class JournalFile:
             else:
                 stream.truncate(text.rfind(b"\n") + 1)
             os.fsync(stream.fileno())
+
+    def count_verdict(self) -> None:
+        """Count one more verdict of a smoke test, beside the journal: a line that is lost whole leaves no trace there.
+
+        To be called before the line is appended: one verdict too many costs a smoke test, one too few lets wrong files
+        pass.
+        """
+        try:
+            descriptor = self._root.open_file(VERDICTS_PATH, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with os.fdopen(descriptor, "ab") as stream:
+                stream.write(b"1")
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._root.sync(WORK_FOLDER)
+        except OSError as error:
+            raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
 
     def append(self, entry: Mapping[str, Any] | JournalEntry, done: dict[str, JournalEntry]) -> None:
         """Append one line and flush it to disk; a finished file is put among those that are ``done``."""

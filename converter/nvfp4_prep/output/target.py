@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nvfp4_prep.checkpoint.filenames import JOURNAL, WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.filenames import JOURNAL, VERDICTS, WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.atomic_file import AtomicFile, free_nbytes, translate_os_error
 from nvfp4_prep.output.journal import (
     LOST_VERDICT,
+    VERDICTS_PATH,
     check_identity,
     due_verdicts,
     finished_files,
@@ -165,6 +166,7 @@ class Target:
             names = set(named_files(read_journal(self._root).lines))
             for name in sorted(names, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
                 self._root.unlink(name)
+            self._root.unlink(VERDICTS_PATH)
             for folder in {name.rpartition("/")[0] for name in names}:
                 if not folder or self._root.status(folder) is not None:
                     self._root.sync(folder)  # before the journal: what it does not name is not ours
@@ -176,7 +178,7 @@ class Target:
         """Take over what an earlier run did; with ``anew`` nothing that it judged holds any more."""
         try:
             for leftover in self._root.names(WORK_FOLDER):
-                if leftover not in (LOCK, JOURNAL, SOURCE_FOLDER, PARTS_FOLDER):
+                if leftover not in (LOCK, JOURNAL, VERDICTS, SOURCE_FOLDER, PARTS_FOLDER):
                     self._root.remove_tree(f"{WORK_FOLDER}/{leftover}")
             journal = read_journal(self._root)
             lines = journal.lines
@@ -213,6 +215,7 @@ class Target:
     def note_wrong(self, scope: Mapping[str, Any]) -> None:
         """Note that the finished files were found wrong, and where, so that no later run passes over that verdict."""
         verdict = wrong_verdict(scope)
+        self._journal.count_verdict()
         self.note(verdict)
         self.verdicts.append(verdict)
 

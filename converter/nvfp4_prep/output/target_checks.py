@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.checkpoint.entry_kind import entry_kind
-from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, WORK_FOLDER
+from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, VERDICTS, WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, TargetError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_lock import LOCK
@@ -48,7 +48,7 @@ def check_ours(path: Path) -> None:
         return
     if not path.is_dir():
         raise TargetError("is not a directory", where=str(path), next_step="Give another target.")
-    check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL), (SOURCE_FOLDER, PARTS_FOLDER))
+    check_work_folder(path / WORK_FOLDER, (LOCK, JOURNAL, VERDICTS), (SOURCE_FOLDER, PARTS_FOLDER))
     try:
         foreign = next((entry.name for entry in os.scandir(path) if entry.name != WORK_FOLDER), None)
     except OSError as error:

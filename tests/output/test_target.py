@@ -122,6 +122,22 @@ def test_file_that_was_in_the_way_is_never_ours(
         assert "b" in target.done
 
 
+@pytest.mark.parametrize("name", ["n" * 256, "folder", "link", "fifo"])
+def test_restart_goes_on_where_the_journal_names_what_is_no_file_of_ours(tmp_path: Path, name: str) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    with Target.open(out, IDENTITY) as target:
+        write(target, "a", b"123")
+        target.note({"made": name})
+    mine.touch()
+    (out / "folder").mkdir()
+    (out / "link").symlink_to(mine)
+    os.mkfifo(out / "fifo")
+    for restart in (False, True):
+        with Target.open(out, IDENTITY, restart=restart) as target:
+            assert target.resumed != restart
+    assert sorted(path.name for path in out.iterdir()) == [WORK_FOLDER, "fifo", "folder", "link"]
+
+
 def test_run_that_wrote_no_file_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for out in (tmp_path / "a" / "b", tmp_path / "there"):

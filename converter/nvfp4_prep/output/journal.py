@@ -36,6 +36,8 @@ _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
 _DIGESTS = ("headers", "output")
 _FOREIGN = "foreign"
+_MAX_NAME_NBYTES = 255
+"""Of a file or folder: no run gave a longer name to anything, and Linux refuses even to look for one."""
 _ONLY_RESTART = "Only --restart helps: it discards that run and begins anew."
 VERDICTS_PATH = f"{WORK_FOLDER}/{VERDICTS}"
 LOST_VERDICT: Mapping[str, Any] = {"verdict": "lost"}
@@ -114,7 +116,9 @@ def foreign_line(name: str) -> dict[str, Any]:
 
 
 def _is_ours(name: str) -> bool:
-    return is_safe_name(name) and name.split("/")[0] != WORK_FOLDER
+    parts = name.split("/")
+    exists = is_safe_name(name) and all(len(part.encode()) <= _MAX_NAME_NBYTES for part in parts)
+    return exists and parts[0] != WORK_FOLDER
 
 
 def finished_files(

@@ -165,7 +165,9 @@ class Target:
         try:
             names = set(named_files(read_journal(self._root).lines))
             for name in sorted(names, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
-                self._root.unlink(name)
+                status = self._root.status(name)
+                if status is not None and stat.S_ISREG(status.st_mode):  # nothing else is ours
+                    self._root.unlink(name)
             self._root.unlink(VERDICTS_PATH)
             for folder in {name.rpartition("/")[0] for name in names}:
                 if not folder or self._root.status(folder) is not None:

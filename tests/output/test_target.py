@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.output import target_root
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, has_journal
 from nvfp4_prep.output.target_root import TargetRoot
@@ -136,6 +138,26 @@ def test_restart_goes_on_where_the_journal_names_what_is_no_file_of_ours(tmp_pat
         with Target.open(out, IDENTITY, restart=restart) as target:
             assert target.resumed != restart
     assert sorted(path.name for path in out.iterdir()) == [WORK_FOLDER, "fifo", "folder", "link"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.EACCES, "holds a file of something else"), (errno.EIO, "Input/output error")]
+)
+def test_file_that_cannot_be_looked_into_is_refused_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    out, opened = tmp_path / "out", TargetRoot.open_file
+
+    def refuse(self: TargetRoot, name: str, *rest: Any, **options: Any) -> int:
+        if name == "a":
+            raise OSError(number, os.strerror(number))
+        return opened(self, name, *rest, **options)
+
+    with Target.open(out, IDENTITY) as target:
+        (out / "a").write_bytes(b"123")
+        monkeypatch.setattr(TargetRoot, "open_file", refuse)
+        with pytest.raises(TargetError, match=f"{out / 'a'}: .*{message}"):
+            target.check_names(["a"], {"a": Outline(3)})
 
 
 def test_run_that_wrote_no_file_leaves_nothing(tmp_path: Path) -> None:

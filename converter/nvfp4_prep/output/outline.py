@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["Outline", "find_known", "have_same_bytes"]
@@ -35,7 +36,7 @@ class Outline:
         """Return whether an entry of a directory is a regular file that fits; only look."""
         try:
             descriptor = root.open_file(name, os.O_RDONLY)
-        except TargetError:  # a link, or another kind of file
+        except (TargetError, PermissionError):  # a link, another kind of file, or one that nobody here can look into
             return False
         with open(descriptor, "rb") as stream:
             nbytes = os.fstat(descriptor).st_size
@@ -52,10 +53,18 @@ def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Ou
 
     The journal has lost such a file, or it is somebody else's who has one just like it. So it is replaced only by the
     same bytes, and removed only where its outline is all of them.
+
+    Raises:
+        TargetError: if a file cannot be read.
     """
-    return {
-        name for name in names if name in outlines and root.status(name) is not None and outlines[name].fits(root, name)
-    }
+    known = set()
+    for name in names:
+        try:
+            if name in outlines and root.status(name) is not None and outlines[name].fits(root, name):
+                known.add(name)
+        except OSError as error:
+            raise translate_os_error(error, root.path / name) from error
+    return known
 
 
 def have_same_bytes(root: TargetRoot, name: str, other_root: TargetRoot, other: str) -> bool:

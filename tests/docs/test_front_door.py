@@ -23,7 +23,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def test_hosted_ci_runs_what_ci_run_does() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    wanted = {line.split("#")[0].strip() for line in re.findall(r"^\s*make ([^\n]*)", script, re.MULTILINE)}
+    wanted = {line.split("#")[0].strip() for line in re.findall(r"^\s*timed make ([^\n]*)", script, re.MULTILINE)}
     newest = re.findall(r"^newest=(\S+)$", script, re.MULTILINE)
     wanted = {target.replace('"$newest"', newest[0]) for target in wanted}
     jobs = load(ROOT / ".github" / "workflows" / "ci.yml")["jobs"]

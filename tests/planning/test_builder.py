@@ -13,7 +13,7 @@ import torch
 from nvfp4_prep import ConvertOptions, GateUpPolicy, LayoutName, SampleModel, convert, inspect, plan, write_sample
 from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.cli.render import inspection_text, plan_text
-from nvfp4_prep.errors import SourceError, UnsupportedCheckpointError, UsageError
+from nvfp4_prep.errors import CheckpointError, SourceError, UnsupportedCheckpointError, UsageError
 from nvfp4_prep.planning.plan import Plan
 from support.tiny_checkpoints import Tensors, TinyLayer, config, merged, others, without, write
 
@@ -125,9 +125,11 @@ def test_prepared_already(tmp_path: Path) -> None:
     tensors = {f"{PATH}.routed_experts.w13_weight": torch.ones(3, 4, 4, dtype=torch.uint8)}
     assert "is prepared already (it holds" in refusal(tmp_path / "b", tensors)
     stamp = {"quant_method": "nvfp4_prep"}
-    assert "config.json is stamped" in refusal(
-        tmp_path / "c", LAYER.tensors(), text_config={"quantization_config": stamp}
-    )
+    stamped = write(tmp_path / "c", LAYER.tensors(), config(text_config={"quantization_config": stamp}))
+    with pytest.raises(UnsupportedCheckpointError, match=r"config\.json is stamped"):
+        convert(stamped, tmp_path / "never")
+    with pytest.raises(CheckpointError, match=r"is a prepared checkpoint without its nvfp4_prep\.json"):
+        inspect(stamped)
 
 
 def test_damage_is_refused_by_name(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 # make test    set up and run the tests, in two processes
 # make test-fast  the tests that are not marked slow, in two processes: under a minute
 # make test-python PYTHON=python3.13  the parts that need no torch (command line, headers, options) under another Python
-# make test-hub1  the Hub tests with huggingface_hub 1.x (make test has 2.x)
+# make test-hub1  the Hub tests that are not slow with huggingface_hub 1.x (make test has all with 2.x)
 # make test-faults  every system call of every command that changes a file, killed and failed (make test has some)
 # make fuzz    hostile checkpoints for FUZZ_SECONDS=120; a failure prints the SEED=... that repeats it
 # make check   ruff (lint and format) and mypy --strict
@@ -133,7 +133,7 @@ $(STAMP1): $(STAMP)
 
 test-hub1: $(STAMP1)
 	$(VENV1)/bin/python -c 'import huggingface_hub as h, sys; sys.exit(not h.__version__.startswith("1."))'
-	$(VENV1)/bin/python -m pytest -q tests/hub
+	$(VENV1)/bin/python -m pytest -q tests/hub -m 'not slow'
 
 test-faults: $(STAMP)
 	NVFP4_PREP_FAULTS=all $(BIN)/python -m pytest -q tests/faults

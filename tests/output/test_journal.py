@@ -17,7 +17,7 @@ from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import ConversionInterrupted, ResumeConflictError, TargetError
 from nvfp4_prep.output.experts_fact import ExpertsFact
 from nvfp4_prep.output.journal_entry import JournalEntry
-from nvfp4_prep.output.journal_line import parse_line, to_line
+from nvfp4_prep.output.journal_line import read_line, to_line
 from nvfp4_prep.output.target import Target
 from nvfp4_prep_kernels import PreparedTensor
 from support.checkpoint_files import file_digests
@@ -31,7 +31,7 @@ ENTRY = {"file": "a", "nbytes": 1, "sha256": SHA256, "digests": {"k": SHA256}, "
 def edit_finished(journal: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """Edit all lines but the first, each with the checksum that belongs to it."""
     first, *others = journal.read_bytes().splitlines(keepends=True)
-    lines = [parse_line(line) for line in others]
+    lines = [read_line(line).value for line in others]
     journal.write_bytes(b"".join([first, *(to_line(edit(line)) for line in lines if line is not None)]))
 
 
@@ -165,7 +165,7 @@ def test_nan_is_equal_to_itself(tmp_path: Path) -> None:
 def test_a_line_gives_back_its_object(value: dict[str, Any]) -> None:
     line = to_line(value)
     assert line.endswith(b"\n") and line.count(b"\n") == 1
-    assert repr(parse_line(line)) == repr(dict(sorted(value.items())))
+    assert repr(read_line(line).value) == repr(dict(sorted(value.items())))
 
 
 @given(st.data())
@@ -173,7 +173,7 @@ def test_a_line_with_another_byte_is_not_believed(data: st.DataObject) -> None:
     line = bytearray(to_line(ENTRY))
     place = data.draw(st.integers(0, len(line) - 2))
     line[place] ^= data.draw(st.integers(1, 255))
-    found = parse_line(bytes(line))
+    found = read_line(bytes(line)).value
     assert found is None or found == ENTRY or JournalEntry.parse(found) is None
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_line_still_says_what_a_run_must_heed() -> None:
     line = to_line(ENTRY | {"identity": {"a": 1}, "verdict": "wrong", "layers": [1]})
     damaged = line.replace(b'"crc32": [1]', b'"crc32": [2]')
     assert damaged != line
-    assert parse_line(damaged) == {"file": "a", "identity": {"a": 1}, "verdict": "wrong"}
+    assert read_line(damaged).value == {"file": "a", "identity": {"a": 1}, "verdict": "wrong"}
 
 
 def test_a_file_whose_line_was_damaged_is_made_again(

@@ -37,7 +37,7 @@ from nvfp4_prep.errors import (
     UnsupportedCheckpointError,
     UsageError,
 )
-from nvfp4_prep.output.journal_line import parse_line
+from nvfp4_prep.output.journal_line import read_line
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke import gate as smoke_gate
 from support.cases import slow_after
@@ -148,7 +148,7 @@ def test_a_verdict_that_cannot_be_read_is_due(
         convert(source, out)
     journal = out / ".nvfp4_prep" / "journal.jsonl"
     *before, verdict = journal.read_bytes().splitlines(keepends=True)
-    assert parse_line(verdict) is not None and b'"verdict"' in verdict and b"nvfp4_prep.json" in before[-1]
+    assert read_line(verdict).value is not None and b'"verdict"' in verdict and b"nvfp4_prep.json" in before[-1]
     journal.write_bytes(VERDICT_DAMAGES[how](b"".join(before), verdict))
     if how != "gone":  # earlier releases did not count verdicts
         (journal.parent / "verdicts").unlink()
@@ -250,7 +250,7 @@ def test_damage_is_a_verdict_on_its_layer(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr("nvfp4_prep.prepared.checkpoint.PreparedCheckpoint.scalars", damaged)
         with pytest.raises(CheckpointError, match="is damaged: scales are not finite"):
             convert(tmp_path / "source", out)
-    line = parse_line((out / ".nvfp4_prep" / "journal.jsonl").read_bytes().splitlines()[-1])
+    line = read_line((out / ".nvfp4_prep" / "journal.jsonl").read_bytes().splitlines()[-1]).value
     assert line == {"verdict": "wrong", "layers": [1], "samples": None}
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from nvfp4_prep.checkpoint.lfs_pointer import LFS_MAX_NBYTES, LFS_NEXT_STEP, is_lfs_pointer
 from nvfp4_prep.checkpoint.local_files import regular_descriptor
 
-__all__ = ["LINK_STEP", "entry_kind", "kind_step"]
+__all__ = ["FILE", "LINK", "LINK_STEP", "entry_kind", "kind_step"]
 
 LINK_STEP = (
     "Put the file itself in its place (cp -rL copies a whole checkpoint so), or remove it if it does not belong there."
 )
-_FILE, _LINK, _POINTER = "a file", "a symbolic link", "a git-lfs pointer"
+FILE, LINK, _POINTER = "a file", "a symbolic link", "a git-lfs pointer"
 _KINDS = {
-    stat.S_IFLNK: _LINK,
+    stat.S_IFLNK: LINK,
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -32,13 +32,13 @@ def entry_kind(path: Path) -> str:
         if not stat.S_ISREG(status.st_mode):
             return _KINDS.get(stat.S_IFMT(status.st_mode), "another kind of file")
         if status.st_size > LFS_MAX_NBYTES:
-            return _FILE
+            return FILE
         with open(regular_descriptor(path, follow_links=False), "rb") as stream:
-            return _POINTER if is_lfs_pointer(stream.read(LFS_MAX_NBYTES)) else _FILE
+            return _POINTER if is_lfs_pointer(stream.read(LFS_MAX_NBYTES)) else FILE
     except FileNotFoundError:
         return "nothing"
     except OSError:  # it may not be read, or another one has taken its place
-        return _FILE if os.path.lexists(path) else "nothing"
+        return FILE if os.path.lexists(path) else "nothing"
 
 
 def kind_step(kind: str, renewal: str) -> str:
@@ -50,6 +50,6 @@ def kind_step(kind: str, renewal: str) -> str:
     """
     if kind == _POINTER:
         return LFS_NEXT_STEP
-    if kind == _LINK:
+    if kind == LINK:
         return LINK_STEP
-    return renewal if kind in (_FILE, "nothing") else f"Remove it. {renewal}"
+    return renewal if kind in (FILE, "nothing") else f"Remove it. {renewal}"

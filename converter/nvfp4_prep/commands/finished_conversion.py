@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 
 from nvfp4_prep._util.text import and_more, first_of
-from nvfp4_prep.checkpoint.entry_kind import entry_kind, kind_step
+from nvfp4_prep.checkpoint.entry_kind import FILE, entry_kind, kind_step
 from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST
 from nvfp4_prep.checkpoint.small_files import read_small_file
 from nvfp4_prep.commands.verify import verify
@@ -120,13 +120,13 @@ def read_manifest(path: Path) -> Manifest:
 def _check_size(path: Path, nbytes: int) -> None:
     """Raise :class:`VerificationError` if a file of a finished output is missing, or is another kind or size."""
     kind = entry_kind(path)
-    if kind == "a file" and path.lstat().st_size == nbytes:
+    if kind == FILE and path.lstat().st_size == nbytes:
         return
     raise VerificationError(
         "was converted before, but is damaged: a file is missing, or is another kind or size of file",
         where=str(path),
         expected=f"{nbytes} bytes",
-        actual=f"{path.lstat().st_size} bytes" if kind == "a file" else kind,
+        actual=f"{path.lstat().st_size} bytes" if kind == FILE else kind,
         next_step=f"{kind_step(kind, renewal(path.name))} nvfp4-prep verify says what else is wrong.",
     )
 

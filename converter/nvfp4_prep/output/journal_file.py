@@ -60,11 +60,7 @@ class JournalFile:
         pass.
         """
         try:
-            descriptor = self._root.open_file(VERDICTS_PATH, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            with os.fdopen(descriptor, "ab") as stream:
-                stream.write(b"1")
-                stream.flush()
-                os.fsync(stream.fileno())
+            self._write_at_end(VERDICTS_PATH, b"1", os.O_CREAT)
             self._root.sync(WORK_FOLDER)
         except OSError as error:
             raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
@@ -74,13 +70,16 @@ class JournalFile:
         line = entry.to_json() if isinstance(entry, JournalEntry) else entry
         with self._lock:
             try:
-                descriptor = self._root.open_file(JOURNAL_PATH, os.O_WRONLY | os.O_APPEND)
-                with os.fdopen(descriptor, "ab") as stream:
-                    stream.write(to_line(line))
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                self._write_at_end(JOURNAL_PATH, to_line(line))
             except OSError as error:
                 raise translate_os_error(error, self._root.path / WORK_FOLDER) from error
             finished = JournalEntry.parse(line)
             if finished is not None:
                 done[finished.file] = finished
+
+    def _write_at_end(self, name: str, data: bytes, flags: int = 0) -> None:
+        descriptor = self._root.open_file(name, os.O_WRONLY | os.O_APPEND | flags)
+        with os.fdopen(descriptor, "ab") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvfp4_prep.checkpoint.bounded_json import MAX_DEPTH, check_bounds
 
-__all__ = ["JournalLine", "LineState", "parse_line", "read_line", "tail_may_be_verdict", "to_line"]
+__all__ = ["JournalLine", "LineState", "read_line", "tail_may_be_verdict", "to_line"]
 
 _CHECKSUM = "checksum"
 _NO_VERDICT = ("identity", "file", "made")
@@ -70,11 +70,6 @@ def read_line(line: bytes) -> JournalLine:
     if checksum == _checksum(value):
         return JournalLine(value, LineState.SOUND)
     return JournalLine({key: value[key] for key in _BELIEVED if key in value}, state)
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return :attr:`JournalLine.value` of a line."""
-    return read_line(line).value
 
 
 def tail_may_be_verdict(tail: bytes) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.entry_kind import entry_kind
+from nvfp4_prep.checkpoint.entry_kind import FILE, entry_kind
 from nvfp4_prep.checkpoint.filenames import CONFIG, JOURNAL, MANIFEST, VERDICTS, WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, TargetError
 from nvfp4_prep.output.atomic_file import translate_os_error
@@ -87,7 +87,7 @@ def _entries_below(path: Path) -> Iterator[Path]:
 def foreign_file(path: Path) -> TargetError:
     """Return the error for a file that is not ours."""
     kind = entry_kind(path)
-    what = "holds a file of something else" + ("" if kind == "a file" else f" ({kind})")
+    what = "holds a file of something else" + ("" if kind == FILE else f" ({kind})")
     return TargetError(what, where=str(path), next_step="Move it away and run again.")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Self
 
-from nvfp4_prep.checkpoint.entry_kind import entry_kind
+from nvfp4_prep.checkpoint.entry_kind import LINK, entry_kind
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.exclusive_rename import rename_new
@@ -260,7 +260,7 @@ def _check(path: Path, mode: int, right: bool, expected: str) -> None:
     if not right:
         kind = entry_kind(path)
         error = _wrong_kind(path, expected, kind)
-        if kind == "a symbolic link":
+        if kind == LINK:
             error.next_step = "Put what it leads to in its place, or give another target."
         raise error
 

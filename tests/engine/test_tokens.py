@@ -31,8 +31,8 @@ BOUND = 0.1
 
 Seen: 0.005 for the gated models. On another machine 0.0547 for DeepSeek-V3, at every run and at older commits, with all
 tokens equal: an activation that is rounded to the other FP4 value is seen, and sums depend on the processor's kernels.
-How much they do: the source alone, twice on one machine, the second time with torch's kernels for AVX2 instead of
-AVX-512 (``ATEN_CPU_CAPABILITY=avx2``), gives 82 of 96 tokens equal for this model.
+On a third machine vLLM's CPU engine does not repeat itself for this model: the source alone, twice with the same
+settings, gives 58 and 74 of 96 tokens equal, and the server once answered with HTTP 400. There nothing can be compared.
 """
 MODELS = [QWEN3_MOE, DEEPSEEK_V3, NEMOTRON_H]
 
@@ -53,6 +53,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model: WholeModel = request.param
     root = tmp_path_factory.mktemp(model.name)
     source = model.write(root / "source")
+    if model is DEEPSEEK_V3 and len({str(source_completions(source, root)) for _ in range(2)}) > 1:
+        pytest.xfail("vLLM's engine gives other tokens for the same source: see BOUND")
     convert(source, root / "prepared")
     program = Program.VLLM if model.gated else Program.UNGATED
     # At the same time: what takes long is the start of either engine, by one thread.
@@ -97,12 +99,7 @@ def compare(name: str, what: str, expected: list[Completion], found: list[Comple
     assert greatest <= BOUND
 
 
-def test_tokens_and_log_probabilities_are_the_sources(
-    served: Served, table: list[str], request: pytest.FixtureRequest
-) -> None:
-    if served.model is DEEPSEEK_V3:
-        reason = "on some processors the source's own tokens differ as much between torch's kernels: see BOUND"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_tokens_and_log_probabilities_are_the_sources(served: Served, table: list[str]) -> None:
     compare(served.model.name, "prepared by HTTP against source", served.expected, served.prepared, table)
     assert len({token for one in served.prepared for token in one.tokens}) > 10  # no constant
 

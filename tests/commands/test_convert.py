@@ -204,11 +204,14 @@ def test_finished_files_are_not_written_again(sample_source: Path, tmp_path: Pat
     assert {name: (out / name).stat().st_ino for name in done} == done
 
 
-def test_damaged_finished_file_is_made_again(sample_source: Path, sample_prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left_nbytes", [0, 5, 5000])
+def test_finished_file_that_was_cut_off_is_made_again(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, left_nbytes: int
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(Stop):
         convert(sample_source, out, sink=StopAfter(2), threads=1)
-    next(out.glob("*.safetensors")).write_bytes(b"short")
+    os.truncate(next(out.glob("*.safetensors")), left_nbytes)
     convert(sample_source, out)
     assert file_digests(out) == file_digests(sample_prepared)
 

@@ -57,9 +57,9 @@ def test_functions_find_a_damaged_finished_target_as_the_command_does(sample_sou
     convert(sample_source, target, smoke=None)
     assert convert(sample_source, target, smoke=None).already_complete
     damage(target)
-    with pytest.raises(VerificationError, match="was converted before, but is damaged"):
+    with pytest.raises(VerificationError, match="is finished, but damaged"):
         convert(sample_source, target, smoke=None)
-    with pytest.raises(VerificationError, match="was converted before, but is damaged"):
+    with pytest.raises(VerificationError, match="is finished, but damaged"):
         convert_part(sample_source, target, "1/2")
     outlook = preview_conversion(ConvertRequest(str(sample_source), target, dry_run=True)).outlook
     assert outlook.state is TargetState.REFUSED

@@ -7,25 +7,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from nvfp4_prep import SmokePolicy, convert, convert_part, join_parts, relayout, restore
+from nvfp4_prep import SmokePolicy, convert, convert_part, join_parts
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
-from nvfp4_prep.errors import ConversionInterrupted, ResumeConflictError, TargetError
+from nvfp4_prep.errors import ResumeConflictError, TargetError
 from nvfp4_prep.output.journal import LOST_VERDICT, Journal
 from nvfp4_prep.output.journal_line import to_line
-from nvfp4_prep.output.target import Target
 from support.cases import slow_after
 from support.checkpoint_files import file_digests
 from support.relayout_cases import flip
+from support.stopped_runs import EXPERTS, FILE_OF, run_of, stop
 
-Run = Callable[..., Any]
 Damage = Callable[[list[bytes], int], bytes]
-EXPERTS = "experts-layer-00001.safetensors"
 _KEY = re.compile(rb'"(identity|file|made)": ')
 DAMAGES: dict[str, Damage] = {
     "zeros": lambda lines, at: b"".join([*lines[:at], b"\0" * 50 + b"\n", *lines[at + 1 :]]),
@@ -33,29 +30,8 @@ DAMAGES: dict[str, Damage] = {
     "without its newline": lambda lines, at: b"".join([*lines[:at], lines[at][:-1] + b" ", *lines[at + 1 :]]),
     "another key": lambda lines, at: b"".join([*lines[:at], _KEY.sub(b'"x": ', lines[at]), *lines[at + 1 :]]),
     "gone with what follows": lambda lines, at: b"".join(lines[:at]),
-    "cut off": lambda lines, at: b"".join(lines[:at]) + lines[at][: len(lines[at]) // 2],
+    "cut off": lambda lines, at: b"".join(lines[:at]) + lines[at][:14],  # before its key,
 }
-
-
-def run_of(command: str, source: Path, prepared: Path) -> Run:
-    if command == "convert":
-        return lambda out, **options: convert(source, out, smoke=None, **options)
-    if command == "restore":
-        return lambda out, **options: restore(prepared, out, **options)
-    return lambda out, **options: relayout(prepared, out, gate_up_block=16, **options)
-
-
-def stop(run: Run, out: Path, place: str) -> Path:
-    """Run a command and stop it where it comes to a method of its target; returns the journal."""
-
-    def stopped(self: Target) -> None:
-        raise ConversionInterrupted("stopped")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Target, place, stopped)
-        with pytest.raises(ConversionInterrupted):
-            run(out)
-    return out / WORK_FOLDER / "journal.jsonl"
 
 
 def damage(journal: Path, place: bytes, how: str) -> None:
@@ -65,8 +41,7 @@ def damage(journal: Path, place: bytes, how: str) -> None:
     journal.write_bytes(DAMAGES[how](lines, at))
 
 
-LINES = {"convert": EXPERTS, "restore": "model-00002-of-", "relayout": EXPERTS}
-CASES = [(command, how) for how in DAMAGES for command in LINES]
+CASES = [(command, how) for how in DAMAGES for command in FILE_OF]
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -75,7 +50,7 @@ def test_a_file_whose_line_is_damaged_is_made_again(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str, how: str, restart: bool
 ) -> None:
     run, out = run_of(command, sample_source, sample_prepared), tmp_path / "out"
-    damage(stop(run, out, "check_files"), f'"file": "{LINES[command]}'.encode(), how)
+    damage(stop(run, out, "check_files"), f'"file": "{FILE_OF[command]}'.encode(), how)
     result = run(out, restart=restart)
     assert result.resumed != restart and result.written_nbytes > 0
     run(tmp_path / "whole")
@@ -149,7 +124,7 @@ def test_what_does_not_look_like_ours_is_refused_at_once(
 
 
 @pytest.mark.parametrize("how", slow_after(1, [how for how in DAMAGES if "gone" not in how and "cut" not in how]))
-@pytest.mark.parametrize("command", LINES)
+@pytest.mark.parametrize("command", FILE_OF)
 def test_the_advice_on_a_damaged_first_line_helps(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str, how: str
 ) -> None:

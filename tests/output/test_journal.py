@@ -25,7 +25,7 @@ from support.checkpoint_files import file_digests
 SHA256 = "0" * 64
 FACT = {"tensor": "w13_weight", "crc32": [1], "reconciled": [], "errors": [[1.0, 2, 3]]}
 OUTCOME = {"expert": 0, "rounded": 1, "underflowed": 0, "worst_relative": 0.1, "side": "up"}
-ENTRY = {"file": "a", "nbytes": 1, "sha256": SHA256, "digests": {"k": SHA256}, "facts": [FACT]}
+ENTRY = {"file": "a", "nbytes": 1, "sha256": SHA256, "digests": {"k": SHA256}, "facts": [FACT], "mtime_ns": 7}
 
 
 def edit_finished(journal: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -62,6 +62,9 @@ WRONG: list[dict[str, Any]] = [
     {"sha256": "abc"},
     {"digests": []},
     {"digests": {"k": None}},
+    {"mtime_ns": "7"},
+    {"mtime_ns": True},
+    {"mtime_ns": 7.0},
     {"facts": {}},
     {"facts": [None]},
     {"facts": [[]]},

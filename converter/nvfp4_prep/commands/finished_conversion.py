@@ -73,7 +73,7 @@ def check_undamaged(path: Path) -> None:
     if report.problems:
         more = and_more(len(report.problems) - 1, "problem")
         raise VerificationError(
-            f"was converted before, but is damaged: {report.problems[0]}{more}",
+            f"is finished, but damaged: {report.problems[0]}{more}",
             where=str(path),
             next_step=report.next_step,
         )
@@ -123,7 +123,7 @@ def _check_size(path: Path, nbytes: int) -> None:
     if kind == FILE and path.lstat().st_size == nbytes:
         return
     raise VerificationError(
-        "was converted before, but is damaged: a file is missing, or is another kind or size of file",
+        "is finished, but damaged: a file is missing, or is another kind or size of file",
         where=str(path),
         expected=f"{nbytes} bytes",
         actual=f"{path.lstat().st_size} bytes" if kind == FILE else kind,

@@ -6,7 +6,7 @@ import contextlib
 import enum
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,18 @@ from nvfp4_prep.output.journal import (
     LOST_VERDICT,
     check_identity,
     due_verdicts,
-    finished_files,
-    named_files,
     read_journal,
 )
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
+from nvfp4_prep.output.noted_files import (
+    FileState,
+    NotedFile,
+    check_unchanged,
+    finished_among,
+    judge_files,
+    know_cut_off,
+)
 from nvfp4_prep.output.outline import Outline, find_known
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target_checks import (
@@ -144,6 +150,7 @@ def look_ahead(
     join: bool = False,
     restart: bool = False,
     smoke: bool = True,
+    read: bool = True,
 ) -> Outlook:
     """Check all that must hold before the first byte is written; only look.
 
@@ -156,6 +163,7 @@ def look_ahead(
         join: whether parts are to be joined.
         restart: whether an unfinished run is to be discarded.
         smoke: whether the run would end with a smoke run.
+        read: whether finished files that were touched since they were written are read, as the run itself will.
     """
     outlook = Outlook(target)
     with outlook.refusing():
@@ -176,9 +184,10 @@ def look_ahead(
             for begun in list_parts(target).values():
                 check_idle(begun)
         with _advising_joins(target) if join else contextlib.nullcontext():
-            joined = _look_at_parts(plan, target) if join else {}
-            done = {**joined, **_look_at(folder, identity, sink, restart=restart)}
-        _check_files(folder, done, plan_outlines(part))
+            joined = _look_at_parts(plan, target, read=read) if join else {}
+            noted = _look_at(folder, identity, sink, restart=restart, read=read)
+        done = {**joined, **({} if restart else finished_among(noted))}
+        _check_files(folder, noted, plan_outlines(part), restart=restart)
         if not smoke and selection is None and not restart:
             _check_not_judged_wrong(folder, join=join)
         if has_journal(folder) and not restart:
@@ -214,7 +223,7 @@ def preflight(
     Raises:
         NvfpPrepError: the outlook's refusal, unless it is for want of disk space.
     """
-    outlook = look_ahead(plan, source, target, sink, selection=selection, join=join, restart=restart)
+    outlook = look_ahead(plan, source, target, sink, selection=selection, join=join, restart=restart, read=False)
     if outlook.refusal is not None and not isinstance(outlook.refusal, NoSpaceError):
         raise outlook.refusal
     if outlook.complete is not None:
@@ -235,29 +244,32 @@ def check_apart(source: Source, target: Path) -> None:
         )
 
 
-def _look_at(path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool) -> dict[str, JournalEntry]:
-    """Return the files that a run in this directory would keep; raises as :class:`Target` does."""
+def _look_at(
+    path: Path, identity: Mapping[str, Any], sink: FileSink, *, restart: bool = False, read: bool
+) -> list[NotedFile]:
+    """Return the files that the journal of this directory names; raises as :class:`Target` does."""
     check_ours(path)
     check_idle(path)
-    if restart or not has_journal(path):
-        return {}
+    if not has_journal(path):
+        return []
     try:
         with TargetRoot.open(path) as root:
             journal = read_journal(root)
-            if not journal.lines:
-                return {}
-            check_identity(path, journal, identity)
-            return finished_files(root, journal.lines, sink.holds)
+            if journal.lines and not restart:
+                check_identity(path, journal, identity)
+            # what is to be discarded need not be finished, as long as it is ours
+            return judge_files(root, journal.lines, sink.holds, need_sha256=not restart, read=read)
     except OSError as error:
         raise translate_os_error(error, path / WORK_FOLDER) from error
 
 
-def _look_at_parts(plan: Plan, target: Path) -> dict[str, JournalEntry]:
+def _look_at_parts(plan: Plan, target: Path, *, read: bool) -> dict[str, JournalEntry]:
     """Return the files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
-    parts = {
-        folder: _look_at(folder, part_identity(plan, LayerSelection.parse(text)), KeepFiles(), restart=False)
-        for text, folder in list_parts(target).items()
-    }
+    parts = {}
+    for text, folder in list_parts(target).items():
+        noted = _look_at(folder, part_identity(plan, LayerSelection.parse(text)), KeepFiles(), read=read)
+        check_unchanged(folder, noted)
+        parts[folder] = finished_among(noted)
     entries = finished_entries(parts)
     if not has_journal(target):
         check_whole(plan, entries, target)
@@ -298,13 +310,16 @@ def judged_wrong(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> ResumeCon
     )
 
 
-def _check_files(path: Path, done: Collection[str], outlines: Mapping[str, Outline]) -> None:
-    known: set[str] = set()
+def _check_files(path: Path, noted: Sequence[NotedFile], outlines: Mapping[str, Outline], *, restart: bool) -> None:
+    """Raise :class:`TargetError` if a run would find a file that it neither takes over nor may write again."""
+    known = set()
     if has_journal(path):
         with TargetRoot.open(path) as root:
-            known.update(named_files(read_journal(root).lines))
+            noted = know_cut_off(root, noted, outlines)
+            check_unchanged(path, noted)
+            known = {file.name for file in noted if file.is_own or (not restart and file.state is FileState.TOUCHED)}
             known |= find_known(root, outlines.keys() - known, outlines)
-    check_names(path, known.union(done))
+    check_names(path, known)
 
 
 def _freed_nbytes(path: Path, *, restart: bool) -> int:

@@ -5,18 +5,17 @@ a finished file.
 from __future__ import annotations
 
 import json
-import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from nvfp4_prep._util.text import first_of
-from nvfp4_prep.checkpoint.filenames import JOURNAL, MANIFEST, VERDICTS, WORK_FOLDER, is_safe_name
+from nvfp4_prep.checkpoint.filenames import JOURNAL, MANIFEST, VERDICTS, WORK_FOLDER
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import ResumeConflictError
-from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.journal_line import LineState, read_line, tail_may_be_verdict
+from nvfp4_prep.output.noted_files import noted_names
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = [
@@ -25,9 +24,6 @@ __all__ = [
     "Journal",
     "check_identity",
     "due_verdicts",
-    "finished_files",
-    "foreign_line",
-    "named_files",
     "read_journal",
     "wrong_verdict",
 ]
@@ -35,9 +31,6 @@ __all__ = [
 _ASKED_FOR = ("command", "source", "revision", "options", "layers", "tool")
 _ABOUT_FILES = ("source_files", "headers", "output")
 _DIGESTS = ("headers", "output")
-_FOREIGN = "foreign"
-_MAX_NAME_NBYTES = 255
-"""Of a file or folder: no run gave a longer name to anything, and Linux refuses even to look for one."""
 _ONLY_RESTART = "Only --restart helps: it discards that run and begins anew."
 VERDICTS_PATH = f"{WORK_FOLDER}/{VERDICTS}"
 LOST_VERDICT: Mapping[str, Any] = {"verdict": "lost"}
@@ -96,61 +89,6 @@ def read_journal(root: TargetRoot) -> Journal:
         return Journal.parse(root.read(f"{WORK_FOLDER}/{JOURNAL}", MAX_SMALL_NBYTES))
     except FileNotFoundError:
         return Journal()
-
-
-def named_files(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names that a run gave, or was about to give, to files of its own, finished or not."""
-    names: dict[str, None] = {}
-    for line in lines:
-        name, foreign = line.get("file", line.get("made")), line.get(_FOREIGN)
-        if isinstance(name, str) and _is_ours(name):
-            names[name] = None
-        elif isinstance(foreign, str):
-            names.pop(foreign, None)
-    return list(names)
-
-
-def foreign_line(name: str) -> dict[str, Any]:
-    """Return the line which takes back what an earlier one says of a name: somebody else's file had it first."""
-    return {_FOREIGN: name}
-
-
-def _is_ours(name: str) -> bool:
-    parts = name.split("/")
-    exists = is_safe_name(name) and all(len(part.encode()) <= _MAX_NAME_NBYTES for part in parts)
-    return exists and parts[0] != WORK_FOLDER
-
-
-def finished_files(
-    root: TargetRoot,
-    lines: Iterable[Mapping[str, Any]],
-    elsewhere: Callable[[str, int, str | None], bool],
-    *,
-    need_sha256: bool = True,
-) -> dict[str, JournalEntry]:
-    """Return entries of the files that are in the directory with their size, or were taken away on purpose.
-
-    Args:
-        root: the directory.
-        lines: its journal's.
-        elsewhere: whether a file of this name, size and sha256 was taken away.
-        need_sha256: whether an entry without the file's sha256 is not enough.
-    """
-    done: dict[str, JournalEntry] = {}
-    for line in lines:
-        if isinstance(foreign := line.get(_FOREIGN), str):
-            done.pop(foreign, None)
-        entry = JournalEntry.parse(line)
-        if entry is None or not _is_ours(entry.file):
-            if "file" in line:
-                done.pop(str(line["file"]), None)  # what was said of that file before does not hold any more
-            continue
-        status = root.status(entry.file)
-        here = status is not None and stat.S_ISREG(status.st_mode) and status.st_size == entry.nbytes
-        known = entry.sha256 is not None or not need_sha256
-        if known and (here or elsewhere(entry.file, entry.nbytes, entry.sha256)):
-            done[entry.file] = entry
-    return done
 
 
 def check_identity(path: Path, journal: Journal, identity: Mapping[str, Any]) -> None:
@@ -226,7 +164,7 @@ def due_verdicts(journal: Journal, root: TargetRoot) -> list[dict[str, Any]]:
     are lines, it has lost one of them.
     """
     due = [dict(line) for line in journal.lines if line.get("verdict") == "wrong"]
-    named = MANIFEST in named_files(journal.lines)
+    named = MANIFEST in noted_names(journal.lines)
     there = root.status(MANIFEST) is not None
     doubtful = journal.may_hide_verdict or journal.doubtful_tail or not named
     counted = root.status(VERDICTS_PATH)

@@ -11,7 +11,7 @@ from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["Outline", "find_known", "have_same_bytes"]
+__all__ = ["Outline", "find_known", "have_same_bytes", "is_cut_off"]
 
 _CHUNK_NBYTES = 1 << 24
 
@@ -46,6 +46,23 @@ class Outline:
                 return False
             raw = stream.read()
         return raw == self.whole() if self.whole is not None else self.accepts(raw)
+
+
+def is_cut_off(root: TargetRoot, name: str, outline: Outline) -> bool:
+    """Return whether a regular file is the beginning of one with a header, which no program can use: ours, damaged.
+
+    Raises:
+        TargetError: if it cannot be read.
+    """
+    if outline.nbytes is None or not outline.begin:
+        return False
+    try:
+        with open(root.open_file(name, os.O_RDONLY), "rb") as stream:
+            nbytes = os.fstat(stream.fileno()).st_size
+            begin = outline.begin[:nbytes]
+            return nbytes < outline.nbytes and stream.read(len(begin)) == begin
+    except OSError as error:
+        raise translate_os_error(error, root.path / name) from error
 
 
 def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Outline]) -> set[str]:

@@ -11,8 +11,8 @@ import errno
 import json
 import os
 import socket
-import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,14 +25,22 @@ from nvfp4_prep.output.journal import (
     VERDICTS_PATH,
     check_identity,
     due_verdicts,
-    finished_files,
-    foreign_line,
-    named_files,
     read_journal,
     wrong_verdict,
 )
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.journal_file import JOURNAL_PATH, JournalFile
+from nvfp4_prep.output.noted_files import (
+    Elsewhere,
+    FileState,
+    NotedFile,
+    check_unchanged,
+    file_line,
+    foreign_line,
+    judge_files,
+    know_cut_off,
+    made_line,
+)
 from nvfp4_prep.output.outline import Outline, find_known, have_same_bytes
 from nvfp4_prep.output.target_checks import (
     LAST_FILES,
@@ -48,9 +56,6 @@ from nvfp4_prep.output.target_lock import LOCK, check_locks, take_lock
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["Target"]
-
-Elsewhere = Callable[[str, int, str | None], bool]
-"""Whether a finished file of this name, size and sha256 was taken away from its directory on purpose."""
 
 
 class Target:
@@ -83,6 +88,7 @@ class Target:
         self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
         self._unnamed: set[str] = set()  # files that fit the plan and are in no line of the journal
         self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
+        self._touched: dict[str, NotedFile] = {}  # named by the journal, but touched since then
 
     @classmethod
     def open(
@@ -163,11 +169,12 @@ class Target:
 
     def _forget(self) -> None:
         try:
-            names = set(named_files(read_journal(self._root).lines))
-            for name in sorted(names, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
-                status = self._root.status(name)
-                if status is not None and stat.S_ISREG(status.st_mode):  # nothing else is ours
-                    self._root.unlink(name)
+            files = judge_files(self._root, read_journal(self._root).lines, need_sha256=False)
+            names = {file.name for file in files}
+            own = [file.name for file in files if file.is_own]  # nothing else is ours
+            self._touched = {file.name: file for file in files if file.state is FileState.CHANGED}
+            for name in sorted(own, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
+                self._root.unlink(name)
             self._root.unlink(VERDICTS_PATH)
             for folder in {name.rpartition("/")[0] for name in names}:
                 if not folder or self._root.status(folder) is not None:
@@ -194,16 +201,25 @@ class Target:
                 return False
             self._journal.repair_tail(keep=journal.doubtful_tail and LOST_VERDICT in self.verdicts)
             self._note_lost_verdict(lines)
-            self.done = finished_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256)
-            for name in named_files(lines):
-                status = self._root.status(name)
-                if status is not None and name in self.done:
-                    self._seen[name] = status
-                elif status is not None and stat.S_ISREG(status.st_mode):
-                    self._ours.add(name)
+            for file in judge_files(self._root, lines, self._elsewhere, need_sha256=self._need_sha256):
+                self._take_over(file)
         except OSError as error:
             raise translate_os_error(error, self.work) from error
         return True
+
+    def _take_over(self, file: NotedFile) -> None:
+        """Believe what was found of a file that the journal names."""
+        entry, status = file.entry, file.status
+        if file.state is FileState.FINISHED and entry is not None:
+            self.done[file.name] = entry
+            if status is not None:
+                self._seen[file.name] = status
+                if entry.mtime_ns not in (None, status.st_mtime_ns):  # it was read; need not be again
+                    self.note(replace(entry, mtime_ns=status.st_mtime_ns))
+        elif file.is_own:
+            self._ours.add(file.name)
+        elif status is not None:
+            self._touched[file.name] = file
 
     def _note_lost_verdict(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Note that a verdict may be lost: what shows it, a manifest that the journal does not name, will not stay."""
@@ -230,10 +246,15 @@ class Target:
                 made again with the same bytes.
 
         Raises:
-            TargetError: if there is another file.
+            TargetError: if there is another file, or one of an earlier run was changed since then.
         """
+        outlines = outlines or {}
+        touched = know_cut_off(self._root, self._touched.values(), outlines)
+        check_unchanged(self.path, touched)
+        self._ours |= {file.name for file in touched if file.is_own}
+        self._touched = {file.name: file for file in touched if not file.is_own}
         # what this run will write and an earlier one did not begin with is somebody else's
-        begun, outlines = {*self.done, *self._ours}, outlines or {}
+        begun = {*self.done, *self._ours, *self._touched}
         there = [name for name in expected if name not in begun and self._root.status(name) is not None]
         known = find_known(self._root, there, outlines)
         foreign = [name for name in there if name not in known]
@@ -263,7 +284,7 @@ class Target:
         temporary = f"{self._writing}/{name}"
 
         def put_in_place(entry: Mapping[str, Any] | None, status: os.stat_result) -> None:
-            line = {"made": name} if entry is None else {"file": name, "nbytes": nbytes, **entry}
+            line = made_line(name, status) if entry is None else file_line(name, entry, status)
             self._place(line, temporary, name, status)
 
         return AtomicFile(self._root, temporary, nbytes, put_in_place)
@@ -290,12 +311,17 @@ class Target:
             raise self._in_the_way(name) from error
         self._seen[name] = status
         self._ours.discard(name)
+        self._touched.pop(name, None)
 
     def _in_the_way(self, name: str) -> TargetError:
-        lost = "has other bytes than the file that was made for its place, and the journal does not name it"
-        new = "would replace a file that another program put there while this run worked"
+        if name in self._touched:
+            what = "was changed since the unfinished run wrote it: other bytes were made for its place"
+        elif name in self._unnamed:
+            what = "has other bytes than the file that was made for its place, and the journal does not name it"
+        else:
+            what = "would replace a file that another program put there while this run worked"
         again = "Move it out of the target and run the same command again, without --restart: finished files are kept."
-        return TargetError(lost if name in self._unnamed else new, where=str(self.path / name), next_step=again)
+        return TargetError(what, where=str(self.path / name), next_step=again)
 
     def adopt(self, entry: JournalEntry, other: Target) -> None:
         """Take over a file that another target on this file system finished, with its journal entry."""
@@ -303,7 +329,8 @@ class Target:
         try:
             if status is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            self._place(entry, entry.file, entry.file, status, other._root)
+            line = replace(entry, mtime_ns=status.st_mtime_ns)
+            self._place(line, entry.file, entry.file, status, other._root)
         except OSError as error:
             raise translate_os_error(error, self.path / entry.file) from error
 
@@ -313,11 +340,18 @@ class Target:
         file.write(0, data)
         file.commit(None)
 
-    def remove_file(self, name: str) -> None:
-        """Remove a file of an earlier run that :meth:`write_file` will write again."""
-        if name in self._ours:
+    def remove_file(self, name: str, data: bytes) -> None:
+        """Remove a file of an earlier run that :meth:`write_file` will write again with these bytes.
+
+        Raises:
+            TargetError: if it was touched since then and has other bytes.
+        """
+        if name in self._touched and not Outline(whole=lambda: data).fits(self._root, name):
+            raise self._in_the_way(name)
+        if name in self._ours or name in self._touched:
             self._root.unlink(name)
             self._ours.discard(name)
+            self._touched.pop(name, None)
 
     def check_files(self) -> None:
         """Look at all finished files again.

@@ -67,7 +67,7 @@ def write_made_files(
     made = {name: FileRecord(len(text), hashlib.sha256(text).hexdigest(), MADE) for name, text in texts.items()}
     manifest = replace(draft, files={**draft.files, **made})
     texts[MANIFEST] = _manifest_text(target, manifest)
-    target.remove_file(CONFIG)  # of a run that was killed after it, and may be judged anew
+    target.remove_file(CONFIG, texts[CONFIG])  # of a run that was killed after it, and may be judged anew
     target.check_files()
     for name in MADE_FILES:
         if name == CONFIG:

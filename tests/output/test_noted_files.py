@@ -1,0 +1,182 @@
+"""A run that continues knows the files that it finished, and notices those that somebody changed in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
+from nvfp4_prep.cli import cli
+from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output.journal_line import read_line, to_line
+from nvfp4_prep.output.noted_files import FileState, judge_files
+from nvfp4_prep.output.target import Target
+from nvfp4_prep.output.target_root import TargetRoot
+from support.checkpoint_files import file_digests
+from support.relayout_cases import flip
+from support.stopped_runs import EXPERTS, FILE_OF, run_of, stop
+
+OURS, THEIRS = b"ours", b"mine"
+LATER = 10**18
+IDENTITY = {"what": "test"}
+Change = Callable[[Path], None]
+
+
+def line_of(data: bytes, mtime_ns: int | None, *, sha256: bool = True) -> dict[str, Any]:
+    digest = hashlib.sha256(data).hexdigest() if sha256 else None
+    entry = {"file": "a", "nbytes": len(data), "sha256": digest}
+    return entry if mtime_ns is None else {**entry, "mtime_ns": mtime_ns}
+
+
+def state_of(folder: Path, lines: list[dict[str, Any]], **options: Any) -> FileState:
+    with TargetRoot.open(folder) as root:
+        [file] = judge_files(root, lines, **options)
+    return file.state
+
+
+@pytest.mark.parametrize(
+    ("data", "mtime_ns", "lines", "state"),
+    [
+        (OURS, 5, [line_of(OURS, 5)], FileState.FINISHED),
+        (THEIRS, 5, [line_of(OURS, 5)], FileState.FINISHED),  # believed, as long as nothing shows the change
+        (OURS, 6, [line_of(OURS, 5)], FileState.FINISHED),  # copied without its times
+        (THEIRS, 6, [line_of(OURS, 5)], FileState.CHANGED),
+        (b"longer", 6, [line_of(OURS, 5)], FileState.CHANGED),
+        (b"cut", 5, [line_of(OURS, 5)], FileState.UNFINISHED),
+        (OURS, 6, [line_of(OURS, 5, sha256=False)], FileState.TOUCHED),
+        (OURS, 6, [{"made": "a", "mtime_ns": 5}], FileState.TOUCHED),
+        (OURS, 5, [{"made": "a", "mtime_ns": 5}], FileState.UNFINISHED),
+        # the journals of earlier releases
+        (THEIRS, 6, [line_of(OURS, None)], FileState.FINISHED),
+        (b"longer", 6, [line_of(OURS, None)], FileState.UNFINISHED),
+        (OURS, 6, [{"made": "a"}], FileState.UNFINISHED),
+        # a kill between the second line and its renaming leaves what the first one noted
+        (b"cut", 5, [line_of(OURS, 5), line_of(OURS, 8)], FileState.UNFINISHED),
+        (OURS, 8, [line_of(THEIRS, 5), line_of(OURS, 8)], FileState.FINISHED),
+        (THEIRS, 6, [line_of(OURS, 5), line_of(OURS, 8)], FileState.CHANGED),
+    ],
+)
+def test_state_of_a_file(tmp_path: Path, data: bytes, mtime_ns: int, lines: list[Any], state: FileState) -> None:
+    (tmp_path / "a").write_bytes(data)
+    os.utime(tmp_path / "a", ns=(mtime_ns, mtime_ns))
+    assert state_of(tmp_path, lines) is state
+
+
+def test_what_is_no_file_was_not_written_by_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    assert state_of(tmp_path, [line_of(OURS, None)]) is FileState.CHANGED
+
+
+def test_touched_files_are_not_read_where_the_run_itself_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(OURS)
+    monkeypatch.setattr(TargetRoot, "open_file", lambda *_, **__: pytest.fail("it was opened"))
+    assert state_of(tmp_path, [line_of(OURS, 5)], read=False) is FileState.FINISHED
+
+
+def test_a_file_that_was_read_need_not_be_read_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Target.open(out, IDENTITY) as target:
+        file = target.create("a", len(OURS))
+        file.write(0, OURS)
+        file.commit({"sha256": hashlib.sha256(OURS).hexdigest()})
+    os.utime(out / "a", ns=(LATER, LATER))
+    with Target.open(out, IDENTITY) as target:
+        assert set(target.done) == {"a"}
+    last = read_line((out / WORK_FOLDER / "journal.jsonl").read_bytes().splitlines()[-1]).value
+    assert last is not None and (last["file"], last["mtime_ns"]) == ("a", LATER)
+
+
+def replace_bytes(path: Path) -> None:
+    flip(path, path.stat().st_size - 1)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(b"short")
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as stream:
+        stream.write(b"more")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("command", FILE_OF)
+@pytest.mark.parametrize("change", [replace_bytes, shorten, lengthen])
+def test_a_finished_file_that_somebody_changed_is_neither_believed_nor_overwritten(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str, change: Change, restart: bool
+) -> None:
+    run, out = run_of(command, sample_source, sample_prepared), tmp_path / "out"
+    stop(run, out, "check_files")
+    changed = next(path for path in sorted(out.iterdir()) if path.name.startswith(FILE_OF[command]))
+    change(changed)
+    theirs = changed.read_bytes()
+    for _ in range(2):
+        with pytest.raises(TargetError) as caught:
+            run(out, restart=restart)
+        assert caught.value.where == str(changed) and "Move it" in (caught.value.next_step or "")
+        assert changed.read_bytes() == theirs and not (out / "config.json").exists()
+    changed.rename(tmp_path / "theirs")
+    run(out, restart=restart)
+    run(tmp_path / "whole")
+    assert file_digests(out) == file_digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("command", FILE_OF)
+@pytest.mark.parametrize("place", ["check_files", "finish"])
+def test_an_unfinished_target_that_was_copied_without_its_times_is_continued(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str, place: str, restart: bool
+) -> None:
+    run, out, copy = run_of(command, sample_source, sample_prepared), tmp_path / "out", tmp_path / "copy"
+    stop(run, out, place)
+    shutil.copytree(out, copy, copy_function=shutil.copyfile)
+    for path in copy.iterdir():
+        os.utime(path, ns=(LATER, LATER))
+    result = run(copy, restart=restart)
+    assert result.resumed != restart
+    if command != "restore" and not restart:
+        assert result.written_nbytes == 0
+    run(tmp_path / "whole")
+    assert file_digests(copy) == file_digests(tmp_path / "whole")
+
+
+def test_an_edited_config_of_an_unfinished_target_stays(sample_source: Path, tmp_path: Path) -> None:
+    run, out = run_of("convert", sample_source, sample_source), tmp_path / "out"
+    stop(run, out, "finish")
+    config = out / "config.json"
+    edited = json.dumps(json.loads(config.read_bytes()) | {"rope_theta": 5}).encode()
+    config.write_bytes(edited)
+    with pytest.raises(TargetError, match="was changed since the unfinished run wrote it"):
+        run(out)
+    assert config.read_bytes() == edited
+
+
+@pytest.mark.parametrize("options", [(), ("--restart",)])
+def test_dry_run_refuses_what_the_run_refuses(sample_source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    stop(run_of("convert", sample_source, sample_source), out, "check_files")
+    replace_bytes(out / EXPERTS)
+    command = ["convert", str(sample_source), str(out), "--no-smoke", *options]
+    for more in ("--dry-run",), ():
+        result = CliRunner().invoke(cli, [*command, *more])
+        assert result.exit_code == 8 and EXPERTS in result.output
+
+
+def test_lines_of_earlier_releases_are_believed_as_before(sample_source: Path, tmp_path: Path) -> None:
+    run, out = run_of("convert", sample_source, sample_source), tmp_path / "out"
+    journal = stop(run, out, "check_files")
+    values = [read_line(line).value or {} for line in journal.read_bytes().splitlines()]
+    for value in values:
+        value.pop("mtime_ns", None)
+    journal.write_bytes(b"".join(to_line(value) for value in values))
+    os.utime(out / EXPERTS)
+    result = run(out)
+    assert result.resumed and result.written_nbytes == 0

@@ -25,6 +25,10 @@ LIFT_REFUSAL = "NVFP4_PREP_TEST_LIFT_REFUSAL"
 """Environment variable: 1 has the plugin take an older vLLM for a tested one, in the tests' processes alone."""
 
 
+_frozen = 0
+"""How many modules there were when :func:`freeze_imports` last froze."""
+
+
 @functools.cache
 def bring_up() -> None:
     """Makes this process a CPU vLLM that accepts the CuteDSL experts.
@@ -71,10 +75,20 @@ def bring_up() -> None:
     if os.environ.get(LIFT_REFUSAL) == "1":
         _take_for_tested()
 
-    # vLLM collects garbage three times a load; over all that it imports, that would be most of the tests' time.
-    gc.collect()
-    gc.freeze()
     _stub_torchvision()  # last: transformers must have found out that there is none
+
+
+def freeze_imports() -> None:
+    """Leave everything that is there now out of garbage collection, if modules were imported since the last call.
+
+    vLLM collects garbage three times a load; over all that it imports, that would be a third of the tests' time. It
+    imports model classes when it meets their names, so once at the start is not enough.
+    """
+    global _frozen
+    if (imported := len(sys.modules)) != _frozen:
+        gc.collect()
+        gc.freeze()
+        _frozen = imported
 
 
 def _take_for_tested() -> None:
@@ -157,6 +171,7 @@ def rank_of(config: Any, rank: int = 0, world: int = 1, meeting: str | None = No
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
     from vllm.model_executor.models import utils
 
+    freeze_imports()
     # vLLM remembers by id(model) which layers another pipeline rank has; ids come back once a model is gone.
     utils._model_to_pp_missing_layer_names.clear()
     parallel = config.parallel_config

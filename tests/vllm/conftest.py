@@ -34,14 +34,27 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
 
 
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Any]:
-    """Two processes with the plugin; started when a test needs them."""
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> Iterator[tuple[Any, Any]]:
+    """Twice two processes with the plugin, forked before the first test."""
     from support.serving.ranks import Ranks
 
-    processes = Ranks()
-    yield processes
-    processes.close()
+    both = Ranks(), Ranks()
+    yield both
+    for processes in both:
+        processes.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(forked: tuple[Any, Any]) -> Any:
+    """Two processes with the plugin."""
+    return forked[0]
+
+
+@pytest.fixture(scope="session")
+def mortal_ranks(forked: tuple[Any, Any]) -> Any:
+    """Two that one test may kill."""
+    return forked[1]
 
 
 @pytest.fixture(autouse=True)

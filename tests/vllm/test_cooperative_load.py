@@ -15,7 +15,6 @@ from nvfp4_prep.serving.cooperation import Alone
 from nvfp4_prep.vllm import compat
 from support.serving.compare import Job, Outcome
 from support.serving.families import FAMILIES
-from support.serving.ranks import Ranks
 from support.serving.results import Checkpoints
 from support.serving.states import state_of
 
@@ -78,13 +77,9 @@ def test_one_rank_fails(checkpoints: Checkpoints, ranks: Any, failing: str) -> N
         assert "nvfp4_prep.errors.LoadError: rank 1 of 2 failed: " in text and "Input/output error" in text
 
 
-def test_one_rank_is_killed(checkpoints: Checkpoints) -> None:
-    mortal = Ranks()
-    try:
-        job = replace(make_job(checkpoints.get(QWEN)), failing="killed before it exchanges")
-        survivor, killed = mortal.run_to_failure(job)
-    finally:
-        mortal.close()
+def test_one_rank_is_killed(checkpoints: Checkpoints, mortal_ranks: Any) -> None:
+    job = replace(make_job(checkpoints.get(QWEN)), failing="killed before it exchanges")
+    survivor, killed = mortal_ranks.run_to_failure(job)
     assert killed is None and survivor is not None
     assert "nvfp4_prep.errors.LoadError: rank 1 of 2, which does not answer, did not take part" in survivor
 

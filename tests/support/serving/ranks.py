@@ -1,10 +1,10 @@
-"""Runs jobs in two processes that stay alive, so that vLLM is imported once in each."""
+"""Runs jobs in two processes that stay alive, forked from one that has imported vLLM and done nothing else with it."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from support.serving.compare import Comparison, Job, Outcome
-from support.serving.vllm_on_cpu import bring_up, meeting_point
+from support.serving.vllm_on_cpu import bring_up, freeze_imports, meeting_point
 
 WORLD = 2
 TIMEOUT_S = 180
@@ -25,18 +25,20 @@ class Broken(str):
 
 
 class Ranks:
-    """Two processes, rank 0 and rank 1."""
+    """Two processes, rank 0 and rank 1. To be made before this process has loaded anything, which starts threads."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        assert threading.active_count() == 1, "a child of a process with threads may hang"
+        bring_up()
+        freeze_imports()
+        context = multiprocessing.get_context("fork")
         pipes = [context.Pipe() for _ in range(WORLD)]
         self._ends: list[Connection] = [end for end, _ in pipes]
-        self._processes = [
-            context.Process(target=_serve, args=(rank, other, sys.path), daemon=True)
-            for rank, (_, other) in enumerate(pipes)
-        ]
+        self._processes = [context.Process(target=_serve, args=(rank, pipes), daemon=True) for rank in range(WORLD)]
         for process in self._processes:
             process.start()
+        for _, other in pipes:
+            other.close()
 
     def run(self, job: Job) -> Sequence[Outcome]:
         """One job in both ranks; raises ``RuntimeError`` with the traceback of a rank that failed."""
@@ -82,13 +84,11 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, end: Connection, path: list[str]) -> None:
-    sys.path[:] = path
+def _serve(rank: int, pipes: Sequence[tuple[Connection, Connection]]) -> None:
+    end = pipes[rank][1]
+    for each in {each for pipe in pipes for each in pipe} - {end}:
+        each.close()  # so that the end of a process closes its pipe
     os.environ["RANK"] = str(rank)  # what a launcher sets, and vLLM's data parallelism reads
-    import torch
-
-    torch.set_num_threads(1)
-    bring_up()
     from nvfp4_prep.vllm import register
 
     register()

@@ -6,6 +6,7 @@ changed kernel layout becomes an error instead of wrong results.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -50,8 +51,13 @@ def _fill(layout: MoeLayout, tensor: PreparedTensor, projection: Projection, dim
     rows, row_nbytes = layout.source_shape(tensor, dims)
     nbytes = dims.experts * rows * row_nbytes
     name = f"nvfp4_prep:{tensor.value}:{projection.value}"
-    stream = b"".join(hashlib.sha256(f"{name}:{i}".encode()).digest() for i in range(-(-nbytes // 32)))
-    filled = torch.frombuffer(bytearray(stream[:nbytes]), dtype=torch.uint8)
+    filled = torch.frombuffer(bytearray(_stream(name, nbytes)), dtype=torch.uint8)
     if tensor.is_scale:
         filled = filled % 126 + 1
     return filled.view(dims.experts, rows, row_nbytes)
+
+
+@functools.cache  # a few names, half a megabyte in all; made twice a conversion and once for each layer that is served
+def _stream(name: str, nbytes: int) -> bytes:
+    blocks = (hashlib.sha256(f"{name}:{i}".encode()).digest() for i in range(-(-nbytes // 32)))
+    return b"".join(blocks)[:nbytes]

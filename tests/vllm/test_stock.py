@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,31 +98,50 @@ def test_plain_vllm_refuses_a_prepared_checkpoint(checkpoints: Checkpoints) -> N
 
 
 SCRIPT = """
-import sys
+import os, sys
 sys.path[:0] = {path!r}
 from support.serving.vllm_on_cpu import bring_up, make_vllm_config
 bring_up()
-from vllm.plugins import load_general_plugins
-load_general_plugins()
 from pathlib import Path
-config = make_vllm_config(Path({directory!r}), moe_backend="auto")
-print("RESOLVED", config.model_config.quantization, type(config.quant_config).__name__)
+from vllm.plugins import load_general_plugins
+for plugins in {cases!r}:
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    if plugins:
+        os.environ["VLLM_PLUGINS"] = plugins
+    load_general_plugins()
+    try:
+        config = make_vllm_config(Path({directory!r}), moe_backend="auto")
+        print(plugins, "RESOLVED", config.model_config.quantization, type(config.quant_config).__name__, flush=True)
+    except Exception as error:
+        print(plugins, "REFUSED", str(error).replace(chr(10), " "), flush=True)
+    os._exit(0)
 """
+CASES = {"": True, "nvfp4_prep": True, "something_else": False}
+"""Values of the allow-list VLLM_PLUGINS, unset for the first, and whether a prepared checkpoint is served."""
 
 
-@pytest.mark.parametrize(("plugins", "served"), [(None, True), ("nvfp4_prep", True), ("something_else", False)])
-def test_the_installed_entry_point_is_what_vllm_loads(
-    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, plugins: str | None, served: bool
-) -> None:
-    """In a process of its own, through importlib.metadata, with and without the allow-list VLLM_PLUGINS."""
+@pytest.fixture(scope="module")
+def resolved(checkpoints: Checkpoints) -> dict[str, str]:
+    """What each case gives in a new process, forked into one a case where vLLM is imported and has loaded no plugin."""
     _, prepared = checkpoints.get(QWEN)
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    if plugins is not None:
-        monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    script = SCRIPT.format(path=[str(SUPPORT.parent)], directory=str(prepared))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    if served:
-        assert "RESOLVED modelopt_fp4 PreparedModelOptNvFp4Config" in done.stdout, done.stderr
+    script = SCRIPT.format(path=[str(SUPPORT.parent)], directory=str(prepared), cases=list(CASES))
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if " RESOLVED " in line or " REFUSED " in line]
+    assert len(lines) == len(CASES), done.stdout + done.stderr
+    return dict(zip(CASES, lines, strict=True))
+
+
+@pytest.mark.parametrize("plugins", CASES)
+def test_the_installed_entry_point_is_what_vllm_loads(resolved: dict[str, str], plugins: str) -> None:
+    """In a process of its own, through importlib.metadata, with and without the allow-list VLLM_PLUGINS."""
+    if CASES[plugins]:
+        assert resolved[plugins] == f"{plugins} RESOLVED modelopt_fp4 PreparedModelOptNvFp4Config"
     else:
-        assert done.returncode != 0
-        assert "Unknown quantization method: nvfp4_prep" in done.stderr
+        assert resolved[plugins].startswith(f"{plugins} REFUSED ")
+        assert "Unknown quantization method: nvfp4_prep" in resolved[plugins]

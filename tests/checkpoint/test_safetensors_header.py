@@ -70,6 +70,7 @@ def test_reads_what_the_official_library_writes(tmp_path: Path) -> None:
     st.dictionaries(st.sampled_from(["format", "b", "a"]), st.text(max_size=10), max_size=3),
 )
 @settings(deadline=None)
+@pytest.mark.slow
 def test_official_library_reads_what_we_write(contents: dict[str, Any], metadata: dict[str, str]) -> None:
     specs = [TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in contents.items()]
     header, records = encode_header("x.safetensors", specs, metadata)

@@ -104,6 +104,7 @@ SOURCES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("case", SOURCES)
 @pytest.mark.parametrize("json_option", [[], ["--json"]])
+@pytest.mark.slow
 def test_a_hostile_source(sample_source: Path, tmp_path: Path, case: str, json_option: list[str]) -> None:
     folder = Path(shutil.copytree(sample_source, tmp_path / "source"))
     SOURCES[case](folder)
@@ -215,6 +216,7 @@ def test_progress_and_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["convert", "--help"], ["verify", "--help"], ["--version"]])
+@pytest.mark.slow
 def test_help_on_a_terminal_without_unicode(words: list[str]) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([*MAIN, *words], capture_output=True, check=False, env=environment)

@@ -51,6 +51,7 @@ def test_what_would_be_ignored_is_refused(
     ],
     ids=" ".join,
 )
+@pytest.mark.slow
 def test_a_finished_output_is_not_restarted(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, words: list[str]
 ) -> None:

@@ -149,6 +149,7 @@ class Count(int):
 
 
 @pytest.mark.parametrize("two", [Count(2), np.int64(2), np.uint8(2)], ids=lambda value: type(value).__name__)
+@pytest.mark.slow
 def test_whole_numbers_of_other_classes_are_whole_numbers(two: Any, sample_source: Path, tmp_path: Path) -> None:
     options = nvfp4_prep.ConvertOptions(moe_tp=two)
     assert type(options.moe_tp) is int and options == nvfp4_prep.ConvertOptions(moe_tp=2)

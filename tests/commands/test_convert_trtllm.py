@@ -116,6 +116,7 @@ def weights(codes: torch.Tensor, scales: torch.Tensor, global_scale: float) -> t
 
 
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+@pytest.mark.slow
 def test_error_of_the_dequantized_weights(tmp_path: Path, policy: GateUpPolicy) -> None:
     """Both factors stored: 0, exactly. Gate's for both, as stock vLLM has it: up is off by the scales' ratio."""
     layer, _, out = made(tmp_path, policy, differing=True, intermediate=128, hidden=256)
@@ -192,6 +193,7 @@ def test_there_are_no_blocks_to_choose() -> None:
 
 @pytest.mark.parametrize("with_source", [True, False])
 @pytest.mark.parametrize("policy", [GateUpPolicy.RECONCILE, GateUpPolicy.VLLM])
+@pytest.mark.slow
 def test_smoke_run(tmp_path: Path, policy: GateUpPolicy, with_source: bool) -> None:
     _, source, out = made(tmp_path, policy, differing=True, hidden=256)
     report = run_smoke(out, source if with_source else None, backend="torch")

@@ -49,6 +49,7 @@ def finished(sample_source: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         (_edit_config, r"differs in bytes of config\.json\. "),
     ],
 )
+@pytest.mark.slow
 def test_what_changed_in_the_source_is_named(
     finished: Path, tmp_path: Path, change: Callable[[Path], None], said: str
 ) -> None:

@@ -272,6 +272,7 @@ def test_a_finished_target_may_be_read_only(
         (3, "restore CLOSED OUT"),
     ],
 )
+@pytest.mark.slow
 def test_a_place_that_may_not_be_entered(
     sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, line: str
 ) -> None:

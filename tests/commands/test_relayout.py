@@ -195,6 +195,7 @@ def test_a_forged_checksum_does_not_hide_another_expert(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [LayoutName.CUTEDSL, "cutedsl"])
+@pytest.mark.slow
 def test_a_layout_by_its_name_keeps_the_rest(sample_source: Path, tmp_path: Path, layout: Any) -> None:
     out = convert(sample_source, tmp_path / "out", ConvertOptions(gate_up_block=32)).path
     options = relayout(out, tmp_path / "new", layout=layout, moe_tp=2).manifest.options

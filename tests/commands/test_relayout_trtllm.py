@@ -54,6 +54,7 @@ def test_both_ways_equal_conversions_of_the_source(
     ],
     ids=["gated", "not gated"],
 )
+@pytest.mark.slow
 def test_padded_layers_both_ways(tmp_path: Path, layer: TinyLayer) -> None:
     changes = {} if len(layer.names) == 3 else {"mlp_hidden_act": "relu2"}
     made = write(tmp_path / "source", layer.tensors(), config(**changes))

@@ -143,6 +143,7 @@ EVIL = "evil/repo--modeling_evil.Evil"
         ({"custom_pipelines": {"a": {"impl": "evil.Pipeline"}}}, "custom_pipelines"),
     ],
 )
+@pytest.mark.slow
 def test_code_is_no_edit_to_keep(
     copy: Path, sample_source: Path, tmp_path: Path, edit: dict[str, Any], named: str, recorded: bool
 ) -> None:
@@ -316,6 +317,7 @@ def test_edits_round_trip() -> None:
 
 
 @pytest.mark.parametrize("command", ["restore", "relayout --gate-up-block 16", "convert"])
+@pytest.mark.slow
 def test_what_works_on_it_says_the_same(copy: Path, sample_source: Path, tmp_path: Path, command: str) -> None:
     """No command calls an edited config damage that only another conversion would mend."""
     change(copy, eos_token_id=7)
@@ -355,6 +357,7 @@ def test_command(copy: Path) -> None:
         ("swiglu_limit", 7.0, "another activation.*clamped at 7"),
     ],
 )
+@pytest.mark.slow
 def test_an_edit_that_contradicts_the_tensors_is_not_recorded(
     sample_source: Path, tmp_path: Path, key: str, value: object, words: str
 ) -> None:
@@ -381,6 +384,7 @@ def make_by(command: str, source: Path, prepared: Path, out: Path) -> Any:
 
 
 @pytest.mark.parametrize("command", ["convert", "join", "relayout"])
+@pytest.mark.slow
 def test_a_restamped_output_is_complete_to_the_command_that_made_it(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str
 ) -> None:

@@ -113,6 +113,7 @@ def test_damaged_checkpoint_is_not_restored(sample_prepared: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("pattern", ["model-00001-of-*.safetensors", "tokenizer.json"])
+@pytest.mark.slow
 def test_damage_outside_the_experts_is_not_restored(sample_source: Path, tmp_path: Path, pattern: str) -> None:
     """Bytes that are only copied are checked against the manifest too."""
     source = Path(shutil.copytree(sample_source, tmp_path / "source"))

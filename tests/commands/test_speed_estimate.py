@@ -98,6 +98,7 @@ def test_dry_run_says_it_and_writes_nothing(sample_source: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "nbytes"), [(["--memory", "50"], 50_000_000), (["--threads", "16"], 2**31), ([], 640 * 2**20)]
 )
+@pytest.mark.slow
 def test_dry_run_says_the_memory_that_the_run_would_use(
     sample_source: Path, tmp_path: Path, options: list[str], nbytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def sparse_checkpoint(folder: Path, model: Model, experts: int | None = None) ->
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+@pytest.mark.slow
 def test_real_sizes_are_planned_with_the_real_config(tmp_path: Path, model: Model) -> None:
     made = plan(sparse_checkpoint(tmp_path / "source", model))
     (layer,) = made.layers

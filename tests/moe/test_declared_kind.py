@@ -160,6 +160,7 @@ def test_what_agrees_is_converted_without_a_word(tmp_path: Path, kind: str, quan
 
 
 @pytest.mark.parametrize("name", WARNED)
+@pytest.mark.slow
 def test_what_servers_read_alike_is_a_warning_everywhere(tmp_path: Path, name: str) -> None:
     kind, quantization, words = WARNED[name]
     folder = source(tmp_path, quantization, kind)

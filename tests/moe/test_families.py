@@ -149,7 +149,7 @@ ARRANGED = ARRANGED[::3] + ARRANGED[1::3] + ARRANGED[2::3]  # a few of each kind
 
 @pytest.mark.parametrize(
     ("kind", "arrange", "layer"),
-    slow_after(10, ARRANGED),
+    slow_after(3, ARRANGED),
     ids=[f"{kind}-{layer.name}" for kind, _, layer in ARRANGED],
 )
 def test_synthetic_layers_become_what_vllm_makes_of_them(

@@ -45,7 +45,7 @@ CASES = [(command, how) for how in DAMAGES for command in FILE_OF]
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize(("command", "how"), slow_after(3, CASES))
+@pytest.mark.parametrize(("command", "how"), slow_after(1, CASES))
 def test_a_file_whose_line_is_damaged_is_made_again(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str, how: str, restart: bool
 ) -> None:
@@ -100,6 +100,7 @@ def test_a_strangers_file_that_looks_like_ours_stays(
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("name", ["README.md", "config.json", "nvfp4_prep.json", EXPERTS, "fifo", "link"])
+@pytest.mark.slow
 def test_what_does_not_look_like_ours_is_refused_at_once(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, name: str, restart: bool
 ) -> None:
@@ -148,6 +149,7 @@ def test_lines_of_two_runs_are_no_journal(sample_source: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["part", "join"])
+@pytest.mark.slow
 def test_the_advice_on_a_first_line_helps_a_join(
     sample_source: Path, sample_prepared: Path, tmp_path: Path, begun: bool
 ) -> None:

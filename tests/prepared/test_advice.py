@@ -42,6 +42,7 @@ def flip_last(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, Path.unlink, flip_last], ids=["short", "missing", "flipped"])
 @pytest.mark.parametrize("name", [EXPERTS, COPIED, "source-scales.safetensors"])
+@pytest.mark.slow
 def test_a_damaged_file_of_a_copy_is_copied_again(
     copy: Path, sample_prepared: Path, damage: Callable[[Path], object], name: str
 ) -> None:
@@ -82,6 +83,7 @@ def test_every_command_advises_the_same(copy: Path, sample_source: Path, tmp_pat
 
 @pytest.mark.parametrize("name", [EXPERTS, COPIED])
 @pytest.mark.parametrize("command", [restore, relayout], ids=["restore", "relayout"])
+@pytest.mark.slow
 def test_what_stopped_at_damage_ends_well_as_advised(
     copy: Path, sample_prepared: Path, tmp_path: Path, command: Callable[..., object], name: str
 ) -> None:
@@ -237,6 +239,7 @@ KINDS = ("nothing", "a symbolic link", "a dangling link", "a directory", "a FIFO
 
 @pytest.mark.parametrize("name", [EXPERTS, "expert-scales.safetensors"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_convert_says_what_stands_in_the_place_of_a_file(
     whole: Path, sample_source: Path, tmp_path: Path, kind: str, name: str
 ) -> None:

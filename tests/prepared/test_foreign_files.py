@@ -41,6 +41,7 @@ def listed(folder: Path, name: str, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.slow
 def test_unlisted(copy: Path, sample_source: Path, name: str, quick: bool) -> None:
     plant(copy, name)
     for source in (None, sample_source):

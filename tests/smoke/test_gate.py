@@ -141,7 +141,7 @@ VERDICT_DAMAGES: dict[str, Callable[[bytes, bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("how", slow_after(3, VERDICT_DAMAGES))
+@pytest.mark.parametrize("how", slow_after(1, VERDICT_DAMAGES))
 def test_a_verdict_that_cannot_be_read_is_due(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

@@ -41,7 +41,7 @@ class ConvertOptions:
     """Options that the output's bytes depend on; a resumed conversion must have the same.
 
     Attributes:
-        layout: which kernel's layout.
+        layout: which kernel's layout. The default is CuteDSL's; a B200 server without flags runs TRTLLM-gen.
         gate_up_block: rows in one gate/up block (16, 32 or 64) of the layout ``cutedsl``; the others have none.
         gate_up_scales: see :class:`GateUpPolicy`.
         moe_tp: tensor-parallel size to pad for.

@@ -450,7 +450,7 @@ def test_interrupt_while_modules_are_imported_has_the_same_exit_code(command: li
     script = [sys.executable, "-c", _INTERRUPTED_IMPORT, str(int(number)), moment]
     done = subprocess.run([*script, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 130, done
-    assert done.stderr == "error: interrupted. Run the same command to resume or start over.\n"
+    assert done.stderr == "error: interrupted. Run the same command again.\n"
     if "--json" in command:
         assert json.loads(done.stdout)["error"] == "ConversionInterrupted"
     else:

@@ -163,7 +163,7 @@ def test_stamp_and_inspection(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LayoutName)
 def test_outputs_say_which_kernel_runs(tmp_path: Path, layout: LayoutName) -> None:
-    """Plan, conversion, card and smoke run; the default names the kernel that servers choose by themselves."""
+    """Plan, conversion, card and smoke run; the default names the kernel of servers without flags."""
     source = write(tmp_path / "source", TinyLayer(differing=True).tensors())
     arguments = ["convert", str(source), str(tmp_path / "out"), "--layout", layout.value]
     runs = {
@@ -177,7 +177,8 @@ def test_outputs_say_which_kernel_runs(tmp_path: Path, layout: LayoutName) -> No
     assert f"kernel   runs {runs} (vLLM's FLASHINFER_" in planned
     assert f"\nruns {runs} (vLLM's FLASHINFER_" in done
     if layout is LayoutName.CUTEDSL:
-        assert "choose FLASHINFER_TRTLLM by themselves" in done and "--moe-backend flashinfer_trtllm" in done
+        assert "without flags runs the source on FLASHINFER_TRTLLM" in done
+        assert "convert with --layout trtllm, or serve with --moe-backend flashinfer_trtllm" in done
     both = "both are stored, nothing was rescaled; relative error of the weights: 0"
     assert (both in done) == (layout is TRTLLM)
     assert f"the real {kernel} kernel did NOT run" in done or torch.cuda.is_available()

@@ -186,3 +186,37 @@ def test_layers_that_differ_in_their_number_alone_share_a_line() -> None:
         "model.layers.007.x",
     ]
     assert "3 layers, each: can be prepared, E 8, I 128" in lines[0]
+
+
+def test_layers_with_other_counts_of_differing_scales_share_a_line() -> None:
+    def layer(number: int, differing: int, error: float | None = None) -> InspectedLayer:
+        figures = {} if error is None else {"relative_error": {"reconcile": error, "vllm": 2 * error}}
+        path = f"model.layers.{number}.mlp.experts"
+        sizes = (8, 128, 256, True, "modelopt", "silu", differing, (1, 2))
+        return InspectedLayer(path, "can be prepared", "", *sizes, gate_up_figures=figures)
+
+    def shown(*layers: InspectedLayer) -> list[str]:
+        found = Inspection("x", False, "", (), {}, layers, 1, 1, 1)
+        return [line for line in inspection_text(found).splitlines() if line.startswith("model.layers")]
+
+    (line,) = shown(layer(1, 0), layer(2, 3), layer(3, 1))
+    assert line.startswith("model.layers.1-3.mlp.experts: 3 layers, each: ")
+    assert "gate/up scales differ in 0 to 3 experts, TP 1, 2" in line
+    assert "scales differ in 2 experts" in shown(layer(1, 2), layer(2, 2))[0]
+    assert "scales agree" in shown(layer(1, 0), layer(2, 0))[0]
+    (line,) = shown(layer(1, 2, 0.25), layer(2, 3, 0.5))
+    assert line.endswith("worst relative error of their weights: reconcile 0.5, vllm 1")
+
+
+def test_refused_layers_share_a_line() -> None:
+    """A reason that names tensors of the layer differs in the layer's number alone."""
+
+    def refused(number: int, tensor: str) -> InspectedLayer:
+        path = f"model.layers.{number}.mlp.experts"
+        return InspectedLayer(path, "refused", f"experts have biases ({path}.{tensor})")
+
+    layers = (refused(0, "bias"), refused(1, "bias"), refused(2, "down_bias"))
+    lines = inspection_text(Inspection("x", False, "", (), {}, layers, 1, 1, 1)).splitlines()
+    assert "model.layers.0-1.mlp.experts: 2 layers, each: refused" in lines[3]
+    assert "(experts have biases (model.layers.*.mlp.experts.bias))" in lines[3]
+    assert "(experts have biases (model.layers.2.mlp.experts.down_bias))" in lines[4]

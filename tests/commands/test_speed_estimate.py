@@ -28,7 +28,7 @@ JSON_PAGE = (ROOT / "docs" / "json.md").read_text(encoding="utf-8")
         ((9.0, 1.0, 2.0, 0.1), "disk read", "limited by reading the source from disk ("),
         ((1.0, 9.0, 2.0, 0.1), "digests", "limited by the sha256 of the largest file, which one core computes ("),
         ((None, 1.0, 9.0, 0.1), "cores", "limited by the CPU, which hashes, rearranges and compares every byte ("),
-        ((3.0, 1.0, 2.0, 9.0), "names", "limited by Python's planning over the tensors' names, on one core ("),
+        ((3.0, 1.0, 2.0, 9.0), "names", "limited by the planning of every tensor, which runs on one core ("),
     ],
 )
 def test_the_largest_bound_limits(bounds: tuple[float | None, float, float, float], limit: str, words: str) -> None:

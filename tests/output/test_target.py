@@ -17,6 +17,7 @@ from nvfp4_prep._util.buffers import byte_view, empty_bytes
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import NoSpaceError, ResumeConflictError, TargetError
 from nvfp4_prep.output import target_root
+from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_checks import PARTS_FOLDER, SOURCE_FOLDER, check_names, has_journal
@@ -383,3 +384,12 @@ def test_nothing_else_may_stand_in_a_target(tmp_path: Path, kind: str) -> None:
         if kind != "file":
             with pytest.raises(TargetError, match="something else"):
                 check_names(out, {"known", "folder/strange"})
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.EFBIG, r"ulimit -f"), (errno.EACCES, "Check the directory's permissions")]
+)
+def test_a_limit_of_file_sizes_is_not_taken_for_a_permission(tmp_path: Path, number: int, advice: str) -> None:
+    error = translate_os_error(OSError(number, os.strerror(number)), tmp_path / "x")
+    assert isinstance(error, TargetError)
+    assert advice in str(error)

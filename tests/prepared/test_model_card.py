@@ -210,3 +210,34 @@ def test_a_directory_name_that_is_no_text(manifest: Manifest) -> None:
 def test_it_is_the_same_every_time(manifest: Manifest) -> None:
     again = Manifest.from_bytes(manifest.to_bytes())
     assert make_model_card(again) == make_model_card(manifest)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        (
+            LayoutName.CUTEDSL,
+            "the kernel `FLASHINFER_CUTEDSL`. A B200 server without flags runs `FLASHINFER_TRTLLM` with the original"
+            " checkpoint. To stay on that kernel, add `--moe-backend flashinfer_trtllm` (vLLM) or"
+            " `--moe-runner-backend flashinfer_trtllm` (SGLang): the weights",
+        ),
+        (
+            LayoutName.TRTLLM,
+            "the kernel `FLASHINFER_TRTLLM`. A B200 server without flags runs the same kernel with the original"
+            " checkpoint.\n",
+        ),
+    ],
+)
+def test_the_kernel_is_named_beside_the_one_of_a_server_without_flags(
+    manifest: Manifest, layout: LayoutName, said: str
+) -> None:
+    text = card_of(manifest, layout=layout, hidden=256, intermediate=128)
+    assert f"\nThis file is for {said}" in text
+
+
+def test_flags_are_those_of_servers_that_take_the_file(manifest: Manifest) -> None:
+    text = card_of(manifest, layout=LayoutName.CUTEDSL, hidden=336, intermediate=128)
+    assert "add `--moe-backend flashinfer_trtllm`: the weights" in text
+    assert "--moe-runner-backend" not in text
+    batched = card_of(manifest, layout=LayoutName.CUTEDSL_BATCHED, hidden=256, intermediate=128)
+    assert "without flags" not in batched

@@ -108,7 +108,7 @@ def _comes_after_the_result() -> bool:
 
 
 def _interrupted() -> ConversionInterrupted:
-    return ConversionInterrupted("interrupted", next_step="Run the same command to resume or start over.")
+    return ConversionInterrupted("interrupted", next_step="Run the same command again.")
 
 
 def _end(error: NvfpPrepError) -> NoReturn:

@@ -120,13 +120,13 @@ def cli() -> None:
     \b
     nvfp4-prep doctor                                     what will work on this machine?
     nvfp4-prep inspect  nvidia/Kimi-K2.5-NVFP4            what is it, and can it be prepared?
-    nvfp4-prep convert  nvidia/Kimi-K2.5-NVFP4 ./out      prepare it (a directory will do as well)
+    nvfp4-prep convert  nvidia/Kimi-K2.5-NVFP4 ./out      prepare it; for a B200 see --layout in its help
     nvfp4-prep verify   ./out --source ./source           check every byte against its source
     nvfp4-prep bench-load ./out --tp 8                    how fast will this host load it?
     nvfp4-prep push     ./out me/Kimi-K2.5-NVFP4-prepared publish it
-    nvfp4-prep relayout ./out ./out16 --gate-up-block 16  another layout, without the source
+    nvfp4-prep relayout ./out ./out2 --layout trtllm      another kernel's layout, without the source
     nvfp4-prep restamp  ./out                             keep edits of its config.json
-    nvfp4-prep restore  ./out ./back                      and back again, bit for bit
+    nvfp4-prep restore  ./out ./back                      rebuild the source, bit for bit
 
     vLLM and SGLang with this package installed serve the result as it is: vllm serve ./out
 

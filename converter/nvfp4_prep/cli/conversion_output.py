@@ -43,7 +43,7 @@ _LIMITS = {
     "cores": "the CPU, which hashes, rearranges and compares every byte",
     "digests": "the sha256 of the largest file, which one core computes",
     "disk read": "reading the source from disk",
-    "names": "Python's planning over the tensors' names, on one core",
+    "names": "the planning of every tensor, which runs on one core",
 }
 """What limits a conversion, by :attr:`~nvfp4_prep.commands.speed_estimate.SpeedEstimate.limit`, in words."""
 

@@ -75,7 +75,8 @@ def convert(
 
     \b
     nvfp4-prep convert ./DeepSeek-NVFP4 ./out --dry-run
-    nvfp4-prep convert ./DeepSeek-NVFP4 ./out
+    nvfp4-prep convert ./DeepSeek-NVFP4 ./out                     for CuteDSL
+    nvfp4-prep convert ./DeepSeek-NVFP4 ./out --layout trtllm     for B200 servers without flags
     nvfp4-prep convert nvidia/Kimi-K2.5-NVFP4 ./out --push-to me/Kimi-K2.5-NVFP4-prepared --stream-out
 
     Several machines on one file system: each makes a part, then one joins them.

@@ -148,8 +148,8 @@ def conversion_options(command: _Command) -> _Command:
 
     decorators = [
         layout_option(
-            "Kernel to prepare for; vLLM and SGLang choose trtllm by themselves on a B200, cutedsl-batched is for"
-            f" DeepEP low latency.  [default: {_DEFAULT.layout}]",
+            "Kernel to prepare for. A B200 server without flags runs trtllm; cutedsl-batched is for DeepEP low latency."
+            f"  [default: {_DEFAULT.layout}]",
             **default(_DEFAULT.layout),
         ),
         gate_up_block_option(**default(_DEFAULT.gate_up_block)),

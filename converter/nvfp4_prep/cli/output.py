@@ -58,7 +58,7 @@ def report_errors(as_json: bool) -> Iterator[None]:
         _fail(error, as_json=as_json)
     except KeyboardInterrupt:
         _ignore_signals()
-        again = "Run the same command to resume or start over."
+        again = "Run the same command again."
         _fail(ConversionInterrupted("interrupted", next_step=again), as_json=as_json)
     except ImportError as error:
         if (none_left := open_files_error(error)) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -178,22 +178,30 @@ def _layer_lines(plan: Plan) -> Iterable[str]:
     def shape(position: int) -> tuple[object, ...]:
         item = plan.layers[position]
         sizes = item.layout.tp_sizes(item.dims)
-        return (item.dims, item.gated, item.format, len(item.scalars.differing), sizes)
+        return (item.dims, item.gated, item.format, sizes)
 
     for _, run in groupby(range(len(plan.layers)), key=shape):
         members = [plan.layers[position] for position in run]
         first, dims = members[0], members[0].dims
         inter, hidden = first.layout.padded_intermediate(dims.intermediate), first.layout.padded_hidden(dims.hidden)
         padding = "" if (inter, hidden) == (dims.intermediate, dims.hidden) else f", padded to I {inter}, H {hidden}"
-        differing = len(first.scalars.differing)
+        differing = [len(item.scalars.differing) for item in members]
         yield (
             f"{_layers(item.index for item in members)}: E {dims.experts}, I {dims.intermediate},"
             f" H {dims.hidden},"
             f" {'gated' if first.gated else 'not gated'}, {first.format}{padding},"
             f" {format_nbytes(first.prepared_nbytes)} each, serves TP"
             f" {', '.join(map(str, first.layout.tp_sizes(dims)))}"
-            + (f", gate/up scales differ in {count(differing, 'expert')}" if differing else "")
+            + (f", {_gate_up_text(differing)}" if any(differing) else "")
         )
+
+
+def _gate_up_text(differing: Sequence[int]) -> str:
+    """Return in how many experts of each layer gate and up have different global scales."""
+    low, high = min(differing), max(differing)
+    if not high:
+        return "gate/up scales agree"
+    return f"gate/up scales differ in {count(high, 'expert') if low == high else f'{low} to {high} experts'}"
 
 
 def layout_text(options: Mapping[str, Any], *, gated: bool) -> str:
@@ -271,18 +279,22 @@ def inspection_text(found: Inspection) -> str:
 
 
 def _inspected_lines(layers: Iterable[InspectedLayer], *, exact: bool) -> Iterable[str]:
-    """Return one line for each run of layers that differ in their number alone."""
+    """Return one line for each run of layers that differ in their number and in their gate/up scales alone."""
 
-    def alike(layer: InspectedLayer) -> tuple[str, str, str]:
+    def alike(layer: InspectedLayer) -> tuple[object, ...]:
         before, _, after = _parted(layer.experts_path)
-        return before, after, _inspected_text(layer, exact=exact)
+        counted, compared = layer.differing is not None, "relative_error" in layer.gate_up_figures
+        what = (layer.status, layer.experts, layer.intermediate, layer.hidden, layer.format, layer.gated)
+        return (before, after, *what, layer.activation, layer.tp_sizes, _reason(layer, several=True), counted, compared)
 
-    for (before, after, text), run in groupby(layers, key=alike):
-        numbers = [_parted(layer.experts_path)[1] for layer in run]
-        if len(numbers) == 1:
-            yield f"{before}{numbers[0]}{after}: {text}"
-        else:
-            yield f"{before}{spans(map(int, numbers))}{after}: {len(numbers)} layers, each: {text}"
+    for _, run in groupby(layers, key=alike):
+        members = list(run)
+        several = len(members) > 1
+        before, number, after = _parted(members[0].experts_path)
+        if several:
+            number = spans(int(_parted(layer.experts_path)[1]) for layer in members)
+        each = f"{len(members)} layers, each: " if several else ""
+        yield f"{before}{number}{after}: {each}{_inspected_text(members, exact=exact)}"
 
 
 def _parted(path: str) -> tuple[str, str, str]:
@@ -291,23 +303,31 @@ def _parted(path: str) -> tuple[str, str, str]:
     return (found[1], found[2], found[3]) if found else (path, "", "")
 
 
-def _inspected_text(layer: InspectedLayer, *, exact: bool) -> str:
-    text = layer.status
-    if layer.experts is not None:
-        text += f", E {layer.experts}, I {layer.intermediate}, H {layer.hidden}, {layer.format}"
-        text += f", {'gated' if layer.gated else 'not gated'} {layer.activation}"
-        if layer.differing is not None:
-            text += (
-                f", gate/up scales differ in {count(layer.differing, 'expert')}"
-                if layer.differing
-                else ", gate/up scales agree"
-            )
-        text += f", TP {', '.join(map(str, layer.tp_sizes))}"
-        if exact and layer.differing:
+def _inspected_text(layers: Sequence[InspectedLayer], *, exact: bool) -> str:
+    """Return what one layer is, or what several are that are alike."""
+    first = layers[0]
+    text = first.status
+    if first.experts is not None:
+        text += f", E {first.experts}, I {first.intermediate}, H {first.hidden}, {first.format}"
+        text += f", {'gated' if first.gated else 'not gated'} {first.activation}"
+        differing = [layer.differing for layer in layers if layer.differing is not None]
+        if differing:
+            text += f", {_gate_up_text(differing)}"
+        text += f", TP {', '.join(map(str, first.tp_sizes))}"
+        if exact and any(differing):
             text += ", both are stored"
-        elif "relative_error" in layer.gate_up_figures:
-            text += f", {relative_error_text(layer.gate_up_figures['relative_error'])}"
-    return text + (f" ({layer.reason})" if layer.reason else "")
+        elif "relative_error" in first.gate_up_figures:
+            errors = [layer.gate_up_figures["relative_error"] for layer in layers]
+            worst = {policy: max(error[policy] for error in errors) for policy in errors[0]}
+            text += f", {'worst ' * (len(layers) > 1)}{relative_error_text(worst)}"
+    reason = _reason(first, several=len(layers) > 1)
+    return text + (f" ({reason})" if reason else "")
+
+
+def _reason(layer: InspectedLayer, *, several: bool) -> str:
+    """Return why a layer is not prepared; of several layers with ``*`` for the number of each."""
+    before, number, after = _parted(layer.experts_path)
+    return layer.reason.replace(layer.experts_path, f"{before}*{after}") if several and number else layer.reason
 
 
 def relative_error_text(errors: Mapping[str, float]) -> str:

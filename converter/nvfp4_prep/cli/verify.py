@@ -66,7 +66,7 @@ def verify(
     nvfp4-prep verify ./out --source ./DeepSeek-NVFP4   and against the source
     nvfp4-prep verify ./out --quick                     structure only, seconds
     nvfp4-prep verify ./out --smoke --layers 1,4-6      and random tokens through four layers
-    nvfp4-prep verify ./out --report page.html          and a page for whoever signs it off
+    nvfp4-prep verify ./out --report page.html          and an HTML report to keep
     """
     tell_address(checkpoint, quiet=quiet)
     _check_combination(checkpoint, source, smoke_options, smoke=smoke)

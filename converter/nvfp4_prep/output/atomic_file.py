@@ -30,6 +30,13 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
             where=str(path),
             next_step="Free disk space and run the same command again: finished files are kept.",
         )
+    if error.errno == errno.EFBIG:
+        return TargetError(
+            f"cannot be written ({error.strerror})",
+            where=str(path),
+            next_step="The limit of file sizes (ulimit -f) or the file system does not allow a file of this size: raise"
+            " the limit, or give another target.",
+        )
     return open_files_error(error, str(path)) or TargetError(
         f"cannot be written ({error.strerror})",
         where=str(path),

@@ -45,6 +45,7 @@ def serve_section(manifest: Manifest) -> Iterator[str]:
         *_sglang_lines(for_sglang),
         "```",
         "",
+        *_kernel_lines(manifest.options.layout, for_sglang=bool(for_sglang)),
         f"Tensor-parallel sizes: {parallel_sizes(manifest)}. With `--load-format nvfp4_prep` each rank reads its own"
         " bytes only.",
         "",
@@ -69,6 +70,24 @@ def check_section() -> Iterator[str]:
         "nvfp4-prep verify prepared --smoke          # and random tokens on your GPU",
         "nvfp4-prep restore prepared source          # the source, bit for bit",
         "```",
+    )
+
+
+def _kernel_lines(layout: LayoutName, *, for_sglang: bool) -> tuple[str, ...]:
+    """Return which kernel the file runs, and which one servers run with the original checkpoint."""
+    facts, usual = LAYOUTS[layout], LAYOUTS[LayoutName.TRTLLM]
+    if facts.behind_deepep:
+        return ()
+    text = f"This file is for the kernel `{facts.vllm_backend}`. A B200 server without flags runs "
+    if facts is usual:
+        return text + "the same kernel with the original checkpoint.", ""
+    flags = f"`--moe-backend {usual.flag}`"
+    if for_sglang:
+        flags += f" (vLLM) or `--moe-runner-backend {usual.flag}` (SGLang)"
+    return (
+        f"{text}`{usual.vllm_backend}` with the original checkpoint. To stay on that kernel, add {flags}: the weights"
+        " are then rearranged at every start.",
+        "",
     )
 
 

@@ -1,1 +1,1 @@
-"""The HTML report on a checkpoint: who looked at what, when and with which figures, for whoever signs it off."""
+"""The HTML report on a checkpoint: what was checked, when, where and with which figures."""

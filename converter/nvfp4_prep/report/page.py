@@ -1,4 +1,4 @@
-"""A verification and a smoke run as one self-contained HTML page, for somebody who has to sign off a deployment."""
+"""A verification and a smoke run as one self-contained HTML page, for a person who has to approve a deployment."""
 
 from __future__ import annotations
 

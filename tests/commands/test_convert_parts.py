@@ -274,3 +274,13 @@ def test_numbers_that_are_not_moe_layers_are_told(source: Path, tmp_path: Path, 
         f"{last}-99"
     )
     assert "note:" not in told(spans(present)) and "note:" not in told("1/2")
+
+
+@pytest.mark.parametrize("options", [[], ["--layout", "trtllm", "--moe-tp", "2"], ["--gate-up-block", "32"]])
+def test_the_join_that_a_part_names_has_its_options(source: Path, tmp_path: Path, options: list[str]) -> None:
+    made = CliRunner().invoke(cli, ["convert", str(source), str(tmp_path / "out"), *options, "--layers", "1/1"])
+    (line,) = (line for line in made.stderr.splitlines() if line.startswith("next, when all parts are made: "))
+    words = line.removeprefix("next, when all parts are made: nvfp4-prep ").split()
+    assert words[3:-1] == options
+    joined = CliRunner().invoke(cli, [*words, "--no-smoke"])
+    assert joined.exit_code == 0, joined.stderr

@@ -23,6 +23,7 @@ from nvfp4_prep.cli.render import (
 )
 from nvfp4_prep.cli.smoke import say_smoke
 from nvfp4_prep.layouts import LAYOUTS
+from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.report.page import Subject, write_page
 
 if TYPE_CHECKING:
@@ -111,7 +112,15 @@ def say_part(part: PartResult, request: ConvertRequest, *, as_json: bool) -> Non
         f"{part.path}: part of {count(len(part.layers), 'MoE layer')} ({selection.text if selection else ''}),"
         f" {format_nbytes(part.written_nbytes)} written{' (continued)' if part.resumed else ''}"
     )
-    hint(f"next, when all parts are made: {shell_line('convert', request.source, request.target, '--join')}")
+    join = shell_line("convert", request.source, request.target, *_option_words(request.options), "--join")
+    hint(f"next, when all parts are made: {join}")
+
+
+def _option_words(options: ConvertOptions) -> list[str]:
+    """Return the options that are not the default, as words of a command: a join needs those of its parts."""
+    given, default = options.to_dict(), ConvertOptions().to_dict()
+    words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value != default[name])
+    return [word for pair in words for word in pair]
 
 
 def say_checkpoint(result: ConvertResult, pushed: PushResult | None, request: ConvertRequest, *, as_json: bool) -> None:

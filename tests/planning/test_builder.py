@@ -170,12 +170,14 @@ def test_gate_up_policies(tmp_path: Path) -> None:
 def test_tensor_parallel_sizes_that_cannot_be_served_are_said(tmp_path: Path) -> None:
     text = plan_text(made(tmp_path / "a", replace(LAYER, intermediate=192).tensors()))
     assert "serves tensor-parallel sizes 1, 3, and any expert parallelism" in text
-    assert "cannot serve TP 2: convert with --moe-tp 2 for that" in text
+    assert "cannot serve TP 2, 4: convert with --moe-tp for one of them" in text
     assert "cannot serve TP 8: intermediate size 192 cannot be split over 8 tensor-parallel ranks" in text
     text = plan_text(made(tmp_path / "b", replace(LAYER, intermediate=192).tensors(), ConvertOptions(moe_tp=2)))
     assert "serves tensor-parallel sizes 1, 2, 3" not in text
     assert "serves tensor-parallel size 2, no expert parallelism: its experts are padded" in text
-    assert "cannot serve TP 1: convert with --moe-tp 1 for that" in text
+    assert "cannot serve TP 1, 4: convert with --moe-tp for one of them" in text
+    text = plan_text(made(tmp_path / "c", replace(LAYER, intermediate=96).tensors()))
+    assert "cannot serve TP 2: convert with --moe-tp 2 for that" in text
 
 
 def test_batched_layout_takes_plain_silu_only(tmp_path: Path) -> None:

@@ -33,13 +33,15 @@ _SIZES = click.IntRange(1, 64)
     type=click.Choice(["cold", "cache", "both"]),
     default="both",
     show_default=True,
-    help="Take the files out of the page cache before every turn, leave them in it, or one after the other.",
+    help="Drop the files from the page cache before each repetition, leave them in it, or measure one after the other.",
 )
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), help="Where to.  [default: GPUs, else host memory]")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), help="Device to load to.  [default: GPUs, else host memory]"
+)
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Reading threads a rank.  [default: its part of the cores]"
 )
-@click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Turns of each kind.")
+@click.option("--repeats", type=click.IntRange(1, 1000), default=3, show_default=True, help="Repetitions of each kind.")
 @click.option("--alone", is_flag=True, help="Let each tensor-parallel rank read its columns by itself.")
 @common
 def bench_load(
@@ -55,7 +57,7 @@ def bench_load(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure how fast this host loads a prepared CHECKPOINT, and what limits it, before you decide.
+    """Measure how fast this host loads a prepared CHECKPOINT, and what limits it.
 
     Starts tp x ep processes that load the experts of the first layers all at once, as a server's ranks do with
     --load-format nvfp4_prep. Nothing is written. Memory: these layers' experts once, on the GPUs or in host memory.

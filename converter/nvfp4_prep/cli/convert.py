@@ -35,7 +35,9 @@ __all__ = ["convert"]
 @click.command(cls=HelpfulCommand)
 @source_argument
 @target_argument
-@click.option("--dry-run", is_flag=True, help="Print the plan, its least time and what is at TARGET; writes nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan, a lower bound of its time and the state of TARGET; write nothing."
+)
 @click.option("--keep-source", is_flag=True, help="Download to the Hugging Face cache and leave the source there.")
 @click.option(
     "--layers", metavar="1-20|2/8", help="Convert only these layers (1-20) or shard 2 of 8, for multi-node runs."
@@ -70,7 +72,7 @@ def convert(
 ) -> None:
     """Prepare the experts of SOURCE and write a checkpoint to TARGET.
 
-    SOURCE is a directory or a Hub id: ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME. Killed at any moment, the same
+    SOURCE is a directory or a Hub id: ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME. If it is killed, the same
     command continues and ends with the same bytes.
 
     \b

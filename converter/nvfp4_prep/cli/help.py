@@ -62,7 +62,7 @@ ARGUMENTS = {
     "verify checkpoint": "A prepared checkpoint: a directory, or the name of a repository on the Hub.",
     "directory": "Where a checkpoint is to be written; its disk is measured.",
     "inspect checkpoint": "A checkpoint, original or prepared: a directory, or the name of a repository on the Hub.",
-    "repository": "Repository on the Hub; made if it does not exist.",
+    "repository": "Repository on the Hub; created if it does not exist.",
     "shell": "The shell to complete in.",
     "source": "The checkpoint to convert: a directory, or the name of a repository on the Hub.",
     "target": "A directory that does not exist, is empty, or holds an unfinished run of the same command.",

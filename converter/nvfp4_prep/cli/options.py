@@ -185,8 +185,8 @@ def publishing_options(condition: str = "") -> Callable[[_Command], _Command]:
             command(*args, publish_options=PublishOptions(private, revision, create_pr), **kwargs)
 
         decorators = [
-            option("--private", "Make the repository a private one.", is_flag=True),
-            option("--revision", "Branch to publish on; made if it does not exist.", metavar="BRANCH"),
+            option("--private", "Make the repository private.", is_flag=True),
+            option("--revision", "Branch to publish on; created if it does not exist.", metavar="BRANCH"),
             option("--create-pr", "Publish as a pull request; an open one is continued.", is_flag=True),
         ]
         return decorated(run, decorators)  # type: ignore[return-value]

@@ -27,7 +27,7 @@ __all__ = ["push", "say_pushed"]
 @click.argument("repository", metavar="USER/NAME")
 @publishing_options()
 @click.option("--dry-run", is_flag=True, help="Print the card, the files and what is there already; publishes nothing.")
-@click.option("--full", is_flag=True, help="Check every byte before, not only structure, sizes and headers.")
+@click.option("--full", is_flag=True, help="Check every byte first, not only structure, sizes and headers.")
 @threads_option
 @common
 def push(
@@ -43,7 +43,7 @@ def push(
     """Publish a prepared CHECKPOINT on the Hugging Face Hub.
 
     What verify would not pass is refused; the files that make it loadable come last, after all others were compared
-    with the manifest. Killed at any moment, the same command continues.
+    with the manifest. If it is killed, the same command continues.
 
     \b
     nvfp4-prep push ./out me/Kimi-K2.5-NVFP4-prepared --dry-run

@@ -53,7 +53,7 @@ def relayout(
 ) -> None:
     """Write a prepared CHECKPOINT to TARGET in another layout, without its source.
 
-    What is not given stays as it is.
+    Options that are not given keep their values.
 
     \b
     nvfp4-prep relayout ./out ./out2 --layout trtllm

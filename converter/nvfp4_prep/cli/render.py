@@ -219,13 +219,20 @@ def tp_lines(layers: Iterable[tuple[MoeLayout, MoeDims]], command: str = "conver
     sizes = ", ".join(map(str, sorted(served))) or "none"
     experts = "and any expert parallelism" if 1 in served else "no expert parallelism: its experts are padded"
     yield f"serves tensor-parallel size{'s' * (len(served) != 1)} {sizes}, {experts}"
+    never: dict[int, str] = {}
+    padded = []
     for size in (size for size in _COMMON_TP_SIZES if size not in served):
         try:
             for layout, dims in known:
                 layout.for_moe_tp(size).check(dims)
-            yield f"cannot serve TP {size}: {command} with --moe-tp {size} for that"
+            padded.append(size)
         except ValueError as error:  # a LayoutError
-            yield f"cannot serve TP {size}: {error}"
+            never[size] = str(error)
+    if len(padded) == 1:
+        yield f"cannot serve TP {padded[0]}: {command} with --moe-tp {padded[0]} for that"
+    elif padded:
+        yield f"cannot serve TP {', '.join(map(str, padded))}: {command} with --moe-tp for one of them"
+    yield from (f"cannot serve TP {size}: {reason}" for size, reason in never.items())
 
 
 def quantization_lines(configs: Iterable[Mapping[str, Any]]) -> Iterable[str]:

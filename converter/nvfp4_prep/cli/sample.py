@@ -44,7 +44,7 @@ __all__ = ["sample"]
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Of the random tensors; the same seed gives the same bytes.",
+    help="Seed of the random tensors; the same seed gives the same bytes.",
 )
 @click.option("--kimi-layer", is_flag=True, help="One MoE layer at Kimi-K2.5's dimensions (9.5 GB).")
 @common

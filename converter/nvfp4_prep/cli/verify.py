@@ -34,7 +34,9 @@ __all__ = ["verify"]
     metavar="TEXT",
     help="Compare with this source too, byte by byte; a Hub id is read by ranges, without disk.",
 )
-@click.option("--quick", is_flag=True, help="Only what needs no tensor bytes: manifest, config, sizes, headers, index.")
+@click.option(
+    "--quick", is_flag=True, help="Check only what needs no tensor bytes: manifest, config, sizes, headers, index."
+)
 @report_option("Write an HTML page: every check with its figures, host, date, command and versions.")
 @smoke_options
 @threads_option
@@ -57,8 +59,8 @@ def verify(
     A published one (USER/NAME[@REVISION]) is checked by what the Hub lists, without downloading its weights.
     Exit code 6 if anything is wrong, also for files that conversion did not write.
 
-    Not covered: who made the checkpoint and what the model card says. Name and revision of the source, the tool's
-    version and the figures of the manifest are its maker's word; only --source compares with the source itself.
+    Not covered: who made the checkpoint, and what the model card and the manifest say of it (name and revision of
+    the source, version, figures). Only --source compares with the source itself.
     Edits of config.json that `nvfp4-prep restamp` recorded are named and pass.
 
     \b

@@ -140,13 +140,13 @@ def convert(
 ) -> ConvertResult:
     """Convert a checkpoint.
 
-    Every prepared byte is inverted and compared with the source before it is written. Killed at any moment, the
+    Every prepared byte is inverted and compared with the source before it is written. If it is killed, the
     same call continues and ends with the same bytes. Peak memory does not depend on the checkpoint's size (see
     :mod:`nvfp4_prep.pipeline.engine`).
 
     Args:
         source: a directory, a Hub id, or an opened source.
-        target: output directory; made if it does not exist.
+        target: output directory; created if it does not exist.
         options: what the output's bytes depend on.
         threads: workers; does not change the output.
         memory_nbytes: budget of the buffers, see :func:`~nvfp4_prep.pipeline.engine.run_jobs`.

@@ -87,7 +87,7 @@ def convert_part(
     progress: Progress | None = None,
     restart: bool = False,
 ) -> PartResult:
-    """Prepare some of the layers, for :func:`join_parts`. Killed at any moment, the same call continues.
+    """Prepare some of the layers, for :func:`join_parts`. If it is killed, the same call continues.
 
     Any number of parts may run at once, on any machines that see source and target. Parts may overlap: the bytes are
     the same. Peak memory as for :func:`~nvfp4_prep.commands.convert.convert`.
@@ -135,7 +135,7 @@ def join_parts(
     progress: Progress | None = None,
     smoke: SmokePolicy | None = DEFAULT_SMOKE,
 ) -> ConvertResult:
-    """Make a whole checkpoint of finished parts. Killed at any moment, the same call continues.
+    """Make a whole checkpoint of finished parts. If it is killed, the same call continues.
 
     Args:
         source, options: the parts'.

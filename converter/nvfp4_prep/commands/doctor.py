@@ -193,7 +193,7 @@ def _serving(
         reason = f"{allowed.variable}={','.join(allowed.names)} leaves nvfp4_prep out"
         plugin = Ability(f"{server} plugin", False, reason)
     else:
-        reason = f"visible to {server}" if version else f"installed; {server} is not"
+        reason = f"visible to {server}" if version else f"installed ({server} itself is not)"
         plugin = Ability(f"{server} plugin", True, reason)
     missing = [] if plugin.works else ["the plugin is not visible"]
     missing += [problem] if problem else []

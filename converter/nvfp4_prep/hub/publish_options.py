@@ -15,8 +15,8 @@ class PublishOptions:
     """Options of publishing: repository, branch or pull request, and visibility.
 
     Attributes:
-        private: create the repository as a private one.
-        revision: branch; made if it does not exist.
+        private: create the repository as private.
+        revision: branch; created if it does not exist.
         create_pr: publish as a pull request; an open one of the same title is continued.
     """
 

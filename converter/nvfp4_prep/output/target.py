@@ -103,7 +103,7 @@ class Target:
         """Make and lock the directory for one job, and read its journal.
 
         Args:
-            path: the directory; made if it does not exist.
+            path: the directory; created if it does not exist.
             identity: JSON value that says what will be written from what; a resumed run must have the same.
             restart: forget an earlier unfinished run.
             elsewhere: see :data:`Elsewhere`.

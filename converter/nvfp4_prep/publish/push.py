@@ -97,7 +97,7 @@ def push(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> PushResult:
-    """Verify a prepared checkpoint and publish it; killed at any moment, the same call continues.
+    """Verify a prepared checkpoint and publish it; if it is killed, the same call continues.
 
     Args:
         checkpoint: its directory.

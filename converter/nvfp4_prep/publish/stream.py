@@ -228,7 +228,7 @@ def convert_and_publish(
     api: HfApi | None = None,
     patience: Patience | None = None,
 ) -> tuple[ConvertResult, PushResult]:
-    """Convert and publish at the same time; killed at any moment, the same call continues.
+    """Convert and publish at the same time; if it is killed, the same call continues.
 
     Args:
         source, target, options, threads, memory_nbytes, progress, restart, device: as for ``convert``.

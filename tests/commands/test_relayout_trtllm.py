@@ -107,7 +107,7 @@ def test_what_becomes_of_differing_scales_is_told_as_a_conversion_tells_it(tmp_p
     assert "(reconcile); worst layer's relative error of their weights: reconcile " in line
     run("convert", made, tmp_path / "trtllm", "--layout", "trtllm", "--no-smoke")
     made_anew = run("relayout", tmp_path / "trtllm", tmp_path / "new", "--layout", "cutedsl")
-    assert line in made_anew.splitlines() and "to run that one: relayout with --layout trtllm" in made_anew
+    assert line in made_anew.splitlines() and "\nrelayout with --layout trtllm, or serve" in made_anew
     again = run("relayout", tmp_path / "direct", tmp_path / "other", "--layout", "trtllm")
     assert "both are stored, nothing was rescaled; relative error of the weights: 0" in again
     value = json.loads(run("relayout", tmp_path / "trtllm", tmp_path / "new", "--layout", "cutedsl", "--json"))

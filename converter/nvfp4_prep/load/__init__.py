@@ -1,7 +1,6 @@
 """Loading of one rank's share of a prepared checkpoint, which reads exactly its bytes."""
 
 from nvfp4_prep.load.api import LoadedLayer, RankShare, load_layer, load_layers
-from nvfp4_prep.load.catalog import Catalog
 from nvfp4_prep.load.cooperative import CooperativeGroup
 from nvfp4_prep.load.group_loader import GroupLoader, TakesParameters
 from nvfp4_prep.load.lazy_tensor import TensorHandle, handle_of, make_handle
@@ -9,6 +8,7 @@ from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import DirectIO, Gather, LoadOptions
 from nvfp4_prep.load.report import LoadReport
 from nvfp4_prep.load.whole_tensors import WholeTensors
+from nvfp4_prep.prepared.catalog import Catalog
 
 __all__ = [
     "Catalog",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from nvfp4_prep.checkpoint.tensors import ShardHeader, TensorRecord
 from nvfp4_prep.errors import CheckpointError, SourceError
 from nvfp4_prep.moe.layers import SOURCE_BLOCK_SCALE
 from nvfp4_prep.moe.scalars import LayerScalars, interpret_scalars
+from nvfp4_prep.prepared.catalog import Catalog, records_by_name
 from nvfp4_prep.prepared.directory import refusal_of
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
 from nvfp4_prep.prepared.problems import renewal
@@ -62,9 +62,8 @@ class PreparedCheckpoint:
                 where=str(path),
                 next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
-        raw = self.read_file(MANIFEST)
-        self.manifest = Manifest.from_bytes(raw, str(self.path / MANIFEST))
-        self.manifest_sha256 = hashlib.sha256(raw).hexdigest()
+        catalog = Catalog.of(self.path, self)
+        self.manifest, self.manifest_sha256 = catalog.manifest, catalog.manifest_sha256
 
     def _open_directory(self) -> LocalSource:
         try:
@@ -104,6 +103,10 @@ class PreparedCheckpoint:
             )
         return self.files.peek(name, 0, self.sizes[name])
 
+    def header(self, name: str) -> ShardHeader:
+        """Return the header of a safetensors file; raises :class:`SourceError` if it is missing or malformed."""
+        return self.files.header(name)
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the object that a small file holds; raises as :meth:`read_file`, or if it holds none."""
         return _json_object(self.read_file(name), str(self.path / name), renewal(name))
@@ -127,7 +130,7 @@ class PreparedCheckpoint:
         errors: dict[str, SourceError] = {}
         for name in self.names(*FileKind):
             try:
-                headers[name] = self.files.header(name)
+                headers[name] = self.header(name)
             except SourceError as error:
                 if isinstance(error.__cause__, PermissionError):
                     raise  # whoever may not read a file knows nothing about it
@@ -149,15 +152,9 @@ class PreparedCheckpoint:
         """Places of all tensors by name.
 
         Raises:
-            CheckpointError: if a tensor stands in two files.
+            CheckpointError: if a tensor is in two files.
         """
-        found: dict[str, TensorRecord] = {}
-        for header in self.headers.values():
-            for record in header.tensors:
-                if record.name in found:
-                    raise CheckpointError(f"tensor {record.name!r} occurs twice", where=str(self.path / record.file))
-                found[record.name] = record
-        return found
+        return records_by_name(self.headers.values(), self.path)
 
     def record(self, name: str) -> TensorRecord:
         """Return the place of a tensor; raises :class:`CheckpointError` if there is none."""

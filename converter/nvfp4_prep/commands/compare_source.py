@@ -49,10 +49,6 @@ class SourceComparison:
         """What was compared so far."""
         return f"{count(len(self._compared), 'tensor')}, configs and {count(self._compared_files, 'other file')}"
 
-    def close(self) -> None:
-        """Close the source."""
-        self._source.close()
-
     def finish(self) -> None:
         """Hand over what was found: everything, or one line where most tensors differ, for then it is another source.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, ins
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.preflight import check_place, judged_wrong, preflight
-from nvfp4_prep.hub import open_source
+from nvfp4_prep.hub import opened_source
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
@@ -105,12 +104,8 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
         SourceError: if the source cannot be read.
         UnsupportedCheckpointError: if it must be refused.
     """
-    opened = open_source(source)
-    try:
+    with opened_source(source, leave_open=True) as opened:
         return make_plan(opened, options)
-    finally:
-        if opened is not source:
-            opened.close()
 
 
 @checked(
@@ -166,7 +161,7 @@ def convert(
         ConversionInterrupted: on Ctrl-C; what is finished stays.
     """
     torch_device, path, used = choose_device(device), Path(target), sink or KeepFiles()
-    with contextlib.closing(open_source(source, target=path)) as opened:
+    with opened_source(source, target=path) as opened:
         check_place(opened, path, restart=restart)
         plan = make_plan(opened, options)
         check_smoke_policy(smoke, plan)

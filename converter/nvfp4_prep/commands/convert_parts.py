@@ -24,7 +24,7 @@ from nvfp4_prep.commands.convert import (
 from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
 from nvfp4_prep.commands.preflight import JUDGED_JOIN, PARTS_ANEW, check_place, preflight
 from nvfp4_prep.errors import ResumeConflictError
-from nvfp4_prep.hub import open_source
+from nvfp4_prep.hub import opened_source
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts, part_folder
 from nvfp4_prep.output.sink import KeepFiles
@@ -110,7 +110,7 @@ def convert_part(
     """
     selection = LayerSelection.parse(layers) if isinstance(layers, str) else layers
     path = Path(target)
-    with contextlib.closing(open_source(source, target=part_folder(path, selection))) as opened:
+    with opened_source(source, target=part_folder(path, selection)) as opened:
         check_place(opened, path, selection=selection)
         plan = make_plan(opened, options)
         part = choose_part(plan, selection)
@@ -154,7 +154,7 @@ def join_parts(
     """
     path = Path(target)
     with contextlib.ExitStack() as held:
-        opened = held.enter_context(contextlib.closing(open_source(source, target=path)))
+        opened = held.enter_context(opened_source(source, target=path))
         check_place(opened, path, join=True)
         plan = make_plan(opened, options)
         check_smoke_policy(smoke, plan)

@@ -15,7 +15,7 @@ from nvfp4_prep.checkpoint.filenames import CONFIG, MANIFEST, WORK_FOLDER
 from nvfp4_prep.checkpoint.index import CheckpointIndex, read_index
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import NvfpPrepError, OpenFilesError, SourceError
-from nvfp4_prep.hub import open_source, parse_address
+from nvfp4_prep.hub import opened_source, parse_address
 from nvfp4_prep.moe.activation import Activation
 from nvfp4_prep.moe.discovery import LayerFinding
 from nvfp4_prep.moe.layers import MoeLayer
@@ -144,13 +144,10 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         unfinished = has_journal(root) or ((root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file())
         if unfinished or (root / MANIFEST).is_file() or odd_manifest(root) is not None:
             return _inspect_prepared(PreparedCheckpoint(root))
-    source = open_source(checkpoint)
-    if any(file.name == MANIFEST for file in source.files()):
-        return _inspect_prepared(PreparedCheckpoint(source.label, source))
-    try:
+    with opened_source(checkpoint) as source:
+        if any(file.name == MANIFEST for file in source.files()):
+            return _inspect_prepared(PreparedCheckpoint(source.label, source))
         return _inspect_source(source, str(checkpoint) if on_disk else source.label)
-    finally:
-        source.close()
 
 
 def _inspect_source(source: Source, path: str) -> Inspection:

@@ -11,7 +11,7 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.convert_request import ConvertRequest
 from nvfp4_prep.commands.preflight import Outlook, TargetState, look_ahead
 from nvfp4_prep.commands.speed_estimate import SpeedEstimate, estimate_speed
-from nvfp4_prep.hub import open_source
+from nvfp4_prep.hub import opened_source
 from nvfp4_prep.output.sink import KeepFiles, PublishedFiles
 from nvfp4_prep.pipeline.device import choose_device
 from nvfp4_prep.planning.builder import make_plan
@@ -53,8 +53,7 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
     request.check()
     choose_device(request.device)
     sink = PublishedFiles() if request.stream_out else KeepFiles()
-    opened = open_source(request.source if source is None else source)
-    try:
+    with opened_source(request.source if source is None else source) as opened:
         begun = time.perf_counter()
         plan = make_plan(opened, request.options)
         planning_s = time.perf_counter() - begun
@@ -71,6 +70,4 @@ def preview_conversion(request: ConvertRequest, source: str | Path | Source | No
         )
         runs = outlook.state in (TargetState.NEW, TargetState.CONTINUES)
         speed = estimate_speed(plan, opened, planning_s) if runs else None
-    finally:
-        opened.close()
     return Preview(plan, room, outlook, speed)

@@ -27,7 +27,7 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.compare_source import SourceComparison
 from nvfp4_prep.commands.verify_report import STRUCTURE, VerifyReport, edited_config_lines
 from nvfp4_prep.errors import CheckpointError, NvfpPrepError, UnsupportedCheckpointError, UsageError
-from nvfp4_prep.hub import open_source, parse_address, quiet_client
+from nvfp4_prep.hub import opened_source, parse_address, quiet_client
 from nvfp4_prep.moe.gate_up_scales import rescale
 from nvfp4_prep.moe.scalars import expert_scale_vectors
 from nvfp4_prep.pipeline.engine import Hooks, run_jobs
@@ -95,8 +95,8 @@ def verify(
         checks, nbytes = [STRUCTURE, *edited_config_lines(opened.manifest)], 0
         comparison = None
         if source is not None:
-            comparison = _comparison(opened, source, problems)
-            held.callback(comparison.close)
+            compared = held.enter_context(opened_source(source, by_ranges=True))
+            comparison = SourceComparison(opened, compared, _shown(source, compared), problems.of("source"))
             comparison.check_names()
         if not quick:
             verification = _Verification(opened, problems, comparison)
@@ -110,11 +110,9 @@ def verify(
         return VerifyReport(opened.path, opened.manifest, depth, found, tuple(checks), nbytes, opened.manifest_sha256)
 
 
-def _comparison(checkpoint: PreparedCheckpoint, source: str | Path | Source, problems: Problems) -> SourceComparison:
-    """Open the source, and name it as the user did."""
-    opened = open_source(source, by_ranges=True)
-    name = str(source) if isinstance(opened, LocalSource) and opened is not source else opened.label
-    return SourceComparison(checkpoint, opened, name, problems.of("source"))
+def _shown(source: str | Path | Source, opened: Source) -> str:
+    """Return the name of an opened source, as the user gave it."""
+    return str(source) if isinstance(opened, LocalSource) and opened is not source else opened.label
 
 
 def _refuse_unused(given: Mapping[str, object], why: tuple[str, str], where: str) -> None:

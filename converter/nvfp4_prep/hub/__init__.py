@@ -16,7 +16,25 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import HubError, UsageError
 from nvfp4_prep.hub.address import HubAddress, parse_address
 
-__all__ = ["HubAddress", "open_source", "parse_address", "quiet_client"]
+__all__ = ["HubAddress", "open_source", "opened_source", "parse_address", "quiet_client"]
+
+
+@contextmanager
+def opened_source(
+    source: str | Path | Source, *, target: Path | None = None, by_ranges: bool = False, leave_open: bool = False
+) -> Iterator[Source]:
+    """Return a context in which a source is open: the way of every command from its argument to a source.
+
+    Args:
+        source, target, by_ranges: as for :func:`open_source`, which raises the same.
+        leave_open: whether a source that was given opened stays open at the end; else the command was its last use.
+    """
+    opened = open_source(source, target=target, by_ranges=by_ranges)
+    try:
+        yield opened
+    finally:
+        if opened is not source or not leave_open:
+            opened.close()
 
 
 def open_source(

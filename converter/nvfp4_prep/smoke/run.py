@@ -27,7 +27,7 @@ from nvfp4_prep._util.arguments import (
 from nvfp4_prep._util.torch_threads import one_torch_thread
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import UsageError
-from nvfp4_prep.hub import open_source
+from nvfp4_prep.hub import opened_source
 from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
@@ -87,9 +87,9 @@ def run_smoke(
         checkpoint = held.enter_context(opening)
         records = choose_layers(checkpoint.manifest, layers)
         chosen = choose_backend(backend, {record.layout for record in records})
-        opened = None if source is None else open_source(source, by_ranges=True)
-        if opened is not None and opened is not source:
-            held.callback(opened.close)
+        opened = None
+        if source is not None:
+            opened = held.enter_context(opened_source(source, by_ranges=True, leave_open=True))
         reader = CheckpointReader(checkpoint, opened, chosen.device)
         if sample is None and chosen.device.type == "cpu":
             sample = CPU_SAMPLE

@@ -24,6 +24,8 @@ __all__ = [
     "ANYTHING",
     "CALLABLE",
     "COUNT",
+    "DEVICE",
+    "DEVICES",
     "FLAG",
     "MAX_THREADS",
     "PATH",
@@ -252,6 +254,9 @@ ADDRESS = Kind("a path or a Hub id", _address)
 SOURCE = either(
     ADDRESS, offering("an opened source", "label", "revision", "files", "header", "peek", "read_into", "close")
 )
+DEVICES = ("cpu", "cuda")
+"""Where a conversion applies the layout."""
+DEVICE = one_of(*DEVICES)
 FLAG = Kind("True or False", lambda value: _require(isinstance(value, bool), value))
 COUNT = integer(1)
 THREADS = integer(1, MAX_THREADS)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from nvfp4_prep._util.text import first_of
-from nvfp4_prep.checkpoint.filenames import CONFIG, quoted
+from nvfp4_prep.checkpoint.filenames import CONFIG, SAFETENSORS, quoted
 
 __all__ = ["ADAPTER_CONFIG", "WEIGHT_SUFFIXES", "Contents", "recognise"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model"
-_SAFETENSORS = ".safetensors"
 _PUBLISHED = "Only safetensors can be prepared: give a checkpoint that was published as such."
 _FORMATS = {
     ".gguf": "GGUF",
@@ -33,7 +32,7 @@ _FORMATS = {
     ".tflite": "TensorFlow Lite",
 }
 """Suffix to format, the most telling first: a GGUF repository may hold a .bin file too."""
-WEIGHT_SUFFIXES = (_SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+WEIGHT_SUFFIXES = (SAFETENSORS, ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 """Suffixes of files that a conversion leaves out, because they hold the model's weights once more. Repositories of the
 Hub offer a model in these formats beside safetensors. The others of ``_FORMATS`` name a directory without safetensors;
 beside them they may hold anything else (statistics in ``.npz``), so they are copied.
@@ -71,7 +70,7 @@ def _adapter(names: Collection[str]) -> Contents | None:
     if ADAPTER_CONFIG not in names and not any(name.startswith(_ADAPTER_WEIGHTS) for name in names):
         return None
     others = [
-        name for name in names if _is_top(name) and _has_suffix(name, _SAFETENSORS) and _ADAPTER_WEIGHTS not in name
+        name for name in names if _is_top(name) and _has_suffix(name, SAFETENSORS) and _ADAPTER_WEIGHTS not in name
     ]
     if others:
         return None
@@ -104,18 +103,18 @@ def _spelling(names: Collection[str]) -> Contents | None:
         config = next((name for name in names if name.casefold() == CONFIG), None)
         if config is not None:
             return Contents(f", but {quoted(config)}", f"Rename it: servers read {CONFIG} only.")
-    odd = [name for name in names if _is_top(name) and _has_suffix(name, _SAFETENSORS)]
-    if odd and not any(name.endswith(_SAFETENSORS) for name in odd):
+    odd = [name for name in names if _is_top(name) and _has_suffix(name, SAFETENSORS)]
+    if odd and not any(name.endswith(SAFETENSORS) for name in odd):
         return Contents(f", but {first_of(odd)}", "Rename them: servers read *.safetensors only, in lower case.")
     return None
 
 
 def _checkpoint_below(names: Collection[str]) -> Contents | None:
     """Return the folders that hold what is missing, if the directory itself has no weights in safetensors files."""
-    if any(_is_top(name) and name.endswith(_SAFETENSORS) for name in names):
+    if any(_is_top(name) and name.endswith(SAFETENSORS) for name in names):
         return None
     there = set(names)
-    with_weights = {str(PurePosixPath(name).parent) for name in names if name.endswith(_SAFETENSORS)}
+    with_weights = {str(PurePosixPath(name).parent) for name in names if name.endswith(SAFETENSORS)}
     folders = sorted(folder for folder in with_weights if f"{folder}/{CONFIG}" in there)
     if not folders:
         return None
@@ -124,7 +123,7 @@ def _checkpoint_below(names: Collection[str]) -> Contents | None:
 
 
 def _format(names: Collection[str]) -> Contents | None:
-    if any(name.endswith(_SAFETENSORS) for name in names):
+    if any(name.endswith(SAFETENSORS) for name in names):
         return None
     weights = [name for name in names if not PurePosixPath(name).name.startswith(_NO_WEIGHTS)]
     for suffix, form in _FORMATS.items():

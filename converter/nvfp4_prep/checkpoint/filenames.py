@@ -15,6 +15,7 @@ __all__ = [
     "JOURNAL",
     "MANIFEST",
     "README",
+    "SAFETENSORS",
     "SOURCE_SCALES",
     "VERDICTS",
     "WORK_FOLDER",
@@ -41,6 +42,8 @@ WORK_FOLDER = ".nvfp4_prep"
 """In a target that is being written: lock, journal, temporary files, downloads, parts."""
 FORMAT_VERSION = 1
 """Of the prepared checkpoint; format.md has the promise."""
+SAFETENSORS = ".safetensors"
+"""Ending of the names of all files of tensors that are read or written."""
 EXPERTS_PREFIX = "experts-layer-"
 """Files that hold the four big tensors of a layer begin so."""
 EXPERT_SCALES = "expert-scales.safetensors"

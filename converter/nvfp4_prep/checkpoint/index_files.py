@@ -8,7 +8,16 @@ from pathlib import PurePosixPath
 
 from nvfp4_prep._util.text import first_of
 from nvfp4_prep.checkpoint.contents import ADAPTER_CONFIG, WEIGHT_SUFFIXES, recognise
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, is_safe_name, quoted
+from nvfp4_prep.checkpoint.filenames import (
+    CONFIG,
+    HF_QUANT_CONFIG,
+    INDEX,
+    MANIFEST,
+    README,
+    SAFETENSORS,
+    is_safe_name,
+    quoted,
+)
 from nvfp4_prep.checkpoint.source import SourceFile
 from nvfp4_prep.checkpoint.tensors import ShardHeader
 from nvfp4_prep.errors import SourceError
@@ -27,7 +36,7 @@ _MISTRALS_NAMES = re.compile(r"layers\.[0-9]+\..+|tok_embeddings\.weight")
 
 
 def _top_level(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
+    return sorted(name for name in names if name.endswith(SAFETENSORS) and "/" not in name)
 
 
 def top_shards(where: str, names: Iterable[str]) -> list[str]:
@@ -156,7 +165,7 @@ def split_files(
 def _why_left_out(name: str) -> str:
     if name.endswith(_INDEX_SUFFIXES):
         return f"an index that servers do not read; {INDEX} is the one that counts"
-    if not name.endswith(".safetensors"):
+    if not name.endswith(SAFETENSORS):
         return "not safetensors"
     if "/" in name:
         return "in a subfolder, where servers do not look for weights"

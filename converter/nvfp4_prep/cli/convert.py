@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import nvfp4_prep
+from nvfp4_prep._util.arguments import DEVICES
 from nvfp4_prep.cli.conversion_output import say_checkpoint, say_failed_smoke_run, say_part, say_preview
 from nvfp4_prep.cli.help import HelpfulCommand
 from nvfp4_prep.cli.options import (
@@ -46,7 +47,7 @@ __all__ = ["convert"]
 @click.option("--push-to", metavar="USER/NAME", help="Publish each finished file on the Hub while the next is made.")
 @click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="cpu",
     show_default=True,
     help="Device for the layout transform; the output is identical, and cpu was faster wherever both were measured.",

@@ -13,6 +13,7 @@ import nvfp4_prep
 from nvfp4_prep._util.text import format_duration
 from nvfp4_prep.cli.options import decorated
 from nvfp4_prep.cli.output import hint, say_text
+from nvfp4_prep.smoke.backend_names import BACKENDS
 from nvfp4_prep.smoke.text import layer_line, smoke_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def smoke_options(command: _Command) -> _Command:
         click.option("--sample", type=click.IntRange(1), help="With --smoke: only so many experts of each layer."),
         click.option(
             "--backend",
-            type=click.Choice(["auto", "flashinfer", "triton", "torch"]),
+            type=click.Choice(BACKENDS),
             default="auto",
             show_default=True,
             help="With --smoke: what runs the layers.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, one_of, optional
+from nvfp4_prep._util.arguments import DEVICE, FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.commands.preflight import check_place, judged_wrong, preflight
@@ -16,7 +16,7 @@ from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.layer_selection import discard_parts
 from nvfp4_prep.output.sink import FileSink, KeepFiles
 from nvfp4_prep.output.target import Target
-from nvfp4_prep.pipeline.device import DEVICES, choose_device
+from nvfp4_prep.pipeline.device import choose_device
 from nvfp4_prep.pipeline.finish import MADE_FILES
 from nvfp4_prep.pipeline.outputs import Running
 from nvfp4_prep.pipeline.runner import Execution
@@ -114,7 +114,7 @@ def plan(source: str | Path | Source, options: ConvertOptions | None = None) -> 
     options=OPTIONS,
     restart=FLAG,
     sink=optional(SINK),
-    device=one_of(*DEVICES),
+    device=DEVICE,
     smoke=SMOKE,
     smoke_again=FLAG,
     **RUNNING,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nvfp4_prep._util.arguments import ADDRESS, FLAG, PATH, TEXT, check_fields, instance, one_of, optional
+from nvfp4_prep._util.arguments import ADDRESS, DEVICE, FLAG, PATH, TEXT, check_fields, instance, optional
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.hub.publish_options import PublishOptions, check_repository
 from nvfp4_prep.options import ConvertOptions
@@ -60,7 +60,7 @@ class ConvertRequest:
             layers=optional(TEXT),
             push_to=optional(TEXT),
             publish_options=instance(PublishOptions),
-            device=one_of("cpu", "cuda"),
+            device=DEVICE,
             report=optional(PATH),
             **dict.fromkeys(flags, FLAG),
         )

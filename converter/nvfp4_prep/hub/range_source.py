@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.system import start_thread
+from nvfp4_prep.checkpoint.filenames import SAFETENSORS
 from nvfp4_prep.checkpoint.local_files import read_exactly
 from nvfp4_prep.checkpoint.safetensors_header import header_nbytes, parse_header
 from nvfp4_prep.checkpoint.source import SourceFile
@@ -117,7 +118,7 @@ class RangeSource:
     def _head(self, remote: RemoteFile) -> bytes:
         with self._lock:
             if remote.name not in self._heads:
-                shards = [file for name, file in self.snapshot.files.items() if name.endswith(".safetensors")]
+                shards = [file for name, file in self.snapshot.files.items() if name.endswith(SAFETENSORS)]
                 first = [file for file in shards if "/" not in file.name and not self._heads]
                 self._fetch_heads({remote, *first})
             head = self._heads[remote.name]
@@ -192,4 +193,4 @@ class RangeSource:
 
 def is_small(file: RemoteFile) -> bool:
     """Return whether a file is read whole, into memory."""
-    return file.nbytes <= _SMALL_NBYTES and not file.name.endswith(".safetensors")
+    return file.nbytes <= _SMALL_NBYTES and not file.name.endswith(SAFETENSORS)

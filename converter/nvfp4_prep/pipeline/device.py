@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import torch
 
+from nvfp4_prep._util.arguments import DEVICES
 from nvfp4_prep._util.buffers import contiguous, empty_like_pooled
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
 
-__all__ = ["DEVICES", "apply_layout", "choose_device"]
-
-DEVICES = ("cpu", "cuda")
+__all__ = ["apply_layout", "choose_device"]
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 from nvfp4_prep.checkpoint.filenames import CONFIG
 from nvfp4_prep.layouts import LAYOUTS, LayoutName
-from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
+from nvfp4_prep.prepared.manifest import Manifest
+from nvfp4_prep.prepared.sglang_rules import COMPRESSED, takes_padding, takes_share
 
 __all__ = ["check_section", "parallel_sizes", "serve_section"]
 
-_COMPRESSED = "compressed-tensors"
-_SGLANG_ROWS = 128
-"""SGLang's hidden sizes are multiples of this, and a rank's intermediate size for compressed-tensors."""
 _FIRST_SIZES = (8, 4, 2, 1)
 """Of these GPUs of one host as many as the file serves are in the commands: what one tries first."""
 
@@ -112,7 +110,7 @@ def _server_options(manifest: Manifest) -> tuple[str, str]:
         more = " --moe-a2a-backend deepep"
     else:
         for_vllm = f"--tensor-parallel-size {size}"
-        if not facts.sglang_pads and any(map(_is_padded, manifest.layers)):
+        if not all(takes_padding(layer.layout, layer.dims, trtllm=facts.sglang_pads) for layer in manifest.layers):
             more = f" --moe-runner-backend {LAYOUTS[LayoutName.TRTLLM].flag}"
     return for_vllm, f"--tp {sglang_size}{more}" if sglang_size else ""
 
@@ -126,16 +124,11 @@ def _sglang_sizes(manifest: Manifest) -> tuple[int, ...]:
     """Return the tensor-parallel sizes of SGLang's, none if it serves none. As docs/serving-sglang.md has it."""
     sizes = manifest.tp_sizes
     for layer in manifest.layers:
-        compressed = layer.source.format == _COMPRESSED
-        if layer.dims.hidden % _SGLANG_ROWS or (compressed and _is_padded(layer)):
+        compressed = layer.source.format == COMPRESSED
+        if not takes_padding(layer.layout, layer.dims, trtllm=not compressed):
             return ()
         if compressed and LAYOUTS[manifest.options.layout].behind_deepep:
             return ()  # SGLang has no such kernel
         if compressed:
-            sizes = tuple(size for size in sizes if layer.dims.intermediate // size % _SGLANG_ROWS == 0)
+            sizes = tuple(size for size in sizes if takes_share(layer.dims.intermediate, size))
     return sizes
-
-
-def _is_padded(layer: LayerRecord) -> bool:
-    """Return whether gated experts' intermediate size is padded: SGLang does that for TRTLLM-gen alone."""
-    return layer.gated and layer.layout.padded_intermediate(layer.dims.intermediate) != layer.dims.intermediate

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvfp4_prep._util.digests import is_sha256
-from nvfp4_prep.checkpoint.filenames import CONFIG, HF_QUANT_CONFIG, INDEX, MANIFEST, README, FileKind, is_safe_name
+from nvfp4_prep.checkpoint.filenames import (
+    CONFIG,
+    HF_QUANT_CONFIG,
+    INDEX,
+    MANIFEST,
+    README,
+    SAFETENSORS,
+    FileKind,
+    is_safe_name,
+)
 
 __all__ = [
     "MADE",
@@ -110,7 +119,7 @@ def file_kind(value: object, name: str) -> str:
     """Return the kind of a file, which its name must allow."""
     kind = text(value, f"kind of {name}")
     if kind in _TENSOR_KINDS:
-        if not name.endswith(".safetensors"):
+        if not name.endswith(SAFETENSORS):
             raise ValueError(f"{name} of kind {kind} must be a .safetensors file")
     elif kind not in (SIDE, MADE):
         raise ValueError(f"kind of {name} must be one of {', '.join(sorted({*_TENSOR_KINDS, SIDE, MADE}))}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvfp4_prep._util.arguments import FLAG, PATH, RUNNING, SOURCE, TEXT, checked, one_of
+from nvfp4_prep._util.arguments import DEVICE, FLAG, PATH, RUNNING, SOURCE, TEXT, checked
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep._util.system import start_thread
 from nvfp4_prep.checkpoint.source import Source
@@ -21,7 +21,6 @@ from nvfp4_prep.hub.publish_options import PublishOptions
 from nvfp4_prep.options import ConvertOptions
 from nvfp4_prep.output.atomic_file import translate_os_error
 from nvfp4_prep.output.sink import FILES_AT_ONCE, stream_room_nbytes
-from nvfp4_prep.pipeline.device import DEVICES
 from nvfp4_prep.publish.foreign_files import refuse_foreign
 from nvfp4_prep.publish.push import BATCH_FILES, PushResult, publication_title, publish, summary, withdrawal
 from nvfp4_prep.publish.repository import RemoteRepository
@@ -205,7 +204,7 @@ def _remove(path: Path) -> None:
     publish_options=PUBLISH_OPTIONS,
     stream_out=FLAG,
     restart=FLAG,
-    device=one_of(*DEVICES),
+    device=DEVICE,
     smoke=SMOKE,
     api=CLIENT,
     patience=PATIENCE,

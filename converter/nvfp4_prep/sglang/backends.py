@@ -7,6 +7,7 @@ from typing import Any
 
 from nvfp4_prep.errors import NvfpPrepError, ServingError
 from nvfp4_prep.layouts import LAYOUTS, SGLANG_FLAGS, LayoutName
+from nvfp4_prep.prepared.sglang_rules import COMPRESSED
 from nvfp4_prep.prepared.stamp import QUANT_METHOD, Stamp
 from nvfp4_prep.serving.placement import relayout_to
 from nvfp4_prep.sglang.source_config import adopted_stamp
@@ -22,7 +23,7 @@ _EVERY_START = f", or give --moe-runner-backend {_CUTEDSL} to rearrange the weig
 
 def backend_of(stamp: Stamp) -> str:
     """Return the backend that reads the file's layout; SGLang has no CuteDSL kernel for compressed-tensors."""
-    return _TRTLLM if stamp.source.get("quant_method") == "compressed-tensors" else LAYOUTS[stamp.layout].flag
+    return _TRTLLM if stamp.source.get("quant_method") == COMPRESSED else LAYOUTS[stamp.layout].flag
 
 
 def choose_backend(server_args: Any) -> None:
@@ -125,8 +126,8 @@ def _stamp_of(server_args: Any) -> Stamp | None:
 def _method_of(stamp: Stamp) -> str:
     """Return SGLang's name of the source's quantization method."""
     method = stamp.source.get("quant_method", "modelopt")
-    if method == "compressed-tensors":
-        return "compressed-tensors"
+    if method == COMPRESSED:
+        return COMPRESSED
     nested = stamp.source.get("quantization")
     algo = (nested if isinstance(nested, dict) else stamp.source).get("quant_algo")
     return "modelopt_mixed" if str(algo).upper() == "MIXED_PRECISION" else "modelopt_fp4"

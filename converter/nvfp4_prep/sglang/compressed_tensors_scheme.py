@@ -65,7 +65,7 @@ class PreparedScheme(CompressedTensorsW4A4Nvfp4MoE):  # type: ignore[misc]
         check_installed_layout(self.target)
         placement = placement_of(layer, self.stamp, self.layer_name, hidden_size, intermediate_size_per_partition)
         placement.check()
-        check_padding(placement, self.target, trtllm=False)  # this scheme pads nothing
+        check_padding(placement, trtllm=False)  # this scheme pads nothing
         self.relayout = relayout_of(placement, self.target)
         layer.params_dtype = params_dtype
         layer.intermediate_size_per_partition = intermediate_size_per_partition

@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import torch
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.sglang_rules import takes_hidden, takes_padding
 from nvfp4_prep.prepared.stamp import Stamp
 from nvfp4_prep.serving.completeness import Completeness
-from nvfp4_prep.serving.hidden_padding import can_drop_hidden_padding
 from nvfp4_prep.serving.placement import STORED_TENSORS, Placement, relayout_to
 from nvfp4_prep.serving.prepared_weights import PreparedWeights
 from nvfp4_prep.sglang.arrivals import stored_layer_of
-from nvfp4_prep_kernels import MoeDims, MoeLayout
+from nvfp4_prep_kernels import MoeDims
 from nvfp4_prep_kernels.layout import UP_SCALE_VECTOR
 
 __all__ = [
@@ -170,16 +170,12 @@ def placement_of(layer: Any, stamp: Stamp, name: str, hidden: int, intermediate_
     )
 
 
-def check_padding(placement: Placement, target: MoeLayout, *, trtllm: bool) -> None:
-    """Raise :class:`ServingError` unless SGLang serves the file's padded sizes.
-
-    SGLang pads H nowhere (what the file pads is left out where it lies in tiles of its own), and I only for TRTLLM and
-    for experts without gate.
-    """
+def check_padding(placement: Placement, *, trtllm: bool) -> None:
+    """Raise :class:`ServingError` unless SGLang serves the file's padded sizes."""
     layout, dims = placement.layout, placement.dims
-    padded = (layout.padded_hidden(dims.hidden), layout.padded_intermediate(dims.intermediate))
-    if can_drop_hidden_padding(dims.hidden) and (padded[1] == dims.intermediate or trtllm or not target.gated):
+    if takes_padding(layout, dims, trtllm=trtllm):
         return
+    padded = (layout.padded_hidden(dims.hidden), layout.padded_intermediate(dims.intermediate))
     raise ServingError(
         f"padded to hidden size {padded[0]} and intermediate size {padded[1]}, as SGLang does not for this kernel",
         where=placement.layer_name,
@@ -187,7 +183,7 @@ def check_padding(placement: Placement, target: MoeLayout, *, trtllm: bool) -> N
         + ("" if trtllm else f", and intermediate size {dims.intermediate}"),
         actual=f"hidden size {dims.hidden}, intermediate size {dims.intermediate}",
         next_step="Serve it with vLLM, or serve the source checkpoint (`nvfp4-prep restore` brings it back)."
-        if not can_drop_hidden_padding(dims.hidden)
+        if not takes_hidden(dims.hidden)
         else "Serve with --moe-runner-backend flashinfer_trtllm, which pads the intermediate size as the file does.",
     )
 

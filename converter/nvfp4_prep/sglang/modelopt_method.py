@@ -51,7 +51,7 @@ class PreparedModelOptMethod(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
         check_installed_layout(target)
         placement = placement_of(layer, self.stamp, self.layer_name, hidden_size, intermediate_size_per_partition)
         placement.check()
-        check_padding(placement, target, trtllm=self.enable_flashinfer_trtllm_moe)
+        check_padding(placement, trtllm=self.enable_flashinfer_trtllm_moe)
         self.relayout = relayout_of(placement, target)
         self._check_options(layer, hidden_size)
         with _prepared_already():

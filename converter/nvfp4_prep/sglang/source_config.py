@@ -7,11 +7,12 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from nvfp4_prep.errors import ServingError
+from nvfp4_prep.prepared.sglang_rules import COMPRESSED
 from nvfp4_prep.prepared.stamp import STAMP_KEY, Stamp, is_stamped
 
 __all__ = ["SOURCE_METHODS", "adopt_source", "adopted_stamp", "stamped_configs"]
 
-SOURCE_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "compressed-tensors")
+SOURCE_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", COMPRESSED)
 """Values of ``quant_method`` of sources that can hold NVFP4 experts."""
 
 

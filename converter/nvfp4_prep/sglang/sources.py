@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvfp4_prep.checkpoint.filenames import CONFIG
+from nvfp4_prep.checkpoint.filenames import CONFIG, SAFETENSORS
 from nvfp4_prep.checkpoint.index import read_index
 from nvfp4_prep.checkpoint.local_source import LocalSource
 from nvfp4_prep.checkpoint.safetensors_header import read_header
@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 _FOLDER, _FILES, _TENSORS = "nvfp4_prep_folder", "nvfp4_prep_files", "nvfp4_prep_tensors"
-_SUFFIX = ".safetensors"
 
 
 @dataclass
@@ -90,7 +89,7 @@ def check_same_tensors(loader: Any, source: Any, resolved: Any = None) -> None:
     if model_config is None or adopted_stamp(model_config.hf_config) is None:
         return
     files = getattr(loader, _FILES, ()) if resolved is None else resolved.weight_files
-    if not files or not all(file.endswith(_SUFFIX) and Path(file).is_file() for file in files):
+    if not files or not all(file.endswith(SAFETENSORS) and Path(file).is_file() for file in files):
         return
     found = {record.name: (record.dtype, record.shape) for file in files for record in read_header(Path(file)).tensors}
     updates.check_same_tensors(_remember(model_config, found), found, str(source.model_or_path))

@@ -12,6 +12,7 @@ import torch
 
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.layouts import LAYOUTS, LayoutFacts, LayoutName, facts_of
+from nvfp4_prep.smoke.backend_names import BACKENDS
 from nvfp4_prep.smoke.report import BackendFacts
 from nvfp4_prep_kernels import MoeLayout
 from nvfp4_prep_kernels.flashinfer_moe import FlashInferMoe, FlashInferUnavailableError
@@ -19,9 +20,8 @@ from nvfp4_prep_kernels.moe_types import MoeBackend
 from nvfp4_prep_kernels.torch_moe import TorchMoe
 from nvfp4_prep_kernels.triton_moe import TritonMoe
 
-__all__ = ["BACKENDS", "ChosenBackend", "choose_backend"]
+__all__ = ["ChosenBackend", "choose_backend"]
 
-BACKENDS = ("auto", "flashinfer", "triton", "torch")
 _LIBRARIES = ("torch", "triton", "flashinfer-python", "nvidia-cutlass-dsl")
 _AMPERE = (8, 0)
 

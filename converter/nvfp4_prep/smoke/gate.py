@@ -13,7 +13,8 @@ from nvfp4_prep.checkpoint.source import Source
 from nvfp4_prep.errors import ConversionInterrupted, VerificationError
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import Manifest
-from nvfp4_prep.smoke.backends import BACKENDS, choose_backend
+from nvfp4_prep.smoke.backend_names import BACKENDS
+from nvfp4_prep.smoke.backends import choose_backend
 from nvfp4_prep.smoke.inputs import LayerDamagedError
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 from nvfp4_prep.smoke.run import LAYER_NUMBERS, check_layers, run_smoke

@@ -31,7 +31,8 @@ from nvfp4_prep.hub import opened_source
 from nvfp4_prep.output.layer_selection import LayerSelection
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord, Manifest
-from nvfp4_prep.smoke.backends import BACKENDS, ChosenBackend, choose_backend
+from nvfp4_prep.smoke.backend_names import BACKENDS
+from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport

@@ -195,7 +195,7 @@ def test_a_default_device_changes_nothing(written: Written) -> None:
 def test_direct_io_is_really_used_where_the_file_system_has_it(written: Written) -> None:
     checkpoint = Catalog.open(written.root)
     options = LoadOptions(threads=2, chunk_nbytes=1 << 21, direct_io=DirectIO.ALWAYS)
-    source = reader.FileReader(written.file(1), direct=True)
+    source = reader.FileReader.open(written.file(1), direct=True)
     supported = source.direct
     source.close()
     with ExpertLoader("cpu", options) as loader:
@@ -290,7 +290,7 @@ class TestFailures:
         with ExpertLoader("cpu", replace(SMALL, gather=gather)) as loader:
             loader.submit(tmp_path / record.file, record, part, [0], parameter[:1])
             loader.finish()
-            source = reader.FileReader(tmp_path / record.file)
+            source = reader.FileReader.open(tmp_path / record.file)
             loader._files._readers[tmp_path / record.file] = source  # opened while the file was whole
             os.truncate(written.file(1), record.offset_bytes + 100)
             loader.submit(tmp_path / record.file, record, part, [0, 1, 2], parameter)

@@ -93,7 +93,7 @@ def test_pages_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("share_rows", "runs", "direct"), [(False, 512, True), (True, 512, False), (True, 1, True)])
 def test_rows_that_others_need_go_through_the_page_cache(file: Path, share_rows: bool, runs: int, direct: bool) -> None:
-    reader = FileReader(file, direct=True)
+    reader = FileReader.open(file, direct=True)
     if not reader.direct:
         pytest.skip("no direct I/O here")
     reader.share_rows = share_rows

@@ -69,7 +69,7 @@ def test_what_goes_to_a_gpu_is_filled_to_the_last_byte(
     for tensor in PreparedTensor:
         record, part = records[tensor.value], rank_slice(written.layout, tensor, written.dims, *tp)
         found = torch.zeros(len(experts) * part.nbytes, dtype=torch.uint8)
-        source = reader.FileReader(tmp_path / record.file)
+        source = reader.FileReader.open(tmp_path / record.file)
         path, limit = tmp_path / record.file, SMALL.chunk_nbytes
         for task in plan_reads(path, record, part, experts, limit, divided=divided):
             begins = pieces(task.chunks[0].segments[0], limit) if task.chunks[0].long else None

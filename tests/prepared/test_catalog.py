@@ -23,7 +23,7 @@ DIMS = MoeDims(3, 128, 256)
 def test_a_directory_and_a_listed_source_are_read_alike(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, DIMS, layers=(1, 2))
     catalog = Catalog.open(tmp_path)
-    with PreparedCheckpoint(tmp_path) as checkpoint:
+    with PreparedCheckpoint.open(tmp_path) as checkpoint:
         listed = Catalog.of(tmp_path, checkpoint)
         assert listed == catalog and listed.manifest_sha256 == checkpoint.manifest_sha256 == catalog.manifest_sha256
         for layer in catalog.manifest.layers:
@@ -44,7 +44,7 @@ def test_named_files_are_not_listed(tmp_path: Path) -> None:
     catalog = Catalog.open(directory)
     assert set(catalog.records(catalog.layer(1))) == set(written.tensors[1])
     with pytest.raises((CheckpointError, SourceError)):
-        PreparedCheckpoint(directory)
+        PreparedCheckpoint.open(directory)
 
 
 def test_a_tensor_in_two_files_is_ambiguous(tmp_path: Path) -> None:

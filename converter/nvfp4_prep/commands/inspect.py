@@ -143,10 +143,10 @@ def inspect(checkpoint: str | Path | Source) -> Inspection:
         root = Path(str(checkpoint))
         unfinished = has_journal(root) or ((root / WORK_FOLDER).is_dir() and not (root / CONFIG).is_file())
         if unfinished or (root / MANIFEST).is_file() or odd_manifest(root) is not None:
-            return _inspect_prepared(PreparedCheckpoint(root))
+            return _inspect_prepared(PreparedCheckpoint.open(root))
     with opened_source(checkpoint) as source:
         if any(file.name == MANIFEST for file in source.files()):
-            return _inspect_prepared(PreparedCheckpoint(source.label, source))
+            return _inspect_prepared(PreparedCheckpoint.of(source.label, source))
         return _inspect_source(source, str(checkpoint) if on_disk else source.label)
 
 

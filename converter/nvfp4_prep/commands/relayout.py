@@ -110,7 +110,7 @@ def relayout(
         TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
     """
     path = Path(target)
-    with PreparedCheckpoint(checkpoint) as opened:
+    with PreparedCheckpoint.open(checkpoint) as opened:
         check_reachable(path)
         check_apart(opened.files, path)
         options = new_options(opened.manifest.options, layout, gate_up_block, moe_tp, str(checkpoint))

@@ -71,7 +71,7 @@ def restamp(checkpoint: str | Path) -> RestampResult:
             names code to be loaded, or if anything but the config is not as the manifest says.
         TargetError, BusyError, NoSpaceError: if the manifest cannot be written.
     """
-    with PreparedCheckpoint(checkpoint) as opened:
+    with PreparedCheckpoint.open(checkpoint) as opened:
         found = read_served_config(opened)
         _check(opened, found)
         raw = opened.read_file(MANIFEST)

@@ -88,7 +88,7 @@ def restore(
         TargetError, BusyError, ResumeConflictError, NoSpaceError: if the target cannot take it.
     """
     path = Path(target)
-    with PreparedCheckpoint(checkpoint) as opened:
+    with PreparedCheckpoint.open(checkpoint) as opened:
         check_reachable(path)
         check_apart(opened.files, path)
         require_sound(opened)

@@ -88,7 +88,7 @@ def verify(
         return verify_published(address)
     if quick:
         _refuse_unused(running, _READS_NONE, str(checkpoint))
-    with PreparedCheckpoint(checkpoint) as opened, contextlib.ExitStack() as held:
+    with PreparedCheckpoint.open(checkpoint) as opened, contextlib.ExitStack() as held:
         problems = Problems()
         with step("check of the structure"):
             check_structure(opened, problems.of("structure"))

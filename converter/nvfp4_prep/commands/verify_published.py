@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nvfp4_prep._util.arguments import checked
@@ -44,7 +43,7 @@ def verify_published(
         HubError: if it cannot be reached or read.
     """
     files = RangeSource(HUB_ADDRESS.take(address), patience=patience, api=api)
-    with PreparedCheckpoint(Path(str(address)), files) as opened:
+    with PreparedCheckpoint.of(str(address), files) as opened:
         problems = Problems()
         compared = _compare(files, opened.manifest, problems.of("published"))
         check_structure(opened, problems.of("structure"))

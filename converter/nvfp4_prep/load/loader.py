@@ -56,7 +56,7 @@ class ExpertLoader:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Allocate staging and start the threads.
+        """Allocate staging and start the threads, which the public call has always done: :meth:`close` ends them.
 
         Args:
             device: CPU or CUDA device of the parameters.

@@ -56,17 +56,24 @@ def mapping_supported() -> bool:
 
 
 class FileMapping:
-    """A whole file, read-only. Peak resident memory: the windows between :meth:`populate` and :meth:`release`."""
+    """A whole file, read-only; :attr:`bytes` is ``uint8 [nbytes]``.
 
-    def __init__(self, descriptor: int, nbytes: int) -> None:
-        """Map ``nbytes`` bytes of an open file; raises ``OSError`` if the system refuses."""
+    Peak resident memory: the windows between :meth:`populate` and :meth:`release`.
+    """
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        """Take over a mapping, which :meth:`close` ends."""
         self.nbytes = nbytes
-        self._address: int | None = None
+        self._address: int | None = address
+        self.bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+
+    @classmethod
+    def open(cls, descriptor: int, nbytes: int) -> FileMapping:
+        """Map ``nbytes`` bytes of an open file; raises ``OSError`` if the system refuses."""
         address = _libc().mmap(None, nbytes, _PROT_READ, _MAP_SHARED, descriptor, 0)
         if address == ctypes.c_void_p(-1).value:
             raise OSError(ctypes.get_errno(), f"{format_nbytes(nbytes)} cannot be mapped")
-        self._address = address
-        self.bytes = torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.uint8)
+        return cls(address, nbytes)
 
     def populate(self, offset_bytes: int, nbytes: int) -> None:
         """Bring the pages of a range in.

@@ -35,7 +35,7 @@ class OpenFiles:
         reader = self._readers.get(path)
         if reader is None:
             mode = self._direct_io
-            reader = FileReader(path, direct=mode is not DirectIO.NEVER)
+            reader = FileReader.open(path, direct=mode is not DirectIO.NEVER)
             stored = record.nbytes // record.shape[0]
             first, last = min(experts), max(experts)
             cached = reader.cached(record.offset_bytes + first * stored, (last + 1 - first) * stored)

@@ -67,7 +67,23 @@ class FileReader:
         resident: whether what will be read is in the page cache of this machine, on local storage.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False) -> None:
+    def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
+        """Take over an open file, which :meth:`close` closes.
+
+        Args:
+            path: the file.
+            descriptor: open for reading.
+            nbytes: its size.
+        """
+        self.path = path
+        self.nbytes = nbytes
+        self._mapping: FileMapping | None = None
+        self._lock = threading.Lock()
+        self._descriptor, self._direct_descriptor = descriptor, -1
+        self.direct = self.resident = self.share_rows = False
+
+    @classmethod
+    def open(cls, path: Path, *, direct: bool = False) -> FileReader:
         """Open a file.
 
         Args:
@@ -77,14 +93,14 @@ class FileReader:
         Raises:
             LoadError: if it cannot be opened.
         """
-        self.path = path
-        self._mapping: FileMapping | None = None
-        self._lock = threading.Lock()
-        self._direct_descriptor = -1
-        self._descriptor, self.nbytes = open_regular(path, LoadError, "Copy or download it again.")
-        self.direct = self.resident = self.share_rows = False
-        if direct:
-            self._open_direct()
+        reader = cls(path, *open_regular(path, LoadError, "Copy or download it again."))
+        try:
+            if direct:
+                reader._open_direct()
+        except LoadError:
+            reader.close()
+            raise
+        return reader
 
     def close(self) -> None:
         """Close descriptors and mapping. No other thread may read any more."""
@@ -241,7 +257,7 @@ class FileReader:
         with self._lock:
             if self._mapping is None:
                 try:
-                    self._mapping = FileMapping(self._descriptor, self.nbytes)
+                    self._mapping = FileMapping.open(self._descriptor, self.nbytes)
                 except OSError as error:
                     raise self._failed(tensor, str(error.strerror)) from error
             return self._mapping

@@ -35,49 +35,71 @@ class PreparedCheckpoint:
 
     Attributes:
         path: the directory.
-        manifest: its manifest.
-        manifest_sha256: digest of the manifest's bytes, which names those of all other files.
         files: its bytes, as a source.
     """
 
-    def __init__(self, path: str | Path, files: Source | None = None, *, in_work: bool = False) -> None:
-        """Read the manifest.
+    def __init__(self, path: Path, files: Source) -> None:
+        """Read nothing yet; :meth:`open` and :meth:`of` do.
 
         Args:
-            path: the directory, or what to call it where ``files`` is given.
-            files: its bytes, where they are not in a directory.
+            path: the directory, or what to call the files.
+            files: its bytes.
+        """
+        self.path = path
+        self.files = files
+
+    @classmethod
+    def open(cls, path: str | Path, *, in_work: bool = False) -> Self:
+        """Read the manifest of a directory.
+
+        Args:
+            path: the directory.
             in_work: whether the run that writes it may still be at work: its last step looks at the rest.
 
         Raises:
             CheckpointError: if it is not a complete prepared checkpoint.
             SourceError: if it does not exist or cannot be read.
         """
-        self.path = Path(path)
-        if files is None and (refusal := refusal_of(self.path, in_work=in_work)) is not None:
+        if (refusal := refusal_of(Path(path), in_work=in_work)) is not None:
             raise refusal
-        self.files = files or self._open_directory()
-        if MANIFEST not in self.sizes:
+        return cls.of(path, _open_directory(Path(path)))
+
+    @classmethod
+    def of(cls, path: str | Path, files: Source) -> Self:
+        """Read the manifest among the files of a source, which is closed with this.
+
+        Args:
+            path: what to call it.
+            files: its bytes.
+
+        Raises:
+            CheckpointError: if it is not a complete prepared checkpoint.
+            SourceError: if it cannot be read.
+        """
+        checkpoint = cls(Path(path), files)
+        if MANIFEST not in checkpoint.sizes:
             raise CheckpointError(
                 f"is not a prepared checkpoint, or its upload is incomplete (no {MANIFEST})",
                 where=str(path),
                 next_step="Run the push again, or make one with nvfp4-prep convert.",
             )
-        catalog = Catalog.of(self.path, self)
-        self.manifest, self.manifest_sha256 = catalog.manifest, catalog.manifest_sha256
+        _ = checkpoint.catalog
+        return checkpoint
 
-    def _open_directory(self) -> LocalSource:
-        try:
-            return LocalSource(self.path)
-        except SourceError as error:
-            if error.__cause__ is not None:  # the system's answer: no verdict on a checkpoint
-                raise
-            outside = "leaves the source" in error.what
-            raise CheckpointError(
-                error.what.replace("leaves the source", "leaves the checkpoint"),
-                where=error.where,
-                actual=error.actual,
-                next_step=LINK_STEP if outside else "It does not belong to a prepared checkpoint: remove it.",
-            ) from error
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Its manifest and where its tensors lie, over these files."""
+        return Catalog.of(self.path, self)
+
+    @property
+    def manifest(self) -> Manifest:
+        """See :class:`~nvfp4_prep.prepared.manifest.Manifest`."""
+        return self.catalog.manifest
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Digest of the manifest's bytes, which names those of all other files."""
+        return self.catalog.manifest_sha256
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -245,6 +267,21 @@ class PreparedCheckpoint:
     def source_names(self) -> set[str]:
         """Return the names of all tensors of the source that this checkpoint holds."""
         return set(self.source_tensor_names())
+
+
+def _open_directory(path: Path) -> LocalSource:
+    try:
+        return LocalSource(path)
+    except SourceError as error:
+        if error.__cause__ is not None:  # the system's answer: no verdict on a checkpoint
+            raise
+        outside = "leaves the source" in error.what
+        raise CheckpointError(
+            error.what.replace("leaves the source", "leaves the checkpoint"),
+            where=error.where,
+            actual=error.actual,
+            next_step=LINK_STEP if outside else "It does not belong to a prepared checkpoint: remove it.",
+        ) from error
 
 
 def source_configs(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -163,7 +163,7 @@ def pass_smoke_run(
 
     try:
         report = run_smoke(
-            PreparedCheckpoint(path, in_work=True),
+            PreparedCheckpoint.open(path, in_work=True),
             local,
             layers=layers,
             sample=samples,

@@ -84,7 +84,7 @@ def run_smoke(
     reports = []
     with contextlib.ExitStack() as held:
         held.enter_context(one_torch_thread())
-        opening = prepared if isinstance(prepared, PreparedCheckpoint) else PreparedCheckpoint(prepared)
+        opening = prepared if isinstance(prepared, PreparedCheckpoint) else PreparedCheckpoint.open(prepared)
         checkpoint = held.enter_context(opening)
         records = choose_layers(checkpoint.manifest, layers)
         chosen = choose_backend(backend, {record.layout for record in records})
@@ -112,7 +112,7 @@ def run_smoke(
 @checked(prepared=PATH, layers=optional(TEXT), backend=one_of(*BACKENDS))
 def check_smoke(prepared: str | Path, *, layers: str | None = None, backend: str = "auto") -> None:
     """Raise what :func:`run_smoke` would raise for its arguments, before any long work; reads the manifest only."""
-    with PreparedCheckpoint(prepared) as opened:
+    with PreparedCheckpoint.open(prepared) as opened:
         choose_backend(backend, {record.layout for record in choose_layers(opened.manifest, layers)})
 
 

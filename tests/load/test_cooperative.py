@@ -28,6 +28,7 @@ from nvfp4_prep.load import (
     load_layer,
     load_layers,
     reader,
+    shared_parameter,
 )
 from nvfp4_prep.load import options as load_options
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor, take_rank
@@ -67,7 +68,7 @@ class Equal:
 
     def __call__(self, rank: int, size: int, group: dist.ProcessGroup) -> int:
         compared = 0
-        cooperative.is_network_storage = lambda _device: self.network
+        shared_parameter.is_network_storage = lambda _device: self.network
         together = CooperativeGroup(group, self.exchange_nbytes)
         for number, experts in enumerate(self.maps):
             options = replace(OPTIONS, verify=number % 2 == 1)
@@ -116,7 +117,7 @@ class Counted:
             return count
 
         catalog = Catalog.open(self.root)
-        cooperative.is_network_storage = lambda _device: self.network
+        shared_parameter.is_network_storage = lambda _device: self.network
         records = [catalog.records(layer)[self.tensor] for layer in catalog.manifest.layers]
         places = [(record.offset_bytes, record.offset_bytes + record.nbytes) for record in records]
         reader.os.preadv = counted  # type: ignore[attr-defined]

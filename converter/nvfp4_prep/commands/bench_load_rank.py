@@ -24,8 +24,8 @@ from nvfp4_prep.load import (
     TakesParameters,
 )
 from nvfp4_prep.load.api import LayerLoad
-from nvfp4_prep.load.cooperative import SharedParameter
 from nvfp4_prep.load.ranks import Ranks
+from nvfp4_prep.load.shared_parameter import SharedParameter
 from nvfp4_prep_kernels import PreparedTensor
 
 __all__ = ["RankJob", "RankTurn", "run_rank"]

@@ -20,10 +20,11 @@ from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.checkpoint.small_files import open_regular
 from nvfp4_prep.errors import LoadError, SourceError, UsageError
 from nvfp4_prep.load.arguments import as_experts, as_rank, check_experts
-from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
+from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions, rank_threads
 from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.shared_parameter import SharedParameter
 from nvfp4_prep.prepared.catalog import Catalog
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep_kernels import ExpertSlice, LayoutError, PreparedTensor, rank_slice

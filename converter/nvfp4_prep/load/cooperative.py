@@ -15,25 +15,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from nvfp4_prep._util.text import format_nbytes
-from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
-from nvfp4_prep.errors import LoadError, NvfpPrepError, UsageError
+from nvfp4_prep.errors import LoadError, NvfpPrepError
 from nvfp4_prep.load.exchange_plan import Round, plan_rounds
-from nvfp4_prep.load.loader import ExpertLoader, flat_bytes
+from nvfp4_prep.load.loader import ExpertLoader
+from nvfp4_prep.load.parameter_bytes import flat_bytes
 from nvfp4_prep.load.ranks import Ranks
-from nvfp4_prep.load.read_plan import DIRECT_NBYTES, LONG_RUN_NBYTES
 from nvfp4_prep.load.report import LoadReport
-from nvfp4_prep.load.storage import is_network_storage
+from nvfp4_prep.load.round_views import RoundViews
+from nvfp4_prep.load.shared_parameter import SharedParameter
 from nvfp4_prep.load.worker import Submission
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["CooperativeGroup", "CooperativeLoad", "SharedParameter"]
+__all__ = ["CooperativeGroup", "CooperativeLoad"]
 
 _BUFFERS = 3
 """Two that are read into, one to send from; one more to receive into where slots do not follow the stored experts."""
@@ -61,67 +59,6 @@ class CooperativeGroup:
         return Ranks(self.group, device, self.timeout)
 
 
-@dataclass(frozen=True)
-class SharedParameter:
-    """A parameter that every rank has columns of.
-
-    Attributes:
-        path, record: the stored tensor.
-        part: this rank's.
-        experts: the stored expert of each slot; the same on all ranks.
-        parameter: of this rank, ``[slots, *part.shape]``.
-        crc32: the manifest's checksums.
-    """
-
-    path: Path
-    record: TensorRecord
-    part: ExpertSlice
-    experts: tuple[int, ...]
-    parameter: torch.Tensor
-    crc32: Sequence[int] | None
-
-    @property
-    def in_order(self) -> bool:
-        """Return whether the slots follow the stored experts, so that what is received is in its place at once."""
-        return all(one < other for one, other in pairwise(self.experts))
-
-    @property
-    def whole(self) -> ExpertSlice:
-        """Return all stored bytes of an expert; a file that is padded for some ranks has no slice for one."""
-        stored = self.record.nbytes // self.record.shape[0]
-        return ExpertSlice((self.part.shape[0], stored // self.part.shape[0]), 0, stored, stored, 1)
-
-    def submit(self, loader: ExpertLoader, slots: slice = slice(None)) -> None:
-        """Queue this rank's share of some slots, read by itself."""
-        target = self.parameter[slots]
-        loader.submit(self.path, self.record, self.part, self.experts[slots], target, self.crc32)
-
-    def is_exchanged(self, size: int) -> bool:
-        """Return whether ``size`` ranks had better exchange this than each read its part: the same on all of one host.
-
-        On local storage that is many runs of less than a disk's request, and on network storage whatever is shorter
-        than a request that is worth its time there.
-        """
-        if not self._panels(size):
-            return False
-        if _on_network(self.path):
-            return self.part.run_nbytes < DIRECT_NBYTES
-        return self.part.runs > 1 and self.part.run_nbytes < LONG_RUN_NBYTES
-
-    def check_panels(self, rank: int, size: int) -> None:
-        """Raise :class:`UsageError` unless the rank's runs are one of ``size`` equal panels of all lines."""
-        if self.part.offset_bytes != rank * self.part.run_nbytes or not self._panels(size):
-            raise UsageError(
-                f"not the share of tensor-parallel rank {rank} of {size}, which this rank is in its group",
-                where=f"{self.path}, tensor {self.record.name!r}",
-                next_step="Give the process group of the tensor-parallel ranks.",
-            )
-
-    def _panels(self, size: int) -> bool:
-        line = self.part.stride_bytes if self.part.runs > 1 else self.whole.nbytes
-        return line == size * self.part.run_nbytes and self.part.runs * line == self.whole.nbytes
-
-
 class CooperativeLoad:
     """One load of the ranks of a group: :meth:`begin` inside :meth:`preparing` on each, then :meth:`complete`.
 
@@ -135,7 +72,7 @@ class CooperativeLoad:
         self._ranks = group.on(loader.device)
         self._stream = torch.cuda.Stream(loader.device) if loader.device.type == "cuda" else None
         self._rounds: list[tuple[SharedParameter, torch.Tensor, Round]] = []
-        self._views: dict[tuple[ExpertSlice, tuple[int, ...], int], _Views] = {}
+        self._views: dict[tuple[ExpertSlice, tuple[int, ...], int], RoundViews] = {}
         self._end: Callable[[], bool] | None = None
         self._own: Sequence[SharedParameter] = ()
         self._fed = 0
@@ -264,13 +201,13 @@ class CooperativeLoad:
             target = self._views_of(number).experts
             self._reading[-1] = self._loader.submit(item.path, item.record, item.whole, experts, target, item.crc32)
 
-    def _views_of(self, number: int) -> _Views:
+    def _views_of(self, number: int) -> RoundViews:
         item, _, planned = self._rounds[number]
         counts = tuple(map(len, planned.readers))
         key = (item.part, counts, number % 2)
         if key not in self._views:
             stage, sent = self._stages[number % 2], self._stages[2]
-            self._views[key] = _Views.of(stage, sent, item, counts, self._ranks.rank)
+            self._views[key] = RoundViews.of(stage, sent, item, counts, self._ranks.rank)
         return self._views[key]
 
     def _feed(self, until: int) -> None:
@@ -297,55 +234,3 @@ class CooperativeLoad:
 
     def _on_stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-
-def _on_network(path: Path) -> bool:
-    try:
-        return is_network_storage(path.stat().st_dev)
-    except OSError:
-        return False  # said with the right words when it is opened
-
-
-@dataclass(frozen=True)
-class _Views:
-    """What a round has of the stages. Made once for all rounds of a kind: every call of torch waits for the GIL.
-
-    Attributes:
-        experts: that this rank reads, ``uint8 [E, *shape]``.
-        columns: the same, one panel of columns a rank, ``[size, E, runs, run]``.
-        panels: where these go, in the same shape; the bytes of ``sent``.
-        sent: flat ``uint8``.
-        outgoing, incoming: bytes for each rank, and from each.
-    """
-
-    experts: torch.Tensor
-    columns: torch.Tensor
-    panels: torch.Tensor
-    sent: torch.Tensor
-    outgoing: list[int]
-    incoming: list[int]
-
-    @classmethod
-    def of(
-        cls,
-        stage: torch.Tensor,
-        sent: torch.Tensor,
-        item: SharedParameter,
-        counts: Sequence[int],
-        rank: int,
-    ) -> _Views:
-        """Take the views of a round in which each rank reads so many experts."""
-        unit, size, width = item.part.nbytes, len(counts), item.part.run_nbytes
-        mine = counts[rank] * item.whole.nbytes
-        read, sent = stage[:mine], sent[:mine]
-        wide, panels = read, sent
-        if width % 8 == 0:
-            wide, panels, width = read.view(torch.int64), sent.view(torch.int64), width // 8
-        return cls(
-            experts=read.view(-1, *item.whole.shape),
-            columns=wide.view(-1, item.part.runs, size, width).permute(2, 0, 1, 3),
-            panels=panels.view(size, -1, item.part.runs, width),
-            sent=sent,
-            outgoing=[counts[rank] * unit] * size,
-            incoming=[count * unit for count in counts],
-        )

@@ -11,11 +11,12 @@ import torch
 from nvfp4_prep.checkpoint.safetensors_header import TensorRecord
 from nvfp4_prep.errors import NvfpPrepError
 from nvfp4_prep.load.arguments import as_experts
-from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad, SharedParameter
+from nvfp4_prep.load.cooperative import CooperativeGroup, CooperativeLoad
 from nvfp4_prep.load.loader import ExpertLoader
 from nvfp4_prep.load.options import LoadOptions
 from nvfp4_prep.load.ranks import Ranks
 from nvfp4_prep.load.report import LoadReport
+from nvfp4_prep.load.shared_parameter import SharedParameter
 from nvfp4_prep.load.worker import Submission
 from nvfp4_prep_kernels import ExpertSlice
 

@@ -22,6 +22,7 @@ from nvfp4_prep.load.mmap_gather import mapping_supported
 from nvfp4_prep.load.numa import near_processors, run_near, stay_near
 from nvfp4_prep.load.open_files import OpenFiles
 from nvfp4_prep.load.options import Gather, LoadOptions
+from nvfp4_prep.load.parameter_bytes import chunk_views, flat_bytes
 from nvfp4_prep.load.read_plan import Task, pieces, plan_reads
 from nvfp4_prep.load.reader import FileReader, ReadCounts
 from nvfp4_prep.load.report import LoadReport
@@ -29,7 +30,7 @@ from nvfp4_prep.load.staging import make_buffers
 from nvfp4_prep.load.worker import Job, Reading, Submission, Times, as_load_error
 from nvfp4_prep_kernels import ExpertSlice
 
-__all__ = ["ExpertLoader", "flat_bytes"]
+__all__ = ["ExpertLoader"]
 
 _THREADS = "nvfp4-load-"
 _FEW_COLUMNS = 4
@@ -208,7 +209,7 @@ class ExpertLoader:
     def _queue(self, reader: FileReader, tasks: Sequence[Task], parameter: torch.Tensor) -> Submission:
         target = flat_bytes(parameter)
         ready = torch.cuda.current_stream(self.device).record_event() if target.is_cuda else None
-        views = _views(target, tasks)
+        views = chunk_views(target, tasks)
         submission = Submission(sum(task.units for task in tasks))
         self._accounts.add(submission, target.numel())
         for task in tasks:
@@ -340,19 +341,3 @@ def _in_use() -> LoadError:
         "the loader is in use by another thread, or called from its own progress",
         next_step="Give every thread a loader of its own, or finish one load before the next.",
     )
-
-
-def flat_bytes(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a parameter by as few calls of torch as it takes: the reading threads want the GIL, too."""
-    data = parameter.detach() if parameter.requires_grad else parameter
-    data = data if data.dtype == torch.uint8 else data.view(torch.uint8)
-    return data if data.dim() == 1 else data.view(-1)
-
-
-def _views(target: torch.Tensor, tasks: Sequence[Task]) -> dict[int, torch.Tensor]:
-    """Return each chunk's part by its offset: one call for all, instead of one in the way of the reading threads."""
-    chunks = sorted((chunk.destination_bytes, chunk.nbytes) for task in tasks for chunk in task.chunks if chunk.nbytes)
-    if len(chunks) == 1:
-        return {chunks[0][0]: target}
-    parts = target.split([nbytes for _, nbytes in chunks])
-    return {offset: part for (offset, _), part in zip(chunks, parts, strict=True)}

@@ -63,12 +63,12 @@ def decode(codes: torch.Tensor, block_scales: torch.Tensor) -> torch.Tensor:
 
 
 def round_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Return the nearest e4m3 value (ties to even), saturating at 448, as float32."""
+    """Return the nearest e4m3 values (ties to even), saturating at 448: ``float32`` in the shape of ``values``."""
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def round_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """Return the nearest e2m1 value (ties to even), saturating at 6, as float32; NaN stays NaN."""
+    """Return the nearest e2m1 values (ties to even), saturating at 6: ``float32`` in the same shape; NaN stays NaN."""
     magnitude = values.abs()
     rounded = torch.zeros_like(magnitude)
     for i, (middle, above) in enumerate(zip(_MIDPOINTS, _MAGNITUDES[1:], strict=True)):

@@ -46,8 +46,8 @@ class BufferPool:
     the limit.
     """
 
-    def __init__(self, limit_nbytes: int = 0) -> None:
-        self._limit_nbytes = limit_nbytes
+    def __init__(self) -> None:
+        self._limit_nbytes = 0
         self._used_nbytes = 0
         self._kept_nbytes = 0
         self._free: dict[int, list[mmap.mmap]] = {}

@@ -86,8 +86,8 @@ def dump_json(
     return b"".join(pieces)
 
 
-def check_bounds(raw: bytes, max_depth: int, max_values: int = MAX_VALUES) -> None:
-    """Raise :class:`JsonBounds` if a JSON text nests deeper than ``max_depth`` or has more than ``max_values`` values.
+def check_bounds(raw: bytes, max_depth: int) -> None:
+    """Raise :class:`JsonBounds` if a JSON text nests deeper than ``max_depth`` or has over :data:`MAX_VALUES` values.
 
     A linear scan without recursion. For text that is not JSON the figures mean nothing, but parsing fails then.
     """
@@ -95,8 +95,8 @@ def check_bounds(raw: bytes, max_depth: int, max_values: int = MAX_VALUES) -> No
     outside = _STRING.sub(b"", raw.replace(rb"\\", b"").replace(rb"\"", b""))
     opened = outside.count(b"[") + outside.count(b"{")
     values = outside.count(b",") + opened + 1
-    if values > max_values:
-        raise JsonBounds("has too many JSON values", f"{max_values:,}", f"{values:,}")
+    if values > MAX_VALUES:
+        raise JsonBounds("has too many JSON values", f"{MAX_VALUES:,}", f"{values:,}")
     if outside.count(b"]") + outside.count(b"}") > opened:
         return  # not JSON: the parser stops at the first bracket too many
     steps = map(_STEP.__getitem__, outside.translate(None, delete=_NO_BRACKETS))

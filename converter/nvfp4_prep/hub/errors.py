@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 _FIRST_CONTACT_S = 60.0
+_READ_S = 300.0
+"""Seconds without a byte after which a request has failed."""
 _UNRESOLVED_S = 2.0
 _CHECK_ADDRESS = "Check HF_ENDPOINT, proxies and firewalls."
 _BAD_ADDRESS = frozenset({"InvalidURL", "UnsupportedProtocol"})
@@ -279,7 +281,7 @@ def malformed(where: str, what: str, actual: object) -> HubError:
     )
 
 
-def limit_waiting(read_s: float = 300.0) -> None:
+def limit_waiting() -> None:
     """Give the client's shared session timeouts: its default is to wait for ever, which no unattended run may.
 
     For programs (the command line), not for libraries: the session belongs to the whole process.
@@ -288,4 +290,4 @@ def limit_waiting(read_s: float = 300.0) -> None:
 
     current = get_session()
     kind, hooks = type(current), current.event_hooks
-    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=read_s))
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=_READ_S))

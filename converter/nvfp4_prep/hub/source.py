@@ -31,7 +31,7 @@ __all__ = ["SHARDS_AHEAD", "HubSource"]
 SHARDS_AHEAD = 2
 """Room for downloads ahead of their use, in shards of the largest size."""
 _GRACE_S = 2.0
-"""How long closing waits for transfers to notice; they do when the next bytes arrive."""
+"""Seconds that closing waits for transfers, which notice when their next bytes arrive."""
 
 
 @dataclass

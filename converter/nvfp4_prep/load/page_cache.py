@@ -12,6 +12,9 @@ from typing import Any
 
 __all__ = ["cached_pages", "cached_share", "forget"]
 
+_PROBES = 64
+"""Pages of a file that are looked at."""
+
 
 def cached_pages(descriptor: int, offsets: Sequence[int]) -> int:
     """Return how many of the pages at these offsets of an open file are in the page cache.
@@ -78,14 +81,14 @@ def forget(files: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def cached_share(files: Sequence[Path], probes: int = 64) -> float:
+def cached_share(files: Sequence[Path]) -> float:
     """Return the share of sampled pages of files, in equal parts of each, that are in the page cache."""
     cached = 0
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             size = os.fstat(descriptor).st_size
-            cached += cached_pages(descriptor, [size * probe // probes for probe in range(probes)])
+            cached += cached_pages(descriptor, [size * probe // _PROBES for probe in range(_PROBES)])
         finally:
             os.close(descriptor)
-    return cached / (probes * len(files))
+    return cached / (_PROBES * len(files))

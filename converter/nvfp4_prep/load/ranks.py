@@ -18,7 +18,7 @@ _TEXT_NBYTES = 4096
 _DIGEST_NBYTES = 32
 _POLL_S = 0.0002
 _ROLL_CALL_S = 10.0
-"""How long the others are waited for after a failed call, to say who does not answer."""
+"""Seconds to wait for the other ranks after a failed call, to name those that do not answer."""
 
 
 def message_bytes(text: str, nbytes: int) -> bytes:

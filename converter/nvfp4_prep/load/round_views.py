@@ -14,7 +14,7 @@ __all__ = ["RoundViews"]
 
 @dataclass(frozen=True)
 class RoundViews:
-    """What a round has of the stages. Made once for all rounds of a kind: every call of torch waits for the GIL.
+    """Views of staging memory for one round. Made once for all rounds of a kind: every call of torch waits for the GIL.
 
     Attributes:
         experts: that this rank reads, ``uint8 [E, *shape]``.

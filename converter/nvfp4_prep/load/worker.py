@@ -1,4 +1,4 @@
-"""What one reading thread does with a task: fill buffers, or parameters in host memory, and say what is filled."""
+"""The work of one reading thread: filling staging buffers, or parameters in host memory, task by task."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass
 class Times:
-    """Where the threads' time went, in seconds, summed over the threads.
+    """Seconds by what the threads did, summed over the threads.
 
     Attributes:
         read: in system calls, gathering and checksums, and until Python ran again after them.

@@ -155,7 +155,7 @@ class PreparedCheckpoint:
                 headers[name] = self.header(name)
             except SourceError as error:
                 if isinstance(error.__cause__, PermissionError):
-                    raise  # whoever may not read a file knows nothing about it
+                    raise  # EACCES says nothing about the file's contents
                 errors[name] = error
         return headers, errors
 
@@ -166,7 +166,7 @@ class PreparedCheckpoint:
 
     @property
     def header_errors(self) -> Mapping[str, SourceError]:
-        """What is wrong with the others: missing or malformed."""
+        """Errors of the others by name: missing or malformed."""
         return self._read_headers[1]
 
     @cached_property

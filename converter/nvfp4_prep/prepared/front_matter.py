@@ -22,7 +22,7 @@ MAX_ITEMS = 1000
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _BAD_VALUES = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What PyYAML raises about a text: besides its own, what int, date and the like say of a value, and the stack's end."""
+"""Exceptions of PyYAML for a text: its own, those of int and date for a value, and the end of the stack."""
 _OPENING = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n")
 
 

@@ -39,7 +39,7 @@ __all__ = [
 STAMPED_KEY = "quantization_config"
 QUANT_METHOD = "nvfp4_prep"
 STAMP_KEY = "nvfp4_prep_stamp"
-"""Where the stamp goes once the source's own quantization_config has taken its place in a server's memory."""
+"""Key of the stamp once the source's own quantization_config has taken its place in a server's memory."""
 _SWIZZLE = "128x4"
 _FLAT_KEYS = ("quant_algo", "group_size", "kv_cache_quant_algo", "kv_cache_scheme", "ignore", "exclude_modules")
 

@@ -63,7 +63,7 @@ class Chart:
 
     @property
     def right(self) -> int:
-        """Where the grid ends."""
+        """x of the grid's right edge, in units of the drawing."""
         return self.width - _RIGHT
 
     @property

@@ -6,6 +6,8 @@ leaves the global scale out: ``code * block scale`` has at most six significant 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from nvfp4_prep_kernels.layout import BLOCK_COLS
@@ -31,11 +33,25 @@ _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 def decode_codes(codes: torch.Tensor) -> torch.Tensor:
     """Decode two e2m1 values a byte, low nibble first: ``uint8 [..., C/2]`` to ``float32 [..., C]``."""
-    values = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
     # one look-up a byte, two values each: half the index memory of one a code
-    table = torch.tensor([(values[byte & 0xF], values[byte >> 4]) for byte in range(256)], device=codes.device)
-    pairs = table.index_select(0, codes.reshape(-1).to(torch.int32))
+    pairs = _pairs(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
     return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
+
+
+@functools.cache
+def _pairs(device: torch.device) -> torch.Tensor:
+    """Return the two values of each byte: ``float32 [256, 2]``."""
+    values = (*_MAGNITUDES, *(-value for value in _MAGNITUDES))
+    return torch.tensor([(values[byte & 0xF], values[byte >> 4]) for byte in range(256)], device=device)
+
+
+@functools.cache
+def _rounding(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest magnitudes that do not yet round up to each next one, and the magnitudes: float32."""
+    middles = torch.tensor(_MIDPOINTS)
+    # codes 1, 3, 5, 7 are odd: a tie below them stays with the even code, every other one goes up
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))
+    return middles.to(device), torch.tensor(_MAGNITUDES, device=device)
 
 
 def encode_codes(values: torch.Tensor) -> torch.Tensor:
@@ -70,11 +86,8 @@ def round_e4m3(values: torch.Tensor) -> torch.Tensor:
 def round_e2m1(values: torch.Tensor) -> torch.Tensor:
     """Return the nearest e2m1 values (ties to even), saturating at 6: ``float32`` in the same shape; NaN stays NaN."""
     magnitude = values.abs()
-    rounded = torch.zeros_like(magnitude)
-    for i, (middle, above) in enumerate(zip(_MIDPOINTS, _MAGNITUDES[1:], strict=True)):
-        # codes 1, 3, 5, 7 are odd: a tie below them stays with the even code
-        reached = magnitude > middle if i % 2 == 0 else magnitude >= middle
-        rounded = torch.where(reached, above, rounded)
+    lasts, magnitudes = _rounding(values.device)
+    rounded = magnitudes.take(torch.searchsorted(lasts, magnitude))
     return torch.where(magnitude.isnan(), magnitude, rounded).copysign(values)
 
 

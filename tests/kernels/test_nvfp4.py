@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,14 @@ def test_every_code_with_every_scale() -> None:
 @given(st.floats(-20, 20, width=32))
 def test_round_e2m1(value: float) -> None:
     assert round_e2m1(torch.tensor([value])).item() == nearest(value, E2M1)
+
+
+@pytest.mark.parametrize("middle", [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_round_e2m1_on_both_sides_of_a_tie(middle: float, sign: int) -> None:
+    places = torch.tensor([middle]).view(torch.int32) + torch.arange(-3, 4, dtype=torch.int32)
+    values = places.view(torch.float32) * sign
+    assert round_e2m1(values).tolist() == [nearest(value, E2M1) for value in values.tolist()]
 
 
 def test_round_e2m1_ties_and_nan() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from nvfp4_prep.planning.builder import make_plan
 from nvfp4_prep.planning.plan import LayerPlan
 from nvfp4_prep.prepared.checkpoint import PreparedCheckpoint
 from nvfp4_prep.prepared.manifest import LayerRecord
+from nvfp4_prep.smoke.read_ahead import ReadAhead, Sequential
 from nvfp4_prep.smoke.under_test import LayerUnderTest
 from nvfp4_prep_kernels import PreparedTensor, Projection
 from nvfp4_prep_kernels.moe_reference import SourceExpert, SourceMatrix
@@ -32,6 +33,7 @@ from nvfp4_prep_kernels.moe_types import PreparedExperts
 
 __all__ = ["CheckpointReader", "LayerDamagedError"]
 
+_TENSORS = tuple(PreparedTensor)
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 
 
@@ -50,16 +52,19 @@ class LayerDamagedError(CheckpointError):
 class CheckpointReader:
     """Reader of a prepared checkpoint's layers as :class:`LayerUnderTest`, some experts at a time.
 
-    Memory: the chosen experts' prepared bytes on ``device``, and one source expert.
+    Memory: the chosen experts' prepared bytes on ``device``, and one source expert for each thread that reads ahead.
     """
 
-    def __init__(self, checkpoint: PreparedCheckpoint, source: Source | None, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: PreparedCheckpoint, source: Source | None, device: torch.device, ahead: ReadAhead
+    ) -> None:
         """Plan the source, where there is one.
 
         Args:
             checkpoint: opened; whoever opened it closes it.
             source: what it was made from, or ``None``: then the prepared tensors are inverted.
             device: where prepared and source tensors go.
+            ahead: the threads that read them.
 
         Raises:
             SourceError, UnsupportedCheckpointError: if the source cannot be planned as the checkpoint was.
@@ -67,6 +72,7 @@ class CheckpointReader:
         self._checkpoint = checkpoint
         self._policy = checkpoint.manifest.options.gate_up_scales
         self._device = device
+        self._ahead = ahead
         config = checkpoint.manifest.texts.get(CONFIG)
         self._config = {} if config is None else read_json_file(CONFIG, config)
         self._source = source
@@ -97,14 +103,12 @@ class CheckpointReader:
         if self._source is not None and plan is None:
             raise CheckpointError("the source has no such layer", where=layer.experts_path)
 
-        def source(position: int) -> SourceExpert:
-            if plan is None:
-                w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
-                w2 = scalars.w2_scale_2[chosen[position]]
-                where = f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"
-                with _as_damage(record.index, where):
-                    return _restored_expert(record, prepared, w13, w2, position)
-            return self._source_expert(plan, chosen[position])
+        def restored(position: int) -> SourceExpert:
+            w13 = _w13_scale_2(record, self._policy, scalars, chosen[position])
+            w2 = scalars.w2_scale_2[chosen[position]]
+            where = f"{self._checkpoint.path}, {layer.experts_path}, expert {chosen[position]}"
+            with _as_damage(record.index, where):
+                return _restored_expert(record, prepared, w13, w2, position)
 
         w13_scales = [_w13_scale_2(record, self._policy, scalars, expert) for expert in chosen]
         return LayerUnderTest(
@@ -113,7 +117,7 @@ class CheckpointReader:
             experts=chosen,
             experts_total=layer.dims.experts,
             prepared=prepared,
-            source=source,
+            source=restored if plan is None else self._read_source(plan, chosen),
             activation=moe_activation(record.activation, self._config, where=layer.experts_path),
             top_k=_top_k(self._config, layer.dims.experts),
             input_scale=scalars.w13_input_scale,
@@ -128,16 +132,24 @@ class CheckpointReader:
         tensors: dict[str, torch.Tensor] = {}
         for tensor in PreparedTensor:
             shape = (len(experts), *layout.expert_shape(tensor, layer.dims))
-            found = torch.empty(shape, dtype=torch.uint8, device=self._device)
-            for position, expert in enumerate(experts):
-                found[position] = self._checkpoint.read_prepared(record, tensor, range(expert, expert + 1))[0]
-            tensors[tensor.value] = found
+            tensors[tensor.value] = torch.empty(shape, dtype=torch.uint8, device=self._device)
+
+        def read(job: int) -> None:
+            tensor, position = divmod(job, len(experts))
+            expert = experts[position]
+            stored = self._checkpoint.read_prepared(record, _TENSORS[tensor], range(expert, expert + 1))
+            tensors[_TENSORS[tensor].value][position] = stored[0]
+
+        self._ahead.for_each(read, range(len(_TENSORS) * len(experts)))
         for vector in layout.scale_vectors:
             stored = self._checkpoint.tensor_record(record, vector)
             values = torch.empty(layer.dims.experts, dtype=torch.float32)
             byte_view(values)[:] = byte_view(self._checkpoint.read(stored))
             tensors[vector] = values[list(experts)].to(self._device)
         return PreparedExperts(layout, replace(layer.dims, experts=len(experts)), **tensors)
+
+    def _read_source(self, plan: LayerPlan, experts: tuple[int, ...]) -> Callable[[int], SourceExpert]:
+        return Sequential(self._ahead, lambda position: self._source_expert(plan, experts[position]), len(experts))
 
     def _source_expert(self, plan: LayerPlan, expert: int) -> SourceExpert:
         """Return an expert from the source, gate and up brought to one scale as the conversion's policy says."""

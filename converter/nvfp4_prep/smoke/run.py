@@ -35,6 +35,7 @@ from nvfp4_prep.smoke.backend_names import BACKENDS
 from nvfp4_prep.smoke.backends import ChosenBackend, choose_backend
 from nvfp4_prep.smoke.inputs import CheckpointReader
 from nvfp4_prep.smoke.layer import SmokeSettings, run_layer
+from nvfp4_prep.smoke.read_ahead import ReadAhead
 from nvfp4_prep.smoke.report import LayerReport, SmokeReport
 
 __all__ = ["CPU_SAMPLE", "LAYER_NUMBERS", "check_layers", "check_smoke", "choose_layers", "run_smoke", "spread"]
@@ -91,7 +92,7 @@ def run_smoke(
         opened = None
         if source is not None:
             opened = held.enter_context(opened_source(source, by_ranges=True, leave_open=True))
-        reader = CheckpointReader(checkpoint, opened, chosen.device)
+        reader = CheckpointReader(checkpoint, opened, chosen.device, held.enter_context(ReadAhead()))
         if sample is None and chosen.device.type == "cpu":
             sample = CPU_SAMPLE
         sizes = (sample,) if sample is None or isinstance(sample, int) else tuple(sample)

@@ -17,6 +17,7 @@ from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import UsageError
 from nvfp4_prep.pipeline.device import apply_layout, choose_device
 from nvfp4_prep_kernels import MoeDims, MoeLayout, PreparedTensor
+from support.checkpoint_files import zero_one_block
 
 pytestmark = pytest.mark.slow
 convert_module = importlib.import_module("nvfp4_prep.commands.convert")
@@ -25,15 +26,6 @@ convert_module = importlib.import_module("nvfp4_prep.commands.convert")
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def damage(prepared: Path) -> None:
-    """One zeroed block of the first expert of layer 1's w2."""
-    path = prepared / "experts-layer-00001.safetensors"
-    record = next(record for record in read_header(path).tensors if record.name.endswith(".w2_weight"))
-    with path.open("r+b") as stream:
-        stream.seek(record.offset_bytes)
-        stream.write(bytes(8))
 
 
 def test_verify_smoke_says_what_ran_and_writes_the_page(
@@ -65,7 +57,7 @@ def test_smoke_options_need_smoke(sample_prepared: Path) -> None:
 def test_a_damaged_checkpoint_fails_before_the_smoke_run(sample_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_function(sample_source, out)
-    damage(out)
+    zero_one_block(out)
     page = tmp_path / "page.html"
     done = run("verify", out, "--smoke", "--source", sample_source, "--report", page)
     assert "Do not serve this checkpoint." in page.read_text() and "verification failed" in page.read_text()
@@ -99,7 +91,7 @@ def test_convert_fails_if_the_smoke_run_does(
     real = execution.pass_smoke_run
 
     def broken(path: Path, *rest: object) -> object:
-        damage(path)
+        zero_one_block(path)
         return real(path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(execution, "pass_smoke_run", broken)

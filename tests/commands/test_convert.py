@@ -264,7 +264,7 @@ def test_terminated_run_says_how_to_continue(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, messages = process.communicate()
     assert process.returncode == ConversionInterrupted.exit_code
-    assert "Run the same command to resume" in messages
+    assert "Run the same command again" in messages
     assert json.loads(output)["error"] == "ConversionInterrupted"
     assert "Traceback" not in messages
 
@@ -352,7 +352,7 @@ def test_a_finished_conversion_without_one_of_its_files(sample_source: Path, tmp
     with pytest.raises(VerificationError, match=rf"{victim.name}.*found {nbytes - 1} bytes.*verify"):
         convert(sample_source, out)
     victim.unlink()
-    with pytest.raises(VerificationError, match=f"{victim.name}.*but is damaged.*found nothing"):
+    with pytest.raises(VerificationError, match=f"{victim.name}.*but damaged.*found nothing"):
         convert(sample_source, out)
 
 

@@ -392,7 +392,7 @@ def test_a_restamped_output_is_complete_to_the_command_that_made_it(
     make_by(command, sample_source, sample_prepared, out)
     change(out, bos_token_id=7)
     before = (out / "config.json").read_bytes()
-    with pytest.raises(VerificationError, match=r"is damaged: config\.json: was edited: bos_token_id") as caught:
+    with pytest.raises(VerificationError, match=r"but damaged: config\.json: was edited: bos_token_id") as caught:
         make_by(command, sample_source, sample_prepared, out)
     assert "nvfp4-prep restamp" in (caught.value.next_step or "")
     restamp(out)
@@ -431,7 +431,7 @@ def test_a_damaged_output_of_relayout_is_told_as_one(sample_prepared: Path, tmp_
     relayout(sample_prepared, out, gate_up_block=16)
     name = "model-00001-of-00003.safetensors"
     (out / name).write_bytes(b"{}")
-    with pytest.raises(VerificationError, match=f"is damaged: {name}: has the wrong size") as caught:
+    with pytest.raises(VerificationError, match=f"but damaged: {name}: has the wrong size") as caught:
         relayout(sample_prepared, out, gate_up_block=16)
     assert f"Copy or download {name} again" in (caught.value.next_step or "")
     shutil.copy(sample_prepared / name, out)

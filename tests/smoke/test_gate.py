@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -42,21 +41,13 @@ from nvfp4_prep.output.journal_line import read_line
 from nvfp4_prep.prepared.manifest import LayerRecord
 from nvfp4_prep.smoke import gate as smoke_gate
 from support.cases import slow_after
+from support.checkpoint_files import zero_one_block
 
 pytestmark = pytest.mark.default_smoke
 
 
 def run(*arguments: object) -> int:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments]).exit_code
-
-
-def damage(out: Path) -> None:
-    """One zeroed block of the first expert of layer 1's w2, after its bytes were proved."""
-    path = out / "experts-layer-00001.safetensors"
-    record = next(record for record in read_header(path).tensors if record.name.endswith(".w2_weight"))
-    with path.open("r+b") as stream:
-        stream.seek(record.offset_bytes)
-        stream.write(bytes(8))
 
 
 @pytest.fixture
@@ -76,10 +67,7 @@ def leave_before_the_smoke_run(source: Path, out: Path, monkeypatch: pytest.Monk
 def stop_in_smoke_run(monkeypatch: pytest.MonkeyPatch, spoil: bool) -> None:
     def stopped(path: Path, *rest: object) -> None:
         if spoil:
-            times = {file: file.stat().st_mtime_ns for file in path.glob("*.safetensors")}
-            damage(path)
-            for file, mtime_ns in times.items():  # as a broken disk does it, which leaves no trace
-                os.utime(file, ns=(mtime_ns, mtime_ns))
+            zero_one_block(path)
         raise ConversionInterrupted("stopped", where=str(path))
 
     monkeypatch.setattr("nvfp4_prep.pipeline.runner.pass_smoke_run", stopped)
@@ -258,7 +246,7 @@ def test_damage_is_a_verdict_on_its_layer(tmp_path: Path, monkeypatch: pytest.Mo
     assert line == {"verdict": "wrong", "layers": [1], "samples": None}
 
 
-def test_a_format_of_a_package_that_is_not_here_is_no_damage(source: Path, tmp_path: Path) -> None:
+def test_a_format_of_a_package_that_is_not_here_is_no_zero_one_block(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(source, out, smoke=None)
     manifest = json.loads((out / "nvfp4_prep.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from nvfp4_prep.checkpoint.safetensors_header import read_header
 from support.paths import DATA, ROOT
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -51,3 +52,14 @@ def file_digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def zero_one_block(prepared: Path) -> None:
+    """Zero one block of the first expert of layer 1's w2, as a broken disk does it: the file's time stays."""
+    path = prepared / "experts-layer-00001.safetensors"
+    record = next(record for record in read_header(path).tensors if record.name.endswith(".w2_weight"))
+    mtime_ns = path.stat().st_mtime_ns
+    with path.open("r+b") as stream:
+        stream.seek(record.offset_bytes)
+        stream.write(bytes(8))
+    os.utime(path, ns=(mtime_ns, mtime_ns))

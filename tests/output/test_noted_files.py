@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output import target as target_module
 from nvfp4_prep.output.journal_line import read_line, to_line
 from nvfp4_prep.output.noted_files import FileState, judge_files
 from nvfp4_prep.output.target import Target
@@ -180,3 +181,55 @@ def test_lines_of_earlier_releases_are_believed_as_before(sample_source: Path, t
     os.utime(out / EXPERTS)
     result = run(out)
     assert result.resumed and result.written_nbytes == 0
+
+
+@pytest.mark.parametrize("command", FILE_OF)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_file_that_is_to_be_made_again_stays_where_it_was_replaced_in_between(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    run, out = run_of(command, sample_source, sample_prepared), tmp_path / "out"
+    stop(run, out, "finish")
+    check_names = Target.check_names
+
+    def replaced(self: Target, *names: Any) -> None:
+        check_names(self, *names)
+        (out / name).unlink()
+        (out / name).write_bytes(THEIRS)
+
+    monkeypatch.setattr(Target, "check_names", replaced)
+    with pytest.raises(TargetError, match="another program put there"):
+        run(out)
+    assert (out / name).read_bytes() == THEIRS
+
+
+def test_restart_removes_no_file_that_was_replaced_while_others_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, read = tmp_path / "out", target_module.judge_files
+    with Target.open(out, IDENTITY) as target:
+        file = target.create("a", len(OURS))
+        file.write(0, OURS)
+        file.commit({"sha256": hashlib.sha256(OURS).hexdigest()})
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        files = read(*arguments, **options)
+        (out / "a").write_bytes(THEIRS)
+        os.utime(out / "a", ns=(LATER, LATER))
+        return files
+
+    monkeypatch.setattr(target_module, "judge_files", replaced)
+    with Target.open(out, IDENTITY, restart=True):
+        assert (out / "a").read_bytes() == THEIRS
+
+
+def test_a_part_is_not_joined_after_its_file_was_replaced(tmp_path: Path) -> None:
+    with Target.open(tmp_path / "part", IDENTITY) as part, Target.open(tmp_path / "out", IDENTITY) as target:
+        file = part.create("a", len(OURS))
+        file.write(0, OURS)
+        file.commit({"sha256": hashlib.sha256(OURS).hexdigest()})
+        (tmp_path / "part" / "a").write_bytes(THEIRS)
+        os.utime(tmp_path / "part" / "a", ns=(LATER, LATER))
+        with pytest.raises(TargetError, match="while this run worked"):
+            target.adopt(part.done["a"], part)
+    assert (tmp_path / "part" / "a").read_bytes() == THEIRS

@@ -7,7 +7,6 @@ into place. So a file under its final name is complete, and one that the journal
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -87,7 +86,7 @@ class Target:
         self._made: Sequence[Path] = ()  # the folders that this run made
         self._seen: dict[str, os.stat_result] = {}  # the files that this run wrote or found
         self._unnamed: set[str] = set()  # files that fit the plan and are in no line of the journal
-        self._ours: set[str] = set()  # names that an earlier run gave to files which must be written again
+        self._ours: dict[str, os.stat_result] = {}  # files of an earlier run which must be written again
         self._touched: dict[str, NotedFile] = {}  # named by the journal, but touched since then
 
     @classmethod
@@ -171,10 +170,11 @@ class Target:
         try:
             files = judge_files(self._root, read_journal(self._root).lines, need_sha256=False)
             names = {file.name for file in files}
-            own = [file.name for file in files if file.is_own]  # nothing else is ours
+            own = [file for file in files if file.is_own]  # nothing else is ours
             self._touched = {file.name: file for file in files if file.state is FileState.CHANGED}
-            for name in sorted(own, key=lambda name: name not in LAST_FILES):  # first those that vouch for the others
-                self._root.unlink(name)
+            for file in sorted(own, key=lambda file: file.name not in LAST_FILES):  # first what vouches for the others
+                if file_change(file.status, self._root.status(file.name)) is None:
+                    self._root.unlink(file.name)
             self._root.unlink(VERDICTS_PATH)
             for folder in {name.rpartition("/")[0] for name in names}:
                 if not folder or self._root.status(folder) is not None:
@@ -216,8 +216,8 @@ class Target:
                 self._seen[file.name] = status
                 if entry.mtime_ns not in (None, status.st_mtime_ns):  # it was read; need not be again
                     self.note(replace(entry, mtime_ns=status.st_mtime_ns))
-        elif file.is_own:
-            self._ours.add(file.name)
+        elif status is not None and file.is_own:
+            self._ours[file.name] = status
         elif status is not None:
             self._touched[file.name] = file
 
@@ -251,17 +251,18 @@ class Target:
         outlines = outlines or {}
         touched = know_cut_off(self._root, self._touched.values(), outlines)
         check_unchanged(self.path, touched)
-        self._ours |= {file.name for file in touched if file.is_own}
+        self._ours |= {file.name: file.status for file in touched if file.is_own and file.status is not None}
         self._touched = {file.name: file for file in touched if not file.is_own}
         # what this run will write and an earlier one did not begin with is somebody else's
         begun = {*self.done, *self._ours, *self._touched}
-        there = [name for name in expected if name not in begun and self._root.status(name) is not None]
+        others = {name: self._root.status(name) for name in expected if name not in begun}
+        there = {name: status for name, status in others.items() if status is not None}
         known = find_known(self._root, there, outlines)
         foreign = [name for name in there if name not in known]
         if foreign:
             raise foreign_file(self.path / min(foreign))
         check_names(self.path, begun | known)
-        self._ours |= {name for name in known if outlines[name].whole is not None}
+        self._ours |= {name: there[name] for name in known if outlines[name].whole is not None}
         self._unnamed = known
 
     def check_space(self, needed_nbytes: int) -> None:
@@ -298,8 +299,7 @@ class Target:
         root: TargetRoot | None = None,
     ) -> None:
         """Note a whole file and give it its name; what must stay there is refused before the journal has that name."""
-        now, seen = self._root.status(name), self._seen.get(name)
-        own = name in self._ours or (seen is not None and file_change(seen, now) is None)
+        now, own = self._root.status(name), self._is_own(name)
         replace = own or (now is not None and have_same_bytes(root or self._root, old, self._root, name))
         if now is not None and not replace:
             raise self._in_the_way(name)
@@ -310,8 +310,12 @@ class Target:
             self.note(foreign_line(name))
             raise self._in_the_way(name) from error
         self._seen[name] = status
-        self._ours.discard(name)
+        self._ours.pop(name, None)
         self._touched.pop(name, None)
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether a file that this run may replace is still the one that it wrote or found."""
+        return file_change(self._ours.get(name, self._seen.get(name)), self._root.status(name)) is None
 
     def _in_the_way(self, name: str) -> TargetError:
         if name in self._touched:
@@ -325,10 +329,11 @@ class Target:
 
     def adopt(self, entry: JournalEntry, other: Target) -> None:
         """Take over a file that another target on this file system finished, with its journal entry."""
-        status = other._root.status(entry.file)
+        status, seen = other._root.status(entry.file), other._seen.get(entry.file)
+        actual = file_change(seen, status)
+        if status is None or actual is not None:
+            raise _changed_meanwhile(other.path / entry.file, seen, actual)
         try:
-            if status is None:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             line = replace(entry, mtime_ns=status.st_mtime_ns)
             self._place(line, entry.file, entry.file, status, other._root)
         except OSError as error:
@@ -344,14 +349,16 @@ class Target:
         """Remove a file of an earlier run that :meth:`write_file` will write again with these bytes.
 
         Raises:
-            TargetError: if it was touched since then and has other bytes.
+            TargetError: if it was touched or replaced since then and has other bytes.
         """
-        if name in self._touched and not Outline(whole=lambda: data).fits(self._root, name):
+        if name not in self._ours and name not in self._touched:
+            return
+        same = self._is_own(name) or Outline(whole=lambda: data).fits(self._root, name)
+        if not same and self._root.status(name) is not None:
             raise self._in_the_way(name)
-        if name in self._ours or name in self._touched:
-            self._root.unlink(name)
-            self._ours.discard(name)
-            self._touched.pop(name, None)
+        self._root.unlink(name)
+        self._ours.pop(name, None)
+        self._touched.pop(name, None)
 
     def check_files(self) -> None:
         """Look at all finished files again.
@@ -365,13 +372,7 @@ class Target:
                 continue
             actual = file_change(seen, now)
             if actual is not None:
-                raise TargetError(
-                    "a finished file was changed or removed by another program while this run worked",
-                    where=str(self.path / name),
-                    expected="the file that was written" if seen is None else f"{seen.st_size} bytes",
-                    actual=actual,
-                    next_step="Remove that file if it is there and run the same command again: it is made anew.",
-                )
+                raise _changed_meanwhile(self.path / name, seen, actual)
 
     def finish(self) -> None:
         """Remove journal and work folder: the directory is a finished output now.
@@ -387,6 +388,16 @@ class Target:
             self._root.sync()
         except OSError as error:
             raise translate_os_error(error, self.work) from error
+
+
+def _changed_meanwhile(path: Path, seen: os.stat_result | None, actual: str | None) -> TargetError:
+    return TargetError(
+        "a finished file was changed or removed by another program while this run worked",
+        where=str(path),
+        expected="the file that was written" if seen is None else f"{seen.st_size} bytes",
+        actual=actual,
+        next_step="Remove that file if it is there and run the same command again: it is made anew.",
+    )
 
 
 def _lock_work_folder(root: TargetRoot, made: Sequence[Path]) -> int:

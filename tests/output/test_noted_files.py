@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from nvfp4_prep import ConvertOptions, convert
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import TargetError
@@ -37,6 +37,11 @@ def line_of(data: bytes, mtime_ns: int | None, *, sha256: bool = True) -> dict[s
     return entry if mtime_ns is None else {**entry, "mtime_ns": mtime_ns}
 
 
+def made_line_of(data: bytes, mtime_ns: int) -> dict[str, Any]:
+    line = line_of(data, mtime_ns)
+    return {"made": line.pop("file"), **line}
+
+
 def state_of(folder: Path, lines: list[dict[str, Any]], **options: Any) -> FileState:
     with TargetRoot.open(folder) as root:
         [file] = judge_files(root, lines, **options)
@@ -53,6 +58,10 @@ def state_of(folder: Path, lines: list[dict[str, Any]], **options: Any) -> FileS
         (b"longer", 6, [line_of(OURS, 5)], FileState.CHANGED),
         (b"cut", 5, [line_of(OURS, 5)], FileState.UNFINISHED),
         (OURS, 6, [line_of(OURS, 5, sha256=False)], FileState.TOUCHED),
+        (OURS, 6, [made_line_of(OURS, 5)], FileState.UNFINISHED),
+        (THEIRS, 6, [made_line_of(OURS, 5)], FileState.CHANGED),
+        (b"longer", 6, [made_line_of(OURS, 5)], FileState.CHANGED),
+        (OURS, 5, [made_line_of(OURS, 5)], FileState.UNFINISHED),
         (OURS, 6, [{"made": "a", "mtime_ns": 5}], FileState.TOUCHED),
         (OURS, 5, [{"made": "a", "mtime_ns": 5}], FileState.UNFINISHED),
         # the journals of earlier releases
@@ -149,15 +158,28 @@ def test_an_unfinished_target_that_was_copied_without_its_times_is_continued(
     assert file_digests(copy) == file_digests(tmp_path / "whole")
 
 
-def test_an_edited_config_of_an_unfinished_target_stays(sample_source: Path, tmp_path: Path) -> None:
-    run, out = run_of("convert", sample_source, sample_source), tmp_path / "out"
-    stop(run, out, "finish")
-    config = out / "config.json"
-    edited = json.dumps(json.loads(config.read_bytes()) | {"rope_theta": 5}).encode()
-    config.write_bytes(edited)
-    with pytest.raises(TargetError, match="was changed since the unfinished run wrote it"):
-        run(out)
-    assert config.read_bytes() == edited
+@pytest.mark.parametrize("name", ["config.json", "README.md", "nvfp4_prep.json", "model.safetensors.index.json"])
+def test_an_edited_small_file_of_an_unfinished_target_is_refused_at_once(
+    sample_source: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / "out"
+    stop(run_of("convert", sample_source, sample_source), out, "finish")
+    lengthen(out / name)
+    edited, before = (out / name).read_bytes(), sorted(out.iterdir())
+    command = ["convert", str(sample_source), str(out), "--no-smoke"]
+    for options in ("--dry-run",), (), ("--restart", "--dry-run"), ("--restart",):
+        result = CliRunner().invoke(cli, [*command, *options])
+        assert result.exit_code == 8 and "somebody changed or replaced it" in " ".join(result.output.split())
+    assert (out / name).read_bytes() == edited and sorted(out.iterdir()) == before
+
+
+def test_touched_small_files_are_ours_for_a_run_with_other_options(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stop(run_of("convert", sample_source, sample_source), out, "finish")
+    for path in out.iterdir():
+        os.utime(path, ns=(LATER, LATER))
+    options = ConvertOptions(gate_up_block=16)
+    assert not convert(sample_source, out, options, smoke=None, restart=True).resumed
 
 
 @pytest.mark.parametrize("options", [(), ("--restart",)])

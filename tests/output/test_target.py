@@ -231,7 +231,7 @@ def test_direct_and_buffered_writes_give_one_file(tmp_path: Path) -> None:
             data = empty_bytes(nbytes).random_()
             file.write(offset, byte_view(data))
             whole += bytes(byte_view(data))
-        file.commit(None)
+        file.commit({"sha256": SHA256})
     assert (tmp_path / "out" / "a").read_bytes() == whole
 
 
@@ -248,7 +248,7 @@ def test_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pyt
     with Target.open(tmp_path / "out", IDENTITY) as target:
         file = target.create("a", 2**21)
         file.write(0, byte_view(data))
-        file.commit(None)
+        file.commit({"sha256": SHA256})
     assert (tmp_path / "out" / "a").read_bytes() == bytes(byte_view(data))
 
 

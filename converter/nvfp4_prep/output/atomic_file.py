@@ -72,7 +72,7 @@ class AtomicFile:
         root: TargetRoot,
         temporary: str,
         nbytes: int,
-        put_in_place: Callable[[Mapping[str, Any] | None, os.stat_result], None],
+        put_in_place: Callable[[Mapping[str, Any], os.stat_result], None],
     ) -> None:
         """Create the file and allocate its space.
 
@@ -132,8 +132,8 @@ class AtomicFile:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def commit(self, entry: Mapping[str, Any] | None) -> None:
-        """Flush the file, note it in the journal (unless ``entry`` is ``None``) and rename it into place."""
+    def commit(self, entry: Mapping[str, Any]) -> None:
+        """Flush the file, note it in the journal and rename it into place."""
         try:
             os.fsync(self._descriptor)
             status = os.fstat(self._descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import os
@@ -63,14 +64,16 @@ class NotedFile:
     Attributes:
         name: in the directory.
         state: of what is there.
-        entry: what is known of it since it was finished; ``None`` if it was not, or what was noted is not valid.
+        entry: what was noted of it when it got its name; ``None`` if that is not valid.
         status: of what is there; ``None`` if nothing is.
+        is_made: whether it is a small file, which a run that continues makes again in any case.
     """
 
     name: str
     state: FileState
     entry: JournalEntry | None = None
     status: os.stat_result | None = None
+    is_made: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -80,9 +83,10 @@ class NotedFile:
 
 @dataclass(frozen=True)
 class _Note:
-    """All that the lines of a journal say of one name: the last one's entry, and the modification times of all."""
+    """All that the lines of a journal say of one name: the last one's entry and kind, the modification times of all."""
 
     entry: JournalEntry | None = None
+    is_made: bool = False
     mtimes_ns: frozenset[int | None] = frozenset()
 
 
@@ -91,9 +95,9 @@ def file_line(name: str, entry: Mapping[str, Any], status: os.stat_result) -> di
     return {"file": name, "nbytes": status.st_size, **entry, _MTIME: status.st_mtime_ns}
 
 
-def made_line(name: str, status: os.stat_result) -> dict[str, Any]:
+def made_line(name: str, entry: Mapping[str, Any], status: os.stat_result) -> dict[str, Any]:
     """Return the line which says that a small file has its name: a run that continues makes it again."""
-    return {_MADE: name, _MTIME: status.st_mtime_ns}
+    return {_MADE: name, "nbytes": status.st_size, **entry, _MTIME: status.st_mtime_ns}
 
 
 def foreign_line(name: str) -> dict[str, Any]:
@@ -119,7 +123,8 @@ def judge_files(
         lines: its journal's.
         elsewhere: see :data:`Elsewhere`.
         need_sha256: whether an entry without the file's sha256 is not enough.
-        read: whether touched files are read; if not, those whose sha256 was noted count as finished.
+        read: whether touched files are read; if not, those whose sha256 was noted count as finished. Small ones are
+            read in any case.
 
     Raises:
         OSError: if a file cannot be read.
@@ -128,7 +133,9 @@ def judge_files(
     doubtful = [file for file in judged if file.state is FileState.TOUCHED and _sha256_of(file) is not None]
     if not doubtful:
         return judged
-    proved = _read_all(root, doubtful) if read else {file.name: _prove(file, _sha256_of(file)) for file in doubtful}
+    unread = [] if read else [file for file in doubtful if not file.is_made]
+    proved = {file.name: _prove(file, _sha256_of(file)) for file in unread}
+    proved |= _read_all(root, [file for file in doubtful if file.name not in proved])
     return [proved.get(file.name, file) for file in judged]
 
 
@@ -186,7 +193,8 @@ def _notes(lines: Iterable[Mapping[str, Any]]) -> dict[str, _Note]:
         known = mtime_ns if isinstance(mtime_ns, int) else None
         before = notes.get(name, _Note())
         # what was said of that file before does not hold any more, but a kill may have left it where it was
-        notes[name] = _Note(JournalEntry.parse(line), before.mtimes_ns | {known})
+        entry = JournalEntry.parse({**line, "file": name})
+        notes[name] = _Note(entry, "file" not in line, before.mtimes_ns | {known})
     return notes
 
 
@@ -201,9 +209,9 @@ def _judge(root: TargetRoot, name: str, note: _Note, elsewhere: Elsewhere, need_
     if entry is not None and need_sha256 and entry.sha256 is None:
         entry = None
     if status is None:
-        away = entry is not None and elsewhere(name, entry.nbytes, entry.sha256)
-        return NotedFile(name, FileState.FINISHED if away else FileState.UNFINISHED, entry)
-    return NotedFile(name, _state_of(status, note, entry), entry, status)
+        away = entry is not None and not note.is_made and elsewhere(name, entry.nbytes, entry.sha256)
+        return NotedFile(name, FileState.FINISHED if away else FileState.UNFINISHED, entry, is_made=note.is_made)
+    return NotedFile(name, _state_of(status, note, entry), entry, status, note.is_made)
 
 
 def _state_of(status: os.stat_result, note: _Note, entry: JournalEntry | None) -> FileState:
@@ -211,7 +219,7 @@ def _state_of(status: os.stat_result, note: _Note, entry: JournalEntry | None) -
         return FileState.CHANGED
     whole = entry is not None and status.st_size == entry.nbytes
     if whole and entry is not None and entry.mtime_ns in (None, status.st_mtime_ns):
-        return FileState.FINISHED
+        return FileState.UNFINISHED if note.is_made else FileState.FINISHED
     if None in note.mtimes_ns or status.st_mtime_ns in note.mtimes_ns:  # earlier releases did not note when
         return FileState.UNFINISHED
     return FileState.TOUCHED if whole or entry is None else FileState.CHANGED
@@ -222,12 +230,14 @@ def _sha256_of(file: NotedFile) -> str | None:
 
 
 def _read_all(root: TargetRoot, files: Sequence[NotedFile]) -> dict[str, NotedFile]:
-    with step(f"check the sha256 of {count(len(files), 'touched file')}"):
+    large = sum(not file.is_made for file in files)
+    with step(f"check the sha256 of {count(large, 'touched file')}") if large else contextlib.nullcontext():
         return {file.name: _prove(file, _hash(root, file.name)) for file in files}
 
 
 def _prove(file: NotedFile, sha256: str | None) -> NotedFile:
-    return replace(file, state=FileState.FINISHED if sha256 == _sha256_of(file) else FileState.CHANGED)
+    proved = FileState.UNFINISHED if file.is_made else FileState.FINISHED
+    return replace(file, state=proved if sha256 == _sha256_of(file) else FileState.CHANGED)
 
 
 def _hash(root: TargetRoot, name: str) -> str | None:

@@ -7,10 +7,11 @@ into place. So a file under its final name is complete, and one that the journal
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -275,6 +276,9 @@ class Target:
         Raises:
             TargetError: if the name would lead out of the directory or into its work folder.
         """
+        return self._create(name, nbytes, file_line)
+
+    def _create(self, name: str, nbytes: int, line_of: Callable[..., Mapping[str, Any]]) -> AtomicFile:
         if not is_safe_name(name) or name.split("/")[0] == WORK_FOLDER:
             raise TargetError(
                 f"unsafe output file name {name!r}",
@@ -284,9 +288,8 @@ class Target:
             )
         temporary = f"{self._writing}/{name}"
 
-        def put_in_place(entry: Mapping[str, Any] | None, status: os.stat_result) -> None:
-            line = made_line(name, status) if entry is None else file_line(name, entry, status)
-            self._place(line, temporary, name, status)
+        def put_in_place(entry: Mapping[str, Any], status: os.stat_result) -> None:
+            self._place(line_of(name, entry, status), temporary, name, status)
 
         return AtomicFile(self._root, temporary, nbytes, put_in_place)
 
@@ -340,10 +343,10 @@ class Target:
             raise translate_os_error(error, self.path / entry.file) from error
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file whole; the journal has its name only, so a resumed run writes it again."""
-        file = self.create(name, len(data))
+        """Write a small file whole; the journal does not call it finished, so a resumed run writes it again."""
+        file = self._create(name, len(data), made_line)
         file.write(0, data)
-        file.commit(None)
+        file.commit({"sha256": hashlib.sha256(data).hexdigest()})
 
     def remove_file(self, name: str, data: bytes) -> None:
         """Remove a file of an earlier run that :meth:`write_file` will write again with these bytes.

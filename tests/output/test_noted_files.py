@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from nvfp4_prep import ConvertOptions, convert
+from nvfp4_prep import ConvertOptions, convert, convert_part, join_parts
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.cli import cli
 from nvfp4_prep.errors import TargetError
 from nvfp4_prep.output import target as target_module
 from nvfp4_prep.output.journal_line import read_line, to_line
+from nvfp4_prep.output.layer_selection import LayerSelection, part_folder
 from nvfp4_prep.output.noted_files import FileState, judge_files
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_root import TargetRoot
@@ -255,3 +256,43 @@ def test_a_part_is_not_joined_after_its_file_was_replaced(tmp_path: Path) -> Non
         with pytest.raises(TargetError, match="while this run worked"):
             target.adopt(part.done["a"], part)
     assert (tmp_path / "part" / "a").read_bytes() == THEIRS
+
+
+def add_another(path: Path) -> None:
+    path.with_name("notes.txt").write_bytes(THEIRS)
+
+
+@pytest.mark.parametrize("option", ["--join", "--restart"])
+@pytest.mark.parametrize("change", [replace_bytes, lengthen, shorten, add_another])
+def test_what_somebody_put_into_the_folder_of_a_part_stays(
+    sample_source: Path, tmp_path: Path, change: Change, option: str
+) -> None:
+    out = tmp_path / "out"
+    for part in "1/2", "2/2":
+        convert_part(sample_source, out, part)
+    folder = part_folder(out, LayerSelection.parse("1/2"))
+    changed = folder / EXPERTS
+    change(changed)
+    theirs = folder / "notes.txt" if change is add_another else changed
+    data = theirs.read_bytes()
+    for more in ("--dry-run",), ():
+        result = CliRunner().invoke(cli, ["convert", str(sample_source), str(out), "--no-smoke", option, *more])
+        assert result.exit_code == 8 and theirs.name in result.output
+        assert theirs.read_bytes() == data
+    theirs.rename(tmp_path / "theirs")
+    if option == "--join" and change is not add_another:
+        convert_part(sample_source, out, "1/2")
+    result = CliRunner().invoke(cli, ["convert", str(sample_source), str(out), "--no-smoke", option])
+    assert result.exit_code == 0
+
+
+def test_a_file_of_a_part_that_was_cut_off_counts_as_missing(sample_source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for part in "1/2", "2/2":
+        convert_part(sample_source, out, part)
+    os.truncate(part_folder(out, LayerSelection.parse("1/2")) / EXPERTS, 5000)
+    for more in ("--dry-run",), ():
+        result = CliRunner().invoke(cli, ["convert", str(sample_source), str(out), "--no-smoke", "--join", *more])
+        assert result.exit_code == 13
+    convert_part(sample_source, out, "1/2")
+    join_parts(sample_source, out, smoke=None)

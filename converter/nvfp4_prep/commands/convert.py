@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from nvfp4_prep._util.arguments import DEVICE, FLAG, PATH, RUNNING, SOURCE, checked, instance, offering, optional
 from nvfp4_prep._util.progress import Progress
 from nvfp4_prep.checkpoint.source import Source
+from nvfp4_prep.commands.part_checks import part_outlines
 from nvfp4_prep.commands.preflight import check_place, judged_wrong, preflight
 from nvfp4_prep.hub import opened_source
 from nvfp4_prep.options import ConvertOptions
@@ -177,7 +179,7 @@ def convert(
 
 def _opened(path: Path, plan: Plan, sink: FileSink, *, restart: bool) -> Target:
     if restart:
-        discard_parts(path)
+        discard_parts(path, partial(part_outlines, plan))
     return Target.open(path, plan.identity(), restart=restart, elsewhere=sink.holds)
 
 

@@ -21,7 +21,7 @@ from nvfp4_prep.commands.convert import (
     check_smoke_policy,
     execute,
 )
-from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity
+from nvfp4_prep.commands.part_checks import check_whole, choose_part, finished_entries, part_identity, part_outlines
 from nvfp4_prep.commands.preflight import JUDGED_JOIN, PARTS_ANEW, check_place, preflight
 from nvfp4_prep.errors import ResumeConflictError
 from nvfp4_prep.hub import opened_source
@@ -172,10 +172,13 @@ def join_parts(
 
 def _hold_parts(held: contextlib.ExitStack, plan: Plan, path: Path) -> Target:
     """Return the opened target with the files of all parts; it and they stay locked until ``held`` is closed."""
-    parts = [
-        held.enter_context(Target.open(folder, part_identity(plan, LayerSelection.parse(text))))
-        for text, folder in list_parts(path).items()
-    ]
+    parts = []
+    for text, folder in list_parts(path).items():
+        selection = LayerSelection.parse(text)
+        part = held.enter_context(Target.open(folder, part_identity(plan, selection)))
+        outlines = part_outlines(plan, selection)
+        part.check_names(outlines, outlines)  # the rest of the folder goes when the join is done
+        parts.append(part)
     entries = finished_entries({part.path: part.done for part in parts})
     if not has_journal(path):  # else a join was begun, when nothing was missing
         check_whole(plan, entries, path)

@@ -12,10 +12,20 @@ from nvfp4_prep.checkpoint.filenames import FileKind
 from nvfp4_prep.errors import PartsMissingError, ResumeConflictError, UsageError, VerificationError
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.layer_selection import LayerSelection, list_parts
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target_checks import has_journal
+from nvfp4_prep.pipeline.outlines import plan_outlines
 from nvfp4_prep.planning.plan import OutputFile, Plan
 
-__all__ = ["check_not_divided", "check_not_whole", "check_whole", "choose_part", "finished_entries", "part_identity"]
+__all__ = [
+    "check_not_divided",
+    "check_not_whole",
+    "check_whole",
+    "choose_part",
+    "finished_entries",
+    "part_identity",
+    "part_outlines",
+]
 
 _DIVISIBLE = (FileKind.EXPERTS, FileKind.SOURCE_BLOCK_SCALES)
 """Files that parts make; all others are small and left to the join."""
@@ -44,6 +54,14 @@ def _layer_of(plan: Plan, file: OutputFile) -> int | None:
     if file.kind not in _DIVISIBLE or file.layer_position is None:
         return None
     return plan.layers[file.layer_position].index
+
+
+def part_outlines(plan: Plan, selection: LayerSelection) -> dict[str, Outline]:
+    """Return the outlines of a part's files by name; none if it has no layer of this plan."""
+    try:
+        return plan_outlines(choose_part(plan, selection))
+    except UsageError:
+        return {}
 
 
 def check_not_divided(path: Path) -> None:

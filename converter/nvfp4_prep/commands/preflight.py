@@ -22,6 +22,7 @@ from nvfp4_prep.commands.part_checks import (
     choose_part,
     finished_entries,
     part_identity,
+    part_outlines,
 )
 from nvfp4_prep.errors import NoSpaceError, NvfpPrepError, ResumeConflictError, TargetError
 from nvfp4_prep.output.atomic_file import free_nbytes, translate_os_error
@@ -181,8 +182,7 @@ def look_ahead(
             check_not_whole(target)
             folder, identity = part_folder(target, selection), part_identity(plan, selection)
         elif restart:
-            for begun in list_parts(target).values():
-                check_idle(begun)
+            _check_discarded_parts(plan, target, read=read)
         with _advising_joins(target) if join else contextlib.nullcontext():
             joined = _look_at_parts(plan, target, read=read) if join else {}
             noted = _look_at(folder, identity, sink, restart=restart, read=read)
@@ -267,13 +267,21 @@ def _look_at_parts(plan: Plan, target: Path, *, read: bool) -> dict[str, Journal
     """Return the files that a join would find; raises as :func:`~nvfp4_prep.commands.convert_parts.join_parts` does."""
     parts = {}
     for text, folder in list_parts(target).items():
-        noted = _look_at(folder, part_identity(plan, LayerSelection.parse(text)), KeepFiles(), read=read)
-        check_unchanged(folder, noted)
+        selection = LayerSelection.parse(text)
+        noted = _look_at(folder, part_identity(plan, selection), KeepFiles(), read=read)
+        _check_files(folder, noted, part_outlines(plan, selection), restart=False)
         parts[folder] = finished_among(noted)
     entries = finished_entries(parts)
     if not has_journal(target):
         check_whole(plan, entries, target)
     return entries
+
+
+def _check_discarded_parts(plan: Plan, target: Path, *, read: bool) -> None:
+    """Refuse what :func:`~nvfp4_prep.output.layer_selection.discard_parts` will."""
+    for text, folder in list_parts(target).items():
+        noted = _look_at(folder, {}, KeepFiles(), restart=True, read=read)
+        _check_files(folder, noted, part_outlines(plan, LayerSelection.parse(text)), restart=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,6 +11,7 @@ from typing import Self
 from nvfp4_prep._util.text import spans
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER
 from nvfp4_prep.errors import UsageError
+from nvfp4_prep.output.outline import Outline
 from nvfp4_prep.output.target import Target
 from nvfp4_prep.output.target_checks import PARTS_FOLDER
 from nvfp4_prep.output.target_root import TargetRoot, check_work_folder
@@ -118,14 +119,21 @@ def list_parts(target: Path) -> dict[str, Path]:
     return {LayerSelection.from_folder_name(path.name).text: path for path in paths}
 
 
-def discard_parts(target: Path) -> None:
+def discard_parts(target: Path, outlines_of: Callable[[LayerSelection], Mapping[str, Outline]]) -> None:
     """Delete all parts.
+
+    Args:
+        target: the whole conversion's output directory.
+        outlines_of: see :meth:`~nvfp4_prep.output.target.Target.check_names`.
 
     Raises:
         BusyError: if one is at work; those before it are gone.
+        TargetError: if one holds a file that no run wrote, or that was changed since then.
     """
-    for path in list_parts(target).values():
+    for text, path in list_parts(target).items():
+        outlines = outlines_of(LayerSelection.parse(text))
         with Target.open(path, {}, restart=True) as part:
+            part.check_names(outlines, outlines)
             part.finish()
         with TargetRoot.open(path.parent) as parts:
             parts.remove_tree(path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -296,3 +297,34 @@ def test_a_file_of_a_part_that_was_cut_off_counts_as_missing(sample_source: Path
         assert result.exit_code == 13
     convert_part(sample_source, out, "1/2")
     join_parts(sample_source, out, smoke=None)
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",), ("--restart",), ("--restart", "--dry-run")])
+def test_a_touched_file_that_cannot_be_read_is_named(
+    sample_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    out, opened = tmp_path / "out", os.open
+    stop(run_of("convert", sample_source, sample_source), out, "check_files")
+    os.utime(out / EXPERTS)
+
+    def refused(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if path == EXPERTS:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refused)
+    result = CliRunner().invoke(cli, ["convert", str(sample_source), str(out), "--no-smoke", *options])
+    assert result.exit_code == 8 and f"{EXPERTS}: cannot be read (Permission denied)" in result.output
+
+
+@pytest.mark.parametrize("command", FILE_OF)
+def test_restart_discards_nothing_where_a_file_was_changed(
+    sample_source: Path, sample_prepared: Path, tmp_path: Path, command: str
+) -> None:
+    run, out = run_of(command, sample_source, sample_prepared), tmp_path / "out"
+    stop(run, out, "finish")
+    lengthen(next(path for path in out.iterdir() if path.name.startswith(FILE_OF[command])))
+    before = file_digests(out)
+    with pytest.raises(TargetError, match="somebody changed or replaced it"):
+        run(out, restart=True)
+    assert file_digests(out) == before

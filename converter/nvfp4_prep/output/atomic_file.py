@@ -16,7 +16,7 @@ from nvfp4_prep._util.text import format_nbytes
 from nvfp4_prep.errors import NoSpaceError, OpenFilesError, TargetError
 from nvfp4_prep.output.target_root import TargetRoot
 
-__all__ = ["AtomicFile", "free_nbytes", "translate_os_error"]
+__all__ = ["AtomicFile", "free_nbytes", "translate_os_error", "translate_read_error"]
 
 _DIRECT_MIN_NBYTES = 1 << 20
 
@@ -41,6 +41,15 @@ def translate_os_error(error: OSError, path: Path) -> NoSpaceError | TargetError
         f"cannot be written ({error.strerror})",
         where=str(path),
         next_step="Check the directory's permissions and the disk, or give another target.",
+    )
+
+
+def translate_read_error(error: OSError, path: Path) -> TargetError | OpenFilesError:
+    """Return an error in reading a file of the target as one of ours."""
+    return open_files_error(error, str(path)) or TargetError(
+        f"cannot be read ({error.strerror})",
+        where=str(path),
+        next_step="Check its permissions and the disk, or move it out of the target and run the same command again.",
     )
 
 

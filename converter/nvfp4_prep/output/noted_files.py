@@ -16,6 +16,7 @@ from nvfp4_prep._util.steps import step
 from nvfp4_prep._util.text import count
 from nvfp4_prep.checkpoint.filenames import WORK_FOLDER, is_safe_name
 from nvfp4_prep.errors import TargetError
+from nvfp4_prep.output.atomic_file import translate_read_error
 from nvfp4_prep.output.journal_entry import JournalEntry
 from nvfp4_prep.output.outline import Outline, is_cut_off
 from nvfp4_prep.output.target_root import TargetRoot
@@ -80,6 +81,13 @@ class NotedFile:
         """Whether something is there that a run wrote, and that a run may write again or remove."""
         return self.status is not None and self.state in (FileState.FINISHED, FileState.UNFINISHED)
 
+    @property
+    def may_be_cut_off(self) -> bool:
+        """Whether it is a regular file that is shorter than what was written."""
+        regular = self.status is not None and stat.S_ISREG(self.status.st_mode)
+        shorter = self.status is not None and self.entry is not None and self.status.st_size < self.entry.nbytes
+        return regular and shorter and not self.is_made
+
 
 @dataclass(frozen=True)
 class _Note:
@@ -127,7 +135,8 @@ def judge_files(
             read in any case.
 
     Raises:
-        OSError: if a file cannot be read.
+        TargetError: if a file cannot be read.
+        OSError: if a folder cannot be.
     """
     judged = [_judge(root, name, note, elsewhere, need_sha256) for name, note in _notes(lines).items()]
     doubtful = [file for file in judged if file.state is FileState.TOUCHED and _sha256_of(file) is not None]
@@ -164,8 +173,7 @@ def know_cut_off(root: TargetRoot, files: Iterable[NotedFile], outlines: Mapping
 
 
 def _is_cut_off(root: TargetRoot, file: NotedFile, outlines: Mapping[str, Outline]) -> bool:
-    regular = file.status is not None and stat.S_ISREG(file.status.st_mode)
-    return regular and file.name in outlines and is_cut_off(root, file.name, outlines[file.name])
+    return file.may_be_cut_off and file.name in outlines and is_cut_off(root, file.name, outlines[file.name])
 
 
 def check_unchanged(path: Path, files: Iterable[NotedFile]) -> None:
@@ -177,7 +185,7 @@ def check_unchanged(path: Path, files: Iterable[NotedFile]) -> None:
                 "is not the file any more that the unfinished run wrote: somebody changed or replaced it",
                 where=str(path / file.name),
                 expected=wanted and f"{wanted.nbytes} bytes, sha256 {wanted.sha256 or 'unknown'}",
-                next_step="Move it out of the target and run the same command again: finished files are kept.",
+                next_step="Move it out of the target and run the same command again.",
             )
 
 
@@ -241,10 +249,11 @@ def _prove(file: NotedFile, sha256: str | None) -> NotedFile:
 
 
 def _hash(root: TargetRoot, name: str) -> str | None:
-    """Return the file's sha256 in hex; ``None`` if it is no regular file any more."""
+    """Return the file's sha256 in hex; ``None`` if it is not a regular file any more."""
     try:
-        descriptor = root.open_file(name, os.O_RDONLY)
-    except TargetError:  # a link, or another kind of file
+        with open(root.open_file(name, os.O_RDONLY), "rb", buffering=0) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (TargetError, FileNotFoundError):  # a link, another kind of file, or nothing
         return None
-    with open(descriptor, "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise translate_read_error(error, root.path / name) from error

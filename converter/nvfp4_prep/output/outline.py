@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from nvfp4_prep.checkpoint.small_files import MAX_SMALL_NBYTES
 from nvfp4_prep.errors import TargetError
-from nvfp4_prep.output.atomic_file import translate_os_error
+from nvfp4_prep.output.atomic_file import translate_read_error
 from nvfp4_prep.output.target_root import TargetRoot
 
 __all__ = ["Outline", "find_known", "have_same_bytes", "is_cut_off"]
@@ -62,7 +63,7 @@ def is_cut_off(root: TargetRoot, name: str, outline: Outline) -> bool:
             begin = outline.begin[:nbytes]
             return nbytes < outline.nbytes and stream.read(len(begin)) == begin
     except OSError as error:
-        raise translate_os_error(error, root.path / name) from error
+        raise translate_read_error(error, root.path / name) from error
 
 
 def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Outline]) -> set[str]:
@@ -80,18 +81,28 @@ def find_known(root: TargetRoot, names: Iterable[str], outlines: Mapping[str, Ou
             if name in outlines and root.status(name) is not None and outlines[name].fits(root, name):
                 known.add(name)
         except OSError as error:
-            raise translate_os_error(error, root.path / name) from error
+            raise translate_read_error(error, root.path / name) from error
     return known
 
 
 def have_same_bytes(root: TargetRoot, name: str, other_root: TargetRoot, other: str) -> bool:
-    """Return whether two entries are regular files with the same bytes."""
-    try:
-        descriptors = root.open_file(name, os.O_RDONLY), other_root.open_file(other, os.O_RDONLY)
-    except TargetError:  # a link, or another kind of file
-        return False
-    with open(descriptors[0], "rb") as one, open(descriptors[1], "rb") as two:
-        if os.fstat(descriptors[0]).st_size != os.fstat(descriptors[1]).st_size:
+    """Return whether two entries are regular files with the same bytes.
+
+    Raises:
+        TargetError: if one cannot be opened.
+    """
+    with contextlib.ExitStack() as opened:
+        streams = []
+        for folder, entry in ((root, name), (other_root, other)):
+            try:
+                descriptor = folder.open_file(entry, os.O_RDONLY)
+            except TargetError:  # a link, or another kind of file
+                return False
+            except OSError as error:
+                raise translate_read_error(error, folder.path / entry) from error
+            streams.append(opened.enter_context(open(descriptor, "rb")))
+        one, two = streams
+        if os.fstat(one.fileno()).st_size != os.fstat(two.fileno()).st_size:
             return False
         while chunk := one.read(_CHUNK_NBYTES):
             if two.read(len(chunk)) != chunk:

@@ -328,3 +328,15 @@ def test_restart_discards_nothing_where_a_file_was_changed(
     with pytest.raises(TargetError, match="somebody changed or replaced it"):
         run(out, restart=True)
     assert file_digests(out) == before
+
+
+@pytest.mark.parametrize("options", [(), ("--restart",)])
+def test_dry_run_refuses_a_target_copied_by_hard_links_as_the_run_does(
+    sample_source: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    stop(run_of("convert", sample_source, sample_source), tmp_path / "out", "check_files")
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=os.link)
+    for more in ("--dry-run",), ():
+        command = ["convert", str(sample_source), str(tmp_path / "copy"), "--no-smoke", *options, *more]
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 8 and "2 hard links to one file" in " ".join(result.output.split())

@@ -254,6 +254,9 @@ def _look_at(
         return []
     try:
         with TargetRoot.open(path) as root:
+            for name in (LOCK, JOURNAL):
+                if root.status(f"{WORK_FOLDER}/{name}") is not None:
+                    os.close(root.open_file(f"{WORK_FOLDER}/{name}", os.O_WRONLY))  # as the run will; writes nothing
             journal = read_journal(root)
             if journal.lines and not restart:
                 check_identity(path, journal, identity)

@@ -106,6 +106,33 @@ def test_a_file_that_was_read_need_not_be_read_again(tmp_path: Path) -> None:
     assert last is not None and (last["file"], last["mtime_ns"]) == ("a", LATER)
 
 
+def test_a_kill_while_touched_files_are_read_leaves_noted_what_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, opened = tmp_path / "out", TargetRoot.open_file
+    with Target.open(out, IDENTITY) as target:
+        for name in "a", "b":
+            file = target.create(name, len(OURS))
+            file.write(0, OURS)
+            file.commit({"sha256": hashlib.sha256(OURS).hexdigest()})
+            os.utime(out / name, ns=(LATER, LATER))
+    read = []
+
+    def killed(self: TargetRoot, name: str, *rest: Any, **more: Any) -> int:
+        if name in ("a", "b"):
+            read.append(name)
+        if name == "b" and len(read) == 2:
+            raise KeyboardInterrupt
+        return opened(self, name, *rest, **more)
+
+    monkeypatch.setattr(TargetRoot, "open_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Target.open(out, IDENTITY)
+    with Target.open(out, IDENTITY) as target:
+        assert set(target.done) == {"a", "b"}
+    assert read == ["a", "b", "b"]
+
+
 def replace_bytes(path: Path) -> None:
     flip(path, path.stat().st_size - 1)
 
@@ -237,7 +264,7 @@ def test_restart_removes_no_file_that_was_replaced_while_others_were_read(
         file.commit({"sha256": hashlib.sha256(OURS).hexdigest()})
 
     def replaced(*arguments: Any, **options: Any) -> Any:
-        files = read(*arguments, **options)
+        files = list(read(*arguments, **options))
         (out / "a").write_bytes(THEIRS)
         os.utime(out / "a", ns=(LATER, LATER))
         return files

@@ -261,7 +261,7 @@ def _look_at(
             if journal.lines and not restart:
                 check_identity(path, journal, identity)
             # what is to be discarded need not be finished, as long as it is ours
-            return judge_files(root, journal.lines, sink.holds, need_sha256=not restart, read=read)
+            return list(judge_files(root, journal.lines, sink.holds, need_sha256=not restart, read=read))
     except OSError as error:
         raise translate_os_error(error, path / WORK_FOLDER) from error
 

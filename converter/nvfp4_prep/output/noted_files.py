@@ -7,7 +7,7 @@ import enum
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,11 +120,12 @@ def judge_files(
     *,
     need_sha256: bool = True,
     read: bool = True,
-) -> list[NotedFile]:
-    """Return the state of every file that a journal names, in the order of the names' first lines.
+) -> Iterator[NotedFile]:
+    """Yield the state of every file that a journal names, in the order of the names' first lines.
 
     A file is believed to be what was written if it has the size and the modification time that were noted. One that
-    was touched, or copied without its times, is read if its sha256 was noted.
+    was touched, or copied without its times, is read if its sha256 was noted, when its turn comes: what is taken down
+    of it then need not be found again after a kill.
 
     Args:
         root: the directory.
@@ -139,13 +140,16 @@ def judge_files(
         OSError: if a folder cannot be.
     """
     judged = [_judge(root, name, note, elsewhere, need_sha256) for name, note in _notes(lines).items()]
-    doubtful = [file for file in judged if file.state is FileState.TOUCHED and _sha256_of(file) is not None]
-    if not doubtful:
-        return judged
-    unread = [] if read else [file for file in doubtful if not file.is_made]
-    proved = {file.name: _prove(file, _sha256_of(file)) for file in unread}
-    proved |= _read_all(root, [file for file in doubtful if file.name not in proved])
-    return [proved.get(file.name, file) for file in judged]
+    doubtful = {file.name for file in judged if file.state is FileState.TOUCHED and _sha256_of(file) is not None}
+    large = sum(file.name in doubtful and not file.is_made for file in judged) if read else 0
+    with step(f"check the sha256 of {count(large, 'touched file')}") if large else contextlib.nullcontext():
+        for file in judged:
+            if file.name not in doubtful:
+                yield file
+            elif read or file.is_made:
+                yield _prove(file, _hash(root, file.name))
+            else:
+                yield _prove(file, _sha256_of(file))
 
 
 def finished_among(files: Iterable[NotedFile]) -> dict[str, JournalEntry]:
@@ -235,12 +239,6 @@ def _state_of(status: os.stat_result, note: _Note, entry: JournalEntry | None) -
 
 def _sha256_of(file: NotedFile) -> str | None:
     return None if file.entry is None else file.entry.sha256
-
-
-def _read_all(root: TargetRoot, files: Sequence[NotedFile]) -> dict[str, NotedFile]:
-    large = sum(not file.is_made for file in files)
-    with step(f"check the sha256 of {count(large, 'touched file')}") if large else contextlib.nullcontext():
-        return {file.name: _prove(file, _hash(root, file.name)) for file in files}
 
 
 def _prove(file: NotedFile, sha256: str | None) -> NotedFile:

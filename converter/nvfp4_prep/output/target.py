@@ -169,7 +169,7 @@ class Target:
 
     def _forget(self) -> None:
         try:
-            files = judge_files(self._root, read_journal(self._root).lines, need_sha256=False)
+            files = list(judge_files(self._root, read_journal(self._root).lines, need_sha256=False))
             # before anything is gone; what a damaged line or a cut off file is, check_names tells
             check_unchanged(self.path, (file for file in files if file.entry and not file.may_be_cut_off))
             names = {file.name for file in files}

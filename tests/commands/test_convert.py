@@ -264,7 +264,7 @@ def test_terminated_run_says_how_to_continue(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, messages = process.communicate()
     assert process.returncode == ConversionInterrupted.exit_code
-    assert "Run the same command again" in messages
+    assert "Run the same command" in messages  # again, or to resume, as far as it was
     assert json.loads(output)["error"] == "ConversionInterrupted"
     assert "Traceback" not in messages
 

@@ -124,7 +124,7 @@ def test_termination_is_prompt_though_the_network_hangs(
     process.terminate()
     _, messages = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Run the same command again" in messages
+    assert "Run the same command" in messages  # again, or to resume, as far as it was
     assert "Traceback" not in messages
 
 

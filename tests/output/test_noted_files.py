@@ -198,7 +198,7 @@ def test_an_edited_small_file_of_an_unfinished_target_is_refused_at_once(
     command = ["convert", str(sample_source), str(out), "--no-smoke"]
     for options in ("--dry-run",), (), ("--restart", "--dry-run"), ("--restart",):
         result = CliRunner().invoke(cli, [*command, *options])
-        assert result.exit_code == 8 and "somebody changed or replaced it" in " ".join(result.output.split())
+        assert result.exit_code == 8 and "was changed or replaced since" in " ".join(result.output.split())
     assert (out / name).read_bytes() == edited and sorted(out.iterdir()) == before
 
 
@@ -352,7 +352,7 @@ def test_restart_discards_nothing_where_a_file_was_changed(
     stop(run, out, "finish")
     lengthen(next(path for path in out.iterdir() if path.name.startswith(FILE_OF[command])))
     before = file_digests(out)
-    with pytest.raises(TargetError, match="somebody changed or replaced it"):
+    with pytest.raises(TargetError, match="was changed or replaced since"):
         run(out, restart=True)
     assert file_digests(out) == before
 

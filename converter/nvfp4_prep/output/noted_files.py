@@ -186,7 +186,7 @@ def check_unchanged(path: Path, files: Iterable[NotedFile]) -> None:
         if file.state is FileState.CHANGED:
             wanted = file.entry
             raise TargetError(
-                "is not the file any more that the unfinished run wrote: somebody changed or replaced it",
+                "was changed or replaced since the unfinished run wrote it",
                 where=str(path / file.name),
                 expected=wanted and f"{wanted.nbytes} bytes, sha256 {wanted.sha256 or 'unknown'}",
                 next_step="Move it out of the target and run the same command again.",

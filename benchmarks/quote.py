@@ -30,6 +30,7 @@ PAGES = (
     "docs/loading-notes.md",
     "docs/start-of-a-server.md",
     "docs/gpu-proof.md",
+    "docs/gpu-proof-notes.md",
     "docs/performance.md",
     "docs/which-kernel.md",
 )

@@ -255,7 +255,7 @@ SOURCE = either(
     ADDRESS, offering("an opened source", "label", "revision", "files", "header", "peek", "read_into", "close")
 )
 DEVICES = ("cpu", "cuda")
-"""Where a conversion applies the layout."""
+"""Devices on which a conversion can apply the layout."""
 DEVICE = one_of(*DEVICES)
 FLAG = Kind("True or False", lambda value: _require(isinstance(value, bool), value))
 COUNT = integer(1)

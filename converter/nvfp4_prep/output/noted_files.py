@@ -55,7 +55,7 @@ class FileState(enum.Enum):
     TOUCHED = enum.auto()
     """It was touched since it was written, and nothing tells whether its bytes are the same."""
     CHANGED = enum.auto()
-    """It has other bytes than what was written, or is no file: somebody put it there."""
+    """It has other bytes than what was written, or is not a regular file: no run wrote it."""
 
 
 @dataclass(frozen=True)
